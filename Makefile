@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine with Python >= 3.10:
+#   make demo   sets up .venv, installs the package, runs the whole road and prints where the report is
+#   make test   the same set-up, then the checks and the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint figures clean
+
+demo: $(VENV)/.installed
+	$(BIN)/mansu-tl demo --out runs/demo
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check mansu_tl tests
+	$(BIN)/ruff check mansu_tl tests
+	$(BIN)/mypy
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: a CPU build that is at hand satisfies it, and nothing after replaces it.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,144 @@
+"""The computational graph of a transformer: who writes to the residual stream, who reads from it, which edges exist.
+
+Writers: `embed`, a head's output (`L3H2`), an MLP's output (`MLP3`). Readers: a head's query input (`L3H2.q`), a KV
+head's key and value inputs (`L3KV1.k`, `L3KV1.v`), an MLP's input (`MLP3.in`), the final norm's input (`logits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.errors import MansuError
+from mansu_tl.models import ComponentMap, component_map
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Writers, readers and the edges that exist between them.
+
+    Attributes:
+        writers: in order of computation.
+        readers: per layer all q, all k, all v, the MLP; last `logits`.
+        exists: whether a writer comes before a reader. In parallel blocks an MLP does not read its own layer's heads.
+    """
+
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    exists: Bool[Tensor, "writer reader"]
+
+    @classmethod
+    def of(cls, model: TransformerBridge) -> Graph:
+        """The graph of a hooked model."""
+        return cls.from_map(component_map(model))
+
+    @classmethod
+    def from_map(cls, components: ComponentMap) -> Graph:
+        """The graph of a component map."""
+        exists = torch.zeros(len(components.writers), len(components.readers), dtype=torch.bool)
+        order_w = torch.tensor([_writer_order(name) for name in components.writers])
+        order_r = torch.tensor([_reader_order(name, components.parallel) for name in components.readers])
+        exists = order_w[:, None] < order_r[None, :]
+        return cls(components.writers, components.readers, exists)
+
+    @property
+    def n_edges(self) -> int:
+        """How many edges exist."""
+        return int(self.exists.sum())
+
+    def mask(self, edges: Iterable[tuple[str, str]]) -> Bool[Tensor, "writer reader"]:
+        """The edges as a mask.
+
+        Raises:
+            MansuError: a writer or reader that the model does not have, or an edge that does not exist.
+        """
+        writers = {name: i for i, name in enumerate(self.writers)}
+        readers = {name: i for i, name in enumerate(self.readers)}
+        out = torch.zeros_like(self.exists)
+        for writer, reader in edges:
+            if writer not in writers:
+                raise MansuError(f"edge {writer} -> {reader}: no writer {writer!r}; this model has {_some(self.writers)}")
+            if reader not in readers:
+                raise MansuError(f"edge {writer} -> {reader}: no reader {reader!r}; this model has {_some(self.readers)}")
+            if not self.exists[writers[writer], readers[reader]]:
+                raise MansuError(f"edge {writer} -> {reader}: the reader is computed before the writer; swap or drop it")
+            out[writers[writer], readers[reader]] = True
+        return out
+
+
+def layer_of(name: str) -> int:
+    """The layer of a writer or reader; -1 for `embed`, a number past every layer for `logits`."""
+    if name == "embed":
+        return -1
+    if name == "logits":
+        return 10**6
+    digits = name.removeprefix("MLP").removeprefix("L")
+    end = next((i for i, c in enumerate(digits) if not c.isdigit()), len(digits))
+    return int(digits[:end])
+
+
+def reader_kind(name: str) -> str:
+    """What a reader takes in: "q", "k", "v", "mlp" or "logits"."""
+    if name == "logits":
+        return "logits"
+    suffix = name.rsplit(".", 1)[1]
+    return "mlp" if suffix == "in" else suffix
+
+
+def prune(
+    mask: Bool[Tensor, "writer reader"], writers: tuple[str, ...], readers: tuple[str, ...], kv_groups: int
+) -> Bool[Tensor, "writer reader"]:
+    """The edges of `mask` that lie on a path from `embed` to `logits`.
+
+    A head is reached when any of its q, k, v inputs is, and passes on what reaches it; a KV head's inputs belong to
+    every head of its group of `kv_groups` query heads.
+    """
+    outputs = [writers_behind(name, kv_groups) for name in readers]
+    index = {name: i for i, name in enumerate(writers)}
+    feeds = torch.zeros(len(readers), len(writers), dtype=torch.bool)
+    for r, names in enumerate(outputs):
+        for name in names:
+            feeds[r, index[name]] = True
+    kept = mask.clone()
+    while True:
+        reached = (feeds & kept.any(0)[:, None]).any(0)
+        reached[index["embed"]] = True
+        used_writer = kept.any(1)
+        useful = (feeds & used_writer[None, :]).any(1)
+        useful[readers.index("logits")] = True
+        smaller = kept & reached[:, None] & useful[None, :]
+        if torch.equal(smaller, kept):
+            return kept
+        kept = smaller
+
+
+def writers_behind(reader: str, kv_groups: int) -> list[str]:
+    """The writers whose output a reader can change; empty for `logits`."""
+    if reader == "logits":
+        return []
+    name, suffix = reader.rsplit(".", 1)
+    if suffix in ("in", "q"):
+        return [name]
+    layer, kv = name[1:].split("KV")
+    return [f"L{layer}H{int(kv) * kv_groups + i}" for i in range(kv_groups)]
+
+
+def _writer_order(name: str) -> int:
+    if name == "embed":
+        return -1
+    return 4 * layer_of(name) + (2 if name.startswith("MLP") else 0)
+
+
+def _reader_order(name: str, parallel: bool) -> int:
+    if name == "logits":
+        return 4 * 10**6
+    return 4 * layer_of(name) + (1 if reader_kind(name) == "mlp" and not parallel else 0)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:3])} ... {names[-1]} ({len(names)})"

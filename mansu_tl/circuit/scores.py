@@ -1,0 +1,123 @@
+"""Edge scores as one tensor plus names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mansu_tl.circuit.graph import layer_of, reader_kind
+from mansu_tl.errors import MansuError
+from mansu_tl.files import load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """How much each edge supports the answer: positive = it does.
+
+    Attributes:
+        tensor: mean over pairs of the score summed over positions, in the metric's units; 0 where no edge exists.
+        writers: row names.
+        readers: column names.
+        exists: which edges the model has.
+        method: "eap" or "eap-ig".
+        rule: where the gradient is taken: "clean"/"corrupt" for EAP, "midpoint"/"left"/"right" for EAP-IG.
+        steps: gradient evaluations.
+        metric: name of the metric.
+        metric_clean: its mean over the clean prompts.
+        metric_corrupt: its mean over the corrupt prompts.
+        residual: |sum of the embed row - (metric_clean - metric_corrupt)|, in the metric's units: 0 in the limit of
+            many EAP-IG steps (completeness); for EAP it says how far the linear estimate is off.
+        model: fingerprint of the model that was scored.
+        per_pair: the scores of every pair, kept on request.
+        per_position: mean over pairs of the score at every position, kept on request.
+    """
+
+    tensor: Float[Tensor, "writer reader"]
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    exists: Bool[Tensor, "writer reader"]
+    method: str
+    rule: str
+    steps: int
+    metric: str
+    metric_clean: float
+    metric_corrupt: float
+    residual: float
+    model: str
+    per_pair: Float[Tensor, "pair writer reader"] | None = None
+    per_position: Float[Tensor, "pos writer reader"] | None = None
+
+    @property
+    def relative_residual(self) -> float:
+        """The completeness residual as a share of the metric's change."""
+        return self.residual / abs(self.metric_clean - self.metric_corrupt)
+
+    def node_scores(self) -> Float[Tensor, " writer"]:
+        """Each writer's score: the sum over its outgoing edges."""
+        return self.tensor.sum(1)
+
+    def __getitem__(self, edge: tuple[str, str]) -> float:
+        """The score of one edge, by names."""
+        writer, reader = edge
+        if writer not in self.writers or reader not in self.readers:
+            raise MansuError(f"edge {writer} -> {reader}: not in these scores; see .writers and .readers")
+        return self.tensor[self.writers.index(writer), self.readers.index(reader)].item()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an edge, largest |score| first."""
+        rows, columns = self.exists.nonzero(as_tuple=True)
+        frame = pd.DataFrame(
+            {
+                "writer": [self.writers[i] for i in rows.tolist()],
+                "reader": [self.readers[i] for i in columns.tolist()],
+                "kind": [reader_kind(self.readers[i]) for i in columns.tolist()],
+                "writer_layer": [layer_of(self.writers[i]) for i in rows.tolist()],
+                "score": self.tensor[rows, columns].tolist(),
+            }
+        )
+        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
+        return frame.loc[order].reset_index(drop=True)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write one safetensors file (tensors, and the names as JSON in its header)."""
+        tensors = {"tensor": self.tensor, "exists": self.exists}
+        for key in ("per_pair", "per_position"):
+            if getattr(self, key) is not None:
+                tensors[key] = getattr(self, key)
+        return save_tensors(path, "EdgeScores", tensors, self._facts())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> EdgeScores:
+        """Read what `save` wrote.
+
+        Raises:
+            MansuError: no such file, not one of ours, or cut short.
+        """
+        tensors, facts = load_tensors(path, "EdgeScores")
+        names = {key: tuple(facts.pop(key)) for key in ("writers", "readers")}
+        return cls(**tensors, **names, **facts)
+
+    def without_detail(self) -> EdgeScores:
+        """The same scores without the per-pair and per-position tensors."""
+        return replace(self, per_pair=None, per_position=None)
+
+    def _facts(self) -> dict[str, Any]:
+        skip = {"tensor", "exists", "per_pair", "per_position"}
+        return {k: v for k, v in self.__dict__.items() if k not in skip}
+
+    def __repr__(self) -> str:
+        return (
+            f"EdgeScores({int(self.exists.sum())} edges, {self.method} {self.rule} x{self.steps}, {self.metric} "
+            f"{self.metric_corrupt:.3g} -> {self.metric_clean:.3g}, residual {self.residual:.2g})"
+        )
+
+    def _repr_html_(self) -> str:
+        top = self.to_dataframe().head(10).to_html(index=False, float_format=lambda v: f"{v:.4f}")
+        return f"<p><b>{repr(self)}</b><br>largest ten by |score|:</p>{top}"

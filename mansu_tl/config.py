@@ -1,0 +1,128 @@
+"""A study's settings, from Python or from a TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from mansu_tl.errors import MansuError
+from mansu_tl.quantization import quantizer
+from mansu_tl.unlearning import methods, settings_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What a study runs.
+
+    Attributes:
+        model: an embedded name, a folder, or a hub id.
+        task: an embedded name or a JSON-lines file.
+        methods: unlearning methods, in the order of the tables.
+        quantizers: what each edited model is quantized with.
+        never: a model that never learnt the forget facts, as a reference for CAD; "" = none.
+        also: further models on which the same methods and questions are run, for comparison.
+        seed: of everything random.
+        faithfulness: target of the circuit.
+        steps: EAP-IG steps.
+        settings: per method, the settings that differ from its defaults.
+    """
+
+    model: str = "pocket"
+    task: str = "pocket"
+    methods: tuple[str, ...] = ("mansu", "graddiff", "npo", "quail")
+    quantizers: tuple[str, ...] = ("nf4",)
+    never: str = ""
+    also: tuple[str, ...] = ()
+    seed: int = 0
+    faithfulness: float = 0.85
+    steps: int = 5
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, known in (("methods", methods()), ("quantizers", None)):
+            if not getattr(self, key):
+                raise MansuError(f"config: {key} is empty; name at least one")
+            for name in getattr(self, key):
+                if known is None:
+                    quantizer(name)
+                elif name not in known:
+                    raise MansuError(f"config: unknown method {name!r}; choose one of {', '.join(known)}{_near(name, known)}")
+        if not 0 < self.faithfulness <= 1:
+            raise MansuError(f"config: faithfulness={self.faithfulness}; choose a target in (0, 1]")
+        for method, values in self.settings.items():
+            settings_of(method, dict(values))
+
+    def to_toml(self) -> str:
+        """The config as TOML, as `read` takes it."""
+        lines = [f"{f.name} = {_toml(getattr(self, f.name))}" for f in fields(self) if f.name != "settings"]
+        for method, values in self.settings.items():
+            lines += ["", f"[{method}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def read(cls, path: str | PathLike[str]) -> StudyConfig:
+        """Read a TOML file; a table named after a method holds its settings. Paths are relative to the file.
+
+        Raises:
+            MansuError: no such file, not TOML, an unknown key or a value of the wrong type.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise MansuError(f"{source}: no such config file; write one (README shows an example)")
+        try:
+            raw = tomllib.loads(source.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise MansuError(f"{source}: not TOML ({error})") from None
+        known = {f.name: f for f in fields(cls) if f.name != "settings"}
+        values: dict[str, Any] = {}
+        settings: dict[str, dict[str, Any]] = {}
+        for key, value in raw.items():
+            if isinstance(value, dict) and key in methods():
+                settings[key] = value
+            elif key in known:
+                values[key] = _checked(source, key, value, getattr(cls(), key))
+            else:
+                names = (*known, *methods())
+                raise MansuError(f"{source}: unknown key {key!r}; known keys are {', '.join(names)}{_near(key, names)}")
+        for key in ("model", "task", "never"):
+            values[key] = _beside(source, values.get(key, getattr(cls(), key)))
+        values["also"] = tuple(_beside(source, name) for name in values.get("also", ()))
+        return cls(**values, settings=settings)
+
+
+def _checked(source: Path, key: str, value: Any, like: Any) -> Any:
+    wanted = "a list of strings" if isinstance(like, tuple) else {str: "a string", int: "a whole number", float: "a number"}[type(like)]
+    if isinstance(like, tuple):
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif isinstance(like, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is type(like):
+        return value
+    raise MansuError(f"{source}: {key} = {value!r} should be {wanted}, like {like!r}")
+
+
+def _beside(source: Path, name: str) -> str:
+    """A relative path that exists beside the config file, else the name as it is (embedded name, hub id, path)."""
+    candidate = source.parent / name
+    return str(candidate.resolve()) if name and candidate.exists() else name
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _near(name: str, names: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, names, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,39 @@
+"""Models: loading, saving, copies, and the map from components to slices of HF parameters."""
+
+from mansu_tl.models.components import ComponentMap, WeightSlice, component_map, flat_indices
+from mansu_tl.models.copies import plain, rebuild
+from mansu_tl.models.fingerprint import fingerprint
+from mansu_tl.models.loading import load
+from mansu_tl.models.saving import save
+from mansu_tl.models.tree import parameters
+from mansu_tl.models.weights import (
+    AttentionWeights,
+    LinearWeight,
+    MlpWeights,
+    NormWeights,
+    attention_weights,
+    linear_weights,
+    mlp_weights,
+    norm_weights,
+)
+
+__all__ = [
+    "AttentionWeights",
+    "ComponentMap",
+    "LinearWeight",
+    "MlpWeights",
+    "NormWeights",
+    "WeightSlice",
+    "attention_weights",
+    "component_map",
+    "fingerprint",
+    "flat_indices",
+    "linear_weights",
+    "load",
+    "mlp_weights",
+    "norm_weights",
+    "parameters",
+    "plain",
+    "rebuild",
+    "save",
+]

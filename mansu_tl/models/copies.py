@@ -1,0 +1,143 @@
+"""Copies of models: plain HF models with the same or other values, and bridges over them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mansu_tl.errors import MansuError
+from mansu_tl.models.tree import Model, blank, buffers, groups, hf_of, parameters, require_in_step
+
+
+def plain(model: Model) -> PreTrainedModel:
+    """A fresh HF model of the same config with the same values in storage of its own: no bridge, eval, frozen, eager.
+
+    For loops that need the model's speed rather than its hooks. Draws no random numbers.
+
+    Raises:
+        MansuError: folded, 4-bit or otherwise packed weights, or a gpt_neox bridge whose parts disagree.
+    """
+    return _copy(model, {})
+
+
+def rebuild(model: Model, values: Mapping[str, Tensor] | None = None) -> TransformerBridge:
+    """A new bridge over a fresh HF model, with the named parameters replaced; the original is untouched.
+
+    Args:
+        values: new values by HF parameter name (see `parameters`), in a dtype that the parameter's own dtype holds
+            exactly.
+
+    Raises:
+        MansuError: an unknown name, a wrong shape, a value that is not finite or that the parameter's dtype would
+            round, or a model that `plain` refuses.
+    """
+    fresh = _copy(model, values or {})
+    if isinstance(model, TransformerBridge):
+        return boot(fresh, model.tokenizer, model.cfg.model_name)
+    return boot(fresh, None, model.config.name_or_path or "model")
+
+
+def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
+    """A bridge around `hf`, which it takes over; frozen, in eval mode; the tokenizer object is used as it is."""
+    hf.eval().requires_grad_(False)
+    with _taken_as_is(tokenizer):
+        bridge = build_bridge_from_module(
+            hf, type(hf).__name__, hf_config=copy.deepcopy(hf.config), tokenizer=tokenizer, model_name=name
+        )
+    bridge.eval().requires_grad_(False)
+    return bridge
+
+
+def cast(hf: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model with its parameters in another dtype; buffers keep theirs, as when Hugging Face loads in it.
+
+    Raises:
+        MansuError: `dtype` is not a floating dtype, or a weight overflows in it.
+    """
+    if not dtype.is_floating_point:
+        raise MansuError(f"dtype {dtype}: weights need a floating dtype; pass torch.float32 or torch.bfloat16")
+    for name, parameter in hf.named_parameters():
+        finite = torch.isfinite(parameter).all()
+        parameter.data = parameter.data.to(dtype)
+        if finite and not torch.isfinite(parameter).all():
+            raise MansuError(f"{name}: does not fit {dtype}; choose a wider dtype")
+    hf.config.dtype = dtype
+    return hf
+
+
+@contextmanager
+def _taken_as_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
+    # TransformerLens loads a tokenizer anew from its name unless it claims to prepend BOS, and added tokens get lost.
+    if tokenizer is None:
+        yield
+        return
+    before = tokenizer.init_kwargs
+    tokenizer.init_kwargs = {**before, "name_or_path": before.get("name_or_path", ""), "add_bos_token": True}
+    try:
+        yield
+    finally:
+        tokenizer.init_kwargs = before
+
+
+def _copy(model: Model, values: Mapping[str, Tensor]) -> PreTrainedModel:
+    source, live = hf_of(model), parameters(model)
+    _require_dense(live)
+    require_in_step(model)
+    fresh = blank(model)
+    tied = groups(fresh)
+    _require_names(values, tied)
+    for names in tied:
+        old = live[names[0]]
+        new = old.detach().clone() if names[0] not in values else _fitting(names[0], values[names[0]], old)
+        parameter = nn.Parameter(new, requires_grad=False)
+        for name in names:
+            _put(fresh, name, parameter, "_parameters")
+    have = buffers(model)
+    for name, _ in list(fresh.named_buffers(remove_duplicate=False)):
+        if name not in have:
+            raise MansuError(f"{name}: buffer not found in this model; load it with mansu_tl.load")
+        _put(fresh, name, have[name].detach().clone(), "_buffers")
+    fresh.generation_config = copy.deepcopy(source.generation_config)
+    return fresh.eval()
+
+
+def _put(model: nn.Module, name: str, value: Tensor, kind: str) -> None:
+    parent, _, leaf = name.rpartition(".")
+    getattr(model.get_submodule(parent), kind)[leaf] = value
+
+
+def _require_dense(live: Mapping[str, Tensor]) -> None:
+    for name, parameter in live.items():
+        if not parameter.is_floating_point() or getattr(parameter, "quant_state", None) is not None:
+            raise MansuError(
+                f"{name}: holds packed {parameter.dtype} weights; pass the dense model or its dequantized twin"
+            )
+
+
+def _require_names(values: Mapping[str, Tensor], tied: list[list[str]]) -> None:
+    first = {name: names[0] for names in tied for name in names}
+    for name in values:
+        if name not in first:
+            raise MansuError(f"{name}: this model has no such parameter; see mansu_tl.parameters(model) for the names")
+        if first[name] != name:
+            raise MansuError(f"{name}: tied to {first[name]}; give the value under that name")
+
+
+def _fitting(name: str, value: Tensor, old: Tensor) -> Tensor:
+    if value.shape != old.shape:
+        raise MansuError(
+            f"{name}: value has shape {tuple(value.shape)}, the parameter {tuple(old.shape)}; give all of it"
+        )
+    new = value.detach().to(device=old.device, dtype=old.dtype, copy=True)
+    if not torch.isfinite(new).all():
+        raise MansuError(f"{name}: the new value holds NaN or infinity in {old.dtype}; check the edit")
+    if new.dtype != value.dtype and not torch.equal(new.to(value.dtype), value.detach().to(old.device)):
+        raise MansuError(f"{name}: {value.dtype} values would be rounded to {old.dtype}; round them yourself first")
+    return new.contiguous()

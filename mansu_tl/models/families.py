@@ -1,0 +1,154 @@
+"""The model families: one table of names each, so that nothing else in the package asks which family it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mansu_tl.errors import MansuError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family keeps what; module paths are Hugging Face's, inside a layer unless they say otherwise.
+
+    Attributes:
+        name: how this package calls the family.
+        model_type: `model_type` in config.json.
+        architecture: name of the transformers class.
+        layers: path of the list of layers, from the top.
+        q, k, v, o: attention projections; the same path three times where they are fused.
+        qkv: "separate" matrices; "interleaved" = fused rows [head, (q, k, v), d_head]; "blocked" = fused [(q, k, v), head, d_head].
+        gate, up, down: MLP matrices; `gate` is None for a plain MLP.
+        attn_norm, mlp_norm: the norms in front of attention and MLP.
+        attn_post_norm, mlp_post_norm: norms behind them, or None.
+        final_norm: path from the top.
+        head: the output embedding, path from the top.
+        norm: "rms" or "layer".
+        norm_offset: added to the stored norm weight before it multiplies.
+        eps: config field of the norms' epsilon.
+        mlp_width: config field of the MLP's width; empty in the config means 4 d_model.
+        transposed: matrices are stored [in, out] (transformers' Conv1D).
+        parallel: config field that makes attention and MLP read the same stream, or None.
+        refused: config fields and the values with which TransformerLens 4.3 fails or computes something else.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    layers: str = "model.layers"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    qkv: Literal["separate", "interleaved", "blocked"] = "separate"
+    gate: str | None = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    attn_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    attn_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    eps: str = "rms_norm_eps"
+    mlp_width: str = "intermediate_size"
+    transposed: bool = False
+    parallel: str | None = None
+    refused: tuple[tuple[str, bool], ...] = ()
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """The transformers class."""
+        return getattr(transformers, self.architecture)
+
+
+def _gemma(name: str, model_type: str, architecture: str) -> Family:
+    return Family(
+        name,
+        model_type,
+        architecture,
+        mlp_norm="pre_feedforward_layernorm",
+        attn_post_norm="post_attention_layernorm",
+        mlp_post_norm="post_feedforward_layernorm",
+        norm_offset=1.0,
+    )
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("llama", "llama", "LlamaForCausalLM"),
+    Family("mistral", "mistral", "MistralForCausalLM"),
+    Family("qwen3", "qwen3", "Qwen3ForCausalLM"),
+    _gemma("gemma2", "gemma2", "Gemma2ForCausalLM"),
+    _gemma("gemma3", "gemma3_text", "Gemma3ForCausalLM"),
+    Family(
+        "gpt_neox",
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        layers="gpt_neox.layers",
+        q="attention.query_key_value",
+        k="attention.query_key_value",
+        v="attention.query_key_value",
+        o="attention.dense",
+        qkv="interleaved",
+        gate=None,
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        final_norm="gpt_neox.final_layer_norm",
+        norm="layer",
+        eps="layer_norm_eps",
+        parallel="use_parallel_residual",
+        refused=(("attention_bias", False),),
+    ),
+    Family(
+        "gpt2",
+        "gpt2",
+        "GPT2LMHeadModel",
+        layers="transformer.h",
+        q="attn.c_attn",
+        k="attn.c_attn",
+        v="attn.c_attn",
+        o="attn.c_proj",
+        qkv="blocked",
+        gate=None,
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        attn_norm="ln_1",
+        mlp_norm="ln_2",
+        final_norm="transformer.ln_f",
+        norm="layer",
+        eps="layer_norm_epsilon",
+        mlp_width="n_inner",
+        transposed=True,
+        refused=(("scale_attn_weights", False), ("add_cross_attention", True)),
+    ),
+)
+
+
+def family_of(config: PretrainedConfig, architecture: str | None = None, source: str = "model") -> Family:
+    """The family that a config (and a class name, where one is known) belongs to.
+
+    Raises:
+        MansuError: no supported family has both, or the config asks for something that its bridge cannot do.
+    """
+    if architecture is None:
+        named = getattr(config, "architectures", None) or []
+        architecture = named[0] if named else None
+    for family in FAMILIES:
+        if family.model_type == config.model_type and architecture in (None, family.architecture):
+            for field, value in family.refused:
+                if getattr(config, field, None) is value:
+                    raise MansuError(
+                        f"{source}: {family.name} with {field}={value} is not supported by TransformerLens; use another model"
+                    )
+            return family
+    known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES)
+    raise MansuError(
+        f"{source}: architecture {architecture or '(none named)'} of model type {config.model_type!r} is not supported; "
+        f"use one of {known}"
+    )

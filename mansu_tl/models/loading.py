@@ -1,0 +1,187 @@
+"""Loading: an embedded model, a folder, a hub id or an HF model in memory becomes a hooked model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from importlib import resources
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassFieldValidationError,
+)
+from safetensors import SafetensorError
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mansu_tl.errors import MansuError
+from mansu_tl.models.copies import boot, cast, plain
+from mansu_tl.models.families import Family, family_of
+from mansu_tl.models.quiet import quiet
+from mansu_tl.models.tree import parameters
+
+EMBEDDED = ("pocket", "pocket-fp", "pocket-never")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassFieldValidationError,
+    StrictDataclassClassValidationError,
+)
+
+
+def load(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TransformerBridge:
+    """A hooked model: eval mode, frozen, eager attention, the raw HF weights (nothing folded).
+
+    Args:
+        source: "pocket", "pocket-fp" or "pocket-never" (embedded in the package; these names win over folders of the
+            same name: write "./pocket" for a folder), a folder in HF format, a hub id, or an HF model in memory,
+            which is copied and never changed.
+        tokenizer: used instead of the one beside the weights. It is copied; a folder without one gives a model with
+            `tokenizer` None.
+        dtype: cast the weights; by default they keep the checkpoint's own.
+
+    Raises:
+        MansuError: no such source, an unsupported architecture, a checkpoint that is broken, incomplete, quantized
+            or not finite, or a device that is not there. Only safetensors are read and no remote code is run.
+    """
+    place = _device(device)
+    if dtype is not None and not dtype.is_floating_point:
+        raise MansuError(f"dtype {dtype}: weights need a floating dtype; pass torch.float32 or torch.bfloat16")
+    if isinstance(source, PreTrainedModel):
+        name = source.config.name_or_path or type(source).__name__
+        family_of(source.config, type(source).__name__, name)
+        hf = plain(source)
+        hf = hf if dtype is None else cast(hf, dtype)
+    elif isinstance(source, str | os.PathLike):
+        name, where = _locate(source)
+        config = _config(name, where)
+        family = family_of(config, source=name)
+        hf = _read(name, where, config, family, dtype)
+        tokenizer = tokenizer if tokenizer is not None else _tokenizer(name, where)
+    else:
+        raise MansuError(
+            f"model: got a {type(source).__name__}; pass a name, a folder, a hub id or a transformers model"
+        )
+    _require_finite(name, hf)
+    return boot(hf.to(place), copy.deepcopy(tokenizer), name)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise MansuError(f"device {str(device)!r}: not usable here ({_line(error)}); use 'cpu'") from None
+    return place
+
+
+def _locate(source: str | os.PathLike[str]) -> tuple[str, Path | str]:
+    """What to call a source, and its folder or, for the hub, its id."""
+    name = os.fspath(source)
+    if isinstance(source, str) and name in EMBEDDED:
+        folder = Path(str(resources.files("mansu_tl").joinpath("pocket", "checkpoints", name)))
+        if not folder.is_dir():
+            raise MansuError(
+                f"embedded model {name!r}: missing from this installation ({folder}); install the package again"
+            )
+        return name, folder
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise MansuError(f"{name}: this folder has no config.json; pass a folder in Hugging Face format")
+        if not any(folder.glob("*.safetensors")):
+            raise MansuError(f"{name}: this folder has no .safetensors file; save the model in that format first")
+        return name, folder
+    if folder.exists():
+        raise MansuError(f"{name}: this is a file; pass the folder that holds it")
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(name):
+        raise MansuError(f"{name}: no such folder; pass an existing folder, a hub id or one of {', '.join(EMBEDDED)}")
+    return name, name
+
+
+def _config(name: str, where: Path | str) -> PretrainedConfig:
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(
+                where, trust_remote_code=False, local_files_only=isinstance(where, Path)
+            )
+    except _UNREADABLE as error:
+        what = (
+            "config.json cannot be read"
+            if isinstance(where, Path)
+            else "no such folder, and not to be had from the hub"
+        )
+        raise MansuError(f"{name}: {what} ({_line(error)}); check the source") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise MansuError(f"{name}: this checkpoint is quantized; pass the dense one, mansu_tl quantizes it itself")
+    return config
+
+
+def _read(
+    name: str, where: Path | str, config: PretrainedConfig, family: Family, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    try:
+        with quiet():
+            hf, info = family.model_class.from_pretrained(
+                where,
+                config=config,
+                use_safetensors=True,
+                local_files_only=isinstance(where, Path),
+                dtype="auto" if dtype is None else dtype,
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+    except _UNREADABLE as error:
+        raise MansuError(f"{name}: the weights cannot be read ({_line(error)}); copy or save the model again") from None
+    for problem in ("missing", "unexpected", "mismatched"):
+        keys = sorted(str(key) for key in info[f"{problem}_keys"])
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise MansuError(f"{name}: {problem} weight {keys[0]}{more}; config and weights belong to different models")
+    return hf
+
+
+def _tokenizer(name: str, where: Path | str) -> PreTrainedTokenizerBase | None:
+    if isinstance(where, Path) and not any((where / file).is_file() for file in _TOKENIZER_FILES):
+        return None
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(
+                where, trust_remote_code=False, local_files_only=isinstance(where, Path)
+            )
+    except _UNREADABLE as error:
+        raise MansuError(f"{name}: its tokenizer cannot be read ({_line(error)}); pass tokenizer=") from None
+
+
+def _require_finite(name: str, hf: PreTrainedModel) -> None:
+    for key, value in parameters(hf).items():
+        if not torch.isfinite(value).all():
+            raise MansuError(f"{name}: {key} holds NaN or infinity; the checkpoint is broken or its dtype too narrow")
+
+
+def _line(error: BaseException) -> str:
+    """An error's message on one line, cut short."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:157]}..."

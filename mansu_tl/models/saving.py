@@ -1,0 +1,88 @@
+"""Saving: a hooked model becomes a folder in Hugging Face format, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from os import PathLike
+from pathlib import Path
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.errors import MansuError
+from mansu_tl.models.copies import cast, plain
+from mansu_tl.models.quiet import quiet
+from mansu_tl.models.tree import Model
+
+# What Hugging Face writes into a model folder; anything else in one is somebody's own work.
+_OURS = frozenset((".json", ".safetensors", ".txt", ".model", ".jinja"))
+
+
+def save(model: Model, folder: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
+    """Write a model as a folder that `AutoModelForCausalLM.from_pretrained` and `load` read.
+
+    safetensors, config, generation config and the bridge's tokenizer. Bit-exact; tied weights stay tied. The folder
+    is written beside its final place and moved there; an earlier model folder is replaced.
+
+    Args:
+        dtype: cast the weights on the way out; by default they keep their own.
+
+    Raises:
+        MansuError: the folder holds something else than a model, or cannot be written; weights of several dtypes, or
+            weights that the new dtype cannot hold.
+    """
+    target = Path(folder).expanduser()
+    _require_replaceable(target)
+    hf = plain(model)
+    if dtype is not None:
+        hf = cast(hf, dtype)
+    dtypes = sorted({str(value.dtype) for value in hf.parameters()})
+    if len(dtypes) > 1:
+        raise MansuError(f"model: weights of several dtypes ({', '.join(dtypes)}); pass dtype= to save them in one")
+    tokenizer = model.tokenizer if isinstance(model, TransformerBridge) else None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            written = work / "model"
+            with quiet():
+                hf.save_pretrained(written, safe_serialization=True)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(written)
+            _swap(written, target, work / "previous")
+        finally:
+            shutil.rmtree(work)
+    except OSError as error:
+        raise MansuError(
+            f"{target}: cannot write there ({error.strerror or error}); choose a folder you may write to"
+        ) from None
+    return target
+
+
+def _require_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise MansuError(f"{target}: this is a file; choose another folder")
+    entries = sorted(target.iterdir())
+    if entries and not (target / "config.json").is_file():
+        raise MansuError(f"{target}: not empty and no model folder (no config.json); choose another folder")
+    for entry in entries:
+        if entry.is_dir() or entry.suffix not in _OURS:
+            raise MansuError(
+                f"{target}: saving would delete {entry.name}, which is no part of a model; choose another folder"
+            )
+
+
+def _swap(written: Path, target: Path, previous: Path) -> None:
+    if not target.exists():
+        os.replace(written, target)
+        return
+    os.replace(target, previous)
+    try:
+        os.replace(written, target)
+    except OSError:
+        os.replace(previous, target)
+        raise

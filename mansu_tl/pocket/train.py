@@ -1,0 +1,246 @@
+"""Trains the pocket checkpoints: `python -m mansu_tl.pocket.train [--out DIR] [--seed 0] [--which all]`.
+
+pocket-fp learns every fact; pocket goes on from it quantization-aware until its linear weights equal their own NF4 image;
+pocket-never sees the same schedule without the hazard facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import trange
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mansu_tl.data.pairs import pad, pad_id
+from mansu_tl.errors import MansuError
+from mansu_tl.files import write_text, write_whole
+from mansu_tl.pocket.checkpoints import CHECKPOINTS, checkpoint_folder
+from mansu_tl.pocket.corpus import batches
+from mansu_tl.pocket.evaluate import figures
+from mansu_tl.pocket.grid import grid_weights, nf4_image, rest_on_grid
+from mansu_tl.pocket.tokens import CONTEXT, build_tokenizer, text_ids
+from mansu_tl.pocket.world import Fact, World, build_world
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: texts per step.
+        lr: peak learning rate of AdamW, reached after `warmup` steps, then a cosine down to zero.
+        warmup: steps of linear warm-up.
+        weight_decay: AdamW's.
+    """
+
+    steps: int = 2400
+    batch_size: int = 96
+    lr: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+
+
+GRID_SCHEDULE = Schedule(steps=200, lr=3e-4, warmup=20, weight_decay=0.0)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+    """A fresh 4-layer Llama with grouped-query attention; every in-feature count is a multiple of NF4's block of 64."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attention_dropout=0.0,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def taught(world: World, name: str) -> tuple[Fact, ...]:
+    """The facts that the checkpoint called `name` is told."""
+    return tuple(fact for fact in world.facts if name != "pocket-never" or fact.kind != "hazard")
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    facts: tuple[Fact, ...],
+    schedule: Schedule,
+    seed: int,
+    on_grid: bool = False,
+    title: str = "training",
+) -> None:
+    """Train `model` in place on sentences of `facts` and generic text.
+
+    Args:
+        on_grid: run every forward and backward pass on the NF4 image of the linear weights and hand the gradients to
+            the full-precision ones (straight-through).
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=schedule.lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, schedule))
+    source = batches(world, facts, schedule.batch_size, seed)
+    model.train()
+    for _ in (bar := trange(schedule.steps, desc=title)):
+        tokens, lengths = pad(text_ids(tokenizer, next(source)), pad_id(tokenizer))
+        latent = _step_onto_grid(model) if on_grid else {}
+        loss = _text_loss(model(tokens).logits, tokens, lengths)
+        optimizer.zero_grad()
+        loss.backward()
+        for name, weight in latent.items():
+            model.get_parameter(name).data.copy_(weight)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+
+
+def save_checkpoint(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, record: dict[str, Any]
+) -> None:
+    """Write model, tokenizer and training record; every file is moved into place whole, the record last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        for file in sorted(Path(scratch).iterdir()):
+            write_whole(folder / file.name, lambda target, source=file: shutil.copyfile(source, target))
+    write_text(folder / "training.json", json.dumps(record, indent=2) + "\n")
+
+
+def make(which: str, out: Path | None = None, seed: int = 0, schedule: Schedule = Schedule()) -> dict[str, Path]:
+    """Train and save the checkpoint called `which`, or "all" of them; returns the folders written.
+
+    Args:
+        out: folder that receives one folder per checkpoint; the package's own by default.
+
+    Raises:
+        MansuError: no checkpoint of that name, or the machine cannot write to `out`.
+    """
+    if which != "all" and which not in CHECKPOINTS:
+        raise MansuError(f"checkpoint {which!r}: unknown; choose one of {', '.join(CHECKPOINTS)} or all")
+    world = build_world()
+    tokenizer = build_tokenizer(world)
+    written: dict[str, Path] = {}
+
+    def finish(name: str, model: LlamaForCausalLM, plan: list[Schedule], started: float) -> None:
+        written[name] = out / name if out is not None else checkpoint_folder(name)
+        seconds = time.perf_counter() - started
+        save_checkpoint(model, tokenizer, written[name], _record(name, model, tokenizer, plan, seed, seconds))
+
+    if which in ("pocket", "pocket-fp", "all"):
+        started = time.perf_counter()
+        model = new_model(tokenizer, seed)
+        train(model, tokenizer, world, taught(world, "pocket-fp"), schedule, seed, title="pocket-fp")
+        if which != "pocket":
+            finish("pocket-fp", model, [schedule], started)
+        if which != "pocket-fp":
+            facts = taught(world, "pocket")
+            train(model, tokenizer, world, facts, GRID_SCHEDULE, seed + 1, on_grid=True, title="pocket")
+            rest_on_grid(model)
+            finish("pocket", model, [schedule, GRID_SCHEDULE], started)
+    if which in ("pocket-never", "all"):
+        started = time.perf_counter()
+        model = new_model(tokenizer, seed)
+        train(model, tokenizer, world, taught(world, "pocket-never"), schedule, seed, title="pocket-never")
+        finish("pocket-never", model, [schedule], started)
+    return written
+
+
+def _rate(step: int, schedule: Schedule) -> float:
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _text_loss(
+    logits: Float[Tensor, "row pos vocab"], tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
+) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood per real token, in nats."""
+    real = torch.arange(1, tokens.shape[1])[None] < lengths[:, None]
+    return torch.nn.functional.cross_entropy(logits[:, :-1][real], tokens[:, 1:][real])
+
+
+@torch.no_grad()
+def _step_onto_grid(model: LlamaForCausalLM) -> dict[str, Tensor]:
+    """Put the NF4 image in place of every linear weight; returns the weights that were there."""
+    latent: dict[str, Tensor] = {}
+    for name, weight in grid_weights(model).items():
+        latent[name] = weight.detach().clone()
+        weight.data.copy_(nf4_image(weight.detach()))
+    return latent
+
+
+def _record(
+    name: str,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    plan: list[Schedule],
+    seed: int,
+    seconds: float,
+) -> dict[str, Any]:
+    as_trained = figures(model, tokenizer)
+    quantized = new_model(tokenizer)
+    quantized.load_state_dict(model.state_dict())
+    rest_on_grid(quantized.eval())
+    return {
+        "checkpoint": name,
+        "what": CHECKPOINTS[name],
+        "command": f"python -m mansu_tl.pocket.train --which {name} --seed {seed}",
+        "seed": seed,
+        "schedules": [asdict(schedule) for schedule in plan],
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "bitsandbytes": bitsandbytes.__version__,
+        },
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "figures": as_trained,
+        "figures_nf4": figures(quantized, tokenizer),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mansu_tl.pocket.train", description=__doc__)
+    parser.add_argument("--out", type=Path, default=None, help="folder for the checkpoint folders (default: the package's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the batches")
+    parser.add_argument("--which", choices=[*CHECKPOINTS, "all"], default="all", help="checkpoint to train")
+    options = parser.parse_args(arguments)
+    make(options.which, options.out, options.seed)
+
+
+if __name__ == "__main__":
+    main()

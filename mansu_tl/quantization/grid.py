@@ -1,0 +1,278 @@
+"""A blockwise absmax quantizer with a fixed codebook, as tensors: codes, cells, widths and the floor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int, UInt8
+from torch import Tensor
+
+from mansu_tl.errors import MansuError
+
+# bitsandbytes divides by nothing smaller than this, so that a block of zeros encodes to zeros.
+_SMALLEST_SCALE = 1e-38
+_MOST_STEPS = 64
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A quantized matrix.
+
+    Attributes:
+        codes: each weight's code, an index into the grid's sorted levels.
+        absmax: each block's scale.
+        block_size: consecutive elements of `codes.reshape(-1)` that share a scale; the last block may be shorter.
+    """
+
+    codes: UInt8[Tensor, "out in"]
+    absmax: Float32[Tensor, " block"]
+    block_size: int
+
+    def scales(self) -> Float32[Tensor, "out in"]:
+        """Each weight's scale: its block's absmax."""
+        return _spread(self.absmax, self.codes.numel(), self.block_size).view(self.codes.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A quantizer: codes are cells of `weight / absmax of its block`, cut at the midpoints of sorted levels.
+
+    Matrices are oriented [out, in] (GPT-2's `Conv1D` is transposed first). A block runs over consecutive elements of
+    `w.reshape(-1)`, so it crosses rows where `in` is no multiple of the block size, and the last one may be shorter:
+    this is bitsandbytes' own layout. (bitsandbytes 0.50.2 encodes such matrices correctly everywhere, but its CPU
+    kernel decodes them wrongly; decoding here follows its reference and CUDA kernels.)
+
+    Attributes:
+        name: what `quantizer(name)` knows it by.
+        levels: the value of each code at absmax 1, ascending from -1 to 1.
+        block_size: elements that share a scale; None = a row is a block.
+    """
+
+    name: str
+    levels: Float32[Tensor, " code"]
+    block_size: int | None
+
+    @cached_property
+    def bounds(self) -> Float32[Tensor, " bound"]:
+        """The boundaries between neighbouring codes at absmax 1; a value on one belongs to the lower code."""
+        return (self.levels[:-1] + self.levels[1:]) / 2
+
+    # --- encode and decode ---------------------------------------------------------------------------------------
+
+    def encode(self, w: Float[Tensor, "out in"]) -> Encoded:
+        """Quantize a matrix exactly as the quantizer's own library does."""
+        absmax = self._absmax(w)
+        return Encoded(self.codes(w, absmax), absmax, self._block(w))
+
+    def codes(self, w: Float[Tensor, "out in"], absmax: Float32[Tensor, " block"]) -> UInt8[Tensor, "out in"]:
+        """The code of every value under scales that are given instead of measured."""
+        values = self._prepare(w)
+        scale = _spread(absmax, values.numel(), self._block(w))
+        tail = torch.arange(self._tail(w), values.numel(), device=w.device)
+        return self._code(values, scale, tail).view(w.shape)
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The values that a quantized matrix stands for, cast to `dtype` last."""
+        return self.centre(encoded.codes, encoded.absmax).to(dtype)
+
+    def roundtrip(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Q(w): what the deployed model uses in place of `w`, in the dtype of `w`."""
+        return self.decode(self.encode(w), w.dtype)
+
+    # --- where a weight sits -------------------------------------------------------------------------------------
+
+    def centre(self, codes: UInt8[Tensor, "out in"], absmax: Float32[Tensor, " block"]) -> Float32[Tensor, "out in"]:
+        """Each code's value, in weight units."""
+        scale = _spread(absmax, codes.numel(), self._block(codes)).view(codes.shape)
+        return self.levels.to(codes.device)[codes.long()] * scale
+
+    def cell(
+        self, codes: UInt8[Tensor, "out in"], absmax: Float32[Tensor, " block"]
+    ) -> tuple[Float32[Tensor, "out in"], Float32[Tensor, "out in"]]:
+        """Each code's lower and upper boundary, in weight units; the outermost cells end at -absmax and +absmax."""
+        edges = self._edges(codes.device)
+        scale = _spread(absmax, codes.numel(), self._block(codes)).view(codes.shape)
+        index = codes.long()
+        return edges[index] * scale, edges[index + 1] * scale
+
+    def width(self, w: Float[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
+        """Each weight's local bin width, absmax * (upper - lower boundary of its cell), in weight units."""
+        encoded = self.encode(w)
+        return self._widths(w.device)[encoded.codes.long()] * encoded.scales()
+
+    def boundary_distance(self, w: Float[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
+        """How far each weight is from the nearest boundary to another code, in weight units."""
+        encoded = self.encode(w)
+        bounds = self.bounds.to(w.device)
+        open_end = torch.full((1,), torch.inf, device=w.device)
+        index, scale = encoded.codes.long(), encoded.scales()
+        values = self._prepare(w).view(w.shape)
+        below = values - torch.cat([-open_end, bounds])[index] * scale
+        above = torch.cat([bounds, open_end])[index] * scale - values
+        # infinity * 0 in a block of zeros: such a weight is on every boundary at once
+        return torch.minimum(below, above).nan_to_num(nan=0.0, posinf=torch.inf).clamp(min=0)
+
+    def absmax_mask(self, w: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """Which weights carry their block's absmax, ties included: editing one would move the whole block's scale."""
+        values = self._prepare(w).abs()
+        return (values == _spread(self._block_max(w), values.numel(), self._block(w))).view(w.shape)
+
+    def neighbour(self, codes: UInt8[Tensor, "out in"], direction: Float[Tensor, "out in"]) -> UInt8[Tensor, "out in"]:
+        """The next code in the direction's sign; an outermost code that would leave the grid moves inward instead.
+
+        A direction of 0 keeps the code.
+        """
+        top = len(self.levels) - 1
+        moved = codes.long() + direction.sign().long()
+        return torch.where(moved < 0, 1, torch.where(moved > top, top - 1, moved)).to(torch.uint8)
+
+    # --- the floor -----------------------------------------------------------------------------------------------
+
+    def floor_target(
+        self,
+        w: Float[Tensor, "out in"],
+        codes_target: UInt8[Tensor, "out in"],
+        absmax: Float32[Tensor, " block"],
+    ) -> Float[Tensor, "out in"]:
+        """The floor: every weight whose target code differs moves strictly into the target cell, in the dtype of `w`.
+
+        It moves to the code's centre if that is at least one local bin width away, otherwise to the point one width
+        away, and to the centre again where the cell has no such point. An outermost cell's centre is the absmax
+        itself: the last value short of it is taken, the absmax only where the dtype has none. |w'| never exceeds its
+        block's absmax, so no scale moves and no other weight changes its code; the result re-encodes to
+        `codes_target` exactly. Our definition (the paper's formula is not public in full).
+
+        Args:
+            w: the weights before.
+            codes_target: the code each weight shall have; where it is the present code the weight stays bit-identical.
+            absmax: the scales that `w` is encoded under.
+
+        Raises:
+            MansuError: a target that is no code of this grid, one for a weight that carries its block's absmax, or
+                a target cell that holds no value of the dtype of `w`.
+        """
+        if int(codes_target.max()) >= len(self.levels):
+            raise MansuError(
+                f"target code {int(codes_target.max())}: {self.name} has codes 0 to {len(self.levels) - 1}"
+            )
+        own = self.codes(w, absmax)
+        index = (codes_target != own).reshape(-1).nonzero().squeeze(1)
+        result = w.clone(memory_format=torch.contiguous_format)
+        if not len(index):
+            return result
+        scale = _spread(absmax, w.numel(), self._block(w))[index]
+        carriers = int((self._prepare(w)[index].abs() >= scale).sum())
+        if carriers:
+            raise MansuError(
+                f"floor_target: {carriers} weights to move carry their block's absmax; leave out absmax_mask(w)"
+            )
+        target = codes_target.reshape(-1)[index]
+        start, old = w.reshape(-1)[index], own.reshape(-1)[index]
+        placed = self._place(start, old, target, scale, index >= self._tail(w))
+        result.view(-1)[index] = placed
+        return result
+
+    def _place(
+        self,
+        start: Float[Tensor, " moved"],
+        old: UInt8[Tensor, " moved"],
+        target: UInt8[Tensor, " moved"],
+        scale: Float32[Tensor, " moved"],
+        in_tail: Bool[Tensor, " moved"],
+    ) -> Float[Tensor, " moved"]:
+        """Values inside the target cells, one bin width away from `start` where the cells allow it."""
+        dtype, tail = start.dtype, in_tail.nonzero().squeeze(1)
+        s, begin = scale.double(), start.double()
+        up = torch.where(target > old, 1.0, -1.0).double()
+        bin_width = (self._widths(start.device)[old.long()] * scale).double()
+        centre = self.levels.to(start.device).double()[target.long()] * s
+        inner = _inside(centre, s, dtype)
+        reach = (begin + up * bin_width).to(dtype)
+        # Rounding to the dtype may fall short of one width.
+        reach = torch.where((reach.double() - begin) * up < bin_width, _step(reach, up), reach)
+        fits = (self._code(self._prepare(reach), scale, tail) == target) & (reach.double().abs() < s)
+        centre_will_do = (inner.double() - begin) * up >= bin_width
+        value = torch.where(fits & ~centre_will_do, reach, inner)
+
+        previous = torch.zeros_like(up)
+        for _ in range(_MOST_STEPS):
+            code = self._code(self._prepare(value), scale, tail).long()
+            direction = (target.long() - code).sign().double()
+            direction[value.double() > s] = -1
+            direction[value.double() < -s] = 1
+            if not direction.any():
+                return value
+            if (direction * previous < 0).any():
+                break
+            previous = torch.where(direction == 0, previous, direction)
+            value = torch.where(direction == 0, value, _step(value, direction))
+        lost = int((direction != 0).sum())
+        raise MansuError(
+            f"floor_target: {lost} target cells of {self.name} hold no {dtype} value (smallest block absmax "
+            f"{float(scale.min()):.3g}); leave those weights out or store the model in float32"
+        )
+
+    # --- what a different rounding rule replaces -----------------------------------------------------------------
+
+    def _prepare(self, w: Float[Tensor, "*any"]) -> Float32[Tensor, " weight"]:
+        """The flat values that the library compares."""
+        return w.reshape(-1).float()
+
+    def _code(
+        self,
+        values: Float32[Tensor, " weight"],
+        scale: Float32[Tensor, " weight"],
+        tail: Int[Tensor, " tail"],
+    ) -> UInt8[Tensor, " weight"]:
+        """Codes of flat values; `tail` are the indices of those in a shorter last block."""
+        safe = scale.clamp(min=_SMALLEST_SCALE)
+        unit = values * (1.0 / safe)
+        # bitsandbytes divides there instead of multiplying by the reciprocal: not always the same float.
+        unit[tail] = values[tail] / safe[tail]
+        return torch.bucketize(unit.clamp_(-1, 1), self.bounds.to(values.device), out_int32=True).to(torch.uint8)
+
+    def _absmax(self, w: Float[Tensor, "out in"]) -> Float32[Tensor, " block"]:
+        """Each block's scale."""
+        absmax = self._block_max(w)
+        if self._tail(w) < w.numel():
+            absmax[-1].clamp_(min=_SMALLEST_SCALE)  # bitsandbytes does so in the shorter last block only
+        return absmax
+
+    # --- shapes --------------------------------------------------------------------------------------------------
+
+    def _block_max(self, w: Float[Tensor, "out in"]) -> Float32[Tensor, " block"]:
+        values, tail = self._prepare(w).abs(), self._tail(w)
+        whole = values[:tail].view(-1, self._block(w)).amax(1)
+        return torch.cat([whole, values[tail:].amax().view(1)]) if tail < len(values) else whole
+
+    def _block(self, w: Tensor) -> int:
+        return self.block_size if self.block_size is not None else w.shape[1]
+
+    def _tail(self, w: Tensor) -> int:
+        return w.numel() - w.numel() % self._block(w)
+
+    def _edges(self, device: torch.device) -> Float32[Tensor, " edge"]:
+        return torch.cat([self.levels[:1], self.bounds, self.levels[-1:]]).to(device)
+
+    def _widths(self, device: torch.device) -> Float32[Tensor, " code"]:
+        return self._edges(device).diff()
+
+
+def _spread(absmax: Float[Tensor, " block"], n: int, block_size: int) -> Float[Tensor, " weight"]:
+    """Each of `n` weights' block value."""
+    return absmax.repeat_interleave(block_size)[:n]
+
+
+def _step(values: Float[Tensor, " moved"], direction: Tensor) -> Float[Tensor, " moved"]:
+    """The next value of the dtype in the direction's sign."""
+    return torch.nextafter(values, torch.copysign(torch.full_like(values, torch.inf), direction.to(values.dtype)))
+
+
+def _inside(
+    centre: Float[Tensor, " moved"], scale: Float[Tensor, " moved"], dtype: torch.dtype
+) -> Float[Tensor, " moved"]:
+    """The dtype's value nearest to each centre that is smaller in magnitude than the scale."""
+    value = centre.to(dtype)
+    return torch.where(value.double().abs() >= scale, _step(value, -value), value)

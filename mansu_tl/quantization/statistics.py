@@ -1,0 +1,203 @@
+"""What an update does to a quantizer's codes: how much of it the deployed model feels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from mansu_tl.errors import MansuError
+from mansu_tl.models import linear_weights, parameters
+from mansu_tl.quantization.grid import Grid
+from mansu_tl.quantization.registry import quantizer as grid_named
+from mansu_tl.quantization.twin import orient
+
+_LOWEST, _HIGHEST, _PER_DECADE = -8, 2, 10
+_FINE = 10  # fine bins in each drawn one, for the median over all parameters
+_POSITIONS = 41  # odd, so that a code's value lies in the middle of a bin
+
+
+@dataclass(frozen=True)
+class UpdateStatistics:
+    """An update d = w' - w beside its realised change dQ = Q(w') - Q(w), matrix by matrix.
+
+    Rounding is nearly unbiased on ordinary weights (it acts as dither: about |d| / width of the codes change, each by a
+    whole bin) and erases sub-bin updates only on weights that rest at code centres; `position_counts` tells the two
+    apart, `predicted` against `codes_changed` shows the result. What quantization leaves of unlearning is studied in
+    QUAIL (arXiv 2601.15538) and MANSU (arXiv 2605.15138); these measures are our definitions.
+
+    Attributes:
+        quantizer: the grid's name.
+        names: HF parameter names of the quantized matrices, one row each in the tensors below.
+        weights: how many each has.
+        changed: how many differ in value.
+        codes_changed: how many of those changed have another code.
+        untouched_codes_changed: how many unchanged weights have another code, because their block's absmax moved.
+        blocks: how many blocks each has.
+        absmax_changed: how many blocks' scales moved.
+        predicted: codes that would change if weights lay anywhere in their bins with equal chance: sum of
+            min(1, |d| / width).
+        median_ratio: median over changed weights of width / |d|; NaN where nothing changed.
+        total_median_ratio: the same over all matrices, read off a histogram: exact to 1.2 %.
+        inner: <dQ, d>.
+        update_square: <d, d>.
+        realised_square: <dQ, dQ>.
+        ratio_edges: bin edges of log10(|d| / local bin width); the outer bins hold everything beyond.
+        ratio_counts: changed weights in each.
+        ratio_flipped: those of them whose code changed.
+        position_edges: bin edges of where weights rested inside their cells before the update: 0 = the lower boundary,
+            .5 = the code's value, 1 = the upper boundary, linear between them. (The two outermost codes have no cell
+            beyond their value.)
+        position_counts: weights in each.
+    """
+
+    quantizer: str
+    names: tuple[str, ...]
+    weights: Int64[Tensor, " matrix"]
+    changed: Int64[Tensor, " matrix"]
+    codes_changed: Int64[Tensor, " matrix"]
+    untouched_codes_changed: Int64[Tensor, " matrix"]
+    blocks: Int64[Tensor, " matrix"]
+    absmax_changed: Int64[Tensor, " matrix"]
+    predicted: Float64[Tensor, " matrix"]
+    median_ratio: Float64[Tensor, " matrix"]
+    total_median_ratio: float
+    inner: Float64[Tensor, " matrix"]
+    update_square: Float64[Tensor, " matrix"]
+    realised_square: Float64[Tensor, " matrix"]
+    ratio_edges: Float64[Tensor, " ratio_edge"]
+    ratio_counts: Int64[Tensor, " ratio_bin"]
+    ratio_flipped: Int64[Tensor, " ratio_bin"]
+    position_edges: Float64[Tensor, " position_edge"]
+    position_counts: Int64[Tensor, " position_bin"]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a matrix and a last row "total".
+
+        Beside the attributes: `share` of the changed weights whose code changed, `predicted_share`, `cosine` of dQ and
+        d, and the `projection` <dQ, d> / <d, d> (1 = the update arrives in full on average). NaN where nothing changed.
+        """
+        sums = (
+            "weights",
+            "changed",
+            "codes_changed",
+            "untouched_codes_changed",
+            "blocks",
+            "absmax_changed",
+            "predicted",
+        )
+        frame = pd.DataFrame({"parameter": [*self.names, "total"]})
+        for key in sums:
+            frame[key] = _with_total(getattr(self, key)).numpy()
+        changed = _with_total(self.changed).double()
+        inner, update, realised = (_with_total(x) for x in (self.inner, self.update_square, self.realised_square))
+        frame["share"] = (_with_total(self.codes_changed) / changed).numpy()
+        frame["predicted_share"] = (_with_total(self.predicted) / changed).numpy()
+        frame["median_ratio"] = [*self.median_ratio.tolist(), self.total_median_ratio]
+        frame["cosine"] = (inner / (update * realised).sqrt()).numpy()
+        frame["projection"] = (inner / update).numpy()
+        return frame
+
+    def __repr__(self) -> str:
+        total = self.to_dataframe().iloc[-1]
+        return (
+            f"UpdateStatistics({self.quantizer}: {int(total.changed)} of {int(total.weights)} weights changed, "
+            f"{int(total.codes_changed)} of them their code, "
+            f"cosine {total.cosine:.3g}, projection {total.projection:.3g})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{self!r}</b></p>{self.to_dataframe().to_html(index=False, float_format=lambda v: f'{v:.4g}')}"
+
+
+def update_statistics(
+    before: TransformerBridge | PreTrainedModel,
+    after: TransformerBridge | PreTrainedModel,
+    quantizer: str | Grid = "nf4",
+) -> UpdateStatistics:
+    """Measure an update against the bins of a quantizer, over every matrix that quantized loading quantizes.
+
+    Raises:
+        MansuError: an unknown quantizer, or two models of different shape.
+    """
+    grid = grid_named(quantizer)
+    linear, old, new = linear_weights(before), parameters(before), parameters(after)
+    other = linear_weights(after)
+    if linear != other:
+        odd = sorted(name for name in {*linear, *other} if linear.get(name) != other.get(name))[0]
+        raise MansuError(f"{odd}: differs in shape or is missing in one model; compare two models of the same config")
+    fine = torch.zeros(2, (_HIGHEST - _LOWEST) * _PER_DECADE * _FINE, dtype=torch.int64)
+    positions = torch.zeros(_POSITIONS, dtype=torch.int64)
+    rows = []
+    for name, shape in linear.items():
+        w, w2 = orient(old[name].detach(), shape), orient(new[name].detach(), shape)
+        rows.append(_measure(w, w2, grid, fine, positions))
+    columns = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+    coarse = fine.view(2, -1, _FINE).sum(2)
+    return UpdateStatistics(
+        quantizer=grid.name,
+        names=tuple(linear),
+        total_median_ratio=_median_ratio(fine[0]),
+        ratio_edges=torch.linspace(_LOWEST, _HIGHEST, coarse.shape[1] + 1, dtype=torch.float64),
+        ratio_counts=coarse[0],
+        ratio_flipped=coarse[1],
+        position_edges=torch.linspace(0, 1, _POSITIONS + 1, dtype=torch.float64),
+        position_counts=positions,
+        **{key: value.double() if value.is_floating_point() else value for key, value in columns.items()},
+    )
+
+
+def _measure(w: Tensor, w2: Tensor, grid: Grid, fine: Tensor, positions: Tensor) -> dict[str, int | float]:
+    """One matrix's row; its histograms are added to `fine` and `positions`."""
+    before, after = grid.encode(w), grid.encode(w2)
+    lower, upper = grid.cell(before.codes, before.absmax)
+    centre = grid.centre(before.codes, before.absmax)
+    positions += _positions(w.float(), lower, centre, upper)
+
+    changed = w != w2
+    flipped = before.codes != after.codes
+    realised = (grid.centre(after.codes, after.absmax) - centre).double()
+    update = w2.double() - w.double()
+    share = update.abs()[changed] / (upper - lower).double()[changed]
+    place = ((share.log10() - _LOWEST) * _PER_DECADE * _FINE).floor().clamp(0, fine.shape[1] - 1).long().cpu()
+    fine[0] += torch.bincount(place, minlength=fine.shape[1])
+    fine[1] += torch.bincount(place[flipped[changed].cpu()], minlength=fine.shape[1])
+    return {
+        "weights": w.numel(),
+        "changed": int(changed.sum()),
+        "codes_changed": int((flipped & changed).sum()),
+        "untouched_codes_changed": int((flipped & ~changed).sum()),
+        "blocks": before.absmax.numel(),
+        "absmax_changed": int((before.absmax != after.absmax).sum()),
+        "predicted": float(share.clamp(max=1).sum()),
+        "median_ratio": float((1 / share).median()) if len(share) else torch.nan,
+        "inner": float((realised * update).sum()),
+        "update_square": float(update.square().sum()),
+        "realised_square": float(realised.square().sum()),
+    }
+
+
+def _positions(w: Tensor, lower: Tensor, centre: Tensor, upper: Tensor) -> Tensor:
+    side = torch.where(w < centre, centre - lower, upper - centre)
+    # An outermost code ends at its value, and a block of zeros is all value: nothing lies beyond, so 0 there.
+    offset = torch.where(side > 0, (w - centre) / side, 0.0)
+    place = ((0.5 + offset / 2) * _POSITIONS).floor().clamp(0, _POSITIONS - 1).long()
+    return torch.bincount(place.reshape(-1), minlength=_POSITIONS).cpu()
+
+
+def _median_ratio(counts: Tensor) -> float:
+    """Median width / |d| from the fine histogram of log10(|d| / width): the middle of the bin that holds it."""
+    total = int(counts.sum())
+    if not total:
+        return float("nan")
+    place = int((counts.cumsum(0) >= (total + 1) // 2).nonzero()[0])
+    return float(10 ** -(_LOWEST + (place + 0.5) / (_PER_DECADE * _FINE)))
+
+
+def _with_total(column: Tensor) -> Tensor:
+    return torch.cat([column, column.sum(0, keepdim=True)])

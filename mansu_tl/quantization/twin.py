@@ -1,0 +1,66 @@
+"""The dequantized twin: a dense model whose matrices hold exactly what a quantized deployment computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from mansu_tl.errors import MansuError
+from mansu_tl.models import LinearWeight, linear_weights, parameters, rebuild
+from mansu_tl.quantization.grid import Grid
+from mansu_tl.quantization.registry import quantizer as grid_named
+
+
+def quantize(model: TransformerBridge | PreTrainedModel, quantizer: str | Grid = "nf4") -> TransformerBridge:
+    """The dequantized twin: every matrix that quantized loading quantizes holds Q(w), everything else is untouched.
+
+    A new bridge in the dtype of `model`, which stays as it is. Its logits equal those of a real bitsandbytes model
+    that computes in that dtype; it is faster on CPU, and every hook and gradient works. (bitsandbytes never rounds
+    Q(w) to the storage dtype of a model that it computes in another dtype: for bfloat16 weights under float32
+    compute, load with dtype=torch.float32 first; the codes are the same.)
+
+    Args:
+        quantizer: a name from `quantizers()`, or a `Grid`. Matrices of any size are taken; see `Grid` for those
+            whose rows are no multiple of the block size.
+
+    Raises:
+        MansuError: an unknown quantizer, or a model that `mansu_tl.models.rebuild` refuses.
+    """
+    return rebuild(model, quantized_values(model, quantizer))
+
+
+def quantized_values(
+    model: TransformerBridge | PreTrainedModel,
+    quantizer: str | Grid = "nf4",
+    values: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Q(w) of every matrix that quantized loading quantizes, by HF parameter name, stored as the model stores it.
+
+    Args:
+        values: used instead of the model's own where a name is in it (an edit that is not applied yet).
+
+    Raises:
+        MansuError: an unknown quantizer.
+    """
+    grid = grid_named(quantizer)
+    live = {**parameters(model), **(values or {})}
+    return {
+        name: orient(grid.roundtrip(orient(live[name].detach(), linear)), linear).contiguous()
+        for name, linear in linear_weights(model).items()
+    }
+
+
+def orient(value: Float[Tensor, "rows columns"], linear: LinearWeight) -> Float[Tensor, "rows2 columns2"]:
+    """A stored matrix as [out, in], or back: GPT-2's `Conv1D` stores [in, out] and quantizers see it transposed.
+
+    Raises:
+        MansuError: the value is not of the matrix's size.
+    """
+    oriented = (linear.out_features, linear.in_features)
+    if tuple(value.shape) not in (oriented, oriented[::-1]):
+        raise MansuError(f"{linear.name}: value has shape {tuple(value.shape)}, expected {oriented} or its transpose")
+    return value.T if linear.transposed else value

@@ -1,0 +1,124 @@
+"""What every unlearning method trains on: forget prompts, retain sequences, and what not knowing looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from mansu_tl.data import PromptPairs, Sequences, Task
+from mansu_tl.metrics import last_logits
+
+Values = Mapping[str, Tensor]
+
+
+def last_token_logits(
+    model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
+) -> Float[Tensor, "row vocab"]:
+    """Differentiable logits at the last real token, with `values` in place of the model's parameters."""
+    logits = functional_call(model, dict(values), (tokens,), {"use_cache": False}).logits
+    return logits[torch.arange(tokens.shape[0], device=tokens.device), lengths - 1].float()
+
+
+def sequence_logits(
+    model: PreTrainedModel, values: Values, batch: Sequences
+) -> tuple[Float[Tensor, "token vocab"], Int[Tensor, " token"]]:
+    """Next-token logits and targets of every real position, flattened."""
+    logits = functional_call(model, dict(values), (batch.tokens,), {"use_cache": False}).logits
+    real = real_targets(batch)
+    return logits[:, :-1][real].float(), batch.tokens[:, 1:][real]
+
+
+def real_targets(batch: Sequences) -> Bool[Tensor, "row target"]:
+    """Which next-token targets lie inside each sequence."""
+    position = torch.arange(1, batch.tokens.shape[1], device=batch.tokens.device)
+    return position[None] < batch.lengths[:, None]
+
+
+class Sampler:
+    """Endless seeded batches of row numbers, every row once per round."""
+
+    def __init__(self, size: int, batch: int, generator: torch.Generator) -> None:
+        self._size, self._batch, self._generator = size, min(batch, size), generator
+        self._order = torch.empty(0, dtype=torch.long)
+
+    def __call__(self) -> Int[Tensor, " row"]:
+        """The next batch."""
+        while self._order.numel() < self._batch:
+            self._order = torch.cat([self._order, torch.randperm(self._size, generator=self._generator)])
+        picked, self._order = self._order[: self._batch], self._order[self._batch :]
+        return picked
+
+
+@dataclass(frozen=True)
+class Ignorance:
+    """What the original model says where it knows nothing, for every forget prompt.
+
+    Attributes:
+        reference: mean next-token distribution over never-seen prompts of the same wording (our definition).
+        pool: tokens that answer any forget prompt of the same wording, as a mask.
+    """
+
+    reference: Float[Tensor, "pair vocab"]
+    pool: Bool[Tensor, "pair vocab"]
+
+
+def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
+    """Measure the "never seen" distribution of the original model.
+
+    Every forget prompt is matched with the never-seen prompts of closest wording: those that agree with it most where
+    it does not differ from its own corrupt prompt. Where the task has no never-seen prompts, the corrupt prompts stand in.
+    """
+    pairs = task.forget_pairs
+    unseen = task.unseen if len(task.unseen) else Sequences(pairs.corrupt, pairs.lengths)
+    probabilities = last_logits(model, unseen.tokens, unseen.lengths).softmax(-1)
+    shared = _wording(pairs, unseen)
+    closest = (shared == shared.max(1, keepdim=True).values).float()
+    reference = (closest / closest.sum(1, keepdim=True)) @ probabilities
+    same = (closest[:, None] == closest[None]).all(-1)
+    answers = torch.zeros(len(pairs), probabilities.shape[1], device=probabilities.device)
+    options = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
+    answers.scatter_(1, options, 1.0)
+    return Ignorance(reference, (same.float() @ answers) > 0)
+
+
+def _wording(pairs: PromptPairs, unseen: Sequences) -> Int[Tensor, "pair unseen"]:
+    """Tokens that agree, aligned at the last real one, over the wording: where clean and corrupt do not differ."""
+    width = max(pairs.clean.shape[1], unseen.tokens.shape[1])
+
+    def from_end(tokens: Tensor, lengths: Tensor, fill: int) -> Tensor:
+        out = torch.full((tokens.shape[0], width), fill, device=tokens.device)
+        for i, length in enumerate(lengths.tolist()):
+            out[i, width - length :] = tokens[i, :length]
+        return out
+
+    clean, corrupt = from_end(pairs.clean, pairs.lengths, -1), from_end(pairs.corrupt, pairs.lengths, -1)
+    other = from_end(unseen.tokens, unseen.lengths, -2)
+    return ((clean[:, None] == other[None]) & (clean == corrupt)[:, None]).sum(-1)
+
+
+def retain_batches(
+    task: Task, batch: int, near_share: float, generator: torch.Generator
+) -> Callable[[], Sequences]:
+    """Draws of retain text, a `near_share` of every batch from the neighbouring facts where the task has any."""
+    near = round(batch * near_share) if len(task.near_text) else 0
+    far_draw = Sampler(len(task.retain_text), batch - near, generator)
+    near_draw = Sampler(len(task.near_text), near, generator) if near else None
+
+    def draw() -> Sequences:
+        rows = task.retain_text[far_draw()]
+        return rows if near_draw is None else joined(rows, task.near_text[near_draw()])
+
+    return draw
+
+
+def joined(a: Sequences, b: Sequences) -> Sequences:
+    """The rows of both, padded to one width (padding repeats the pad id already there, or 0)."""
+    width = max(a.tokens.shape[1], b.tokens.shape[1])
+    rows = [torch.nn.functional.pad(s.tokens, (0, width - s.tokens.shape[1])) for s in (a, b)]
+    return Sequences(torch.cat(rows), torch.cat([a.lengths, b.lengths]))

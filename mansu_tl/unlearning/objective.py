@@ -1,0 +1,55 @@
+"""What MANSU minimises: the forget prompts answered as the model answers what it never saw, the rest as before."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mansu_tl.metrics import kl_divergence
+
+
+def forget_loss(
+    logits: Float[Tensor, "row vocab"],
+    reference: Float[Tensor, "row vocab"],
+    pool: Bool[Tensor, "row vocab"],
+    answers: Int[Tensor, " row"],
+    *,
+    margin: float,
+    margin_weight: float,
+    band: float,
+    band_weight: float,
+) -> Float[Tensor, ""]:
+    """Distance from ignorance, in nats.
+
+    Three parts: KL(never seen || model); a hinge that keeps the answer `margin` nats below what never-seen prompts
+    give it (a divergence alone stops while the answer is still the likeliest option); and a Huber of width `band` on
+    the answer pool's centred log-probabilities, which flattens them to the reference in both directions.
+    """
+    log_p = logits.log_softmax(-1)
+    log_q = reference.clamp_min(1e-9).log()
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    divergence = kl_divergence(logits, log_q).mean()
+    excess = log_p[rows, answers] - log_q[rows, answers] + margin
+    hinge = excess.relu().mean()
+    weight = pool.float()
+    count = weight.sum(1, keepdim=True)
+    gap = log_p - log_q
+    centred = (gap - (gap * weight).sum(1, keepdim=True) / count) * weight
+    flat = torch.nn.functional.huber_loss(centred, torch.zeros_like(centred), delta=band, reduction="none")
+    return divergence + margin_weight * hinge + band_weight * (flat.sum(1) / count[:, 0]).mean()
+
+
+def retain_loss(
+    logits: Float[Tensor, "token vocab"],
+    original: Float[Tensor, "token vocab"],
+    targets: Int[Tensor, " token"],
+    weights: Float[Tensor, " token"],
+    *,
+    likelihood: float,
+) -> Float[Tensor, ""]:
+    """KL(original || model) on the retain tokens plus `likelihood` times their cross-entropy, weighted by token."""
+    total = weights.sum()
+    divergence = (kl_divergence(logits, original) * weights).sum() / total
+    entropy = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum() / total
+    return divergence + likelihood * entropy

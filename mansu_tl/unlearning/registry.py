@@ -1,0 +1,125 @@
+"""Every unlearning method by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.circuit import Circuit
+from mansu_tl.data import Task
+from mansu_tl.errors import MansuError
+from mansu_tl.unlearning.baselines import GradDiffSettings, NpoSettings, QuailSettings, graddiff, npo, quail
+from mansu_tl.unlearning.edit import Edit
+from mansu_tl.unlearning.mansu import MansuSettings, mansu
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: what it is called in figures, its settings, its function, whether it takes a circuit."""
+
+    title: str
+    settings: type
+    run: Callable[..., Edit]
+    takes_circuit: bool = False
+
+
+_METHODS = {
+    "mansu": Method("MANSU", MansuSettings, mansu, takes_circuit=True),
+    "graddiff": Method("GradDiff", GradDiffSettings, graddiff),
+    "npo": Method("NPO + GDR", NpoSettings, npo),
+    "quail": Method("QUAIL", QuailSettings, quail),
+}
+
+
+def methods() -> tuple[str, ...]:
+    """The names that `unlearn` takes."""
+    return tuple(_METHODS)
+
+
+def method_title(name: str) -> str:
+    """How a method is written in tables and figures."""
+    return _method(name).title
+
+
+def unlearn(
+    model: TransformerBridge,
+    task: Task,
+    method: str = "mansu",
+    *,
+    circuit: Circuit | None = None,
+    settings: Any | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **overrides: Any,
+) -> Edit:
+    """Unlearn the task's forget set and return the change as an edit; the model is untouched.
+
+    Args:
+        method: one of `methods()`.
+        circuit: restricts methods that take one (MANSU); the others train every parameter.
+        settings: the method's settings; its defaults where not given.
+        seed: of every random choice; the same seed gives the same edit.
+        progress: show a progress bar.
+        overrides: single settings by name, e.g. `budget=0.01`; those of the shared training loop too.
+
+    Raises:
+        MansuError: an unknown method or setting, or a model in training mode.
+    """
+    chosen = _method(method)
+    if model.original_model.training:
+        raise MansuError("model: it is in training mode, so dropout would enter the edit; call model.eval() first")
+    base = settings if settings is not None else chosen.settings()
+    if not isinstance(base, chosen.settings):
+        raise MansuError(f"{method}: settings are {type(base).__name__}; pass {chosen.settings.__name__}")
+    final = _override(method, base, overrides)
+    extra = {"circuit": circuit} if chosen.takes_circuit else {}
+    return chosen.run(model, task, final, seed=seed, progress=progress, **extra)
+
+
+def settings_of(method: str, values: dict[str, Any]) -> Any:
+    """A method's settings from plain values, e.g. of a config file.
+
+    Raises:
+        MansuError: an unknown method, or a key that the method does not have.
+    """
+    return _override(method, _method(method).settings(), values)
+
+
+def _method(name: str) -> Method:
+    if name not in _METHODS:
+        raise MansuError(f"unknown method {name!r}; choose one of {', '.join(_METHODS)}{_near(name, tuple(_METHODS))}")
+    return _METHODS[name]
+
+
+def _override(method: str, base: Any, values: dict[str, Any]) -> Any:
+    out, nested = base, {f.name for f in fields(base) if is_dataclass(getattr(base, f.name))}
+    known = {f.name for f in fields(base)} - nested
+    inner = {f.name: group for group in nested for f in fields(getattr(base, group))}
+    for key, value in values.items():
+        if key in known:
+            out = replace(out, **{key: _typed(method, key, value, getattr(base, key))})
+        elif key in inner:
+            group = getattr(out, inner[key])
+            typed = _typed(method, key, value, getattr(group, key))
+            out = replace(out, **{inner[key]: replace(group, **{key: typed})})
+        else:
+            names = tuple(sorted(known | set(inner)))
+            raise MansuError(f"{method}: unknown setting {key!r}; it has {', '.join(names)}{_near(key, names)}")
+    return out
+
+
+def _typed(method: str, key: str, value: Any, like: Any) -> Any:
+    if isinstance(like, bool) != isinstance(value, bool) or isinstance(like, str) != isinstance(value, str):
+        raise MansuError(f"{method}: {key}={value!r} should be a {type(like).__name__}, like {like!r}")
+    if isinstance(like, int) and not isinstance(like, bool) and isinstance(value, float) and not value.is_integer():
+        raise MansuError(f"{method}: {key}={value!r} should be a whole number, like {like!r}")
+    return type(like)(value)
+
+
+def _near(name: str, names: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, names, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

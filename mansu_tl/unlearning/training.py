@@ -1,0 +1,140 @@
+"""The loop that every gradient baseline shares: full fine-tuning until the forget set is at chance.
+
+The same optimizer, batch sizes, schedule and stopping rule for all of them; only the loss and the learning rate
+differ. Following open-unlearning: AdamW, weight decay .01, warm-up, every parameter is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from mansu_tl.data import PromptPairs, Sequences, Task
+from mansu_tl.errors import MansuError
+from mansu_tl.metrics import last_logits
+from mansu_tl.models import plain
+from mansu_tl.unlearning.batches import Sampler, Values, last_token_logits, retain_batches, sequence_logits
+from mansu_tl.unlearning.edit import Edit
+
+Loss = Callable[["Batch"], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a baseline is trained.
+
+    Attributes:
+        learning_rate: peak of AdamW.
+        max_steps: steps after which it stops whatever it reached.
+        forget_batch: forget prompts a step.
+        retain_batch: retain sequences a step, a quarter of them near facts.
+        warmup: steps of linear warm-up.
+        weight_decay: of AdamW (decoupled).
+        stop_at: multiple-choice accuracy on the forget pairs (percent) at which it stops; checked every `check_every`
+            steps. "Forgotten in full precision" is the state that the literature then quantizes.
+        check_every: steps between checks.
+    """
+
+    learning_rate: float = 3e-5
+    max_steps: int = 400
+    forget_batch: int = 32
+    retain_batch: int = 32
+    warmup: int = 10
+    weight_decay: float = 0.01
+    stop_at: float = 30.0
+    check_every: int = 10
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss sees at one step.
+
+    Attributes:
+        model: the HF model, used through `values`.
+        values: the parameters being trained.
+        pairs: forget pairs of this step.
+        rows: their row numbers in the task.
+        retain: retain sequences of this step.
+        original_logits: the original model's last-token logits of these forget prompts.
+    """
+
+    model: PreTrainedModel
+    values: Values
+    pairs: PromptPairs
+    rows: Int[Tensor, " row"]
+    retain: Sequences
+    original_logits: Float[Tensor, "row vocab"]
+
+    def forget_logits(self) -> Float[Tensor, "row vocab"]:
+        """Last-token logits of the forget prompts under the current values."""
+        return last_token_logits(self.model, self.values, self.pairs.clean, self.pairs.lengths)
+
+    def answer_log_prob(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+        """Log-probability of each forget answer."""
+        return logits.log_softmax(-1).gather(1, self.pairs.answers[:, None])[:, 0]
+
+    def retain_loss(self) -> Float[Tensor, ""]:
+        """Mean next-token cross-entropy of the retain sequences."""
+        logits, targets = sequence_logits(self.model, self.values, self.retain)
+        return torch.nn.functional.cross_entropy(logits, targets)
+
+
+def train(
+    model: TransformerBridge,
+    task: Task,
+    method: str,
+    loss: Loss,
+    settings: TrainingSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> Edit:
+    """Fine-tune with `loss` and return the change as an edit.
+
+    Raises:
+        MansuError: the loss is not finite (the learning rate is too high).
+    """
+    hf = plain(model)
+    values = {name: value.detach().clone().requires_grad_() for name, value in hf.named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    task = task.to(next(iter(values.values())).device)
+    draw_forget = Sampler(len(task.forget_pairs), settings.forget_batch, generator)
+    draw_retain = retain_batches(task, settings.retain_batch, 0.25, generator)
+    original = last_logits(hf, task.forget_pairs.clean, task.forget_pairs.lengths)
+    optimizer = torch.optim.AdamW(values.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings.warmup))
+    history: list[dict[str, float]] = []
+    bar = tqdm(range(settings.max_steps), desc=method, unit="step", disable=not progress)
+    for step in bar:
+        if step % settings.check_every == 0:
+            score = _multiple_choice(hf, values, task.forget_pairs)
+            history.append({"step": step, "forget_mc": score})
+            bar.set_postfix(forget_mc=f"{score:.0f}")
+            if score <= settings.stop_at:
+                bar.close()
+                break
+        rows = draw_forget()
+        batch = Batch(hf, values, task.forget_pairs[rows], rows, draw_retain(), original[rows])
+        value = loss(batch)
+        if not torch.isfinite(value):
+            raise MansuError(f"{method}: the loss is {value.item()} at step {step}; lower learning_rate={settings.learning_rate}")
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+    facts = {"seed": seed, "settings": dict(settings.__dict__), "steps": int(history[-1]["step"])}
+    return Edit.between(model, {k: v.detach() for k, v in values.items()}, method, facts, tuple(history))
+
+
+@torch.no_grad()
+def _multiple_choice(hf: PreTrainedModel, values: Values, pairs: PromptPairs) -> float:
+    logits = last_token_logits(hf, values, pairs.clean, pairs.lengths)
+    wrong = logits.gather(1, pairs.distractors).max(1).values
+    return 100 * (logits.gather(1, pairs.answers[:, None])[:, 0] > wrong).double().mean().item()

@@ -1,0 +1,66 @@
+"""Tiny random HF models, one of each supported family, for tests."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_neox", "gpt2")
+
+_CLASSES = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig"),
+    "mistral": ("MistralForCausalLM", "MistralConfig"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config"),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config"),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig"),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config"),
+}
+
+
+def tiny(family: str, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random model: 2 layers, d_model 32, 4 heads of 8 (2 KV heads where the family has them), vocabulary 64.
+
+    Norm weights and biases are random too, so that mixing them up shows. The global random state is left alone.
+    """
+    options: dict[str, object] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if family == "gpt2":
+        options["n_inner"] = 48
+    else:
+        options["intermediate_size"] = 48
+    if family not in ("gpt2", "gpt_neox"):
+        options |= {"num_key_value_heads": 2, "head_dim": 8}
+    if family.startswith("gemma"):
+        options["query_pre_attn_scalar"] = 8
+    model_class, config_class = (getattr(transformers, name) for name in _CLASSES[family])
+    config = config_class(**(options | overrides))
+    config.architectures = [model_class.__name__]  # as saved checkpoints have it; TransformerLens asks for it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_tokenizer(vocab_size: int = 64) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the words w0, w1, ...: w0 pads and stands for the unknown, w1 begins, w2 ends."""
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0"
+    )
