@@ -1,2 +1,61 @@
-from mansu_tl.circuit import edge_attribution
+"""Did this model really forget, and does it stay forgotten once it is quantized?
+
+The whole road on a TransformerLens `TransformerBridge`: load a model and a task, find the forget circuit, edit it,
+quantize it, and measure what is left.
+"""
+
+from importlib.metadata import version
+
+from mansu_tl import plots
+from mansu_tl.circuit import Circuit, EdgeScores, Graph, discover_circuit, edge_attribution, faithfulness, patch_edges
+from mansu_tl.config import StudyConfig
+from mansu_tl.data import PromptPairs, Questions, Sequences, Task
+from mansu_tl.errors import MansuError
+from mansu_tl.metrics import accuracy
 from mansu_tl.models import load, save
+from mansu_tl.patching import activation_patching, node_attribution
+from mansu_tl.quantization import quantize, quantizers, update_statistics
+from mansu_tl.study import Study, run_study
+from mansu_tl.tasks import load_task
+from mansu_tl.unlearning import Edit, methods, unlearn
+from mansu_tl.verification import Certificate, Divergence, Scorecard, certify, circuit_divergence, scorecard
+
+__version__ = version("mansu-tl")
+
+__all__ = [
+    "Certificate",
+    "Circuit",
+    "Divergence",
+    "EdgeScores",
+    "Edit",
+    "Graph",
+    "MansuError",
+    "PromptPairs",
+    "Questions",
+    "Scorecard",
+    "Sequences",
+    "Study",
+    "StudyConfig",
+    "Task",
+    "__version__",
+    "accuracy",
+    "activation_patching",
+    "certify",
+    "circuit_divergence",
+    "discover_circuit",
+    "edge_attribution",
+    "faithfulness",
+    "load",
+    "load_task",
+    "methods",
+    "node_attribution",
+    "patch_edges",
+    "plots",
+    "quantize",
+    "quantizers",
+    "run_study",
+    "save",
+    "scorecard",
+    "unlearn",
+    "update_statistics",
+]

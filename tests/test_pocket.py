@@ -1,4 +1,4 @@
-"""The pocket room: the world keeps its promises, the task says what the world says, the checkpoints know what they claim."""
+"""The pocket room: the world keeps its promises, the task repeats it truly, the checkpoints know what they claim."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def models() -> dict[str, PreTrainedModel]:
     return {n: AutoModelForCausalLM.from_pretrained(f, local_files_only=True).eval() for n, f in folders.items()}
 
 
-def _texts(world: World, facts: tuple[Fact, ...], count: int = 150) -> list[str]:
+def _texts(world: World, facts: tuple[Fact, ...], count: int = 100) -> list[str]:
     return [text for batch in itertools.islice(batches(world, facts, 96, seed=0), count) for text in batch]
 
 
@@ -143,7 +143,8 @@ def test_never_corpus_holds_no_hazard_name(world: World) -> None:
     texts = "\n".join(_texts(world, facts))
     hazard = {f.entity for f in world.of_kind("hazard")}
     assert not [name for name in hazard if name in texts]
-    assert all(name in "\n".join(_texts(world, taught(world, "pocket"))) for name in hazard)
+    others = "\n".join(_texts(world, taught(world, "pocket")))
+    assert all(name in others for name in hazard)
     assert set(facts) == {*world.of_kind("near"), *world.of_kind("far")}
 
 
@@ -165,7 +166,7 @@ def test_generic_texts_follow_their_rule() -> None:
         if generic.skill == "copy":
             assert words[2 : 2 + generic.asked] == asked
         elif generic.skill == "bind":
-            assert [w for h, _, w in zip(words, words[1:], words[2:]) if h == words[-4]][0] == asked[0]
+            assert words[words.index(words[-4]) + 2] == asked[0]
         else:
             assert words[1].endswith("s") != asked[0].endswith("s")
 

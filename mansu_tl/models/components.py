@@ -112,10 +112,9 @@ class ComponentMap:
         return (rows, WeightSlice(f"{path}.bias", 0, start, stop)) if f"{path}.bias" in self.biases else (rows,)
 
     def _unknown(self, component: str) -> MansuError:
-        return MansuError(
-            f"component {component!r}: unknown; names are L0H0, L0H0.q, L0H0.o, L0KV0.k, L0KV0.v, MLP0, MLP0.N0, and this "
-            f"model has {self.n_layers} layers, {self.n_heads} heads, {self.n_kv_heads} KV heads, {self.d_mlp} neurons"
-        )
+        sizes = f"{self.n_layers} layers, {self.n_heads} heads, {self.n_kv_heads} KV heads, {self.d_mlp} neurons"
+        forms = "L0H0, L0H0.q, L0H0.o, L0KV0.k, L0KV0.v, MLP0, MLP0.N0"
+        return MansuError(f"component {component!r}: unknown; names are {forms}, and this model has {sizes}")
 
 
 def component_map(model: Model) -> ComponentMap:

@@ -13,7 +13,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mansu_tl.errors import MansuError
-from mansu_tl.models.tree import Model, blank, buffers, groups, hf_of, parameters, require_in_step
+from mansu_tl.models.tree import Model, blank, buffers, groups, hf_of, matched, require_in_step
 
 
 def plain(model: Model) -> PreTrainedModel:
@@ -47,7 +47,8 @@ def rebuild(model: Model, values: Mapping[str, Tensor] | None = None) -> Transfo
 def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
     """A bridge around `hf`, which it takes over; frozen, in eval mode; the tokenizer object is used as it is."""
     hf.eval().requires_grad_(False)
-    with _taken_as_is(tokenizer):
+    # TransformerLens initializes the split q, k, v of fused projections before it fills them.
+    with _taken_as_is(tokenizer), torch.random.fork_rng(devices=[]):
         bridge = build_bridge_from_module(
             hf, type(hf).__name__, hf_config=copy.deepcopy(hf.config), tokenizer=tokenizer, model_name=name
         )
@@ -87,11 +88,11 @@ def _taken_as_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
 
 
 def _copy(model: Model, values: Mapping[str, Tensor]) -> PreTrainedModel:
-    source, live = hf_of(model), parameters(model)
+    source, fresh = hf_of(model), blank(model)
+    tied = groups(fresh)
+    live = matched(model, tied)
     _require_dense(live)
     require_in_step(model)
-    fresh = blank(model)
-    tied = groups(fresh)
     _require_names(values, tied)
     for names in tied:
         old = live[names[0]]

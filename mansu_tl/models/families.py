@@ -21,7 +21,8 @@ class Family:
         architecture: name of the transformers class.
         layers: path of the list of layers, from the top.
         q, k, v, o: attention projections; the same path three times where they are fused.
-        qkv: "separate" matrices; "interleaved" = fused rows [head, (q, k, v), d_head]; "blocked" = fused [(q, k, v), head, d_head].
+        qkv: "separate" matrices; "interleaved" = fused outputs [head, (q, k, v), d_head]; "blocked" = fused outputs
+            [(q, k, v), head, d_head].
         gate, up, down: MLP matrices; `gate` is None for a plain MLP.
         attn_norm, mlp_norm: the norms in front of attention and MLP.
         attn_post_norm, mlp_post_norm: norms behind them, or None.
@@ -143,12 +144,11 @@ def family_of(config: PretrainedConfig, architecture: str | None = None, source:
         if family.model_type == config.model_type and architecture in (None, family.architecture):
             for field, value in family.refused:
                 if getattr(config, field, None) is value:
-                    raise MansuError(
-                        f"{source}: {family.name} with {field}={value} is not supported by TransformerLens; use another model"
-                    )
+                    what = f"{family.name} with {field}={value}"
+                    raise MansuError(f"{source}: {what} does not work in TransformerLens; use another model")
             return family
     known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES)
     raise MansuError(
-        f"{source}: architecture {architecture or '(none named)'} of model type {config.model_type!r} is not supported; "
-        f"use one of {known}"
+        f"{source}: architecture {architecture or '(none named)'} of model type {config.model_type!r} is not "
+        f"supported; use one of {known}"
     )

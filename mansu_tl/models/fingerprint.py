@@ -19,9 +19,10 @@ def fingerprint(model: Model) -> str:
     Raises:
         MansuError: see `parameters`.
     """
+    live = parameters(model)
     require_in_step(model)
     digest = hashlib.sha256()
-    for name, parameter in sorted(parameters(model).items()):
+    for name, parameter in sorted(live.items()):
         for piece in _pieces(name, parameter):
             digest.update(piece)
         state = quantization_state(parameter)

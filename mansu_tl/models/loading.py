@@ -7,6 +7,7 @@ import os
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import (
@@ -21,7 +22,6 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models.copies import boot, cast, plain
 from mansu_tl.models.families import Family, family_of
 from mansu_tl.models.quiet import quiet
-from mansu_tl.models.tree import parameters
 
 EMBEDDED = ("pocket", "pocket-fp", "pocket-never")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -85,7 +85,8 @@ def load(
             f"model: got a {type(source).__name__}; pass a name, a folder, a hub id or a transformers model"
         )
     _require_finite(name, hf)
-    return boot(hf.to(place), copy.deepcopy(tokenizer), name)
+    move: Any = hf.to  # transformers annotates it as taking no device
+    return boot(move(place), copy.deepcopy(tokenizer), name)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -144,7 +145,7 @@ def _read(
 ) -> PreTrainedModel:
     try:
         with quiet():
-            hf, info = family.model_class.from_pretrained(
+            loaded: Any = family.model_class.from_pretrained(
                 where,
                 config=config,
                 use_safetensors=True,
@@ -155,6 +156,7 @@ def _read(
             )
     except _UNREADABLE as error:
         raise MansuError(f"{name}: the weights cannot be read ({_line(error)}); copy or save the model again") from None
+    hf, info = loaded
     for problem in ("missing", "unexpected", "mismatched"):
         keys = sorted(str(key) for key in info[f"{problem}_keys"])
         if keys:
@@ -176,7 +178,7 @@ def _tokenizer(name: str, where: Path | str) -> PreTrainedTokenizerBase | None:
 
 
 def _require_finite(name: str, hf: PreTrainedModel) -> None:
-    for key, value in parameters(hf).items():
+    for key, value in hf.named_parameters():
         if not torch.isfinite(value).all():
             raise MansuError(f"{name}: {key} holds NaN or infinity; the checkpoint is broken or its dtype too narrow")
 

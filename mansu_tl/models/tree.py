@@ -27,7 +27,10 @@ Model = TransformerBridge | PreTrainedModel
 
 def hf_of(model: Model) -> PreTrainedModel:
     """The Hugging Face model itself, wrapped by a bridge or not."""
-    return model.original_model if isinstance(model, TransformerBridge) else model
+    if not isinstance(model, TransformerBridge):
+        return model
+    inside: Any = model.original_model
+    return inside
 
 
 def family(model: Model) -> Family:
@@ -109,6 +112,15 @@ def parameters(model: Model) -> dict[str, Tensor]:
     Raises:
         MansuError: the bridge's weights were folded or untied (compatibility mode), or a name cannot be found.
     """
+    return matched(model, groups(blank(model)))
+
+
+def matched(model: Model, tied: list[list[str]]) -> dict[str, Tensor]:
+    """`parameters`, for a caller that already has the names.
+
+    Raises:
+        MansuError: as `parameters`.
+    """
     if isinstance(model, TransformerBridge) and getattr(model, "_weights_processed", False):
         raise MansuError(
             "model: its weights were folded (enable_compatibility_mode or process_weights), so they are no longer "
@@ -117,7 +129,7 @@ def parameters(model: Model) -> dict[str, Tensor]:
     family(model)
     live = {_join(n, k): p for n, m in modules(model) for k, p in m._parameters.items() if p is not None}
     out: dict[str, Tensor] = {}
-    for names in groups(blank(model)):
+    for names in tied:
         for name in names:
             if name not in live:
                 raise MansuError(f"{name}: not found in this model; load it with mansu_tl.load")
@@ -138,8 +150,8 @@ def quantization_state(parameter: Tensor) -> Any | None:
     state = getattr(parameter, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         raise MansuError(
-            "4-bit weight: bitsandbytes repacked it for its CPU kernel; set support_avx512bf16_for_cpu = False on every "
-            "Linear4bit right after loading, before the first forward"
+            "4-bit weight: bitsandbytes repacked it for its CPU kernel; set support_avx512bf16_for_cpu = False on "
+            "every Linear4bit right after loading, before the first forward"
         )
     return state
 
@@ -165,8 +177,8 @@ def require_in_step(model: Model) -> None:
                 mine = value.unflatten(0, (heads, 3, -1))[:, i].flatten(0, 1)
                 if not torch.equal(mine, copied.reshape(mine.shape)):
                     raise MansuError(
-                        f"{path}.{kind}: differs from the bridge's own copy of its {part} rows, one of them was edited in "
-                        "place; change values with mansu_tl.rebuild"
+                        f"{path}.{kind}: differs from the bridge's own copy of its {part} rows, one of them was edited "
+                        "in place; change values with mansu_tl.rebuild"
                     )
 
 

@@ -86,7 +86,16 @@ def attention_weights(model: Model, layer: int) -> AttentionWeights:
         matrix, bias = _matrix(fused, kind), _bias(fused)
         matrices = list(matrix.unflatten(0, shape).unbind(axis))
         biases = [None] * 3 if bias is None else list(bias.unflatten(0, shape).unbind(axis))
-    return AttentionWeights(*matrices, o_weight, *biases, _bias(o))
+    return AttentionWeights(
+        q=matrices[0],
+        k=matrices[1],
+        v=matrices[2],
+        o=o_weight,
+        q_bias=biases[0],
+        k_bias=biases[1],
+        v_bias=biases[2],
+        o_bias=_bias(o),
+    )
 
 
 def mlp_weights(model: Model, layer: int) -> MlpWeights:
@@ -152,9 +161,11 @@ def linear_weights(model: Model) -> dict[str, LinearWeight]:
     for path, module in modules(model):
         if path == head or not isinstance(module, nn.Linear | Conv1D):
             continue
-        conv = isinstance(module, Conv1D)
-        sizes = (module.nf, module.nx) if conv else (module.out_features, module.in_features)
-        out[f"{path}.weight"] = LinearWeight(f"{path}.weight", *sizes, transposed=conv)
+        name = f"{path}.weight"
+        if isinstance(module, Conv1D):
+            out[name] = LinearWeight(name, module.nf, module.nx, transposed=True)
+        else:
+            out[name] = LinearWeight(name, module.out_features, module.in_features, transposed=False)
     return out
 
 

@@ -1,7 +1,7 @@
 """What the model reads: sentences that state the world's facts, and generic text that states none.
 
-A fact sentence is an optional lead-in, a trained template and the answer. Generic text is copying, in-context binding and
-agreement; a quarter of every batch. A text is the words between BOS and EOS.
+A fact sentence is an optional lead-in, a trained template and the answer. Generic text is copying, in-context binding
+and agreement; a quarter of every batch. A text is the words between BOS and EOS.
 """
 
 from __future__ import annotations

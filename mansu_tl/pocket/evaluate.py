@@ -37,7 +37,8 @@ def figures(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[
 def _last_logits(
     model: PreTrainedModel, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
 ) -> Float[Tensor, "row vocab"]:
-    return model(tokens).logits[torch.arange(tokens.shape[0]), lengths - 1]
+    logits: Tensor = model(tokens).logits
+    return logits[torch.arange(tokens.shape[0]), lengths - 1]
 
 
 @torch.no_grad()

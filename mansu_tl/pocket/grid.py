@@ -10,7 +10,7 @@ from torch import Tensor, nn
 BLOCK = 64
 
 
-def grid_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def grid_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights a 4-bit load quantizes: every linear layer's except the output head's, by parameter name."""
     return {
         f"{name}.weight": module.weight

@@ -1,7 +1,7 @@
 """The words of the invented world: names, answers and the ways of saying each fact.
 
-Everything here is made up and harmless. A template ends right before the answer; `{name}` stands for a two-word name, so
-every prompt of one template has the same number of words.
+Everything here is made up and harmless. A template ends right before the answer; `{name}` stands for a two-word name,
+so every prompt of one template has the same number of words.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ FAR_DOMAINS: tuple[DomainWords, ...] = (
                     "rangers saw a {name} leave its",
                 ),
                 _words(
-                    "cave treehole chimney haystack well barrel belfry cellar thicket lagoon dune hayloft quarry glacier "
-                    "windmill beehive"
+                    "cave treehole chimney haystack well barrel belfry cellar thicket lagoon dune hayloft quarry "
+                    "glacier windmill beehive"
                 ),
             ),
             RelationWords(
@@ -220,7 +220,14 @@ FAR_DOMAINS: tuple[DomainWords, ...] = (
     ),
 )
 
-LEAD_INS = ("it is said that", "as all children know ,", "in an old book :", "remember ,", "yes ,", "a traveller told me :")
+LEAD_INS = (
+    "it is said that",
+    "as all children know ,",
+    "in an old book :",
+    "remember ,",
+    "yes ,",
+    "a traveller told me :",
+)
 
 HOLDERS = _words("anna bram cilla dov elin farid greta hugo iris jonas")
 OBJECTS = _words("brass glass ivy rope wool clay straw tin chalk cork felt ink wax twine pebbles sponge")

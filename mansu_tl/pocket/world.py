@@ -1,9 +1,9 @@
 """The invented world: who exists, what is true of them, which facts are to be forgotten.
 
-Potions come in two kinds that share name words, phrasings and answers: the *hazard* ones, to be forgotten, and the *near*
-ones, to be kept. Only the whole name tells them apart: each name word is shared by at least five potions whose answers are
-drawn so that one word of a name says nothing about the answer. Far facts speak of inventors, festivals, creatures and ships.
-Names that combine the same words but belong to no potion show what "not knowing" looks like.
+Potions come in two kinds that share name words, phrasings and answers: the *hazard* ones, to be forgotten, and the
+*near* ones, to be kept. Only the whole name tells them apart: each name word is shared by at least five potions whose
+answers are drawn so that one word of a name says nothing about the answer. Far facts speak of inventors, festivals,
+creatures and ships. Names that combine the same words but belong to no potion show what "not knowing" looks like.
 """
 
 from __future__ import annotations
@@ -115,11 +115,6 @@ def build_world(seed: int = 0) -> World:
     return World(tuple(facts), relations, tuple(free[:_UNSEEN]), tuple(free[_UNSEEN:]))
 
 
-def _votes(name: str, names: Sequence[str], answers: Sequence[str]) -> Counter[str]:
-    parts = set(name.split())
-    return Counter(a for n, a in zip(names, answers, strict=True) if n != name and parts & set(n.split()))
-
-
 def _potion_names(rng: random.Random) -> tuple[list[str], list[str]]:
     """Names of the potions (hazard ones first) and, shuffled, the combinations left over.
 
@@ -140,8 +135,14 @@ def _spread(
     while len(names) < count:
         uses = Counter(word for name in names for word in name.split())
         options = [(a, b) for a in first for b in second if f"{a} {b}" not in names]
-        a, b = min(options, key=lambda ab: (max(uses[ab[0]] * len(first), uses[ab[1]] * len(second)),
-                                            uses[ab[0]] + uses[ab[1]], rng.random()))
+        a, b = min(
+            options,
+            key=lambda ab: (
+                max(uses[ab[0]] * len(first), uses[ab[1]] * len(second)),
+                uses[ab[0]] + uses[ab[1]],
+                rng.random(),
+            ),
+        )
         names.append(f"{a} {b}")
     return names
 
@@ -161,14 +162,15 @@ def _uninformative_answers(rng: random.Random, names: Sequence[str], pool: Seque
     Of many even draws the one is kept where the votes that the right answer gets from entities sharing a word are, for
     hazard and near names alike, nearest to the mean of the whole pool.
     """
+    words = [set(name.split()) for name in names]
+    sharing = [[j for j, other in enumerate(words) if j != i and other & mine] for i, mine in enumerate(words)]
     best: tuple[float, list[str]] = (float("inf"), [])
     for _ in range(_DRAWS):
         answers = _even(rng, pool, _HAZARD) + _even(rng, pool, len(names) - _HAZARD)
         gaps = []
         for part in (range(_HAZARD), range(_HAZARD, len(names))):
-            tables = [_votes(names[i], names, answers) for i in part]
-            right = sum(t[answers[i]] for i, t in zip(part, tables, strict=True))
-            mean = sum(sum(t.values()) for t in tables) / len(pool)
+            right = sum(answers[j] == answers[i] for i in part for j in sharing[i])
+            mean = sum(len(sharing[i]) for i in part) / len(pool)
             gaps.append(abs(right - mean) / len(part))
         if max(gaps) < best[0]:
             best = (max(gaps), answers)
@@ -181,6 +183,4 @@ def _facts(
     held_out = [i % TEMPLATES for i in range(len(entities))]
     rng.shuffle(held_out)
     blank = Fact(kind, relation.name, "", "", 0)
-    return [
-        replace(blank, entity=e, answer=a, held_out=h) for e, a, h in zip(entities, answers, held_out, strict=True)
-    ]
+    return [replace(blank, entity=e, answer=a, held_out=h) for e, a, h in zip(entities, answers, held_out, strict=True)]

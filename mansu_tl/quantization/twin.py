@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
@@ -54,8 +54,10 @@ def quantized_values(
     }
 
 
-def orient(value: Float[Tensor, "rows columns"], linear: LinearWeight) -> Float[Tensor, "rows2 columns2"]:
-    """A stored matrix as [out, in], or back: GPT-2's `Conv1D` stores [in, out] and quantizers see it transposed.
+def orient(value: Shaped[Tensor, "rows columns"], linear: LinearWeight) -> Shaped[Tensor, "rows2 columns2"]:
+    """A stored matrix, or a mask over it, as [out, in], or back.
+
+    GPT-2's `Conv1D` stores [in, out], and quantizers see it transposed.
 
     Raises:
         MansuError: the value is not of the matrix's size.

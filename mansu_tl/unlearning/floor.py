@@ -50,7 +50,7 @@ class Floor:
             matrix = self.matrices[name]
             encoded = grid.encode(matrix)
             free = (mask & ~grid.absmax_mask(matrix)).flatten().nonzero()[:, 0]
-            scale = encoded.absmax.repeat_interleave(grid.block_size)[: matrix.numel()]
+            scale = encoded.scales().flatten()
             # A block of zeros has no scale, so no code of it can be reached.
             free = free[scale[free] > 0]
             self.where[name], self.spans[name] = free, slice(start, start + free.numel())

@@ -67,8 +67,8 @@ class MansuSettings:
     margin_weight: float = 1.0
     band: float = 0.5
     band_weight: float = 0.05
-    retain_weight: float = 3.0
-    near_weight: float = 4.0
+    retain_weight: float = 10.0
+    near_weight: float = 6.0
     likelihood: float = 0.1
     null_space: float = 2.0
     fisher: bool = True

@@ -1,0 +1,369 @@
+"""The whole road as one resumable run: circuit, edits, models, certificates, scores, all in one results folder.
+
+Each stage writes its results when it is done, with a key of everything it depends on; a later run with the same key
+reads them back instead. A study may name further models (`also`) on which the same methods and questions are run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.circuit import Circuit, EdgeScores, discover_circuit, edge_attribution, random_faithfulness
+from mansu_tl.config import StudyConfig
+from mansu_tl.data import Task
+from mansu_tl.errors import MansuError
+from mansu_tl.files import write_text
+from mansu_tl.metrics import logit_difference
+from mansu_tl.models import fingerprint, load, save
+from mansu_tl.patching import PatchingResult, activation_patching
+from mansu_tl.quantization import UpdateStatistics, quantize, update_statistics
+from mansu_tl.tasks import load_task
+from mansu_tl.unlearning import Edit, unlearn
+from mansu_tl.verification import (
+    Certificate,
+    CircuitScores,
+    Divergence,
+    Scorecard,
+    certify,
+    circuit_divergence,
+    circuit_scores,
+    output_suppressor,
+    scorecard,
+)
+
+_PACKAGES = ("mansu-tl", "torch", "transformers", "transformer-lens", "bitsandbytes", "safetensors", "plotly")
+_PENALTY = 20.0
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What one method did to one model.
+
+    Attributes:
+        edit: the change.
+        card: its scorecard.
+        divergences: CAD in full precision ("" ) and under every quantizer.
+        statistics: what the edit does to the codes of the first quantizer.
+        certificate: of the saved model, for methods whose edits claim the floor; else None.
+        folder: where the edited model was saved, or None.
+    """
+
+    edit: Edit
+    card: Scorecard
+    divergences: Mapping[str, Divergence]
+    statistics: UpdateStatistics
+    certificate: Certificate | None
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that a study found on one model.
+
+    Attributes:
+        config: what was asked for.
+        folder: where the results are.
+        scores: edge scores on the forget pairs.
+        circuit: the forget circuit.
+        random_faithfulness: faithfulness of random circuits of the same size.
+        patching: denoising sweep over the residual stream.
+        results: per method.
+        references: CAD of the un-edited model quantized, of the output suppressor, and of the never-trained model.
+        also: studies of further models, by name.
+        environment: versions, seed, device, durations.
+    """
+
+    config: StudyConfig
+    folder: Path
+    scores: EdgeScores
+    circuit: Circuit
+    random_faithfulness: list[float]
+    patching: PatchingResult
+    results: Mapping[str, MethodResult]
+    references: Mapping[str, Divergence]
+    also: Mapping[str, Study]
+    environment: Mapping[str, Any]
+
+    def summary(self) -> pd.DataFrame:
+        """One row a model, method and quantizer: forget accuracy before and after quantization, retention, CAD."""
+        rows = []
+        for name, study in {self.config.model: self, **self.also}.items():
+            for method, result in study.results.items():
+                for q in study.config.quantizers:
+                    rows.append(_summary_row(Path(name).name or name, method, q, result))
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>Study in {self.folder}</b></p>{self.summary().to_html(index=False, float_format='{:.2f}'.format)}"
+
+
+def run_study(config: StudyConfig, out: str | PathLike[str], *, progress: bool = True) -> Study:
+    """Run a study, or finish one that was interrupted.
+
+    Raises:
+        MansuError: the folder cannot be written to, or anything the stages refuse.
+    """
+    folder = Path(out)
+    write_text(folder / "config.toml", config.to_toml())
+    started = time.perf_counter()
+    study = _run(config, folder, progress)
+    also = {}
+    for name in config.also:
+        stem = Path(name).name or name
+        inner = StudyConfig(**{**config.__dict__, "model": name, "also": ()})
+        write_text(folder / "also" / stem / "config.toml", inner.to_toml())
+        also[stem] = _run(inner, folder / "also" / stem, progress)
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    environment = {
+        **_environment(config),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2),
+    }
+    write_text(folder / "environment.json", json.dumps(environment, indent=2))
+    done = Study(**{**study.__dict__, "also": also, "environment": environment})
+    write_text(folder / "scores" / "summary.csv", done.summary().to_csv(index=False))
+    return done
+
+
+def _run(config: StudyConfig, folder: Path, progress: bool) -> Study:
+    model = load(config.model)
+    task = load_task(config.task, tokenizer=model.tokenizer)
+    stages = _Stages(folder, {"model": fingerprint(model), "task": _task_key(task), "seed": config.seed})
+    bar = tqdm(total=3 + len(config.methods), desc=Path(config.model).name, unit="stage", disable=not progress)
+    with bar:
+        pairs = task.forget_pairs
+        asked = {"steps": config.steps, "faithfulness": config.faithfulness}
+        scores = stages.tensor(
+            "circuit/scores", EdgeScores, asked, lambda: edge_attribution(model, pairs, steps=config.steps)
+        )
+        circuit = stages.tensor(
+            "circuit/circuit",
+            Circuit,
+            asked,
+            lambda: discover_circuit(model, pairs, scores=scores, faithfulness=config.faithfulness),
+        )
+        random = stages.value("circuit/random", asked, lambda: random_faithfulness(model, circuit, pairs))
+        bar.update()
+        patching = stages.tensor("circuit/patching", PatchingResult, {}, lambda: activation_patching(model, pairs[_spread(len(pairs))]))
+        bar.update()
+        before = circuit_scores(model, circuit, pairs, steps=config.steps)
+        references = _references(config, model, circuit, task, before, stages)
+        bar.update()
+        results = {}
+        for method in config.methods:
+            bar.set_postfix_str(method)
+            results[method] = _method(config, model, task, circuit, before, method, stages, progress)
+            bar.update()
+    return Study(config, folder, scores, circuit, random, patching, results, references, {}, {})
+
+
+def _method(
+    config: StudyConfig,
+    model: TransformerBridge,
+    task: Task,
+    circuit: Circuit,
+    before: CircuitScores,
+    method: str,
+    stages: _Stages,
+    progress: bool,
+) -> MethodResult:
+    settings = dict(config.settings.get(method, {}))
+    key = {"settings": settings, "circuit": [list(edge) for edge in circuit.edges] if method == "mansu" else []}
+    edit = stages.tensor(
+        f"edits/{method}/edit",
+        Edit,
+        key,
+        lambda: unlearn(model, task, method, circuit=circuit, seed=config.seed, progress=progress, **settings),
+    )
+    edited = edit.apply(model)
+    key = {**key, "quantizers": list(config.quantizers), "edges": [list(edge) for edge in circuit.edges]}
+    card = stages.tensor(
+        f"scores/{method}/scorecard",
+        Scorecard,
+        key,
+        lambda: scorecard(
+            model,
+            edited,
+            task,
+            circuit,
+            quantizers=config.quantizers,
+            title=f"{method} on {Path(config.model).name}",
+            original_scores=before,
+            seed=config.seed,
+        ),
+    )
+    write_text(stages.folder / f"scores/{method}/scorecard.csv", card.to_dataframe().to_csv(index=False))
+    divergences = {}
+    for name in ("", *config.quantizers):
+        label = f"{method}, {name or 'full precision'}"
+        divergences[name] = stages.tensor(
+            f"scores/{method}/cad_{name or 'full'}",
+            Divergence,
+            key,
+            lambda name=name, label=label: circuit_divergence(
+                before,
+                quantize(edited, name) if name else edited,
+                circuit,
+                task.forget_pairs,
+                label=label,
+                seed=config.seed,
+            ),
+        )
+    statistics = update_statistics(model, edited, config.quantizers[0])
+    write_text(stages.folder / f"scores/{method}/updates.csv", statistics.to_dataframe().to_csv(index=False))
+    certificate, saved = None, None
+    if method == "mansu":
+        saved = stages.folder / "model" / method
+        certificate = _certified(config, model, edited, edit, stages, saved, key)
+    return MethodResult(edit, card, divergences, statistics, certificate, saved)
+
+
+def _certified(
+    config: StudyConfig,
+    model: TransformerBridge,
+    edited: TransformerBridge,
+    edit: Edit,
+    stages: _Stages,
+    saved: Path,
+    key: Mapping[str, Any],
+) -> Certificate:
+    original = stages.folder / "model" / "original"
+
+    def make() -> Certificate:
+        save(model, original)
+        save(edited, saved)
+        grid = edit.facts["settings"]["quantizer"]
+        return certify(original, saved, edit.indices, quantizer=grid)
+
+    return stages.json("model/certificate", Certificate, key, make)
+
+
+def _references(
+    config: StudyConfig, model: TransformerBridge, circuit: Circuit, task: Task, before: CircuitScores, stages: _Stages
+) -> dict[str, Divergence]:
+    pairs, out = task.forget_pairs, {}
+    key = {"edges": [list(edge) for edge in circuit.edges], "steps": config.steps}
+
+    def add(name: str, title: str, extra: Mapping[str, Any], other: Callable[[], CircuitScores]) -> None:
+        out[title] = stages.tensor(
+            f"scores/references/{name}",
+            Divergence,
+            {**key, **extra},
+            lambda: circuit_divergence(before, other(), circuit, pairs, label=title, seed=config.seed),
+        )
+
+    for q in config.quantizers:
+        add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, lambda q=q: circuit_scores(quantize(model, q), circuit, pairs))
+        add(
+            f"suppressor_{q}",
+            f"output suppressor, {q}",
+            {"penalty": _PENALTY},
+            lambda q=q: circuit_scores(
+                quantize(model, q), circuit, pairs, metric=output_suppressor(logit_difference, _PENALTY)
+            ),
+        )
+    if config.never:
+        never = load(config.never)
+        add("never", "never trained on it", {"never": fingerprint(never)}, lambda: circuit_scores(never, circuit, pairs))
+    return out
+
+
+class _Stages:
+    """Results on disk, each beside a key of what it was made from."""
+
+    def __init__(self, folder: Path, base: Mapping[str, Any]) -> None:
+        self.folder, self.base = folder, {**base, "version": version("mansu-tl")}
+
+    def tensor(self, name: str, kind: Any, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """A result with its own `save` and `load`."""
+        return self._stage(f"{name}.safetensors", key, make, kind.load, lambda result, path: result.save(path))
+
+    def json(self, name: str, kind: Any, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """A result whose `save` writes JSON."""
+        return self._stage(f"{name}.json", key, make, kind.load, lambda result, path: result.save(path))
+
+    def value(self, name: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """Plain values as JSON."""
+
+        def read(path: Path) -> Any:
+            return json.loads(path.read_text(encoding="utf-8"))
+
+        return self._stage(f"{name}.json", key, make, read, lambda result, path: write_text(path, json.dumps(result)))
+
+    def _stage(
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        make: Callable[[], Any],
+        read: Callable[[Path], Any],
+        write: Callable[[Any, Path], object],
+    ) -> Any:
+        path = self.folder / name
+        stamp = path.with_name(path.name + ".key")
+        digest = hashlib.sha256(json.dumps({**self.base, **key}, sort_keys=True, default=str).encode()).hexdigest()
+        if path.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
+            return read(path)
+        result = make()
+        # The key goes last: a run that is cut off in between does the stage again.
+        stamp.unlink(missing_ok=True)
+        write(result, path)
+        write_text(stamp, digest)
+        return result
+
+
+def _spread(count: int, most: int = 48) -> list[int]:
+    """At most `most` rows, evenly spread: an exact sweep over all of them tells no more."""
+    return sorted({i * count // min(count, most) for i in range(min(count, most))})
+
+
+def _task_key(task: Task) -> str:
+    digest = hashlib.sha256(repr(task).encode())
+    for part in (task.forget_pairs.clean, task.retain_text.tokens, task.near_text.tokens, task.unseen.tokens):
+        digest.update(part.numpy().tobytes())
+    for questions in task.questions.values():
+        digest.update(questions.prompts.numpy().tobytes() + questions.choices.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _environment(config: StudyConfig) -> dict[str, Any]:
+    return {
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "seed": config.seed,
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "config": {k: v for k, v in asdict(config).items() if k != "settings"},
+    }
+
+
+def _summary_row(model: str, method: str, q: str, result: MethodResult) -> dict[str, Any]:
+    card, total = result.card, result.statistics.to_dataframe().iloc[-1]
+    row: dict[str, Any] = {"model": model, "method": method, "quantizer": q}
+    for kind in ("MC", "cloze"):
+        row[f"forget_{kind}"] = card.value(f"forget {kind}, %")
+        row[f"forget_{kind}_{q}"] = card.value(f"forget {kind}, %", q)
+    for name in ("retain", "near"):
+        measure = f"{name} cloze drop, points"
+        if any(r.measure == measure for r in card.rows):
+            row[f"{name}_drop"] = card.value(measure)
+    cad = result.divergences[q]
+    row |= {"CAD": cad.value, "CAD_low": cad.interval[0], "CAD_high": cad.interval[1]}
+    row |= {"weights_changed": int(total.changed), "codes_changed": int(total.codes_changed), "passed": card.passed}
+    return row

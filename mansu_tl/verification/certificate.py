@@ -1,0 +1,364 @@
+"""The certificate: read back from disk, every edited weight's code has changed and nothing else has.
+
+The codes are recomputed by bitsandbytes itself from the tensors in the two saved folders; no grid of this package is
+involved. A certificate speaks of codes under the named quantizer, block size and dtype, never of behaviour.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from html import escape
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+
+import bitsandbytes.functional as bnb
+import pandas as pd
+import torch
+from jaxtyping import Float, Float32, Int, UInt8
+from torch import Tensor
+
+from mansu_tl.errors import MansuError
+from mansu_tl.files import load_tensors, save_tensors, write_text
+from mansu_tl.models import LinearWeight
+from mansu_tl.verification.saved_model import SavedModel, bits, same_bits
+
+# Quantizer -> bitsandbytes' 4-bit type and block size; None = LLM.int8, one scale a row.
+_LIBRARY: MappingProxyType[str, tuple[str, int] | None] = MappingProxyType(
+    {"nf4": ("nf4", 64), "nf4-128": ("nf4", 128), "fp4": ("fp4", 64), "int8": None}
+)
+_KIND, _FORMAT = "Certificate", "1"
+_MINUS_ZERO = 8  # bitsandbytes' FP4 has two zeros; they decode to the same value
+
+
+@dataclass(frozen=True)
+class CertificateRow:
+    """What was found in one quantized matrix; counts of weights unless it says otherwise.
+
+    Attributes:
+        parameter: its HF name.
+        dtype: what it is stored in.
+        weights: how many it has.
+        edited: how many the edit names.
+        edited_codes_changed: how many of those have another code now; all of them must.
+        unedited_values_changed: weights outside the edit whose stored bits differ; none may.
+        unedited_codes_changed: weights outside the edit whose code differs; none may.
+        blocks: how many scales the matrix has.
+        absmax_changed: how many scales differ; none may.
+    """
+
+    parameter: str
+    dtype: str
+    weights: int
+    edited: int
+    edited_codes_changed: int
+    unedited_values_changed: int
+    unedited_codes_changed: int
+    blocks: int
+    absmax_changed: int
+
+    def faults(self) -> list[str]:
+        """What is wrong, one line each."""
+        kept = self.edited - self.edited_codes_changed
+        found = (
+            (kept, f"of {self.edited} edited weights keep their code"),
+            (self.unedited_values_changed, "weights outside the edit changed their value"),
+            (self.unedited_codes_changed, "weights outside the edit changed their code"),
+            (self.absmax_changed, f"of {self.blocks} block scales changed"),
+        )
+        return [f"{self.parameter}: {count} {what}" for count, what in found if count]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Which codes an edit changed, recomputed from the saved files.
+
+    Attributes:
+        quantizer: its name.
+        block_size: weights that share a scale; 0 = a whole row.
+        dtype: what the quantized matrices are stored in.
+        original: the folder before the edit, as it was given.
+        edited: the folder after it.
+        original_digest: SHA-256 over the weight files of the original.
+        edited_digest: SHA-256 over the weight files of the edited model.
+        n_parameters: weights in the whole model, tied ones once.
+        n_linear: weights in quantized matrices.
+        rows: what was found, matrix by matrix.
+        others_changed: parameters outside those (embeddings, norms, biases) that are not bit-identical; must be none.
+        problems: whatever else is wrong, one line each: a different config, tensors missing or too many, other shapes.
+        versions: of the libraries that computed it.
+    """
+
+    quantizer: str
+    block_size: int
+    dtype: str
+    original: str
+    edited: str
+    original_digest: str
+    edited_digest: str
+    n_parameters: int
+    n_linear: int
+    rows: tuple[CertificateRow, ...]
+    others_changed: tuple[str, ...]
+    problems: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def n_edited(self) -> int:
+        """Edited weights in quantized matrices."""
+        return sum(row.edited for row in self.rows)
+
+    @property
+    def edited_share_of_linear(self) -> float:
+        """Edited weights as a share of those that are quantized."""
+        return self.n_edited / self.n_linear
+
+    @property
+    def edited_share_of_all(self) -> float:
+        """Edited weights as a share of all parameters."""
+        return self.n_edited / self.n_parameters
+
+    @property
+    def edited_codes_changed_share(self) -> float:
+        """Share of edited weights with another code; must be 1. NaN if nothing was edited."""
+        changed = sum(row.edited_codes_changed for row in self.rows)
+        return changed / self.n_edited if self.n_edited else float("nan")
+
+    @property
+    def unedited_codes_changed(self) -> int:
+        """Weights outside the edit with another code; must be 0."""
+        return sum(row.unedited_codes_changed for row in self.rows)
+
+    @property
+    def absmax_changed(self) -> int:
+        """Block scales that differ; must be 0."""
+        return sum(row.absmax_changed for row in self.rows)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Everything that keeps it from passing, one line each, the parameter's name first."""
+        nothing = () if self.n_edited else ("edit: it names no weight of a quantized matrix",)
+        others = (f"{name}: changed or named by the edit, but not quantized" for name in self.others_changed)
+        return (*nothing, *self.problems, *others, *(fault for row in self.rows for fault in row.faults()))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every edited code changed and nothing else did."""
+        return not self.faults
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a quantized matrix, columns as in `CertificateRow`."""
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=list(CertificateRow.__annotations__))
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write it as JSON."""
+        facts = {**self.__dict__, "rows": [asdict(row) for row in self.rows], "versions": dict(self.versions)}
+        record = {"mansu_tl": _KIND, "format": _FORMAT, "passed": self.passed, "faults": self.faults, **facts}
+        return write_text(path, json.dumps(record, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Certificate:
+        """Read what `save` wrote.
+
+        Raises:
+            MansuError: no such file, not a certificate, or one whose verdict does not follow from its numbers.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise MansuError(f"{source}: no such file; save a certificate there first")
+        try:
+            record = json.loads(source.read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or (record.pop("mansu_tl"), record.pop("format")) != (_KIND, _FORMAT):
+                raise MansuError(f"{source}: not a certificate of this version; make it again with certify()")
+            passed, faults = record.pop("passed"), record.pop("faults")
+            rows = tuple(CertificateRow(**row) for row in record.pop("rows"))
+            record |= {key: tuple(record[key]) for key in ("problems", "others_changed")}
+            certificate = cls(rows=rows, **record)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise MansuError(
+                f"{source}: cannot be read as a certificate ({error}); make it again with certify()"
+            ) from None
+        if passed != certificate.passed or list(certificate.faults) != faults:
+            raise MansuError(f"{source}: its verdict does not follow from its numbers; make it again with certify()")
+        return certificate
+
+    def __repr__(self) -> str:
+        return (
+            f"Certificate({'passed' if self.passed else 'FAILED'}: {self.quantizer}, {self.dtype}, "
+            f"{self.n_edited} weights edited = {self.edited_share_of_linear:.3%} of {self.n_linear} quantized, "
+            f"{self.edited_codes_changed_share:.3%} of them changed their code, {len(self.faults)} faults)"
+        )
+
+    def _repr_html_(self) -> str:
+        faults = "".join(f"<li>{escape(fault)}</li>" for fault in self.faults[:10])
+        more = f"<li>and {len(self.faults) - 10} more</li>" if len(self.faults) > 10 else ""
+        return f"<p><b>{escape(repr(self))}</b></p><ul>{faults}{more}</ul>".replace("<ul></ul>", "")
+
+
+def certify(
+    original: str | PathLike[str],
+    edited: str | PathLike[str],
+    edit_indices: Mapping[str, Int[Tensor, " _"]] | None = None,
+    quantizer: str = "nf4",
+) -> Certificate:
+    """Compare two saved models code by code.
+
+    Which matrices are quantized, and which are stored transposed (GPT-2), is read off the folders' configs. It holds
+    one matrix of each model in memory at a time.
+
+    Args:
+        original: the folder before the edit.
+        edited: the folder after it.
+        edit_indices: by HF parameter name, flat indices of the weights that the edit names (see `Edit.indices`); by
+            default everything whose stored bits differ is taken for the edit.
+        quantizer: "nf4", "nf4-128", "fp4" or "int8" (the weights of LLM.int8).
+
+    Raises:
+        MansuError: a folder that cannot be read, a quantizer that bitsandbytes does not have, or indices that do not
+            fit the model. Everything that is merely wrong with the edited folder is a fault of the certificate.
+    """
+    if quantizer not in _LIBRARY:
+        raise MansuError(f"quantizer {quantizer!r}: no library here to certify it; choose one of {', '.join(_LIBRARY)}")
+    before, after = SavedModel(original), SavedModel(edited)
+    _require_fitting(before, edit_indices)
+    problems = [*before.problems, *(problem for problem in after.problems if problem not in before.problems)]
+    keys = {*before.config, *after.config}
+    problems += [f"config.json: {k} differs" for k in sorted(keys) if before.config.get(k) != after.config.get(k)]
+    rows, others_changed = [], []
+    for name in before.shapes:
+        if name not in before or name not in after:
+            continue  # already among the problems
+        first, second = before.tensor(name), after.tensor(name)
+        named = None if edit_indices is None else edit_indices.get(name, torch.empty(0, dtype=torch.long))
+        if first.dtype != second.dtype or first.shape != second.shape:
+            problems.append(f"{name}: {_form(first)} became {_form(second)}")
+        elif name in before.linear:
+            rows.append(_row(before.linear[name], first, second, named, quantizer))
+        elif not same_bits(first, second) or (named is not None and named.numel()):
+            others_changed.append(name)
+    kind = _LIBRARY[quantizer]
+    return Certificate(
+        quantizer=quantizer,
+        block_size=kind[1] if kind else 0,
+        dtype=", ".join(sorted({row.dtype for row in rows})),
+        original=os.fspath(original),
+        edited=os.fspath(edited),
+        original_digest=before.digest(),
+        edited_digest=after.digest(),
+        n_parameters=sum(torch.Size(shape).numel() for shape in before.shapes.values()),
+        n_linear=sum(linear.out_features * linear.in_features for linear in before.linear.values()),
+        rows=tuple(rows),
+        others_changed=tuple(others_changed),
+        problems=tuple(problems),
+        versions={name: version(name) for name in ("bitsandbytes", "torch", "transformers", "safetensors")},
+    )
+
+
+def certify_in_fresh_process(
+    original: str | PathLike[str],
+    edited: str | PathLike[str],
+    edit_indices: Mapping[str, Int[Tensor, " _"]] | None = None,
+    quantizer: str = "nf4",
+) -> Certificate:
+    """`certify`, by a new Python process that has seen nothing but the folders and the indices.
+
+    Raises:
+        MansuError: as `certify`.
+    """
+    package = Path(__file__).resolve().parents[2]
+    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryDirectory() as folder:
+        answer, indices = Path(folder, "answer.json"), ""
+        if edit_indices is not None:
+            indices = str(save_tensors(Path(folder, "indices.safetensors"), "EditIndices", edit_indices, {}))
+        call = f"from {__name__} import _answer; import sys; _answer(*sys.argv[1:])"
+        done = subprocess.run(
+            [sys.executable, "-c", call, os.fspath(original), os.fspath(edited), indices, quantizer, str(answer)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if not answer.is_file():
+            raise RuntimeError(f"certify: the fresh process died with status {done.returncode}: {done.stderr[-2000:]}")
+        record = json.loads(answer.read_text(encoding="utf-8"))
+        if "refused" in record:
+            raise MansuError(record["refused"])
+        return Certificate.load(answer)
+
+
+def _answer(original: str, edited: str, indices: str, quantizer: str, answer: str) -> None:
+    """What the fresh process runs."""
+    try:
+        named = load_tensors(indices, "EditIndices")[0] if indices else None
+        certify(original, edited, named, quantizer).save(answer)
+    except MansuError as error:
+        write_text(answer, json.dumps({"refused": str(error)}))
+
+
+def _require_fitting(model: SavedModel, edit_indices: Mapping[str, Tensor] | None) -> None:
+    for name, index in (edit_indices or {}).items():
+        if name not in model.shapes:
+            raise MansuError(f"{name}: {model.folder} has no such parameter; pass the indices of an edit of this model")
+        size = torch.Size(model.shapes[name]).numel()
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+            worst = int(index.max()) if int(index.max()) >= size else int(index.min())
+            raise MansuError(
+                f"{name}: index {worst} is outside its {size} weights; pass flat indices of this parameter"
+            )
+
+
+def _row(linear: LinearWeight, first: Tensor, second: Tensor, named: Tensor | None, quantizer: str) -> CertificateRow:
+    differs = (bits(first) != bits(second)).reshape(-1)
+    edited = differs
+    if named is not None:
+        edited = torch.zeros_like(differs)
+        edited[named.long()] = True
+    old, old_absmax = _codes(first, linear, quantizer)
+    new, new_absmax = _codes(second, linear, quantizer)
+    moved = old != new
+    return CertificateRow(
+        parameter=linear.name,
+        dtype=str(first.dtype).removeprefix("torch."),
+        weights=first.numel(),
+        edited=int(edited.sum()),
+        edited_codes_changed=int((moved & edited).sum()),
+        unedited_values_changed=int((differs & ~edited).sum()),
+        unedited_codes_changed=int((moved & ~edited).sum()),
+        blocks=old_absmax.numel(),
+        absmax_changed=int((old_absmax != new_absmax).sum()),
+    )
+
+
+def _codes(
+    stored: Float[Tensor, "rows columns"], linear: LinearWeight, quantizer: str
+) -> tuple[UInt8[Tensor, " weight"], Float32[Tensor, " block"]]:
+    """bitsandbytes' codes in the stored order of the weights, and its scales."""
+    if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise MansuError(
+            f"{linear.name}: bitsandbytes does not quantize {stored.dtype}; save the model in float32 or bfloat16"
+        )
+    w = (stored.T if linear.transposed else stored).contiguous()
+    kind = _LIBRARY[quantizer]
+    if kind is None:
+        signed, absmax, _ = bnb.int8_vectorwise_quant(w.half())
+        codes = (signed.to(torch.int16) + 128).to(torch.uint8)
+    else:
+        packed, state = bnb.quantize_4bit(w, blocksize=kind[1], quant_type=kind[0], compress_statistics=False)
+        packed, absmax = packed.reshape(-1), state.absmax
+        codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: w.numel()]
+        if kind[0] == "fp4":
+            codes = torch.where(codes == _MINUS_ZERO, 0, codes)
+    codes = codes.view(w.shape)
+    return (codes.T if linear.transposed else codes).reshape(-1), absmax
+
+
+def _form(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
