@@ -7,7 +7,16 @@ quantize it, and measure what is left.
 from importlib.metadata import version
 
 from mansu_tl import plots
-from mansu_tl.circuit import Circuit, EdgeScores, Graph, discover_circuit, edge_attribution, faithfulness, patch_edges
+from mansu_tl.circuit import (
+    Circuit,
+    EdgeScores,
+    Graph,
+    discover_circuit,
+    edge_attribution,
+    faithfulness,
+    patch_edges,
+    random_faithfulness,
+)
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.errors import MansuError
@@ -53,6 +62,7 @@ __all__ = [
     "plots",
     "quantize",
     "quantizers",
+    "random_faithfulness",
     "run_study",
     "save",
     "scorecard",

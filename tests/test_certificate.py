@@ -218,18 +218,22 @@ def test_minus_zero_is_not_zero(tmp_path):
     assert certify(*folders).others_changed == (name,)
 
 
-def test_extra_missing_and_misshapen_tensors_are_named(llama, tampered, tmp_path):
+def test_extra_missing_and_misshapen_tensors_are_named(tampered):
     def change(tensors):
         tensors["model.layers.0.mlp.extra.weight"] = torch.zeros(2, 2)
         del tensors["model.layers.0.self_attn.q_proj.weight"]
         tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(16, 16)
         tensors[MATRIX] = tensors[MATRIX].half()
 
-    faults = certify(*tampered(change)).faults
-    assert "model.layers.0.self_attn.q_proj.weight: missing in tampered" in faults
-    assert "model.layers.0.mlp.extra.weight: not a parameter of this model, but in tampered" in faults
-    assert "model.layers.0.self_attn.k_proj.weight: shape (16, 16) in tampered, the config says (16, 32)" in faults
+    before, copy, indices = tampered(change)
+    faults = certify(before, copy, indices).faults
+    assert f"model.layers.0.self_attn.q_proj.weight: missing in {copy}" in faults
+    assert f"model.layers.0.mlp.extra.weight: not a parameter of this model, but in {copy}" in faults
+    assert f"model.layers.0.self_attn.k_proj.weight: shape (16, 16) in {copy}, the config says (16, 32)" in faults
     assert f"{MATRIX}: float32 (48, 32) became float16 (48, 32)" in faults
+    # Both wrong in the same way: still no pass, and no crash.
+    faults = certify(copy, copy, {}).faults
+    assert f"model.layers.0.self_attn.k_proj.weight: shape (16, 16) in {copy}, the config says (16, 32)" in faults
 
 
 def test_config_and_adapter_are_part_of_the_model(tampered):
@@ -240,7 +244,7 @@ def test_config_and_adapter_are_part_of_the_model(tampered):
     (copy / "adapter_config.json").write_text("{}")
     faults = certify(before, copy, indices).faults
     assert faults == (
-        "adapter_config.json: tampered holds an adapter, which transformers would load on top",
+        f"adapter_config.json: {copy} holds an adapter, which transformers would load on top",
         "config.json: rms_norm_eps differs",
     )
 
@@ -250,7 +254,7 @@ def test_tied_copy_that_differs_is_seen(tmp_path):
     tensors = load_file(after / "model.safetensors")
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
     save_file(tensors, after / "model.safetensors", metadata={"format": "pt"})
-    fault = "lm_head.weight: tied to transformer.wte.weight by the config, but differs in after"
+    fault = f"lm_head.weight: tied to transformer.wte.weight by the config, but differs in {after}"
     assert certify(before, after, indices).faults == (fault,)
 
 

@@ -121,7 +121,8 @@ def test_load_gives_the_logits_of_hf_eager(case):
     hf, bridge = eager(tiny(family, **options)), shared(case)
     torch.testing.assert_close(logits(bridge), logits(hf), rtol=0, atol=3e-6 if family == "gpt2" else 0)
     assert bridge.tokenizer is None
-    assert not bridge.training and not bridge.original_model.training
+    assert not bridge.training
+    assert not bridge.original_model.training
     assert not any(p.requires_grad for p in bridge.original_model.parameters())
     assert not any(p.requires_grad for p in bridge.parameters())
 
@@ -136,8 +137,10 @@ def test_load_never_changes_the_model_it_is_given(family):
             parameter.zero_()
     assert [n for n, _ in hf.named_modules()] == [n for n, _ in twin.named_modules()]
     assert all(torch.equal(a, b) for a, b in zip(hf.parameters(), twin.parameters(), strict=True))
-    assert all(p.requires_grad for p in hf.parameters()) and hf.training
-    assert hf.config.to_dict() == config and hf.config._attn_implementation == twin.config._attn_implementation
+    assert all(p.requires_grad for p in hf.parameters())
+    assert hf.training
+    assert hf.config.to_dict() == config
+    assert hf.config._attn_implementation == twin.config._attn_implementation
     assert torch.equal(torch.get_rng_state(), state), "loading drew random numbers"
 
 
@@ -145,7 +148,8 @@ def test_load_copies_and_keeps_the_tokenizer(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["extra"])
     bridge = load(tiny("llama"), tokenizer=tokenizer)
-    assert bridge.tokenizer is not tokenizer and "add_bos_token" not in tokenizer.init_kwargs
+    assert bridge.tokenizer is not tokenizer
+    assert "add_bos_token" not in tokenizer.init_kwargs
     assert bridge.to_tokens("w5 w6").tolist() == [[1, 5, 6]]
     save(bridge, tmp_path / "m")
     again = load(tmp_path / "m")
@@ -227,7 +231,8 @@ def test_load_refuses_a_broken_folder_in_one_line(tmp_path, what, message, capfd
     capfd.readouterr()
     with pytest.raises(MansuError, match=message) as caught:
         load(folder)
-    assert folder in str(caught.value) and "\n" not in str(caught.value)
+    assert folder in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", ""), "chatter"
 
 
@@ -255,7 +260,7 @@ def test_load_refuses_what_it_cannot_take(tmp_path, monkeypatch):
         load(tmp_path / "file")
     for source in (3, load(tiny("llama"))):
         with pytest.raises(
-            (MansuError, TypeError), match="got a (int|TransformerBridge)|source"
+            (MansuError, TypeError), match=r"got a (int|TransformerBridge)|source"
         ):  # TypeError: jaxtyping
             load(source)
     with pytest.raises(MansuError, match="device 'warp'"):
@@ -292,7 +297,8 @@ def test_save_and_load_are_bit_exact(tmp_path, family, options, dtype, capfd):
     assert list(before) == list(after) == list(live)
     for name, value in before.items():
         assert value.dtype == after[name].dtype == live[name].dtype == dtype
-        assert torch.equal(value, after[name]) and torch.equal(value, live[name])
+        assert torch.equal(value, after[name])
+        assert torch.equal(value, live[name])
     assert torch.equal(logits(bridge), logits(again))
     if family != "gpt2":
         assert torch.equal(logits(again), logits(reference))
@@ -332,7 +338,8 @@ def test_save_replaces_models_and_nothing_else(tmp_path, monkeypatch):
     one, two = load(tiny("llama", seed=1), tokenizer=tiny_tokenizer()), load(tiny("llama", seed=2))
     folder = save(one, tmp_path / "deep" / "m")
     save(two, folder)
-    assert fingerprint(load(folder)) == fingerprint(two) and load(folder).tokenizer is None
+    assert fingerprint(load(folder)) == fingerprint(two)
+    assert load(folder).tokenizer is None
     (folder / "notes.md").write_text("mine")
     with pytest.raises(MansuError, match=r"would delete notes\.md"):
         save(one, folder)
@@ -377,12 +384,14 @@ def test_parameters_of_any_bridge_are_those_of_hf(family, options):
     assert all(torch.equal(live[name], twin[name]) for name in twin)
     assert {id(p) for p in live.values()} <= {id(p) for p in bridge.original_model.parameters()}
     copied = plain(bridge)
-    assert not isinstance(copied, TransformerBridge) and type(copied) is type(tiny(family))
+    assert not isinstance(copied, TransformerBridge)
+    assert type(copied) is type(tiny(family))
     assert [n for n, _ in copied.named_modules()] == [n for n, _ in tiny(family, **options).named_modules()]
     torch.testing.assert_close(logits(copied), logits(bridge), rtol=0, atol=3e-6 if family == "gpt2" else 0)
     assert fingerprint(copied) == fingerprint(bridge) == fingerprint(load(copied))
     assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in live.values()}
-    assert copied.config._attn_implementation == "eager" and not copied.training
+    assert copied.config._attn_implementation == "eager"
+    assert not copied.training
     assert not any(p.requires_grad for p in copied.parameters())
 
 
@@ -652,7 +661,8 @@ def test_weights_are_views_of_the_parameters(family):
 def test_bfloat16_norms_come_in_float32():
     weight = norm_weights(load(tiny("gemma3"), dtype=torch.bfloat16), 0, "attn").weight
     stored = tiny("gemma3").model.layers[0].input_layernorm.weight.detach().bfloat16()
-    assert torch.equal(weight, 1 + stored.float()) and not torch.equal(weight, (1 + stored).float())
+    assert torch.equal(weight, 1 + stored.float())
+    assert not torch.equal(weight, (1 + stored).float())
 
 
 def test_layers_and_norms_out_of_range_are_refused():
@@ -675,9 +685,11 @@ def test_linear_weights_are_those_that_bitsandbytes_quantizes(tmp_path, family):
     live = dict(tiny(family).named_parameters())
     found = linear_weights(load(tmp_path / "m"))
     replaced = {f"{n}.weight" for n, m in quantized.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    assert set(found) == replaced and found == linear_weights(tiny(family))
+    assert set(found) == replaced
+    assert found == linear_weights(tiny(family))
     for name, entry in found.items():
-        assert entry.name == name and entry.transposed == (family == "gpt2")
+        assert entry.name == name
+        assert entry.transposed == (family == "gpt2")
         shape = (entry.in_features, entry.out_features) if entry.transposed else (entry.out_features, entry.in_features)
         assert tuple(live[name].shape) == shape
 
@@ -699,7 +711,8 @@ def test_a_4bit_bridge_gives_dequantized_weights_and_is_never_copied(tmp_path):
     mark = fingerprint(bridge)
     logits(bridge)
     assert fingerprint(bridge) == mark != fingerprint(dense)
-    assert component_map(bridge) == component_map(dense) and linear_weights(bridge) == linear_weights(dense)
+    assert component_map(bridge) == component_map(dense)
+    assert linear_weights(bridge) == linear_weights(dense)
     for name, mine in (
         ("self_attn.q_proj", attention_weights(bridge, 1).q.flatten(0, 1)),
         ("mlp.up_proj", mlp_weights(bridge, 1).up),
@@ -732,5 +745,6 @@ def test_hook_in_replaces_the_stream_and_ln2_reaches_the_mlp_only(case):
         torch.testing.assert_close(seen[out], stream + seen[attn] + seen[mlp], rtol=0, atol=5e-6)
     before = capture(bridge, attn, mlp, out)
     after = capture(bridge, attn, mlp, out, edits={"blocks.0.ln2.hook_in": stream})
-    assert torch.equal(after[attn], before[attn]) and not torch.equal(after[mlp], before[mlp])
+    assert torch.equal(after[attn], before[attn])
+    assert not torch.equal(after[mlp], before[mlp])
     torch.testing.assert_close(after[out] - after[mlp], before[out] - before[mlp], rtol=0, atol=5e-6)

@@ -83,6 +83,10 @@ def matrices(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "tiny scale": plain * 1e-35,
         "subnormal": plain * 1e-40,
         "partial block": plain.reshape(-1)[: 7 * 45].view(7, 45),
+        **{
+            f"boundaries in a partial block, {s}": torch.cat([row[:62], torch.ones(1)])[None] * s
+            for s in (0.37, 0.11, 0.6)
+        },
         "partial block of zeros": torch.cat([plain[:1, :64], torch.zeros(1, 64)]).reshape(-1)[:96].view(3, 32),
         "crossing rows": plain.reshape(-1)[: 8 * 96].view(8, 96),
         "one weight": plain[:1, :1],

@@ -162,6 +162,7 @@ class _Patched:
 
 
 def _norm(x: Tensor, norm: NormWeights) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True) if norm.kind == "layer" else x
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True) if norm.kind == "layer" else wide
     out = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
-    return out if norm.bias is None else out + norm.bias
+    return (out if norm.bias is None else out + norm.bias).to(x.dtype)

@@ -105,9 +105,16 @@ def _edges(figure: go.Figure, frame: pd.DataFrame, placement: Placement, look: T
     for (size, kind, positive), (xs_all, ys_all) in sorted(groups.items()):
         line = {"width": _WIDTHS[size], "color": _colour(look, kind, positive), "dash": _DASHES[kind]}
         figure.add_scatter(
-            x=xs_all, y=ys_all, mode="lines", line=line, opacity=_OPACITIES[size] * (fade if size < 2 else 1), hoverinfo="skip",
-            legendgroup=kind, showlegend=False, name=_KINDS[kind],
-        )  # fmt: skip
+            x=xs_all,
+            y=ys_all,
+            mode="lines",
+            line=line,
+            opacity=_OPACITIES[size] * (fade if size < 2 else 1),
+            hoverinfo="skip",
+            legendgroup=kind,
+            showlegend=False,
+            name=_KINDS[kind],
+        )
 
 
 def _ghosts(figure: go.Figure, missing: pd.DataFrame, placement: Placement, look: Theme) -> None:
@@ -118,9 +125,16 @@ def _ghosts(figure: go.Figure, missing: pd.DataFrame, placement: Placement, look
         xs_all += [*xs, None]
         ys_all += [*ys, None]
     figure.add_scatter(
-        x=xs_all, y=ys_all, mode="lines", line={"width": 1, "color": look.neutral}, opacity=0.5, hoverinfo="skip",
-        legendgroup="reference", showlegend=False, name="only in the reference",
-    )  # fmt: skip
+        x=xs_all,
+        y=ys_all,
+        mode="lines",
+        line={"width": 1, "color": look.neutral},
+        opacity=0.5,
+        hoverinfo="skip",
+        legendgroup="reference",
+        showlegend=False,
+        name="only in the reference",
+    )
 
 
 def _middles(
@@ -180,9 +194,15 @@ def _nodes(figure: go.Figure, frame: pd.DataFrame, placement: Placement, kv_grou
     for name, (left, right, y) in placement.bars.items():
         text = f"{plain(name)}: KV head of {kv_groups} query heads<br>in {number(bar_sums[name])}"
         figure.add_scatter(
-            x=[left, (left + right) / 2, right], y=[y] * 3, mode="lines", line={"width": 4, "color": look.muted},
-            text=[text] * 3, hovertemplate="%{text}<extra></extra>", showlegend=False, name=name,
-        )  # fmt: skip
+            x=[left, (left + right) / 2, right],
+            y=[y] * 3,
+            mode="lines",
+            line={"width": 4, "color": look.muted},
+            text=[text] * 3,
+            hovertemplate="%{text}<extra></extra>",
+            showlegend=False,
+            name=name,
+        )
     size = max(12, min(34, int(560 / (placement.n_heads + 2))))
     for shape, chosen in (
         ("circle", [n for n in placement.nodes if "H" in n]),
@@ -199,9 +219,17 @@ def _nodes(figure: go.Figure, frame: pd.DataFrame, placement: Placement, kv_grou
             marker={"symbol": shape, "size": size, "color": look.paper, "line": {"width": 1.5, "color": look.ink}},
             text=[_node_text(n, placement.n_heads) for n in chosen],
             textfont={"size": 12 if ends_only else min(11, size // 3 + 1), "color": look.ink},
-            textposition=["bottom center" if n == "embed" else "top center" if n == "logits" else "middle center" for n in chosen],
+            textposition=[
+                "bottom center" if n == "embed" else "top center" if n == "logits" else "middle center" for n in chosen
+            ],
             customdata=[
-                [n, float(received.get(n, 0.0)), float(sent.get(n, 0.0)), number(received.get(n, 0.0)), number(sent.get(n, 0.0))]
+                [
+                    n,
+                    float(received.get(n, 0.0)),
+                    float(sent.get(n, 0.0)),
+                    number(received.get(n, 0.0)),
+                    number(sent.get(n, 0.0)),
+                ]
                 for n in chosen
             ],
             hovertemplate="%{customdata[0]}<br>in %{customdata[3]}, out %{customdata[4]}<extra></extra>",
@@ -221,19 +249,35 @@ def _node_text(name: str, n_heads: int) -> str:
 def _bands(figure: go.Figure, placement: Placement, look: Theme) -> None:
     for layer in range(0, placement.n_layers, 2):
         figure.add_shape(
-            type="rect", xref="paper", x0=0, x1=1, y0=layer - 0.42, y1=layer + 0.58, layer="below",
-            line={"width": 0}, fillcolor=look.band,
-        )  # fmt: skip
+            type="rect",
+            xref="paper",
+            x0=0,
+            x1=1,
+            y0=layer - 0.42,
+            y1=layer + 0.58,
+            layer="below",
+            line={"width": 0},
+            fillcolor=look.band,
+        )
 
 
 def _legend(figure: go.Figure, frame: pd.DataFrame, look: Theme, ghosts: int) -> None:
     """Entries for kinds (which switch their edges on and off), sign and width."""
 
-    def entry(name: str, group: str, heading: str, line: dict[str, object], marker: dict[str, object] | None = None) -> None:
+    def entry(
+        name: str, group: str, heading: str, line: dict[str, object], marker: dict[str, object] | None = None
+    ) -> None:
         figure.add_scatter(
-            x=[None], y=[None], mode="lines+markers" if marker else "lines", line=line, marker=marker, name=name, legendgroup=group,
-            legendgrouptitle={"text": heading} if heading else None, hoverinfo="skip",
-        )  # fmt: skip
+            x=[None],
+            y=[None],
+            mode="lines+markers" if marker else "lines",
+            line=line,
+            marker=marker,
+            name=name,
+            legendgroup=group,
+            legendgrouptitle={"text": heading} if heading else None,
+            hoverinfo="skip",
+        )
 
     kinds = [kind for kind in _KINDS if kind in {reader_kind(r) for r in frame["reader"]}]
     for i, kind in enumerate(kinds):
@@ -258,12 +302,23 @@ def _axes(figure: go.Figure, placement: Placement) -> None:
     heads = list(range(placement.n_heads))
     many = placement.n_heads > _LABELLED_HEADS
     figure.update_xaxes(
-        range=[-0.75, placement.n_heads + 1.1], showgrid=False, zeroline=False, showline=False, ticks="",
-        showticklabels=many, tickvals=[*heads[::4], MLP_COLUMN + placement.n_heads], ticktext=[*(f"H{h}" for h in heads[::4]), "MLP"],
-    )  # fmt: skip
+        range=[-0.75, placement.n_heads + 1.1],
+        showgrid=False,
+        zeroline=False,
+        showline=False,
+        ticks="",
+        showticklabels=many,
+        tickvals=[*heads[::4], MLP_COLUMN + placement.n_heads],
+        ticktext=[*(f"H{h}" for h in heads[::4]), "MLP"],
+    )
     layers = list(range(placement.n_layers))
     figure.update_yaxes(
-        range=[-1.4, placement.n_layers + 0.65], showgrid=False, zeroline=False, showline=False, ticks="",
-        tickvals=layers, ticktext=[f"layer {i}" for i in layers],
-    )  # fmt: skip
+        range=[-1.4, placement.n_layers + 0.65],
+        showgrid=False,
+        zeroline=False,
+        showline=False,
+        ticks="",
+        tickvals=layers,
+        ticktext=[f"layer {i}" for i in layers],
+    )
     figure.update_layout(margin={"b": 32 if many else 12}, legend={"tracegroupgap": 2, "groupclick": "togglegroup"})

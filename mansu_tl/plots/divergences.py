@@ -10,11 +10,12 @@ import plotly.graph_objects as go
 from mansu_tl.circuit.graph import reader_kind
 from mansu_tl.errors import MansuError
 from mansu_tl.plots.protocols import DivergenceLike
-from mansu_tl.plots.theme import Theme, new_figure, number, plain, theme_named
+from mansu_tl.plots.theme import Theme, fixed, new_figure, number, plain, theme_named
 
 _SYMBOLS = {"q": "circle", "k": "square", "v": "diamond", "mlp": "triangle-up", "logits": "x"}
 _NAMES = {"q": "query (q)", "k": "key (k)", "v": "value (v)", "mlp": "MLP", "logits": "logits"}
 _LABELLED_EDGES = 6
+_LABEL_WIDTH, _LABEL_HEIGHT = 0.16, 0.04  # of the panel
 
 
 def circuit_divergence(
@@ -48,35 +49,57 @@ def circuit_divergence(
     rows = [*shown.items(), *beside.items()]
     figure = new_figure(
         look,
-        title or "Circuit attribution divergence",
+        title or "Circuit attribution divergence (CAD)",
         "0 = the circuit is intact, 1 = gone, above 1 = inverted. Bars: CAD with its 95 % interval over facts; "
         "diamonds: mass loss.",
         height=190 + 46 * len(rows),
     )
-    for part, name, marker in (
-        (shown, "models", {"color": look.positive, "line": {"width": 0}}),
-        (beside, "references", {"color": look.band, "line": {"color": look.neutral, "width": 1.2}, "pattern": {
-            "shape": "/", "fgcolor": look.neutral, "bgcolor": look.band, "size": 6}}),
-    ):  # fmt: skip
+    for start, part, name, marker in (
+        (0, shown, "models", {"color": look.positive_soft, "line": {"width": 0}}),
+        (
+            len(shown),
+            beside,
+            "references",
+            {
+                "color": look.band,
+                "line": {"color": look.neutral, "width": 1.2},
+                "pattern": {"shape": "/", "fgcolor": look.neutral, "bgcolor": look.band, "size": 6},
+            },
+        ),
+    ):
         if part:
-            _bars(figure, part, name, marker, [label for label, _ in rows], look)
+            _bars(figure, start, part, name, marker, look)
     _masses(figure, rows, look)
-    for x, text, dash in ((0.0, "intact", "solid"), (1.0, "gone", "solid"), (bound, "bound", "dash")):
+    for x, text, dash in (
+        (0.0, "intact", "solid"),
+        (1.0, "gone", "solid"),
+        (bound, f"bound {number(bound or 0.0)}", "dash"),
+    ):
         if x is not None:
             figure.add_vline(
-                x=x, line={"color": look.muted, "width": 1, "dash": dash}, annotation_text=text,
-                annotation_position="top", annotation_font={"size": 11, "color": look.muted},
-            )  # fmt: skip
+                x=x,
+                line={"color": look.muted, "width": 1, "dash": dash},
+                annotation_text=text,
+                annotation_position="top",
+                annotation_font={"size": 11, "color": look.muted},
+            )
     lows = [min(d.value, d.interval[0], d.mass_loss, 0.0) for _, d in rows]
     highs = [max(d.value, d.interval[1], d.mass_loss, 1.0) for _, d in rows]
-    figure.update_xaxes(title_text="CAD", range=[min(lows) - 0.06, max(highs) + 0.16], zeroline=False)
+    figure.update_xaxes(
+        title_text="CAD = 1 − ⟨a, b⟩ / ⟨a, a⟩", range=[min(lows) - 0.06, max(highs) + 0.16], zeroline=False
+    )
     figure.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=[plain(label) for label, _ in rows], range=[len(rows) - 0.5, -0.5],
-        showgrid=False, zeroline=False, ticks="", showline=False,
-    )  # fmt: skip
+        tickvals=list(range(len(rows))),
+        ticktext=[plain(label) for label, _ in rows],
+        range=[len(rows) - 0.5, -0.5],
+        showgrid=False,
+        zeroline=False,
+        ticks="",
+        showline=False,
+    )
     figure.update_layout(
-        legend={"orientation": "h", "x": 0, "y": 0, "yanchor": "top", "yref": "container", "yanchor": "bottom"},
-        margin={"b": 88, "t": 108},
+        legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
+        margin={"b": 88, "t": 104},
     )
     return figure
 
@@ -97,13 +120,15 @@ def divergence_scatter(divergence: DivergenceLike, *, title: str | None = None, 
     look = theme_named(theme)
     frame = divergence.edges
     if frame.empty:
-        raise MansuError(f"circuit divergence {divergence.label!r}: it has no edge to draw; use a circuit that has some")
+        raise MansuError(
+            f"circuit divergence {divergence.label!r}: it has no edge to draw; use a circuit that has some"
+        )
     low, high = divergence.interval
     figure = new_figure(
         look,
         title or f"{divergence.label}: edge scores before and after",
-        f"CAD {number(divergence.value)}, 95 % interval {number(low)} to {number(high)}; "
-        f"mass loss {number(divergence.mass_loss)}; {len(frame)} edges.",
+        f"CAD {fixed(divergence.value, 3)}, 95 % interval {fixed(low, 3)} to {fixed(high, 3)}; "
+        f"mass loss {fixed(divergence.mass_loss, 3)}; {len(frame)} edges.",
         height=600,
     )
     original, other = frame["original"].to_numpy(float), frame["other"].to_numpy(float)
@@ -112,39 +137,60 @@ def divergence_scatter(divergence: DivergenceLike, *, title: str | None = None, 
     y_low, y_high = _padded(float(both.min()), float(both.max()))
     for slope, name, dash in ((1, "intact", "solid"), (0, "gone", "dash"), (-1, "inverted", "dot")):
         figure.add_scatter(
-            x=[x_low, x_high], y=[slope * x_low, slope * x_high], mode="lines", hoverinfo="skip", name=name,
+            x=[x_low, x_high],
+            y=[slope * x_low, slope * x_high],
+            mode="lines",
+            hoverinfo="skip",
+            name=name,
             line={"color": look.muted, "width": 1.2, "dash": dash},
-        )  # fmt: skip
+        )
     kinds = np.array([reader_kind(str(r)) for r in frame["reader"]])
     for kind, symbol in _SYMBOLS.items():
         chosen = kinds == kind
         if chosen.any():
             part = frame[chosen]
             figure.add_scatter(
-                x=original[chosen], y=other[chosen], mode="markers", name=f"into {_NAMES[kind]}",
-                marker={"symbol": symbol, "size": 8, "color": look.positive if kind in ("mlp", "logits") else look.negative_soft,
-                        "line": {"width": 0.8, "color": look.ink}, "opacity": 0.85},
+                x=original[chosen],
+                y=other[chosen],
+                mode="markers",
+                name=f"into {_NAMES[kind]}",
+                marker={
+                    "symbol": symbol,
+                    "size": 8,
+                    "color": look.positive if kind in ("mlp", "logits") else look.positive_soft,
+                    "line": {"width": 0.8, "color": look.ink},
+                    "opacity": 0.85,
+                },
                 customdata=[[plain(w), plain(r)] for w, r in zip(part["writer"], part["reader"], strict=True)],
-                hovertemplate="%{customdata[0]} → %{customdata[1]}<br>original %{x:.4g}<br>other %{y:.4g}<extra></extra>",
-            )  # fmt: skip
-    for at in np.argsort(-np.abs(original))[:_LABELLED_EDGES]:
-        row = frame.iloc[int(at)]
+                hovertemplate="%{customdata[0]} → %{customdata[1]}<br>original %{x:.4g}"
+                "<br>other %{y:.4g}<extra></extra>",
+            )
+    for at in _apart(original / (x_high - x_low), other / (y_high - y_low)):
+        row = frame.iloc[at]
         figure.add_annotation(
-            x=original[at], y=other[at], text=f"{plain(row['writer'])} → {plain(row['reader'])}", showarrow=False,
-            font={"size": 10, "color": look.muted}, yshift=11,
-        )  # fmt: skip
+            x=original[at],
+            y=other[at],
+            text=f"{plain(row['writer'])} → {plain(row['reader'])}",
+            showarrow=False,
+            font={"size": 10, "color": look.muted},
+            yshift=11,
+        )
     figure.update_xaxes(title_text="score in the original", range=[x_low, x_high], zeroline=False)
     figure.update_yaxes(title_text=f"score in: {plain(divergence.label)}", range=[y_low, y_high], zeroline=False)
     return figure
 
 
 def _bars(
-    figure: go.Figure, part: Mapping[str, DivergenceLike], name: str, marker: Mapping[str, object],
-    order: Sequence[str], look: Theme,
-) -> None:  # fmt: skip
+    figure: go.Figure,
+    start: int,
+    part: Mapping[str, DivergenceLike],
+    name: str,
+    marker: Mapping[str, object],
+    look: Theme,
+) -> None:
     values = [d.value for d in part.values()]
     figure.add_bar(
-        y=[order.index(label) for label in part],
+        y=list(range(start, start + len(part))),
         x=values,
         orientation="h",
         width=0.62,
@@ -163,19 +209,38 @@ def _bars(
         hovertemplate="%{customdata[0]}<br>CAD %{x:.3f} [%{customdata[1]:.3f}, %{customdata[2]:.3f}]"
         "<br>mass loss %{customdata[3]:.3f}<extra></extra>",
     )
-    for label, d in part.items():
+    for row, d in enumerate(part.values(), start):
         figure.add_annotation(
-            x=max(d.value, d.interval[1], d.mass_loss, 0.0), y=order.index(label), text=f"{d.value:.2f}".replace("-", "−"),
-            showarrow=False, xanchor="left", xshift=8, font={"size": 12},
-        )  # fmt: skip
+            x=max(d.value, d.interval[1], d.mass_loss, 0.0),
+            y=row,
+            text=fixed(d.value, 2),
+            showarrow=False,
+            xanchor="left",
+            xshift=8,
+            font={"size": 12},
+        )
 
 
 def _masses(figure: go.Figure, rows: Sequence[tuple[str, DivergenceLike]], look: Theme) -> None:
     figure.add_scatter(
-        x=[d.mass_loss for _, d in rows], y=list(range(len(rows))), mode="markers", name="mass loss",
+        x=[d.mass_loss for _, d in rows],
+        y=list(range(len(rows))),
+        mode="markers",
+        name="mass loss",
         marker={"symbol": "diamond", "size": 9, "color": look.paper, "line": {"color": look.ink, "width": 1.4}},
         hovertemplate="mass loss %{x:.3f}<extra></extra>",
-    )  # fmt: skip
+    )
+
+
+def _apart(xs: np.ndarray, ys: np.ndarray) -> list[int]:
+    """The edges of largest original score whose labels do not meet; coordinates are shares of the panel."""
+    chosen: list[int] = []
+    for at in np.argsort(-np.abs(xs)).tolist():
+        if len(chosen) < _LABELLED_EDGES and all(
+            abs(xs[at] - xs[i]) > _LABEL_WIDTH or abs(ys[at] - ys[i]) > _LABEL_HEIGHT for i in chosen
+        ):
+            chosen.append(at)
+    return chosen
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from plotly.colors import find_intermediate_color
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
 from mansu_tl.plots.protocols import EdgeScoresLike, PatchingLike
-from mansu_tl.plots.theme import Theme, new_figure, number, plain, theme_named
+from mansu_tl.plots.theme import Theme, fixed, new_figure, number, plain, theme_named
 
 _ALL_LABELS = 48  # names up to which every one is written
 _VALUES_IN_CELLS = 240
@@ -40,22 +40,28 @@ def edge_matrix(scores: EdgeScoresLike, *, title: str | None = None, theme: str 
         raise MansuError("edge scores: no edge exists; score a model with at least one layer")
     z = np.where(exists, scores.tensor.detach().float().cpu().numpy(), np.nan)
     top = float(np.nanmax(np.abs(z))) or 1.0
-    n_rows, n_columns = z.shape
+    n_rows = z.shape[0]
     figure = new_figure(
         look,
-        title or f"{scores.method} scores of {int(exists.sum())} edges",
+        title or f"{scores.method.upper()} scores of {int(exists.sum()):,} edges",
         f"Blue supports the answer, orange opposes it; colour ~ √|score|. Metric {scores.metric}, "
         f"completeness residual {number(scores.residual, 2)}.",
         height=int(190 + min(760, max(320, 18 * n_rows))),
     )
     marks = np.where((z < -_STRONG * top) & (n_rows <= _ALL_LABELS), "−", "")
     figure.add_heatmap(
-        z=z, zmin=-top, zmax=top, colorscale=_root_scale(look), hoverongaps=False,
-        text=marks.tolist(), texttemplate="%{text}", textfont={"size": 11},
+        z=z,
+        zmin=-top,
+        zmax=top,
+        colorscale=_root_scale(look),
+        hoverongaps=False,
+        text=marks.tolist(),
+        texttemplate="%{text}",
+        textfont={"size": 11},
         customdata=_names(scores.writers, scores.readers),
         hovertemplate="%{customdata[0]} → %{customdata[1]}<br>score %{z:.4g}<extra></extra>",
         colorbar={"title": {"text": "score"}, "thickness": 14, "outlinewidth": 0, "tickformat": ".2~g"},
-    )  # fmt: skip
+    )
     figure.update_layout(plot_bgcolor=look.band)
     axis = {"showgrid": False, "zeroline": False, "showline": False}
     figure.update_xaxes(**axis, **_ticks(scores.readers), title_text="reader (where the edge goes)", tickangle=-90)
@@ -88,16 +94,23 @@ def patching(result: PatchingLike, *, title: str | None = None, theme: str = "li
         height=int(190 + max(200, 34 * z.shape[0])),
     )
     few = z.size <= _VALUES_IN_CELLS
-    text = [[f"{v:.2f}".replace("-", "−") if few else "" for v in row] for row in z.tolist()]
+    text = [[fixed(v, 2) if few else "" for v in row] for row in z.tolist()]
     low, zero, high = look.diverging
     figure.add_heatmap(
-        z=z, zmin=-top, zmax=top, colorscale=[[0, low], [0.5, zero], [1, high]], xgap=1, ygap=1,
-        text=text, texttemplate="%{text}", textfont={"size": 11},
+        z=z,
+        zmin=-top,
+        zmax=top,
+        colorscale=[[0, low], [0.5, zero], [1, high]],
+        xgap=1,
+        ygap=1,
+        text=text,
+        texttemplate="%{text}",
+        textfont={"size": 11},
         customdata=_names(result.rows, result.columns),
         hovertemplate=f"{plain(result.row_axis)} %{{customdata[0]}}, {plain(result.column_axis)} "
         "%{customdata[1]}<br>%{z:.3f}<extra></extra>",
         colorbar={"title": {"text": "share"}, "thickness": 14, "outlinewidth": 0},
-    )  # fmt: skip
+    )
     axis = {"showgrid": False, "zeroline": False, "showline": False, "ticks": ""}
     figure.update_xaxes(**axis, **_ticks(result.columns), title_text=plain(result.column_axis))
     figure.update_yaxes(**axis, **_ticks(result.rows), title_text=plain(result.row_axis))
@@ -109,7 +122,7 @@ def _names(rows: Sequence[str], columns: Sequence[str]) -> list[list[list[str]]]
 
 
 def _ticks(names: Sequence[str]) -> dict[str, object]:
-    """Tick settings by number, since names may repeat; the first name of each layer where there are many."""
+    """Tick settings by number, since names may repeat; one tick a layer where there are many."""
     places = list(range(len(names)))
     if len(names) <= _ALL_LABELS:
         return {"tickvals": places, "ticktext": [plain(name) for name in names]}
@@ -117,9 +130,9 @@ def _ticks(names: Sequence[str]) -> dict[str, object]:
         places = places[:: math.ceil(len(names) / _ALL_LABELS)]
         return {"tickvals": places, "ticktext": [plain(names[i]) for i in places]}
     starts = _layer_starts(names)
-    chosen = [i for i in starts if names[i] != "logits"] + [i for i in starts if names[i] == "logits"]
-    labels = [names[i] if names[i] in ("embed", "logits") else f"layer {layer_of(names[i])}" for i in chosen]
-    return {"tickvals": chosen, "ticktext": labels}
+    middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(names)], strict=True)]
+    labels = [names[i] if names[i] in ("embed", "logits") else f"layer {layer_of(names[i])}" for i in starts]
+    return {"tickvals": middles, "ticktext": labels, "ticks": ""}
 
 
 def _layer_starts(names: Sequence[str]) -> list[int]:

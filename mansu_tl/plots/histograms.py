@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -34,15 +36,20 @@ def bins(statistics: UpdateStatisticsLike, *, title: str | None = None, theme: s
     total = statistics.to_dataframe().iloc[-1]
     share = f"{number(100 * float(total['share']))} %"
     figure = make_subplots(
-        rows=2, cols=2, specs=[[{}, {"rowspan": 2}], [{}, None]], column_widths=[0.66, 0.34], row_heights=[0.58, 0.42],
-        vertical_spacing=0.09, horizontal_spacing=0.11,
-    )  # fmt: skip
+        rows=2,
+        cols=2,
+        specs=[[{}, {"rowspan": 2}], [{}, None]],
+        column_widths=[0.66, 0.34],
+        row_heights=[0.58, 0.42],
+        vertical_spacing=0.09,
+        horizontal_spacing=0.11,
+    )
     styled(
         figure,
         look,
         title or f"{share} of the changed weights change their {statistics.quantizer} code",
-        f"{int(total['codes_changed']):,} of {int(total['changed']):,} changed weights; {int(total['weights']):,} weights "
-        "in quantized matrices. A weight at a code's value must move half a bin to be felt.",
+        f"{int(total['codes_changed']):,} of {int(total['changed']):,} changed weights; {int(total['weights']):,} "
+        "weights in quantized matrices. A weight at a code's value has to move about half a bin.",
         height=560,
     )
     edges = statistics.ratio_edges.cpu().numpy()
@@ -60,9 +67,17 @@ def bins(statistics: UpdateStatisticsLike, *, title: str | None = None, theme: s
     for row in (1, 2):
         figure.add_vline(x=0, line={"color": look.muted, "width": 1, "dash": "dot"}, row=row, col=1)
     figure.add_annotation(
-        x=0, y=1, xref="x", yref="y domain", text="one bin", showarrow=False, xanchor="right", yanchor="top", xshift=-3,
+        x=0,
+        y=1,
+        xref="x",
+        yref="y domain",
+        text="one bin",
+        showarrow=False,
+        xanchor="right",
+        yanchor="top",
+        xshift=-3,
         font={"size": 11, "color": look.muted},
-    )  # fmt: skip
+    )
     figure.update_layout(
         barmode="overlay",
         bargap=0.06,
@@ -74,16 +89,30 @@ def bins(statistics: UpdateStatisticsLike, *, title: str | None = None, theme: s
 
 def _sizes(figure: go.Figure, edges: np.ndarray, counts: np.ndarray, flipped: np.ndarray, look: Theme) -> None:
     middles, widths = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
-    ranges = [f"{_power(a)} to {_power(b)}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    ranges = [f"{_power(a)} to {_power(b)}" for a, b in pairwise(edges)]
     hover = "|update| / bin width %{customdata}<br>%{y:,} weights<extra>%{fullData.name}</extra>"
     figure.add_bar(
-        x=middles, y=counts, width=widths * 0.94, name="changed weights", customdata=ranges, hovertemplate=hover,
-        marker={"color": look.grid, "line": {"color": look.neutral, "width": 1}}, row=1, col=1,
-    )  # fmt: skip
+        x=middles,
+        y=counts,
+        width=widths * 0.94,
+        name=f"changed weights ({int(counts.sum()):,})",
+        customdata=ranges,
+        hovertemplate=hover,
+        marker={"color": look.grid, "line": {"color": look.neutral, "width": 1}},
+        row=1,
+        col=1,
+    )
     figure.add_bar(
-        x=middles, y=flipped, width=widths * 0.94, name="of these, code changed", customdata=ranges,
-        hovertemplate=hover, marker={"color": look.positive, "line": {"width": 0}}, row=1, col=1,
-    )  # fmt: skip
+        x=middles,
+        y=flipped,
+        width=widths * 0.94,
+        name=f"of these, code changed ({int(flipped.sum()):,})",
+        customdata=ranges,
+        hovertemplate=hover,
+        marker={"color": look.positive, "line": {"width": 0}},
+        row=1,
+        col=1,
+    )
     figure.update_yaxes(title_text="weights", rangemode="tozero", exponentformat="SI", row=1, col=1)
 
 
@@ -93,15 +122,26 @@ def _shares(
     middles = (edges[:-1] + edges[1:]) / 2
     some = np.flatnonzero(counts)
     figure.add_scatter(
-        x=middles[some], y=100 * flipped[some] / counts[some], mode="markers", name="share of them, measured",
+        x=middles[some],
+        y=100 * flipped[some] / counts[some],
+        mode="markers",
+        name="share of them, measured",
         marker={"color": look.positive, "size": 7},
-        hovertemplate="%{y:.3g} % of the weights in this bin<extra>code changed</extra>", row=2, col=1,
-    )  # fmt: skip
+        hovertemplate="%{y:.3g} % of the weights in this bin<extra>code changed</extra>",
+        row=2,
+        col=1,
+    )
     line_x = np.linspace(edges[shown.start], max(edges[shown.stop], 0.15), 120)
     figure.add_scatter(
-        x=line_x, y=100 * np.minimum(1, 10**line_x), mode="lines", name="if weights rest anywhere: min(1, ratio)",
-        line={"color": look.negative, "width": 2, "dash": "dash"}, hoverinfo="skip", row=2, col=1,
-    )  # fmt: skip
+        x=line_x,
+        y=100 * np.minimum(1, 10**line_x),
+        mode="lines",
+        name="if weights rest anywhere: min(1, ratio)",
+        line={"color": look.negative, "width": 2, "dash": "dash"},
+        hoverinfo="skip",
+        row=2,
+        col=1,
+    )
     figure.update_yaxes(title_text="code changed, %", range=[-4, 104], tickvals=[0, 50, 100], row=2, col=1)
     figure.update_xaxes(title_text="|update| / local bin width", row=2, col=1)
 
@@ -110,14 +150,26 @@ def _positions(figure: go.Figure, statistics: UpdateStatisticsLike, look: Theme)
     edges = statistics.position_edges.cpu().numpy()
     counts = statistics.position_counts.cpu().numpy()
     figure.add_bar(
-        x=(edges[:-1] + edges[1:]) / 2, y=100 * counts / max(1, counts.sum()), width=np.diff(edges), showlegend=False,
-        name="weights before", customdata=counts, marker={"color": look.neutral, "line": {"width": 0}},
-        hovertemplate="position %{x:.2f}<br>%{customdata:,} weights, %{y:.2f} %<extra></extra>", row=1, col=2,
-    )  # fmt: skip
+        x=(edges[:-1] + edges[1:]) / 2,
+        y=100 * counts / max(1, counts.sum()),
+        width=np.diff(edges),
+        showlegend=False,
+        name="weights before",
+        customdata=counts,
+        marker={"color": look.neutral, "line": {"width": 0}},
+        hovertemplate="position %{x:.2f}<br>%{customdata:,} weights, %{y:.2f} %<extra></extra>",
+        row=1,
+        col=2,
+    )
     figure.update_xaxes(
-        title_text="rest position in the cell, before", range=[-0.02, 1.02], tickvals=[0, 0.5, 1],
-        ticktext=["lower<br>boundary", "code's<br>value", "upper<br>boundary"], showgrid=False, row=1, col=2,
-    )  # fmt: skip
+        title_text="rest position in the cell, before",
+        range=[-0.02, 1.02],
+        tickvals=[0, 0.5, 1],
+        ticktext=["lower<br>boundary", "code's<br>value", "upper<br>boundary"],
+        showgrid=False,
+        row=1,
+        col=2,
+    )
     figure.update_yaxes(title_text=plain("weights, %"), rangemode="tozero", row=1, col=2)
 
 

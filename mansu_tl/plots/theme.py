@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from mansu_tl.errors import MansuError
 
 _FONT = "Inter, 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
-_SUBTITLE_WIDTH = 120
+_SUBTITLE_WIDTH = 130
 # Okabe & Ito 2008, ordered so that neighbours also differ in lightness.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
@@ -78,9 +78,8 @@ class Theme:
                     "y": 1,
                     "yref": "container",
                     "yanchor": "top",
-                    "pad": {"t": 16, "l": 16},
+                    "pad": {"t": 28, "l": 16},
                     "font": {"size": 17},
-                    "subtitle": {"font": {"size": 12, "color": self.muted}},
                 },
                 "margin": {"l": 64, "r": 24, "t": 84, "b": 56},
                 "xaxis": axis,
@@ -153,11 +152,12 @@ def new_figure(theme: Theme, title: str, subtitle: str = "", height: int = 480) 
 def styled(figure: go.Figure, theme: Theme, title: str, subtitle: str = "", height: int = 480) -> go.Figure:
     """The same figure with template, title, subtitle and height set; see `new_figure`."""
     lines = textwrap.wrap(subtitle, _SUBTITLE_WIDTH)
+    below = "".join(f'<br><span style="font-size:12px;color:{theme.muted}">{plain(line)}</span>' for line in lines)
     figure.update_layout(
         template=theme.template,
-        title={"text": f"<b>{plain(title)}</b>", "subtitle": {"text": "<br>".join(plain(line) for line in lines)}},
+        title={"text": f"<b>{plain(title)}</b>{below}"},
         height=height,
-        margin={"t": 56 + 16 * max(1, len(lines)) + 16},
+        margin={"t": 62 + 20 * len(lines)},
     )
     return figure
 
@@ -165,9 +165,25 @@ def styled(figure: go.Figure, theme: Theme, title: str, subtitle: str = "", heig
 def plain(text: object) -> str:
     """Text that plotly shows as it is: no tag, entity or formula is read into it, and line breaks become visible."""
     out = str(text)
-    for raw, shown in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("$", "&#36;"), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+    for raw, shown in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("$", "&#36;"),
+        ("\n", "\\n"),
+        ("\r", "\\r"),
+        ("\t", "\\t"),
+    ):
         out = out.replace(raw, shown)
     return out
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with `digits` decimals, a true minus sign and no negative zero; "–" for NaN."""
+    if value != value:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 
 def number(value: float, digits: int = 3) -> str:

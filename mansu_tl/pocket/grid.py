@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from mansu_tl.models.library import functional as bnb
 from jaxtyping import Float
 from torch import Tensor, nn
 

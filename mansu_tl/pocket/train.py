@@ -57,6 +57,7 @@ class Schedule:
 
 
 _SHORT_SHARE = 0.75
+SCHEDULE = Schedule()
 GRID_SCHEDULE = Schedule(steps=200, lr=3e-4, warmup=20, weight_decay=0.0)
 
 
@@ -128,7 +129,6 @@ def save_checkpoint(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, record: dict[str, Any]
 ) -> None:
     """Write model, tokenizer and training record; every file is moved into place whole, the record last."""
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -137,43 +137,60 @@ def save_checkpoint(
     write_text(folder / "training.json", json.dumps(record, indent=2) + "\n")
 
 
-def make(which: str, out: Path | None = None, seed: int = 0, schedule: Schedule = Schedule()) -> dict[str, Path]:
+def make(
+    which: str,
+    out: Path | None = None,
+    seed: int = 0,
+    schedule: Schedule = SCHEDULE,
+    grid_schedule: Schedule = GRID_SCHEDULE,
+) -> dict[str, Path]:
     """Train and save the checkpoint called `which`, or "all" of them; returns the folders written.
 
     Args:
         out: folder that receives one folder per checkpoint; the package's own by default.
+        seed: of the initial weights and of the batches; the world itself stays the same.
+        grid_schedule: the quantization-aware steps that lead from pocket-fp to pocket.
 
     Raises:
-        MansuError: no checkpoint of that name, or the machine cannot write to `out`.
+        MansuError: no checkpoint of that name, or its folder cannot be made.
     """
     if which != "all" and which not in CHECKPOINTS:
         raise MansuError(f"checkpoint {which!r}: unknown; choose one of {', '.join(CHECKPOINTS)} or all")
+    wanted = tuple(CHECKPOINTS) if which == "all" else (which,)
+    # Before the minutes of training, so that a bad folder is not found out after them.
+    folders = {name: _new_folder(checkpoint_folder(name) if out is None else out / name) for name in wanted}
     world = build_world()
     tokenizer = build_tokenizer(world)
-    written: dict[str, Path] = {}
 
-    def finish(name: str, model: LlamaForCausalLM, plan: list[Schedule], started: float) -> None:
-        written[name] = out / name if out is not None else checkpoint_folder(name)
-        seconds = time.perf_counter() - started
-        save_checkpoint(model, tokenizer, written[name], _record(name, model, tokenizer, plan, seed, seconds))
+    def finish(name: str, model: LlamaForCausalLM, plan: list[Schedule], started: tuple[float, float]) -> None:
+        seconds = (time.perf_counter() - started[0], time.process_time() - started[1])
+        save_checkpoint(model, tokenizer, folders[name], _record(name, model, tokenizer, plan, seed, seconds))
 
-    if which in ("pocket", "pocket-fp", "all"):
-        started = time.perf_counter()
+    if "pocket" in wanted or "pocket-fp" in wanted:
+        started = (time.perf_counter(), time.process_time())
         model = new_model(tokenizer, seed)
         train(model, tokenizer, world, taught(world, "pocket-fp"), schedule, seed, title="pocket-fp")
-        if which != "pocket":
+        if "pocket-fp" in wanted:
             finish("pocket-fp", model, [schedule], started)
-        if which != "pocket-fp":
+        if "pocket" in wanted:
             facts = taught(world, "pocket")
-            train(model, tokenizer, world, facts, GRID_SCHEDULE, seed + 1, on_grid=True, title="pocket")
+            train(model, tokenizer, world, facts, grid_schedule, seed + 1, on_grid=True, title="pocket")
             rest_on_grid(model)
-            finish("pocket", model, [schedule, GRID_SCHEDULE], started)
-    if which in ("pocket-never", "all"):
-        started = time.perf_counter()
+            finish("pocket", model, [schedule, grid_schedule], started)
+    if "pocket-never" in wanted:
+        started = (time.perf_counter(), time.process_time())
         model = new_model(tokenizer, seed)
         train(model, tokenizer, world, taught(world, "pocket-never"), schedule, seed, title="pocket-never")
         finish("pocket-never", model, [schedule], started)
-    return written
+    return folders
+
+
+def _new_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MansuError(f"{folder}: cannot be made ({error.strerror}); choose a folder you may write to") from None
+    return folder
 
 
 def _rate(step: int, schedule: Schedule) -> float:
@@ -217,7 +234,7 @@ def _record(
     tokenizer: PreTrainedTokenizerFast,
     plan: list[Schedule],
     seed: int,
-    seconds: float,
+    seconds: tuple[float, float],
 ) -> dict[str, Any]:
     as_trained = figures(model, tokenizer)
     quantized = new_model(tokenizer)
@@ -229,7 +246,8 @@ def _record(
         "command": f"python -m mansu_tl.pocket.train --which {name} --seed {seed}",
         "seed": seed,
         "schedules": [asdict(schedule) for schedule in plan],
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds[0], 1),
+        "cpu_seconds": round(seconds[1], 1),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -252,7 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the batches")
     parser.add_argument("--which", choices=[*CHECKPOINTS, "all"], default="all", help="checkpoint to train")
     options = parser.parse_args(arguments)
-    make(options.which, options.out, options.seed)
+    try:
+        folders = make(options.which, options.out, options.seed)
+    except MansuError as error:
+        parser.exit(2, f"{error}\n")
+    parser.exit(0, "".join(f"{name}: written to {folder}\n" for name, folder in folders.items()))
 
 
 if __name__ == "__main__":

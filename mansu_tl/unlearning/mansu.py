@@ -21,7 +21,7 @@ from mansu_tl.data import Sequences, Task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, plain
 from mansu_tl.quantization import quantizer
-from mansu_tl.unlearning.batches import Ignorance, Sampler, ignorance, last_token_logits, sequence_logits
+from mansu_tl.unlearning.batches import Ignorance, Sampler, ignorance, joined, last_token_logits, sequence_logits
 from mansu_tl.unlearning.candidates import circuit_weights
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.floor import Floor
@@ -124,7 +124,8 @@ class _Run:
         if self.budget < 1:
             raise MansuError(f"mansu: budget={settings.budget} of {total} weights leaves nothing to edit; raise it")
         self.unknown: Ignorance = ignorance(self.hf, self.task)
-        self.moments = input_moments(self.hf, masks, self.task.retain_text) if settings.null_space else {}
+        self.kept_text = joined(self.task.retain_text, self.task.near_text)
+        self.moments = input_moments(self.hf, masks, self.kept_text) if settings.null_space else {}
         self.importance = self._fisher(masks) if settings.fisher else None
 
     def optimise(self) -> tuple[Float[Tensor, " weight"], Bool[Tensor, " weight"], list[dict[str, float]]]:
@@ -185,7 +186,7 @@ class _Run:
 
     def _retain_bound(self, rounded: Tensor) -> dict[str, float]:
         """The diagonal-Fisher estimate of the retain loss increase, on the realised change, and the measured one."""
-        text = self.task.retain_text[slice(0, self.settings.fisher_sequences)]
+        text = self._sample()
         with torch.no_grad():
             before = sequence_loss(self.hf, self._values(torch.zeros_like(rounded), deployed=True), text).item()
             after = sequence_loss(self.hf, self._values(rounded, deployed=True), text).item()
@@ -259,12 +260,16 @@ class _Run:
         return total
 
     def _fisher(self, names: Mapping[str, Tensor]) -> Float[Tensor, " weight"]:
-        text = self.task.retain_text
-        full = diagonal_fisher(self.hf, names, text, limit=self.settings.fisher_sequences, progress=self.progress)
+        full = diagonal_fisher(self.hf, names, self._sample(), progress=self.progress)
         out = torch.empty(self.floor.size)
         for name, span in self.floor.spans.items():
             out[span] = self._oriented(name, full[name]).flatten()[self.floor.where[name]]
         return out
+
+    def _sample(self) -> Sequences:
+        """Retain and near sequences, evenly spread: what the Fisher information and the retain bound are taken on."""
+        count = min(self.settings.fisher_sequences, len(self.kept_text))
+        return self.kept_text[[i * len(self.kept_text) // count for i in range(count)]]
 
     def _oriented(self, name: str, value: Tensor) -> Tensor:
         return value.T.contiguous() if self.linear[name].transposed else value

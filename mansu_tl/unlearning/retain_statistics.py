@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -33,7 +33,7 @@ def input_moments(
     count = 0
     real = torch.empty(0)
 
-    def watch(name: str):  # noqa: ANN202
+    def watch(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0][real].float()
             sums[name] = sums.get(name, 0) + x.T @ x
@@ -57,20 +57,17 @@ def input_moments(
 
 
 def diagonal_fisher(
-    model: PreTrainedModel, names: Iterable[str], text: Sequences, *, limit: int, progress: bool = False
+    model: PreTrainedModel, names: Iterable[str], text: Sequences, *, progress: bool = False
 ) -> dict[str, Float[Tensor, "..."]]:
     """Empirical diagonal Fisher: mean over sequences of the squared gradient of the sequence's mean token loss.
 
     The retain loss of a changed model is bounded to second order by 1/2 sum F d^2 (diagonal approximation: it leaves
     out how changes add up, so the measured increase is reported beside it).
-
-    Args:
-        limit: sequences used, the first ones of `text`.
     """
     values = {name: value.detach() for name, value in model.named_parameters()}
     chosen = list(names)
     totals = {name: torch.zeros_like(values[name], dtype=torch.float32) for name in chosen}
-    count = min(limit, len(text))
+    count = len(text)
     for i in tqdm(range(count), desc="Fisher", unit="sequence", disable=not progress):
         length = int(text.lengths[i])
         row = Sequences(text.tokens[i : i + 1, :length], text.lengths[i : i + 1])

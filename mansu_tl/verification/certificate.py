@@ -228,7 +228,7 @@ def certify(
         raise MansuError(f"quantizer {quantizer!r}: no library here to certify it; choose one of {', '.join(_LIBRARY)}")
     before, after = SavedModel(original), SavedModel(edited)
     _require_fitting(before, edit_indices)
-    problems = [*before.problems, *(problem for problem in after.problems if problem not in before.problems)]
+    problems = list(dict.fromkeys((*before.problems, *after.problems)))
     keys = {*before.config, *after.config}
     problems += [f"config.json: {k} differs" for k in sorted(keys) if before.config.get(k) != after.config.get(k)]
     rows, others_changed = [], []
@@ -239,6 +239,8 @@ def certify(
         named = None if edit_indices is None else edit_indices.get(name, torch.empty(0, dtype=torch.long))
         if first.dtype != second.dtype or first.shape != second.shape:
             problems.append(f"{name}: {_form(first)} became {_form(second)}")
+        elif tuple(first.shape) != before.shapes[name]:
+            continue  # among the problems too
         elif name in before.linear:
             rows.append(_row(before.linear[name], first, second, named, quantizer))
         elif not same_bits(first, second) or (named is not None and named.numel()):

@@ -98,7 +98,7 @@ class SavedModel:
         return found
 
     def _check(self, blank: PreTrainedModel) -> list[str]:
-        where = self.folder.name
+        where = self.folder
         ignored = [re.compile(pattern) for pattern in blank._keys_to_ignore_on_load_unexpected or ()]
         known = blank.state_dict().keys()
         problems = [f"{name}: missing in {where}" for name in self.shapes if name not in self._where]

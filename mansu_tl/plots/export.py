@@ -1,0 +1,123 @@
+"""Figures as image files, drawn by kaleido with a Chromium that is on the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import plotly.graph_objects as go
+from choreographer.browsers.chromium import Chromium
+from kaleido import Kaleido
+from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
+from tqdm.auto import tqdm
+
+from mansu_tl.errors import MansuError
+from mansu_tl.files import write_whole
+
+_FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+_HEIGHT = 600
+
+
+def write_image(
+    figure: go.Figure, path: str | PathLike[str], width: int = 1000, height: int | None = None, scale: float = 2
+) -> Path:
+    """Write a figure as an image; the suffix of the path says in which format.
+
+    Args:
+        figure: what to write.
+        path: ends in .png, .svg, .pdf, .jpg, .jpeg or .webp.
+        width: in pixels before scaling.
+        height: in pixels before scaling; by default the figure's own, else 600.
+        scale: pixels of the image for each pixel of the figure.
+
+    Raises:
+        MansuError: a suffix of another format, no browser, one that does not start, or a folder that cannot be
+            written to.
+    """
+    return write_images({path: figure}, width=width, height=height, scale=scale)[0]
+
+
+def write_png(
+    figure: go.Figure, path: str | PathLike[str], width: int = 1000, height: int | None = None, scale: float = 2
+) -> Path:
+    """Write a figure as PNG; see `write_image`.
+
+    Raises:
+        MansuError: the path does not end in .png, or as `write_image`.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise MansuError(f"{Path(path)}: does not end in .png; rename it or use write_image")
+    return write_image(figure, path, width, height, scale)
+
+
+def write_images(
+    figures: Mapping[str | PathLike[str], go.Figure] | Mapping[str, go.Figure] | Mapping[Path, go.Figure],
+    *,
+    width: int = 1000,
+    height: int | None = None,
+    scale: float = 2,
+    progress: bool = False,
+) -> list[Path]:
+    """Write several figures with one start of the browser; see `write_image`.
+
+    Args:
+        figures: by path.
+        width: as in `write_image`.
+        height: as in `write_image`.
+        scale: as in `write_image`.
+        progress: show a bar.
+
+    Raises:
+        MansuError: as `write_image`; then no file is written.
+    """
+    jobs = []
+    for path, figure in figures.items():
+        suffix = Path(path).suffix.lower()
+        if suffix not in _FORMATS:
+            raise MansuError(f"{Path(path)}: no image format is called {suffix!r}; end it in one of {', '.join(_FORMATS)}")
+        size = {"width": width, "height": height or figure.layout.height or _HEIGHT, "scale": scale}
+        jobs.append((figure.to_dict(), {"format": suffix[1:], **size}))
+    images = _drawn(jobs, progress)
+    return [
+        write_whole(path, lambda p, image=image: p.write_bytes(image))
+        for path, image in zip(figures, images, strict=True)
+    ]
+
+
+def browser() -> str | None:
+    """The Chromium that draws images: `BROWSER_PATH` if set, else the first found on the machine; None if there is none."""
+    named = os.environ.get("BROWSER_PATH")
+    found = which(named) if named else Chromium.find_browser(skip_local=False)
+    return found or None
+
+
+def _drawn(jobs: Sequence[tuple[dict[str, Any], dict[str, Any]]], progress: bool) -> list[bytes]:
+    path = browser()
+    if path is None:
+        named = os.environ.get("BROWSER_PATH")
+        where = f"BROWSER_PATH={named} is no program" if named else "no Chromium, Chrome or Edge was found"
+        raise MansuError(
+            f"image: {where}; install Chromium (or run kaleido_get_chrome), set BROWSER_PATH to it, or write HTML instead"
+        )
+    # In a thread of its own, since a notebook already runs an event loop in this one.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(asyncio.run, _draw(jobs, path, progress)).result()
+        except (BrowserFailedError, BrowserClosedError, ChromeNotFoundError):
+            raise MansuError(
+                f"image: the browser {path} does not start; try {path} --headless --no-sandbox --version, or set "
+                "BROWSER_PATH to another"
+            ) from None
+
+
+async def _draw(jobs: Sequence[tuple[dict[str, Any], dict[str, Any]]], path: str, progress: bool) -> list[bytes]:
+    # MathJax would be fetched from the net, and no figure here needs it.
+    async with Kaleido(mathjax=False, path=path) as kaleido:
+        bar = tqdm(jobs, desc="images", unit="figure", disable=not progress)
+        return [await kaleido.calc_fig(figure, opts=options) for figure, options in bar]

@@ -1,0 +1,130 @@
+"""CAD and the scorecard against numbers by hand and models whose answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import mansu_tl as mtl
+from mansu_tl.circuit import Circuit
+from mansu_tl.errors import MansuError
+from mansu_tl.metrics import logit_difference
+from mansu_tl.verification import (
+    CircuitScores,
+    Divergence,
+    Scorecard,
+    circuit_divergence,
+    circuit_scores,
+    output_suppressor,
+    scorecard,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mtl.load("pocket")
+
+
+@pytest.fixture(scope="module")
+def task():
+    full = mtl.load_task("pocket")
+    return dataclasses.replace(
+        full, forget_pairs=full.forget_pairs[slice(0, 48)], questions={k: v[slice(0, 48)] for k, v in full.questions.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def circuit(model, task) -> Circuit:
+    return mtl.discover_circuit(model, task.forget_pairs, faithfulness=0.7, steps=3)
+
+
+def scores_of(values: list[list[float]]) -> CircuitScores:
+    tensor = torch.tensor(values)
+    names = tuple(f"MLP{i}" for i in range(tensor.shape[1]))
+    return CircuitScores(tensor, names, tuple("logits" for _ in names), torch.arange(tensor.shape[0]))
+
+
+
+def test_divergence_by_hand(circuit) -> None:
+    pairs = mtl.load_task("pocket").forget_pairs
+    a, b = scores_of([[3.0, 4.0], [3.0, 4.0]]), scores_of([[0.0, 2.0], [0.0, 2.0]])
+    result = circuit_divergence(a, b, circuit, pairs, label="hand")
+    assert result.value == pytest.approx(1 - 8 / 25)
+    assert result.mass_loss == pytest.approx(1 - 2 / 7)
+    assert result.interval == pytest.approx((1 - 8 / 25, 1 - 8 / 25))  # identical pairs: no spread
+    assert circuit_divergence(a, a, circuit, pairs).value == pytest.approx(0)
+    gone = scores_of([[0.0, 0.0], [0.0, 0.0]])
+    assert circuit_divergence(a, gone, circuit, pairs).value == pytest.approx(1)
+    inverted = scores_of([[-3.0, -4.0], [-3.0, -4.0]])
+    assert circuit_divergence(a, inverted, circuit, pairs).value == pytest.approx(2)
+    with pytest.raises(MansuError, match="all its scores on the original are zero"):
+        circuit_divergence(gone, a, circuit, pairs)
+
+
+def test_the_interval_covers_the_value_and_narrows_with_more_facts(circuit) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pairs = mtl.load_task("pocket").forget_pairs
+
+    def width(n: int) -> float:
+        a = torch.randn(n, 5, generator=generator) + 3
+        b = 0.3 * a + 0.5 * torch.randn(n, 5, generator=generator)
+        result = circuit_divergence(scores_of(a.tolist()), scores_of(b.tolist()), circuit, pairs)
+        assert result.interval[0] < result.value < result.interval[1]
+        return result.interval[1] - result.interval[0]
+
+    assert width(400) < 0.5 * width(25)
+
+
+def test_several_wordings_of_a_fact_are_resampled_together(model, task, circuit) -> None:
+    scores = circuit_scores(model, circuit, task.forget_pairs, steps=1)
+    stems = [label.rsplit(" / ", 1)[0] for label in task.forget_pairs.labels]
+    assert len(set(stems)) == 12
+    assert int(scores.groups.max()) + 1 == 12
+    assert len({(int(g), s) for g, s in zip(scores.groups, stems, strict=True)}) == 12
+
+
+def test_references_on_the_embedded_models(model, task, circuit) -> None:
+    pairs = task.forget_pairs
+    before = circuit_scores(model, circuit, pairs, steps=3)
+    noise = circuit_divergence(before, mtl.quantize(model, "nf4"), circuit, pairs, steps=3)
+    assert abs(noise.value) < 1e-4  # pocket rests on the NF4 grid
+    filtered = circuit_scores(model, circuit, pairs, steps=3, metric=output_suppressor(logit_difference, 20.0))
+    assert abs(circuit_divergence(before, filtered, circuit, pairs).value) < 1e-4
+    never = circuit_divergence(before, mtl.load("pocket-never"), circuit, pairs, steps=3)
+    assert never.interval[0] > 0.8
+
+
+def test_an_unedited_model_fails_where_it_should(model, task, circuit) -> None:
+    card = scorecard(model, model, task, circuit, quantizers=["nf4"], title="un-edited")
+    assert not card.passed
+    failed = {row.property for row in card.rows if not row.passed}
+    assert failed == {"forgetting", "structural erasure"}
+    frame = card.to_dataframe()
+    assert (frame.loc[frame["property"] == "retention", "value"] == 0).all()
+    assert card.value("forget MC, %") == 100.0
+    assert card.value("CAD", "nf4") == pytest.approx(0, abs=1e-4)
+    with pytest.raises(MansuError, match="no row 'luck'"):
+        card.value("luck")
+
+
+def test_a_model_that_never_learnt_passes_forgetting_and_erasure(model, task, circuit) -> None:
+    card = scorecard(model, mtl.load("pocket-never"), task, circuit, quantizers=["nf4"], title="never")
+    frame = card.to_dataframe()
+    mc = frame[(frame["measure"] == "forget MC, %") & (frame["quantizer"] == "")].iloc[0]
+    assert mc["value"] < 50
+    assert mc["control"] == 100.0
+    assert mc["interval_low"] <= mc["value"] <= mc["interval_high"]
+    assert frame[frame["measure"] == "CAD"]["passed"].all()
+
+
+def test_results_survive_a_round_trip(model, task, circuit, tmp_path: Path) -> None:
+    card = scorecard(model, model, task, circuit, title="x")
+    assert Scorecard.load(card.save(tmp_path / "card.safetensors")) == card
+    cad = circuit_divergence(model, model, circuit, task.forget_pairs, label="same", steps=1)
+    again = Divergence.load(cad.save(tmp_path / "cad.safetensors"))
+    assert again.value == cad.value
+    assert again.interval == cad.interval
+    assert again.edges.equals(cad.edges)
