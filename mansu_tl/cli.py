@@ -36,7 +36,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -77,7 +79,9 @@ def report(
 
 def _finish(study: Study, png: bool) -> None:
     path = write_study_report(study, png=png)
-    frame = study.summary()[["model", "method", "quantizer", "forget_MC", *_after(study), "CAD", "codes_changed", "passed"]]
+    frame = study.summary()[
+        ["model", "method", "quantizer", "forget_MC", *_after(study), "CAD", "codes_changed", "passed"]
+    ]
     typer.echo(frame.to_string(index=False, float_format=lambda v: f"{v:.2f}"))
     typer.echo(f"{study.environment['seconds']} s, peak memory {study.environment['peak_memory_gb']} GB")
     typer.echo(f"report: {path}")

@@ -57,7 +57,9 @@ class StudyConfig:
                 if known is None:
                     quantizer(name)
                 elif name not in known:
-                    raise MansuError(f"config: unknown method {name!r}; choose one of {', '.join(known)}{_near(name, known)}")
+                    raise MansuError(
+                        f"config: unknown method {name!r}; choose one of {', '.join(known)}{_near(name, known)}"
+                    )
         if not 0 < self.faithfulness <= 1:
             raise MansuError(f"config: faithfulness={self.faithfulness}; choose a target in (0, 1]")
         for method, values in self.settings.items():
@@ -102,7 +104,11 @@ class StudyConfig:
 
 
 def _checked(source: Path, key: str, value: Any, like: Any) -> Any:
-    wanted = "a list of strings" if isinstance(like, tuple) else {str: "a string", int: "a whole number", float: "a number"}[type(like)]
+    wanted = (
+        "a list of strings"
+        if isinstance(like, tuple)
+        else {str: "a string", int: "a whole number", float: "a number"}[type(like)]
+    )
     if isinstance(like, tuple):
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)

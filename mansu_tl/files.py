@@ -56,7 +56,7 @@ def save_tensors(
     return write_whole(path, lambda p: save_file(flat, p, metadata=header))
 
 
-def load_tensors(path: str | PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(path: str | PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
     Raises:
@@ -68,12 +68,14 @@ def load_tensors(path: str | PathLike[str], kind: str) -> tuple[dict[str, torch.
     try:
         with safe_open(source, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a safetensors handle is no dict
         facts = json.loads(header.get("facts", "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise MansuError(f"{source}: cannot be read ({error}); it was cut short or is no safetensors file") from None
     if header.get("mansu_tl") != kind:
-        raise MansuError(f"{source}: holds {header.get('mansu_tl', 'something else')!r}, not a {kind}; pass the right file")
+        raise MansuError(
+            f"{source}: holds {header.get('mansu_tl', 'something else')!r}, not a {kind}; pass the right file"
+        )
     if header.get("format") != _FORMAT:
         raise MansuError(f"{source}: format {header.get('format')!r} is unknown here; save it again with this version")
     return tensors, facts

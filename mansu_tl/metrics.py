@@ -113,7 +113,9 @@ def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, b
     logits = last_logits(model, questions.prompts.to(device), questions.lengths.to(device), batch_size).cpu()
     if not torch.isfinite(logits).all():
         bad = int((~torch.isfinite(logits).all(-1)).nonzero()[0])
-        raise MansuError(f"accuracy: logits of question {bad} ({questions.facts[bad]}) are not finite; check the weights")
+        raise MansuError(
+            f"accuracy: logits of question {bad} ({questions.facts[bad]}) are not finite; check the weights"
+        )
     choices = questions.choices.cpu()
     options = logits.gather(1, choices)
     others = options[:, 1:]

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -26,10 +27,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, discover_circuit, edge_attribution, random_faithfulness
 from mansu_tl.config import StudyConfig
-from mansu_tl.data import Task
-from mansu_tl.errors import MansuError
+from mansu_tl.data import PromptPairs, Task
 from mansu_tl.files import write_text
-from mansu_tl.metrics import logit_difference
+from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint, load, save
 from mansu_tl.patching import PatchingResult, activation_patching
 from mansu_tl.quantization import UpdateStatistics, quantize, update_statistics
@@ -110,7 +110,9 @@ class Study:
         return pd.DataFrame(rows)
 
     def _repr_html_(self) -> str:
-        return f"<p><b>Study in {self.folder}</b></p>{self.summary().to_html(index=False, float_format='{:.2f}'.format)}"
+        return (
+            f"<p><b>Study in {self.folder}</b></p>{self.summary().to_html(index=False, float_format='{:.2f}'.format)}"
+        )
 
 
 def run_study(config: StudyConfig, out: str | PathLike[str], *, progress: bool = True) -> Study:
@@ -161,7 +163,9 @@ def _run(config: StudyConfig, folder: Path, progress: bool) -> Study:
         )
         random = stages.value("circuit/random", asked, lambda: random_faithfulness(model, circuit, pairs))
         bar.update()
-        patching = stages.tensor("circuit/patching", PatchingResult, {}, lambda: activation_patching(model, pairs[_spread(len(pairs))]))
+        patching = stages.tensor(
+            "circuit/patching", PatchingResult, {}, lambda: activation_patching(model, pairs[_spread(len(pairs))])
+        )
         bar.update()
         before = circuit_scores(model, circuit, pairs, steps=config.steps)
         references = _references(config, model, circuit, task, before, stages)
@@ -217,14 +221,7 @@ def _method(
             f"scores/{method}/cad_{name or 'full'}",
             Divergence,
             key,
-            lambda name=name, label=label: circuit_divergence(
-                before,
-                quantize(edited, name) if name else edited,
-                circuit,
-                task.forget_pairs,
-                label=label,
-                seed=config.seed,
-            ),
+            partial(_diverged, before, edited, name, circuit, task, label, config),
         )
     statistics = update_statistics(model, edited, config.quantizers[0])
     write_text(stages.folder / f"scores/{method}/updates.csv", statistics.to_dataframe().to_csv(index=False))
@@ -269,20 +266,37 @@ def _references(
             lambda: circuit_divergence(before, other(), circuit, pairs, label=title, seed=config.seed),
         )
 
+    filtered = output_suppressor(logit_difference, _PENALTY)
     for q in config.quantizers:
-        add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, lambda q=q: circuit_scores(quantize(model, q), circuit, pairs))
-        add(
-            f"suppressor_{q}",
-            f"output suppressor, {q}",
-            {"penalty": _PENALTY},
-            lambda q=q: circuit_scores(
-                quantize(model, q), circuit, pairs, metric=output_suppressor(logit_difference, _PENALTY)
-            ),
-        )
+        twin = partial(_twin_scores, model, q, circuit, pairs, config.steps)
+        add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, partial(twin, logit_difference))
+        add(f"suppressor_{q}", f"output suppressor, {q}", {"penalty": _PENALTY}, partial(twin, filtered))
     if config.never:
         never = load(config.never)
-        add("never", "never trained on it", {"never": fingerprint(never)}, lambda: circuit_scores(never, circuit, pairs))
+        scored = partial(circuit_scores, never, circuit, pairs, steps=config.steps)
+        add("never", "never trained on it", {"never": fingerprint(never)}, scored)
     return out
+
+
+def _twin_scores(
+    model: TransformerBridge, name: str, circuit: Circuit, pairs: PromptPairs, steps: int, metric: Metric
+) -> CircuitScores:
+    return circuit_scores(quantize(model, name), circuit, pairs, steps=steps, metric=metric)
+
+
+def _diverged(
+    before: CircuitScores,
+    edited: TransformerBridge,
+    name: str,
+    circuit: Circuit,
+    task: Task,
+    label: str,
+    config: StudyConfig,
+) -> Divergence:
+    other = quantize(edited, name) if name else edited
+    return circuit_divergence(
+        before, other, circuit, task.forget_pairs, label=label, steps=config.steps, seed=config.seed
+    )
 
 
 class _Stages:

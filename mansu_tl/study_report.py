@@ -61,7 +61,9 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
     for name, other in study.also.items():
         result = next((r for m, r in other.results.items() if m != "mansu"), None)
         if result is not None:
-            figures[f"bins_{name}"] = plots.bins(result.statistics, title=f"Where the updates land: {result.card.title}")
+            figures[f"bins_{name}"] = plots.bins(
+                result.statistics, title=f"Where the updates land: {result.card.title}"
+            )
             break
     figures["scorecard"] = plots.scorecard(list(cards.values()) if len(cards) > 1 else next(iter(cards.values())))
     if mansu.certificate is not None:
@@ -142,7 +144,9 @@ def _gap_rows(study: Study) -> pd.DataFrame:
         for method, result in one.results.items():
             for q in one.config.quantizers:
                 before, after = result.card.value("forget MC, %"), result.card.value("forget MC, %", q)
-                rows.append({"method": method_title(method), "base": base, "before": before, "after": after, "quantizer": q})
+                rows.append(
+                    {"method": method_title(method), "base": base, "before": before, "after": after, "quantizer": q}
+                )
     return pd.DataFrame(rows)
 
 

@@ -12,9 +12,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.pocket import pocket_task
 
 
-def load_task(
-    source: str | PathLike[str], *, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0
-) -> Task:
+def load_task(source: str | PathLike[str], *, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0) -> Task:
     """The embedded task ("pocket", for any of the three embedded models), or one read from a JSON-lines file.
 
     Args:

@@ -17,6 +17,8 @@ from mansu_tl.quantization import orient, quantizer
 from mansu_tl.verification.certificate import Certificate, _answer, certify, certify_in_fresh_process
 from tests.tiny import tiny
 
+MATRIX = "model.layers.1.mlp.up_proj.weight"
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -110,6 +112,28 @@ def test_certificate_speaks_of_its_own_quantizer_only(llama):
     assert "edited weights keep their code" in fp4.faults[0]
 
 
+def test_two_zeros_of_fp4_are_one_code(tmp_path):
+    bridge = load(tiny("llama"))
+    values = [parameters(bridge)[MATRIX].detach().clone() for _ in range(2)]
+    index = int((values[0].abs().view(-1) < 0.2 * values[0].abs().max()).nonzero()[0])
+    for value, small in zip(values, (-1e-5, 1e-5), strict=True):
+        value.view(-1)[index] = small
+    folders = [save(rebuild(bridge, {MATRIX: value}), tmp_path / str(i)) for i, value in enumerate(values)]
+    result = certify(*folders, {MATRIX: torch.tensor([index])}, "fp4")
+    assert result.faults == (f"{MATRIX}: 1 of 1 edited weights keep their code",)
+    assert certify(*folders, {MATRIX: torch.tensor([index])}, "nf4").edited_codes_changed_share == 0
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+def test_a_turned_sign_is_another_code(llama, tmp_path, name):
+    tensors = load_file(llama[0] / "model.safetensors")
+    shutil.copytree(llama[0], tmp_path / "turned")
+    index = unedited(llama[2], tensors)
+    tensors[MATRIX].view(-1)[index] *= -1
+    save_file(tensors, tmp_path / "turned" / "model.safetensors", metadata={"format": "pt"})
+    assert certify(llama[0], tmp_path / "turned", {MATRIX: torch.tensor([index])}, name).passed
+
+
 def test_fresh_process_says_the_same(llama):
     before, after, indices = llama
     assert certify_in_fresh_process(before, after, indices) == certify(before, after, indices)
@@ -142,8 +166,6 @@ def test_gpt2_indices_are_those_of_the_stored_matrix(tmp_path):
 
 
 # --- tampering ---------------------------------------------------------------------------------------------------
-
-MATRIX = "model.layers.1.mlp.up_proj.weight"
 
 
 def unedited(indices: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> int:

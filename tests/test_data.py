@@ -18,7 +18,13 @@ TOKENIZER = tiny_tokenizer()
 
 
 def pair(kind: str, i: int, **extra: object) -> dict[str, object]:
-    row = {"set": kind, "clean": f"w{i} w9 w5", "corrupt": f"w{i} w8 w5", "answer": f"w{30 + i}", "distractors": [f"w{40 + i}", "w60"]}
+    row = {
+        "set": kind,
+        "clean": f"w{i} w9 w5",
+        "corrupt": f"w{i} w8 w5",
+        "answer": f"w{30 + i}",
+        "distractors": [f"w{40 + i}", "w60"],
+    }
     return row | extra
 
 

@@ -96,4 +96,6 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(MansuError, match="unknown direction 'both'"):
         activation_patching(model, pairs, direction="both")
     with pytest.raises(MansuError, match="no difference to restore"):
-        activation_patching(model, mtl.PromptPairs.from_tokens(pairs.clean, pairs.clean, pairs.answers, pairs.distractors))
+        activation_patching(
+            model, mtl.PromptPairs.from_tokens(pairs.clean, pairs.clean, pairs.answers, pairs.distractors)
+        )

@@ -141,7 +141,9 @@ def test_circuit_weights_are_the_slices_of_the_circuit(family: str) -> None:
     for name in expected:
         for piece in cmap.slices(name):
             if piece.parameter in linear_weights(model):
-                full = want.setdefault(piece.parameter, torch.zeros_like(parameters(model)[piece.parameter], dtype=torch.bool))
+                full = want.setdefault(
+                    piece.parameter, torch.zeros_like(parameters(model)[piece.parameter], dtype=torch.bool)
+                )
                 full.narrow(piece.dim, piece.start, piece.stop - piece.start).fill_(True)
     # Heads that share the KV head are on the path too: through v, every head of the group is reached.
     for name, part in want.items():
@@ -172,7 +174,9 @@ def test_the_floor_keeps_unmoved_weights_bit_for_bit_and_moves_the_rest_across()
     index = floor.where["w"]
     assert torch.equal((before != after)[index], changed)
     assert torch.equal(scale, scale_after)
-    torch.testing.assert_close(rounded, (grid.roundtrip(final) - grid.roundtrip(weight)).flatten()[index], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        rounded, (grid.roundtrip(final) - grid.roundtrip(weight)).flatten()[index], rtol=0, atol=1e-6
+    )
     # The gradient is the identity in units of bins.
     leaf = latent.clone().requires_grad_()
     (grad,) = torch.autograd.grad(floor.realise(leaf)[0].sum(), leaf)

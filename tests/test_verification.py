@@ -32,7 +32,9 @@ def model():
 def task():
     full = mtl.load_task("pocket")
     return dataclasses.replace(
-        full, forget_pairs=full.forget_pairs[slice(0, 48)], questions={k: v[slice(0, 48)] for k, v in full.questions.items()}
+        full,
+        forget_pairs=full.forget_pairs[slice(0, 48)],
+        questions={k: v[slice(0, 48)] for k, v in full.questions.items()},
     )
 
 
@@ -45,7 +47,6 @@ def scores_of(values: list[list[float]]) -> CircuitScores:
     tensor = torch.tensor(values)
     names = tuple(f"MLP{i}" for i in range(tensor.shape[1]))
     return CircuitScores(tensor, names, tuple("logits" for _ in names), torch.arange(tensor.shape[0]))
-
 
 
 def test_divergence_by_hand(circuit) -> None:

@@ -331,5 +331,3 @@ def _product(
     if per_pair:
         return torch.einsum("wbpd,rbpd->bwr", a, b)[:, None]
     return torch.einsum("wbpd,rbpd->pwr", a, b)[None]
-
-

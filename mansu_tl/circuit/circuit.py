@@ -145,7 +145,7 @@ class Circuit:
             MansuError: no such file, not a circuit, or cut short.
         """
         tensors, facts = load_tensors(path, "Circuit")
-        names = {key: tuple(facts.pop(key)) for key in ("writers", "readers")}
+        names: dict[str, Any] = {key: tuple(facts.pop(key)) for key in ("writers", "readers")}
         return cls(**tensors, **names, **facts)
 
     def _combined(self, other: Circuit, mask: Tensor, word: str) -> Circuit:
@@ -154,11 +154,13 @@ class Circuit:
         return replace(self, mask=kept, faithfulness=float("nan"), how=f"{word} of ({self.how}) and ({other.how})")
 
     def __repr__(self) -> str:
-        return f"Circuit({self.n_edges} edges, {len(self.nodes)} nodes, faithfulness {self.faithfulness:.3f}; {self.how})"
+        return (
+            f"Circuit({self.n_edges} edges, {len(self.nodes)} nodes, faithfulness {self.faithfulness:.3f}; {self.how})"
+        )
 
     def _repr_html_(self) -> str:
         top = self.to_dataframe().head(10).to_html(index=False, float_format=lambda v: f"{v:.4f}")
-        return f"<p><b>{repr(self)}</b><br>largest ten by |score|:</p>{top}"
+        return f"<p><b>{self!r}</b><br>largest ten by |score|:</p>{top}"
 
 
 def top_mask(scores: EdgeScores, n: int) -> Bool[Tensor, "writer reader"]:

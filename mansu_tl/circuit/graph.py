@@ -62,11 +62,17 @@ class Graph:
         out = torch.zeros_like(self.exists)
         for writer, reader in edges:
             if writer not in writers:
-                raise MansuError(f"edge {writer} -> {reader}: no writer {writer!r}; this model has {_some(self.writers)}")
+                raise MansuError(
+                    f"edge {writer} -> {reader}: no writer {writer!r}; this model has {_some(self.writers)}"
+                )
             if reader not in readers:
-                raise MansuError(f"edge {writer} -> {reader}: no reader {reader!r}; this model has {_some(self.readers)}")
+                raise MansuError(
+                    f"edge {writer} -> {reader}: no reader {reader!r}; this model has {_some(self.readers)}"
+                )
             if not self.exists[writers[writer], readers[reader]]:
-                raise MansuError(f"edge {writer} -> {reader}: the reader is computed before the writer; swap or drop it")
+                raise MansuError(
+                    f"edge {writer} -> {reader}: the reader is computed before the writer; swap or drop it"
+                )
             out[writers[writer], readers[reader]] = True
         return out
 

@@ -89,7 +89,9 @@ class _Patched:
         for layer in range(self.map.n_layers):
             block = f"blocks.{layer}"
             for kind, heads in (("q", self.map.n_heads), ("k", self.map.n_kv_heads), ("v", self.map.n_kv_heads)):
-                hooks.append((f"{block}.attn.{kind}.hook_out", self._projection(layer, kind, slice(column, column + heads))))
+                hooks.append(
+                    (f"{block}.attn.{kind}.hook_out", self._projection(layer, kind, slice(column, column + heads)))
+                )
                 column += heads
             hooks.append((f"{block}.ln2.hook_in", self._stream(self.corrupt.mlp_in[layer], column)))
             hooks.append((f"{block}.attn.o.hook_in", self._heads(layer)))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -101,7 +100,7 @@ class EdgeScores:
             MansuError: no such file, not one of ours, or cut short.
         """
         tensors, facts = load_tensors(path, "EdgeScores")
-        names = {key: tuple(facts.pop(key)) for key in ("writers", "readers")}
+        names: dict[str, Any] = {key: tuple(facts.pop(key)) for key in ("writers", "readers")}
         return cls(**tensors, **names, **facts)
 
     def without_detail(self) -> EdgeScores:
@@ -120,4 +119,4 @@ class EdgeScores:
 
     def _repr_html_(self) -> str:
         top = self.to_dataframe().head(10).to_html(index=False, float_format=lambda v: f"{v:.4f}")
-        return f"<p><b>{repr(self)}</b><br>largest ten by |score|:</p>{top}"
+        return f"<p><b>{self!r}</b><br>largest ten by |score|:</p>{top}"

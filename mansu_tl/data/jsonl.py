@@ -56,7 +56,9 @@ def read_task(
         for held_out in (False, True):
             asked = [row for row in groups[kind] if row.get("held_out", False) is held_out]
             if asked:
-                questions[f"{kind}_paraphrase" if held_out else kind] = _questions(tokenizer, asked, source, prepend_bos)
+                questions[f"{kind}_paraphrase" if held_out else kind] = _questions(
+                    tokenizer, asked, source, prepend_bos
+                )
     seen = {k: [row for row in groups[k] if not row.get("held_out", False)] for k in _PAIR_SETS}
 
     def sequences(texts: Sequence[str]) -> Sequences:
@@ -89,18 +91,24 @@ def _rows(source: Path) -> list[dict[str, Any]]:
             raise MansuError(f"{source}, line {number}: not JSON ({error.msg}); write one object a line") from None
         kind = row.get("set") if isinstance(row, dict) else None
         if kind not in (*_PAIR_SETS, *_TEXT_SETS):
-            raise MansuError(f"{source}, line {number}: set is {kind!r}; choose one of {', '.join((*_PAIR_SETS, *_TEXT_SETS))}")
+            raise MansuError(
+                f"{source}, line {number}: set is {kind!r}; choose one of {', '.join((*_PAIR_SETS, *_TEXT_SETS))}"
+            )
         known = _PAIR_KEYS if kind in _PAIR_SETS else _TEXT_KEYS
         needed = {"clean", "corrupt", "answer", "distractors"} if kind in _PAIR_SETS else {"text"}
         if set(row) - known:
-            raise MansuError(f"{source}, line {number}: unknown key {min(set(row) - known)!r}; known: {', '.join(sorted(known))}")
+            raise MansuError(
+                f"{source}, line {number}: unknown key {min(set(row) - known)!r}; known: {', '.join(sorted(known))}"
+            )
         if needed - set(row):
             raise MansuError(f"{source}, line {number}: {min(needed - set(row))!r} is missing; a {kind} line needs it")
         rows.append(row | {"line": number})
     return rows
 
 
-def _pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], source: Path, prepend_bos: bool) -> PromptPairs:
+def _pairs(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], source: Path, prepend_bos: bool
+) -> PromptPairs:
     _same_width(rows, source)
     return PromptPairs.from_text(
         tokenizer,
@@ -113,7 +121,9 @@ def _pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], sourc
     )
 
 
-def _questions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], source: Path, prepend_bos: bool) -> Questions:
+def _questions(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], source: Path, prepend_bos: bool
+) -> Questions:
     pairs = _pairs(tokenizer, rows, source, prepend_bos)
     choices = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
     return Questions(pairs.clean, pairs.lengths, choices, tuple(_fact(row) for row in rows))
@@ -121,7 +131,11 @@ def _questions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], s
 
 def _same_width(rows: list[dict[str, Any]], source: Path) -> None:
     for row in rows:
-        if not isinstance(row["distractors"], list) or len(row["distractors"]) != len(rows[0]["distractors"]) or not row["distractors"]:
+        if (
+            not isinstance(row["distractors"], list)
+            or len(row["distractors"]) != len(rows[0]["distractors"])
+            or not row["distractors"]
+        ):
             raise MansuError(
                 f"{source}, line {row['line']}: distractors {row['distractors']!r}; give a list of as many as line "
                 f"{rows[0]['line']} has, at least one"

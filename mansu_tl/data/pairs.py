@@ -63,7 +63,9 @@ class PromptPairs:
             if not 1 <= length <= clean.shape[1]:
                 raise MansuError(f"pair {i}: length {length} is outside 1..{clean.shape[1]}, the width of the tokens")
         if labels and len(labels) != clean.shape[0]:
-            raise MansuError(f"prompt pairs: {len(labels)} labels for {clean.shape[0]} pairs; give one for each or none")
+            raise MansuError(
+                f"prompt pairs: {len(labels)} labels for {clean.shape[0]} pairs; give one for each or none"
+            )
         if distractors.ndim == 1:
             distractors = distractors[:, None]
         return cls(clean, corrupt, answers, distractors, lengths, tuple(labels))
@@ -88,7 +90,12 @@ class PromptPairs:
             MansuError: lists of unequal length, clean and corrupt of different token lengths (both token lists are
                 shown), or an answer or distractor that is not exactly one token.
         """
-        counts = {"clean": len(clean), "corrupt": len(corrupt), "answers": len(answers), "distractors": len(distractors)}
+        counts = {
+            "clean": len(clean),
+            "corrupt": len(corrupt),
+            "answers": len(answers),
+            "distractors": len(distractors),
+        }
         if len(set(counts.values())) != 1:
             raise MansuError(f"prompt pairs: {counts} differ in number; give one of each for every pair")
         if not clean:

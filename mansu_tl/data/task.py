@@ -100,7 +100,9 @@ class Task:
             raise MansuError(f"task {self.name!r}: retain_text is empty; give text whose likelihood is to be kept")
         both = _overlap(self.questions["forget"], self.questions["retain"])
         if both:
-            raise MansuError(f"task {self.name!r}: forget and retain share {len(both)} facts, e.g. {both[0]!r}; remove it from one")
+            raise MansuError(
+                f"task {self.name!r}: forget and retain share {len(both)} facts, e.g. {both[0]!r}; remove it from one"
+            )
 
     def to(self, device: str | torch.device) -> Task:
         """The same task with its tensors on `device`."""
@@ -116,7 +118,8 @@ class Task:
 
     def __repr__(self) -> str:
         sets = ", ".join(f"{key} {len(value)}" for key, value in self.questions.items())
-        return f"Task({self.name!r}: {len(self.forget_pairs)} forget pairs, {len(self.retain_text)} retain texts; questions: {sets})"
+        texts = f"{len(self.forget_pairs)} forget pairs, {len(self.retain_text)} retain texts"
+        return f"Task({self.name!r}: {texts}; questions: {sets})"
 
 
 def _overlap(a: Questions, b: Questions) -> list[str]:

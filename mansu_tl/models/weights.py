@@ -182,9 +182,9 @@ def _matrix(module: nn.Module, kind: Family) -> Float[Tensor, "out in"]:
     assert weight is not None
     state = quantization_state(weight)
     if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
+        from mansu_tl.models.library import functional as bnb
 
-        return dequantize_4bit(weight.data, state)
+        return bnb.dequantize_4bit(weight.data, state)
     if not weight.is_floating_point():
         raise MansuError(
             f"weight of {type(module).__name__}: packed as {weight.dtype}; pass the dense model or its twin"

@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map
-from mansu_tl.patching.runs import check, chunks, keep, measured, run
+from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, run
 
 
 def neuron_attribution(
@@ -39,7 +39,7 @@ def neuron_attribution(
             def begin(stream: Tensor, hook: object) -> Tensor:
                 return stream.detach().requires_grad_()
 
-            hooks = [("blocks.0.hook_in", begin), *((hook, keep(kept, key)) for key, hook in keys.items())]
+            hooks: list[Hook] = [("blocks.0.hook_in", begin), *((hook, keep(kept, key)) for key, hook in keys.items())]
             with torch.enable_grad():
                 logits = run(model, tokens, chunk.lengths, hooks)
                 value = measured(metric, logits.float(), chunk).sum()

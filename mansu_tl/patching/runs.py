@@ -76,7 +76,9 @@ def record(model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: In
         names[f"pre{layer}"] = f"blocks.{layer}.ln1.hook_in"
         names[f"mid{layer}"] = f"blocks.{layer}.ln2.hook_in"
         names[f"z{layer}"] = f"blocks.{layer}.attn.o.hook_in"
-        names[f"out{layer}"] = f"blocks.{layer}.ln2_post.hook_out" if cmap.post_norms else f"blocks.{layer}.mlp.hook_out"
+        names[f"out{layer}"] = (
+            f"blocks.{layer}.ln2_post.hook_out" if cmap.post_norms else f"blocks.{layer}.mlp.hook_out"
+        )
         if cmap.post_norms:
             names[f"raw{layer}"] = f"blocks.{layer}.ln1_post.hook_in"
     logits = run(model, tokens, lengths, [(hook, keep(kept, key)) for key, hook in names.items()])
@@ -124,7 +126,9 @@ def check(model: TransformerBridge, pairs: PromptPairs) -> None:
         raise MansuError(f"pairs are on {pairs.clean.device}, the model is on {device}; use pairs.to({str(device)!r})")
     top = int(max(pairs.clean.max(), pairs.corrupt.max(), pairs.answers.max(), pairs.distractors.max()))
     if top >= model.cfg.d_vocab:
-        raise MansuError(f"pairs hold token {top}, the model's vocabulary ends at {model.cfg.d_vocab - 1}; use its own tokenizer")
+        raise MansuError(
+            f"pairs hold token {top}, the model's vocabulary ends at {model.cfg.d_vocab - 1}; use its own tokenizer"
+        )
 
 
 def measured(metric: Metric, logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
@@ -136,7 +140,9 @@ def measured(metric: Metric, logits: Float[Tensor, "pair vocab"], pairs: PromptP
     name = metric_name(metric)
     values = metric(logits, pairs)
     if values.shape != (len(pairs),):
-        raise MansuError(f"metric {name!r} gave shape {tuple(values.shape)} for {len(pairs)} pairs; return one number per pair")
+        raise MansuError(
+            f"metric {name!r} gave shape {tuple(values.shape)} for {len(pairs)} pairs; return one number per pair"
+        )
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).nonzero()[0])
         raise MansuError(f"metric {name!r} is {values[bad].item()} for pair {bad}; check the weights and the metric")

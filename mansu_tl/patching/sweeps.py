@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,7 +24,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map
-from mansu_tl.patching.runs import Hook, check, chunks, heads_last, keep, measured, metric_name, run
+from mansu_tl.patching.runs import check, chunks, heads_last, keep, measured, metric_name, run
 
 _TITLES = {"resid_pre": "residual stream", "attn_out": "attention output", "mlp_out": "MLP output", "z": "head output"}
 
@@ -71,7 +72,7 @@ class PatchingResult:
     def load(cls, path: str | PathLike[str]) -> PatchingResult:
         """Read what `save` wrote."""
         tensors, facts = load_tensors(path, "PatchingResult")
-        names = {key: tuple(facts.pop(key)) for key in ("rows", "columns")}
+        names: dict[str, Any] = {key: tuple(facts.pop(key)) for key in ("rows", "columns")}
         return cls(**tensors, **names, **facts)
 
     def _repr_html_(self) -> str:
@@ -114,7 +115,9 @@ def activation_patching(
     bar = tqdm(total=len(parts) * sums.numel(), desc=f"patching {component}", unit="cell", disable=not progress)
     with torch.no_grad(), bar:
         for _, chunk in parts:
-            base_tokens, source = (chunk.corrupt, chunk.clean) if direction == "denoising" else (chunk.clean, chunk.corrupt)
+            base_tokens, source = (
+                (chunk.corrupt, chunk.clean) if direction == "denoising" else (chunk.clean, chunk.corrupt)
+            )
             kept: dict[str, Tensor] = {}
             run(model, source, chunk.lengths, [(name, keep(kept, name)) for name in names])
             for i, tokens in enumerate((chunk.clean, chunk.corrupt)):

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from shutil import which
@@ -80,18 +81,19 @@ def write_images(
     for path, figure in figures.items():
         suffix = Path(path).suffix.lower()
         if suffix not in _FORMATS:
-            raise MansuError(f"{Path(path)}: no image format is called {suffix!r}; end it in one of {', '.join(_FORMATS)}")
+            raise MansuError(
+                f"{Path(path)}: no image format is called {suffix!r}; end it in one of {', '.join(_FORMATS)}"
+            )
         size = {"width": width, "height": height or figure.layout.height or _HEIGHT, "scale": scale}
         jobs.append((figure.to_dict(), {"format": suffix[1:], **size}))
-    images = _drawn(jobs, progress)
+    images = _drawn(jobs, progress) if jobs else []
     return [
-        write_whole(path, lambda p, image=image: p.write_bytes(image))
-        for path, image in zip(figures, images, strict=True)
+        write_whole(path, partial(Path.write_bytes, data=image)) for path, image in zip(figures, images, strict=True)
     ]
 
 
 def browser() -> str | None:
-    """The Chromium that draws images: `BROWSER_PATH` if set, else the first found on the machine; None if there is none."""
+    """The Chromium that draws images: `BROWSER_PATH` if set, else the first found; None if there is none."""
     named = os.environ.get("BROWSER_PATH")
     found = which(named) if named else Chromium.find_browser(skip_local=False)
     return found or None
@@ -103,7 +105,7 @@ def _drawn(jobs: Sequence[tuple[dict[str, Any], dict[str, Any]]], progress: bool
         named = os.environ.get("BROWSER_PATH")
         where = f"BROWSER_PATH={named} is no program" if named else "no Chromium, Chrome or Edge was found"
         raise MansuError(
-            f"image: {where}; install Chromium (or run kaleido_get_chrome), set BROWSER_PATH to it, or write HTML instead"
+            f"image: {where}; install Chromium (or run kaleido_get_chrome), set BROWSER_PATH to it, or write HTML"
         )
     # In a thread of its own, since a notebook already runs an event loop in this one.
     with ThreadPoolExecutor(1) as pool:

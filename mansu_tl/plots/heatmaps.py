@@ -48,18 +48,19 @@ def edge_matrix(scores: EdgeScoresLike, *, title: str | None = None, theme: str 
         f"completeness residual {number(scores.residual, 2)}.",
         height=int(190 + min(760, max(320, 18 * n_rows))),
     )
-    marks = np.where((z < -_STRONG * top) & (n_rows <= _ALL_LABELS), "−", "")
+    marks = np.where(z < -_STRONG * top, "−", "").tolist() if n_rows <= _ALL_LABELS else None
     figure.add_heatmap(
         z=z,
         zmin=-top,
         zmax=top,
         colorscale=_root_scale(look),
         hoverongaps=False,
-        text=marks.tolist(),
-        texttemplate="%{text}",
+        x=[plain(name) for name in scores.readers],
+        y=[plain(name) for name in scores.writers],
+        text=marks,
+        texttemplate="%{text}" if marks else None,
         textfont={"size": 11},
-        customdata=_names(scores.writers, scores.readers),
-        hovertemplate="%{customdata[0]} → %{customdata[1]}<br>score %{z:.4g}<extra></extra>",
+        hovertemplate="%{y} → %{x}<br>score %{z:.4g}<extra></extra>",
         colorbar={"title": {"text": "score"}, "thickness": 14, "outlinewidth": 0, "tickformat": ".2~g"},
     )
     figure.update_layout(plot_bgcolor=look.band)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from mansu_tl.models.library import functional as bnb
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from mansu_tl.models.library import functional as bnb
 
 BLOCK = 64
 
@@ -21,8 +22,8 @@ def grid_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def nf4_image(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """The weight after NF4 quantization (blocks of 64 along the in-features, fp32 scales) and dequantization."""
-    codes, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
-    return dequantize_4bit(codes, state)
+    codes, state = bnb.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+    return bnb.dequantize_4bit(codes, state)
 
 
 @torch.no_grad()

@@ -196,12 +196,11 @@ class Grid:
         centre_will_do = (inner.double() - begin) * up >= bin_width
         value = torch.where(fits & ~centre_will_do, reach, inner)
 
+        # The outermost codes take in everything up to the absmax, so that no step leads past it.
         previous = torch.zeros_like(up)
         for _ in range(_MOST_STEPS):
             code = self._code(self._prepare(value), scale, tail).long()
             direction = (target.long() - code).sign().double()
-            direction[value.double() > s] = -1
-            direction[value.double() < -s] = 1
             if not direction.any():
                 return value
             if (direction * previous < 0).any():

@@ -102,9 +102,7 @@ def _wording(pairs: PromptPairs, unseen: Sequences) -> Int[Tensor, "pair unseen"
     return ((clean[:, None] == other[None]) & (clean == corrupt)[:, None]).sum(-1)
 
 
-def retain_batches(
-    task: Task, batch: int, near_share: float, generator: torch.Generator
-) -> Callable[[], Sequences]:
+def retain_batches(task: Task, batch: int, near_share: float, generator: torch.Generator) -> Callable[[], Sequences]:
     """Draws of retain text, a `near_share` of every batch from the neighbouring facts where the task has any."""
     near = round(batch * near_share) if len(task.near_text) else 0
     far_draw = Sampler(len(task.retain_text), batch - near, generator)

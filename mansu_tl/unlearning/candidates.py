@@ -16,7 +16,7 @@ from mansu_tl.patching.neurons import neuron_attribution
 
 def circuit_weights(
     model: TransformerBridge, circuit: Circuit, pairs: PromptPairs, neuron_share: float
-) -> dict[str, Bool[Tensor, "..."]]:
+) -> dict[str, Bool[Tensor, ...]]:
     """The linear weights of a circuit, as one mask per HF parameter.
 
     A head of the circuit brings its value and output slices (what it moves, not where it looks). An MLP brings the

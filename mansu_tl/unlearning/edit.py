@@ -90,7 +90,9 @@ class Edit:
         current = parameters(edited)
         for name, index in self.indices.items():
             if name not in current or not torch.equal(current[name].detach().flatten().cpu()[index], self.new[name]):
-                raise MansuError(f"edit: {name} of this model does not hold the edit's values; revert what apply() gave")
+                raise MansuError(
+                    f"edit: {name} of this model does not hold the edit's values; revert what apply() gave"
+                )
         return self._write(edited, self.old, None, "")
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -98,15 +100,27 @@ class Edit:
         rows = []
         for name, index in self.indices.items():
             change = (self.new[name].double() - self.old[name].double()).abs()
-            rows.append({"parameter": name, "edited": index.numel(), "mean_change": change.mean().item(), "max_change": change.max().item()})
+            rows.append(
+                {
+                    "parameter": name,
+                    "edited": index.numel(),
+                    "mean_change": change.mean().item(),
+                    "max_change": change.max().item(),
+                }
+            )
         return pd.DataFrame(rows, columns=["parameter", "edited", "mean_change", "max_change"])
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one safetensors file."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for part in ("indices", "old", "new"):
             tensors |= {f"{part}:{name}": value for name, value in getattr(self, part).items()}
-        facts = {"method": self.method, "base": self.base, "facts": dict(self.facts), "history": [dict(h) for h in self.history]}
+        facts = {
+            "method": self.method,
+            "base": self.base,
+            "facts": dict(self.facts),
+            "history": [dict(h) for h in self.history],
+        }
         return save_tensors(path, "Edit", tensors, facts)
 
     @classmethod
@@ -127,7 +141,9 @@ class Edit:
         self, model: TransformerBridge, values: Mapping[str, Tensor], expected: str | None, problem: str
     ) -> TransformerBridge:
         if expected is not None and fingerprint(model) != expected:
-            raise MansuError(f"edit: {problem} (fingerprint {expected[:12]}..., this one {fingerprint(model)[:12]}...); load that one")
+            raise MansuError(
+                f"edit: {problem} (fingerprint {expected[:12]}..., this one {fingerprint(model)[:12]}...); load that one"
+            )
         current = parameters(model)
         changed = {}
         for name, index in self.indices.items():
@@ -140,4 +156,4 @@ class Edit:
         return f"Edit({self.method!r}: {self.n_weights} weights in {len(self.indices)} parameters)"
 
     def _repr_html_(self) -> str:
-        return f"<p><b>{repr(self)}</b></p>{self.to_dataframe().to_html(index=False, float_format='{:.4g}'.format)}"
+        return f"<p><b>{self!r}</b></p>{self.to_dataframe().to_html(index=False, float_format='{:.4g}'.format)}"

@@ -61,8 +61,12 @@ class Floor:
             parts["width"].append(grid.width(matrix).flatten()[free].float())
             self.rounded[name] = grid.roundtrip(matrix)
         if start == 0:
-            raise MansuError("mansu: no weight is left to edit (all candidates carry their block's absmax); use a larger circuit")
-        self.value, self.scale, self.code, self.width = (torch.cat(parts[k]) for k in ("value", "scale", "code", "width"))
+            raise MansuError(
+                "mansu: no weight is left to edit (all candidates carry their block's absmax); use a larger circuit"
+            )
+        self.value, self.scale, self.code, self.width = (
+            torch.cat(parts[k]) for k in ("value", "scale", "code", "width")
+        )
         self.levels, self.bounds = levels, bounds
 
     @property

@@ -28,7 +28,9 @@ def input_moments(
         MansuError: no retain text.
     """
     if len(text) == 0:
-        raise MansuError("retain text: none given, so it has no null space; give some text whose likelihood is to be kept")
+        raise MansuError(
+            "retain text: none given, so it has no null space; give some text whose likelihood is to be kept"
+        )
     sums: dict[str, Tensor] = {}
     count = 0
     real = torch.empty(0)
@@ -58,7 +60,7 @@ def input_moments(
 
 def diagonal_fisher(
     model: PreTrainedModel, names: Iterable[str], text: Sequences, *, progress: bool = False
-) -> dict[str, Float[Tensor, "..."]]:
+) -> dict[str, Float[Tensor, ...]]:
     """Empirical diagonal Fisher: mean over sequences of the squared gradient of the sequence's mean token loss.
 
     The retain loss of a changed model is bounded to second order by 1/2 sum F d^2 (diagonal approximation: it leaves

@@ -124,7 +124,9 @@ def train(
         batch = Batch(hf, values, task.forget_pairs[rows], rows, draw_retain(), original[rows])
         value = loss(batch)
         if not torch.isfinite(value):
-            raise MansuError(f"{method}: the loss is {value.item()} at step {step}; lower learning_rate={settings.learning_rate}")
+            raise MansuError(
+                f"{method}: the loss is {value.item()} at step {step}; lower learning_rate={settings.learning_rate}"
+            )
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

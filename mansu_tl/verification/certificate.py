@@ -19,7 +19,6 @@ from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 
-import bitsandbytes.functional as bnb
 import pandas as pd
 import torch
 from jaxtyping import Float, Float32, Int, UInt8
@@ -28,6 +27,7 @@ from torch import Tensor
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors, write_text
 from mansu_tl.models import LinearWeight
+from mansu_tl.models.library import functional as bnb
 from mansu_tl.verification.saved_model import SavedModel, bits, same_bits
 
 # Quantizer -> bitsandbytes' 4-bit type and block size; None = LLM.int8, one scale a row.

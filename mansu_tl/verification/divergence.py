@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -100,7 +101,9 @@ class Divergence:
     def load(cls, path: str | PathLike[str]) -> Divergence:
         """Read what `save` wrote."""
         tensors, facts = load_tensors(path, "Divergence")
-        pairs = {key: tuple(facts.pop(key)) for key in ("interval", "mass_interval", "writers", "readers")}
+        pairs: dict[str, Any] = {
+            key: tuple(facts.pop(key)) for key in ("interval", "mass_interval", "writers", "readers")
+        }
         return cls(**tensors, **pairs, **facts)
 
     def __repr__(self) -> str:
@@ -108,7 +111,7 @@ class Divergence:
         return f"Divergence({self.label}: CAD {self.value:.3f} [{low:.3f}, {high:.3f}], mass loss {self.mass_loss:.3f})"
 
     def _repr_html_(self) -> str:
-        return f"<p><b>{repr(self)}</b></p>{self.edges.head(10).to_html(index=False, float_format='{:.4f}'.format)}"
+        return f"<p><b>{self!r}</b></p>{self.edges.head(10).to_html(index=False, float_format='{:.4f}'.format)}"
 
 
 def circuit_scores(
@@ -164,7 +167,9 @@ def circuit_divergence(
     )
     mean_a, mean_b = a.tensor.double().mean(0), b.tensor.double().mean(0)
     if not mean_a.abs().sum() > 0:
-        raise MansuError("circuit: all its scores on the original are zero; use pairs on which the model shows the knowledge")
+        raise MansuError(
+            "circuit: all its scores on the original are zero; use pairs on which the model shows the knowledge"
+        )
     weights = _resampled(a.groups, seed)
     draws_a, draws_b = weights @ a.tensor.double(), weights @ b.tensor.double()
     cad = 1 - (draws_a * draws_b).sum(1) / draws_a.square().sum(1)
@@ -209,7 +214,9 @@ def _resampled(groups: Int[Tensor, " pair"], seed: int) -> Float[Tensor, "draw p
     count = int(groups.max()) + 1
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(count, (_RESAMPLES, count), generator=generator)
-    times = torch.zeros(_RESAMPLES, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    times = torch.zeros(_RESAMPLES, count, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
+    )
     weights = times[:, groups]
     return weights / weights.sum(1, keepdim=True)
 

@@ -93,7 +93,9 @@ class Scorecard:
             if row.measure == measure and row.quantizer == quantizer:
                 return row.value
         names = sorted({row.measure for row in self.rows})
-        raise MansuError(f"scorecard: no row {measure!r} under quantizer {quantizer!r}; measures are {', '.join(names)}")
+        raise MansuError(
+            f"scorecard: no row {measure!r} under quantizer {quantizer!r}; measures are {', '.join(names)}"
+        )
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one file (safetensors with the rows as JSON in its header)."""
@@ -112,7 +114,7 @@ class Scorecard:
     def _repr_html_(self) -> str:
         frame = self.to_dataframe()
         frame["passed"] = frame["passed"].map({True: "✓ pass", False: "✗ fail"})
-        return f"<p><b>{repr(self)}</b></p>{frame.to_html(index=False, float_format='{:.2f}'.format, na_rep='')}"
+        return f"<p><b>{self!r}</b></p>{frame.to_html(index=False, float_format='{:.2f}'.format, na_rep='')}"
 
 
 def scorecard(
