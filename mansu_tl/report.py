@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from mansu_tl.errors import MansuError
 from mansu_tl.files import write_text
+from mansu_tl.plots.export import html
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -132,10 +132,8 @@ def _section(number: int, section: Section) -> str:
 
 def _figure(number: int, heading: str, figure: go.Figure) -> str:
     name = f"figure-{number}"
-    config = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"filename": name, "scale": 2}}
-    drawn = to_html(figure, config=config, include_plotlyjs=False, include_mathjax=False, full_html=False, div_id=name)
     label = escape(f"Figure: {heading}")
-    return f'<div class="wide"><div class="figure" role="figure" aria-label="{label}">{drawn}</div></div>'
+    return f'<div class="wide"><div class="figure" role="figure" aria-label="{label}">{html(figure, name)}</div></div>'
 
 
 def _paragraphs(text: str) -> str:

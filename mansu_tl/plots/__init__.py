@@ -2,7 +2,7 @@
 
 from mansu_tl.plots.circuit_graph import circuit
 from mansu_tl.plots.divergences import circuit_divergence, divergence_scatter
-from mansu_tl.plots.export import write_image, write_images, write_png
+from mansu_tl.plots.export import write_html, write_image, write_images, write_png
 from mansu_tl.plots.gaps import ptq_gap
 from mansu_tl.plots.heatmaps import edge_matrix, patching
 from mansu_tl.plots.histograms import bins
@@ -18,6 +18,7 @@ __all__ = [
     "patching",
     "ptq_gap",
     "scorecard",
+    "write_html",
     "write_image",
     "write_images",
     "write_png",

@@ -53,7 +53,7 @@ def circuit(
     figure = new_figure(
         look,
         title or f"Circuit of {circuit.n_edges} edges{faithful}",
-        f"Edges run upward. {circuit.how}" + ("" if reference is None else f"; compared with: {reference.how}"),
+        f"Edges run upward; {circuit.how}" + ("" if reference is None else f"; compared with: {reference.how}"),
         height=int(190 + (112 if placement.n_layers <= 6 else 84) * (placement.n_layers + 1.25)),
     )
     _bands(figure, placement, look)

@@ -22,7 +22,7 @@ def circuit_divergence(
     divergences: Sequence[DivergenceLike] | Mapping[str, DivergenceLike],
     references: Mapping[str, DivergenceLike] | None = None,
     *,
-    bound: float | None = None,
+    bound: float | int | None = None,
     title: str | None = None,
     theme: str = "light",
 ) -> go.Figure:
@@ -76,11 +76,12 @@ def circuit_divergence(
         (bound, f"bound {number(bound or 0.0)}", "dash"),
     ):
         if x is not None:
+            place = "top" if x in (0.0, 1.0) else "top left"
             figure.add_vline(
                 x=x,
                 line={"color": look.muted, "width": 1, "dash": dash},
                 annotation_text=text,
-                annotation_position="top",
+                annotation_position=place,
                 annotation_font={"size": 11, "color": look.muted},
             )
     lows = [min(d.value, d.interval[0], d.mass_loss, 0.0) for _, d in rows]
@@ -90,7 +91,7 @@ def circuit_divergence(
     )
     figure.update_yaxes(
         tickvals=list(range(len(rows))),
-        ticktext=[plain(label) for label, _ in rows],
+        ticktext=[*(plain(label) for label in shown), *(f"<i>{plain(label)}</i>" for label in beside)],
         range=[len(rows) - 0.5, -0.5],
         showgrid=False,
         zeroline=False,
@@ -199,7 +200,7 @@ def _bars(
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [max(0.0, d.interval[1] - d.value) for d in part.values()],
+            "array": [max(0.0, d.value - d.interval[0]) for d in part.values()],
             "arrayminus": [max(0.0, d.value - d.interval[0]) for d in part.values()],
             "color": look.ink,
             "thickness": 1.4,
@@ -235,7 +236,7 @@ def _masses(figure: go.Figure, rows: Sequence[tuple[str, DivergenceLike]], look:
 def _apart(xs: np.ndarray, ys: np.ndarray) -> list[int]:
     """The edges of largest original score whose labels do not meet; coordinates are shares of the panel."""
     chosen: list[int] = []
-    for at in np.argsort(-np.abs(xs)).tolist():
+    for at in np.argsort(-np.abs(xs))[: 2 * _LABELLED_EDGES].tolist():
         if len(chosen) < _LABELLED_EDGES and all(
             abs(xs[at] - xs[i]) > _LABEL_WIDTH or abs(ys[at] - ys[i]) > _LABEL_HEIGHT for i in chosen
         ):

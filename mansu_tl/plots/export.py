@@ -1,4 +1,4 @@
-"""Figures as image files, drawn by kaleido with a Chromium that is on the machine."""
+"""Figures as files: HTML, or images drawn by kaleido with a Chromium that is on the machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from html import escape
 from os import PathLike
 from pathlib import Path
 from shutil import which
@@ -16,17 +17,19 @@ import plotly.graph_objects as go
 from choreographer.browsers.chromium import Chromium
 from kaleido import Kaleido
 from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
+from plotly.io import to_html
+from plotly.offline import get_plotlyjs
 from tqdm.auto import tqdm
 
 from mansu_tl.errors import MansuError
-from mansu_tl.files import write_whole
+from mansu_tl.files import write_text, write_whole
 
 _FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 _HEIGHT = 600
 
 
 def write_image(
-    figure: go.Figure, path: str | PathLike[str], width: int = 1000, height: int | None = None, scale: float = 2
+    figure: go.Figure, path: str | PathLike[str], width: int = 1000, height: int | None = None, scale: float | int = 2
 ) -> Path:
     """Write a figure as an image; the suffix of the path says in which format.
 
@@ -45,7 +48,7 @@ def write_image(
 
 
 def write_png(
-    figure: go.Figure, path: str | PathLike[str], width: int = 1000, height: int | None = None, scale: float = 2
+    figure: go.Figure, path: str | PathLike[str], width: int = 1000, height: int | None = None, scale: float | int = 2
 ) -> Path:
     """Write a figure as PNG; see `write_image`.
 
@@ -62,7 +65,7 @@ def write_images(
     *,
     width: int = 1000,
     height: int | None = None,
-    scale: float = 2,
+    scale: float | int = 2,
     progress: bool = False,
 ) -> list[Path]:
     """Write several figures with one start of the browser; see `write_image`.
@@ -90,6 +93,37 @@ def write_images(
     return [
         write_whole(path, partial(Path.write_bytes, data=image)) for path, image in zip(figures, images, strict=True)
     ]
+
+
+def write_html(figure: go.Figure, path: str | PathLike[str], title: str) -> Path:
+    """Write a figure as a page of its own, plotly.js included (5 MB); it opens without a network.
+
+    Args:
+        figure: what to write.
+        path: of the file.
+        title: plain text, shown by the browser.
+    """
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<link rel="icon" href="data:,"><script>{get_plotlyjs()}</script></head>\n'
+        f"<body>{html(figure, 'figure')}</body>\n</html>\n"
+    )
+    return write_text(path, page)
+
+
+def html(figure: go.Figure, name: str) -> str:
+    """A figure as an HTML element with the id `name`, for a page that has plotly.js in it.
+
+    Without plotly's button that sends a figure to its cloud.
+    """
+    config = {
+        "displaylogo": False,
+        "responsive": True,
+        "showSendToCloud": False,
+        "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+        "toImageButtonOptions": {"filename": name, "scale": 2},
+    }
+    return to_html(figure, config=config, include_plotlyjs=False, include_mathjax=False, full_html=False, div_id=name)
 
 
 def browser() -> str | None:

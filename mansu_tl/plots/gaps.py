@@ -15,7 +15,7 @@ _COLUMNS = ("method", "base", "before", "after", "quantizer")
 def ptq_gap(
     rows: pd.DataFrame,
     *,
-    chance: float | None = None,
+    chance: float | int | None = None,
     measure: str = "forget accuracy, %",
     title: str | None = None,
     theme: str = "light",

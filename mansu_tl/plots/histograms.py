@@ -173,7 +173,7 @@ def _positions(figure: go.Figure, statistics: UpdateStatisticsLike, look: Theme)
     figure.update_yaxes(title_text=plain("weights, %"), rangemode="tozero", row=1, col=2)
 
 
-def _power(exponent: float) -> str:
+def _power(exponent: float | int) -> str:
     """Ten to a power, for reading."""
     if exponent == int(exponent):
         return "1" if exponent == 0 else f"10<sup>{int(exponent)}</sup>".replace("-", "−")

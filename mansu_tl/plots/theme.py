@@ -178,7 +178,7 @@ def plain(text: object) -> str:
     return out
 
 
-def fixed(value: float, digits: int) -> str:
+def fixed(value: float | int, digits: int) -> str:
     """A number with `digits` decimals, a true minus sign and no negative zero; "–" for NaN."""
     if value != value:
         return "–"
@@ -186,7 +186,7 @@ def fixed(value: float, digits: int) -> str:
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 
-def number(value: float, digits: int = 3) -> str:
+def number(value: float | int, digits: int = 3) -> str:
     """A number for reading: `digits` significant ones, a true minus sign, "–" for NaN."""
     if value != value:
         return "–"

@@ -73,6 +73,12 @@ class Grid:
         tail = torch.arange(self._tail(w), values.numel(), device=w.device)
         return self._code(values, scale, tail).view(w.shape)
 
+    def flat_codes(
+        self, values: Float[Tensor, " weight"], scales: Float32[Tensor, " weight"]
+    ) -> UInt8[Tensor, " weight"]:
+        """The code of values picked from anywhere, each under the scale of the block that it came from."""
+        return self._code(self._prepare(values), scales, torch.empty(0, dtype=torch.long, device=values.device))
+
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The values that a quantized matrix stands for, cast to `dtype` last."""
         return self.centre(encoded.codes, encoded.absmax).to(dtype)

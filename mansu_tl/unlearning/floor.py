@@ -40,7 +40,7 @@ class Floor:
         masks: Mapping[str, Bool[Tensor, "out in"]],
     ) -> None:
         self.grid, self.matrices = grid, dict(matrices)
-        levels, bounds = grid.levels.float(), grid.bounds.float()
+        self.levels = grid.levels
         self.where: dict[str, Int[Tensor, " weight"]] = {}
         self.spans: dict[str, slice] = {}
         self.rounded: dict[str, Float[Tensor, "out in"]] = {}
@@ -67,7 +67,6 @@ class Floor:
         self.value, self.scale, self.code, self.width = (
             torch.cat(parts[k]) for k in ("value", "scale", "code", "width")
         )
-        self.levels, self.bounds = levels, bounds
 
     @property
     def size(self) -> int:
@@ -76,8 +75,9 @@ class Floor:
 
     def target(self, latent: Float[Tensor, " weight"]) -> Int[Tensor, " weight"]:
         """The code that each candidate would take, under its block's original absmax."""
-        x = (self.value + latent * self.width) / self.scale
-        return torch.bucketize(x.clamp(-1, 1), self.bounds)
+        moved = self.grid.flat_codes(self.value + latent * self.width, self.scale).long()
+        # Rounding of the sum must not count as a move.
+        return torch.where(latent == 0, self.code, moved)
 
     def realise(
         self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"] | None = None
@@ -96,11 +96,11 @@ class Floor:
             least = _LEAST_MOVE * self.width
             past = self.value + move.sign() * torch.maximum(move.abs(), least)
             # One bin past w may leave the target cell again, where the cells are of unequal width.
-            inside = torch.bucketize((past / self.scale).clamp(-1, 1), self.bounds) == target
+            inside = self.grid.flat_codes(past, self.scale).long() == target
             stored = torch.where(inside, past, centre) - self.value
             stored = torch.where(changed, stored, 0.0)
             rounded = torch.where(changed, self.levels[target] * self.scale - self.levels[self.code] * self.scale, 0.0)
-        through = latent * self.width
+        through = latent * self.width if allowed is None else latent * self.width * allowed
         through = through - through.detach()
         return stored + through, rounded + through, changed
 

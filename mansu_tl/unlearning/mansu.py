@@ -67,10 +67,10 @@ class MansuSettings:
     margin_weight: float = 1.0
     band: float = 0.5
     band_weight: float = 0.05
-    retain_weight: float = 10.0
-    near_weight: float = 6.0
+    retain_weight: float = 20.0
+    near_weight: float = 10.0
     likelihood: float = 0.1
-    null_space: float = 2.0
+    null_space: float = 4.0
     fisher: bool = True
     fisher_sequences: int = 256
     select_from: float = 0.2
@@ -125,7 +125,7 @@ class _Run:
             raise MansuError(f"mansu: budget={settings.budget} of {total} weights leaves nothing to edit; raise it")
         self.unknown: Ignorance = ignorance(self.hf, self.task)
         self.kept_text = joined(self.task.retain_text, self.task.near_text)
-        self.moments = input_moments(self.hf, masks, self.kept_text) if settings.null_space else {}
+        self.moments = self._moments(masks) if settings.null_space else {}
         self.importance = self._fisher(masks) if settings.fisher else None
 
     def optimise(self) -> tuple[Float[Tensor, " weight"], Bool[Tensor, " weight"], list[dict[str, float]]]:
@@ -145,8 +145,8 @@ class _Run:
         for step in bar:
             left = (cfg.steps - step) / max(1, cfg.steps - freeze)
             optimizer.param_groups[0]["lr"] = cfg.learning_rate * min(1.0, (step + 1) / 10, max(left, 0.02))
-            if cfg.select_from * cfg.steps <= step <= freeze and step % cfg.select_every == 0:
-                kept = self._support(latent.detach())
+            if step == freeze or (cfg.select_from * cfg.steps <= step < freeze and step % cfg.select_every == 0):
+                kept = self._support(latent.detach(), allowed)
                 with torch.no_grad():
                     latent.mul_(kept)
                 if step == freeze:
@@ -168,7 +168,7 @@ class _Run:
                 history.append(row)
                 bar.set_postfix(forget=f"{forget.item():.2f}", retain=f"{retain.item():.3f}", edited=row["edited"])
         final = latent.detach()
-        return final, allowed & self._support(final), history
+        return final, self._support(final, allowed), history
 
     def edit(self, latent: Tensor, allowed: Tensor, history: list[dict[str, float]]) -> Edit:
         """The change in storage dtype, with the retain bound beside what was measured."""
@@ -195,9 +195,9 @@ class _Run:
             facts["retain_increase_fisher"] = 0.5 * (self.importance * rounded.square()).sum().item()
         return facts
 
-    def _support(self, latent: Tensor) -> Bool[Tensor, " weight"]:
+    def _support(self, latent: Tensor, allowed: Tensor) -> Bool[Tensor, " weight"]:
         """The `budget` weights whose latent update is largest, in bins, against their cost to the retain set."""
-        _, rounded, changed = self.floor.realise(latent)
+        _, rounded, changed = self.floor.realise(latent, allowed)
         priority = latent.abs()
         if self.importance is not None:
             cost = 0.5 * self.importance * rounded.square()
@@ -237,17 +237,15 @@ class _Run:
         )
 
     def _retain(self, values: Mapping[str, Tensor], far: Sequences, near: Sequences | None) -> Tensor:
-        loss = self._kept(values, far)
-        if near is None:
-            return loss
-        weight = self.settings.near_weight
-        return (loss + weight * self._kept(values, near)) / (1 + weight)
-
-    def _kept(self, values: Mapping[str, Tensor], batch: Sequences) -> Tensor:
+        """Mean over far tokens plus `near_weight` times the mean over near ones, as one weighted pass."""
+        batch = far if near is None else joined(far, near)
         logits, targets = sequence_logits(self.hf, values, batch)
         with torch.no_grad():
             original, _ = sequence_logits(self.hf, self.values, batch)
-        weights = torch.ones(targets.shape[0], device=targets.device)
+        n_far = int((far.lengths - 1).sum())
+        weights = torch.full((targets.shape[0],), 1 / n_far, device=targets.device)
+        if near is not None:
+            weights[n_far:] = self.settings.near_weight / (targets.shape[0] - n_far)
         return retain_loss(logits, original, targets, weights, likelihood=self.settings.likelihood)
 
     def _leak(self, change: Tensor) -> Tensor:
@@ -258,6 +256,14 @@ class _Run:
             leak = ((moved @ moment) * moved).sum()
             total = total + leak * moment.shape[0] / (moved.shape[0] * moment.trace())
         return total
+
+    def _moments(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Second moments of the matrices' inputs, near text weighted as in the retain loss."""
+        far = input_moments(self.hf, names, self.task.retain_text)
+        if not len(self.task.near_text):
+            return far
+        near, weight = input_moments(self.hf, names, self.task.near_text), self.settings.near_weight
+        return {name: (far[name] + weight * near[name]) / (1 + weight) for name in far}
 
     def _fisher(self, names: Mapping[str, Tensor]) -> Float[Tensor, " weight"]:
         full = diagonal_fisher(self.hf, names, self._sample(), progress=self.progress)

@@ -1,6 +1,6 @@
 """Did it really forget: CAD, the scorecard, the certificate."""
 
-from mansu_tl.verification.certificate import Certificate, certify
+from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
 from mansu_tl.verification.divergence import (
     CircuitScores,
     Divergence,
@@ -17,6 +17,7 @@ __all__ = [
     "Divergence",
     "Scorecard",
     "certify",
+    "certify_in_fresh_process",
     "circuit_divergence",
     "circuit_scores",
     "output_suppressor",

@@ -1,0 +1,181 @@
+"""The whole road in one run: results folder, resuming, report, command line, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import mansu_tl as mtl
+from mansu_tl.circuit import Circuit
+from mansu_tl.cli import main
+from mansu_tl.config import StudyConfig
+from mansu_tl.errors import MansuError
+from mansu_tl.models import parameters
+from mansu_tl.study import run_study
+from mansu_tl.study_report import study_figures, write_study_report
+from mansu_tl.unlearning import Edit
+from mansu_tl.verification import Scorecard
+
+STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K"
+
+CONFIG = StudyConfig(
+    methods=("mansu", "graddiff"),
+    never="pocket-never",
+    faithfulness=0.6,
+    steps=2,
+    settings={
+        "mansu": {"steps": 8, "fisher_sequences": 8},
+        "graddiff": {"max_steps": 4, "check_every": 2, "stop_at": 0.0},
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return run_study(CONFIG, tmp_path_factory.mktemp("study"), progress=False)
+
+
+def test_the_results_folder_holds_what_the_design_names(study) -> None:
+    for name in (
+        "config.toml", "environment.json", "circuit/scores.safetensors", "circuit/circuit.safetensors",
+        "edits/mansu/edit.safetensors", "edits/graddiff/edit.safetensors", "scores/summary.csv",
+        "scores/mansu/scorecard.csv", "scores/mansu/updates.csv", "model/mansu/model.safetensors", "model/certificate.json",
+    ):  # fmt: skip
+        assert (study.folder / name).is_file(), name
+    environment = json.loads((study.folder / "environment.json").read_text())
+    assert environment["seed"] == 0
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert StudyConfig.read(study.folder / "config.toml") == CONFIG
+    assert not list(study.folder.rglob("*.tmp"))
+
+
+def test_the_saved_model_is_the_edited_one_and_its_certificate_holds(study) -> None:
+    result = study.results["mansu"]
+    edited = result.edit.apply(mtl.load("pocket"))
+    saved = AutoModelForCausalLM.from_pretrained(study.folder / "model" / "mansu")
+    for name, value in saved.named_parameters():
+        assert torch.equal(value, parameters(edited)[name]), name
+    assert result.certificate.passed
+    assert result.certificate.n_edited == result.edit.n_weights
+    assert result.certificate.edited_codes_changed_share == 1
+    assert result.certificate.unedited_codes_changed == 0
+
+
+def test_results_on_disk_are_the_results_in_memory(study) -> None:
+    assert Circuit.load(study.folder / "circuit" / "circuit.safetensors").edges == study.circuit.edges
+    assert Edit.load(study.folder / "edits/graddiff/edit.safetensors").n_weights == study.results["graddiff"].edit.n_weights
+    assert Scorecard.load(study.folder / "scores/mansu/scorecard.safetensors") == study.results["mansu"].card
+    assert {q for q in study.results["mansu"].divergences} == {"", "nf4"}
+    assert len(study.references) == 3
+    assert study.references["never trained on it"].interval[0] > 0.8
+    assert all(abs(d.value) < 0.1 for title, d in study.references.items() if "never" not in title)
+
+
+def test_a_finished_run_is_read_back_and_a_changed_one_redone(study, monkeypatch: pytest.MonkeyPatch) -> None:
+    stamps = {p: p.stat().st_mtime_ns for p in study.folder.rglob("*.safetensors")}
+    again = run_study(CONFIG, study.folder, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in study.folder.rglob("*.safetensors")} == stamps
+    assert again.summary().equals(study.summary())
+    # Half-written results have no key, so they are made again.
+    target = study.folder / "edits/graddiff/edit.safetensors"
+    target.with_name(target.name + ".key").unlink()
+    target.write_bytes(b"cut off")
+    run_study(CONFIG, study.folder, progress=False)
+    assert Edit.load(target).n_weights == study.results["graddiff"].edit.n_weights
+
+
+def test_the_report_opens_alone_and_says_what_is_in_the_study(study) -> None:
+    path = write_study_report(study)
+    page = path.read_text(encoding="utf-8")
+    assert page.count("plotly.js v") == 1
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']https?:", page)
+    for name in study_figures(study):
+        assert name
+    assert f"{study.circuit.n_edges} of {int(study.scores.exists.sum())} edges" in page
+    assert study.environment["versions"]["transformer-lens"] in page
+
+
+def cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["mansu-tl", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code or 0
+
+
+def test_the_command_line_reports_a_finished_folder(study, monkeypatch, capsys) -> None:
+    assert cli(monkeypatch, "report", str(study.folder)) == 0
+    out = capsys.readouterr().out
+    assert str(study.folder / "report.html") in out
+    assert "graddiff" in out
+
+
+def test_version_in_a_fresh_process() -> None:
+    command = [sys.executable, "-c", "from mansu_tl.cli import main; import sys; sys.argv=['mansu-tl','--version']; main()"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    assert done.returncode == 0
+    assert done.stdout.strip() == f"mansu-tl {mtl.__version__}"
+    assert "Traceback" not in done.stderr
+    assert "gemm_4bit" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle = 'pocket'", "unknown key 'modle'; known keys are .*did you mean 'model'"),
+        ("methods = ['manzu']", "unknown method 'manzu'; choose one of .*did you mean 'mansu'"),
+        ("quantizers = ['nf3']", "nf3"),
+        ("seed = 'one'", "seed = 'one' should be a whole number"),
+        ("methods = []", "methods is empty"),
+        ("faithfulness = 2.0", "faithfulness=2.0"),
+        ("[mansu]\nbudgett = 1", "unknown setting 'budgett'.*did you mean 'budget'"),
+        ("model = ", "not TOML"),
+        ("model = 'no/such/folder/at/all'", "no/such/folder"),
+        ("model = './nowhere'", "nowhere"),
+        ("task = 'nowhere.jsonl'", "no such task file"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(text, message, tmp_path, monkeypatch, capsys) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(text)
+    assert cli(monkeypatch, "run", str(config), "--out", str(tmp_path / "out"), "--quiet") == 2
+    err = capsys.readouterr().err.strip()
+    assert re.search(message, err), err
+    assert err.count("\n") == 0
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert cli(monkeypatch, "demo", "--out", str(blocked / "demo"), "--quiet") == 2
+    assert "cannot write there" in capsys.readouterr().err
+    assert cli(monkeypatch, "report", str(tmp_path)) == 2
+    assert "no results folder" in capsys.readouterr().err
+    with pytest.raises(MansuError, match="no such config file"):
+        StudyConfig.read(tmp_path / "nothing.toml")
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no pretrained story model at {STORIES}")
+def test_real_input_a_pretrained_story_model(tmp_path: Path) -> None:
+    source = Path(__file__).resolve().parents[1] / "notebooks" / "stories260k"
+    full = StudyConfig.read(source / "pronouns.toml")
+    quick = StudyConfig(
+        model=str(STORIES), task=full.task, methods=("mansu",), settings={"mansu": {"steps": 30, "fisher_sequences": 16}}
+    )
+    study = run_study(quick, tmp_path, progress=False)
+    result = study.results["mansu"]
+    card = result.card
+    row = next(r for r in card.rows if r.measure == "forget MC, %" and r.quantizer == "")
+    assert row.control == 100.0  # the model knows every forget pronoun before the edit
+    assert row.value < 100.0
+    assert result.certificate.passed
+    assert study.circuit.faithfulness >= 0.85
+    assert write_study_report(study).stat().st_size > 1_000_000
