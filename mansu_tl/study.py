@@ -34,7 +34,7 @@ from mansu_tl.models import fingerprint, load, save
 from mansu_tl.patching import PatchingResult, activation_patching
 from mansu_tl.quantization import UpdateStatistics, quantize, update_statistics
 from mansu_tl.tasks import load_task
-from mansu_tl.unlearning import Edit, unlearn
+from mansu_tl.unlearning import Edit, method_title, unlearn
 from mansu_tl.verification import (
     Certificate,
     CircuitScores,
@@ -123,28 +123,25 @@ def run_study(config: StudyConfig, out: str | PathLike[str], *, progress: bool =
     """
     folder = Path(out)
     write_text(folder / "config.toml", config.to_toml())
-    started = time.perf_counter()
-    study = _run(config, folder, progress)
+    started, record = time.perf_counter(), folder / "environment.json"
+    study, made = _run(config, folder, progress)
     also = {}
     for name in config.also:
         stem = Path(name).name or name
         inner = StudyConfig(**{**config.__dict__, "model": name, "also": ()})
         write_text(folder / "also" / stem / "config.toml", inner.to_toml())
-        also[stem] = _run(inner, folder / "also" / stem, progress)
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    environment = {
-        **_environment(config),
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2),
-    }
-    write_text(folder / "environment.json", json.dumps(environment, indent=2))
+        also[stem], more = _run(inner, folder / "also" / stem, progress)
+        made += more
+    earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    environment = earlier if earlier and not made else _environment(config, time.perf_counter() - started, earlier)
+    write_text(record, json.dumps(environment, indent=2))
     done = Study(**{**study.__dict__, "also": also, "environment": environment})
     write_text(folder / "scores" / "summary.csv", done.summary().to_csv(index=False))
     return done
 
 
-def _run(config: StudyConfig, folder: Path, progress: bool) -> Study:
+def _run(config: StudyConfig, folder: Path, progress: bool) -> tuple[Study, int]:
+    """One model's study, and how many stages had to be run for it."""
     model = load(config.model)
     task = load_task(config.task, tokenizer=model.tokenizer)
     stages = _Stages(folder, {"model": fingerprint(model), "task": _task_key(task), "seed": config.seed})
@@ -175,7 +172,7 @@ def _run(config: StudyConfig, folder: Path, progress: bool) -> Study:
             bar.set_postfix_str(method)
             results[method] = _method(config, model, task, circuit, before, method, stages, progress)
             bar.update()
-    return Study(config, folder, scores, circuit, random, patching, results, references, {}, {})
+    return Study(config, folder, scores, circuit, random, patching, results, references, {}, {}), stages.made
 
 
 def _method(
@@ -208,7 +205,7 @@ def _method(
             task,
             circuit,
             quantizers=config.quantizers,
-            title=f"{method} on {Path(config.model).name}",
+            title=f"{method_title(method)} on {Path(config.model).name}",
             original_scores=before,
             seed=config.seed,
         ),
@@ -216,7 +213,7 @@ def _method(
     write_text(stages.folder / f"scores/{method}/scorecard.csv", card.to_dataframe().to_csv(index=False))
     divergences = {}
     for name in ("", *config.quantizers):
-        label = f"{method}, {name or 'full precision'}"
+        label = f"{method_title(method)}, {name or 'full precision'}"
         divergences[name] = stages.tensor(
             f"scores/{method}/cad_{name or 'full'}",
             Divergence,
@@ -304,6 +301,7 @@ class _Stages:
 
     def __init__(self, folder: Path, base: Mapping[str, Any]) -> None:
         self.folder, self.base = folder, {**base, "version": version("mansu-tl")}
+        self.made = 0
 
     def tensor(self, name: str, kind: Any, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """A result with its own `save` and `load`."""
@@ -335,6 +333,7 @@ class _Stages:
         if path.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
             return read(path)
         result = make()
+        self.made += 1
         # The key goes last: a run that is cut off in between does the stage again.
         stamp.unlink(missing_ok=True)
         write(result, path)
@@ -356,13 +355,19 @@ def _task_key(task: Task) -> str:
     return digest.hexdigest()
 
 
-def _environment(config: StudyConfig) -> dict[str, Any]:
+def _environment(config: StudyConfig, seconds: float, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     return {
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "seed": config.seed,
         "device": "cpu",
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        # A run that was interrupted counts all its parts.
+        "seconds": round(seconds + earlier.get("seconds", 0.0), 1),
+        "peak_memory_gb": round(max(peak, earlier.get("peak_memory_gb", 0.0)), 2),
         "config": {k: v for k, v in asdict(config).items() if k != "settings"},
     }
 

@@ -9,7 +9,6 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl import plots
-from mansu_tl.plots.export import write_image
 from mansu_tl.report import Section, write_report
 from mansu_tl.study import Study
 from mansu_tl.unlearning import method_title
@@ -24,11 +23,10 @@ def write_study_report(study: Study, *, png: bool = False) -> Path:
     """
     figures = study_figures(study)
     if png:
-        for name, figure in figures.items():
-            write_image(figure, study.folder / "figures" / f"{name}.png")
+        plots.write_images({study.folder / "figures" / f"{name}.png": figure for name, figure in figures.items()})
     sections = [Section(heading, text, figures[name]) for name, heading, text in _TEXTS if name in figures]
-    sections[0:0] = [Section("What was found", _verdict(study), study.summary().round(2))]
-    sections.append(Section("Every number", _TABLE_TEXT, _all_rows(study)))
+    sections[0:0] = [Section("What was found", _verdict(study), table=study.summary().round(2))]
+    sections.append(Section("Every number", _TABLE_TEXT, table=_all_rows(study)))
     return write_report(
         study.folder / "report.html",
         title=f"Unlearning {study.config.task} in {_short(study.config.model)}",
@@ -83,7 +81,7 @@ _TEXTS = (
      "One activation of the corrupt run at a time is replaced by its clean value, and the share of the logit difference "
      "that returns is shown. These are exact interventions, not estimates."),
     ("edge_matrix", "All edge scores",
-     "One cell for every edge that exists, writers down, readers across. The circuit is a selection of these."),
+     "One cell for every edge that exists, writers upward, readers across. The circuit is a selection of these."),
     ("divergence", "Erased, or only suppressed?",
      "CAD compares the circuit's edge scores before and after: 0 is an intact mechanism, 1 is none left, above 1 is an "
      "inverted one. The hatched bars are the references: quantization alone, a filter on the output, and a model that "

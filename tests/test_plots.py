@@ -30,7 +30,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import ComponentMap
 from mansu_tl.patching import PatchingResult
 from mansu_tl.plots.export import browser
-from mansu_tl.plots.layered import curve, ends, place
+from mansu_tl.plots.layered import path, place
 from mansu_tl.plots.theme import fixed, number, plain
 from mansu_tl.quantization.statistics import UpdateStatistics
 from mansu_tl.report import Section, write_report
@@ -56,7 +56,7 @@ def graph_of(layers: int, heads: int, kv: int, parallel: bool = False) -> Graph:
     return Graph.from_map(ComponentMap("llama", layers, heads, kv, 8, 32, 48, parallel, False, *names, frozenset()))
 
 
-def scores_of(layers: int = 4, heads: int = 4, kv: int = 2, seed: int = 0, tail: float = 2.0) -> EdgeScores:
+def scores_of(layers: int = 4, heads: int = 4, kv: int = 2, seed: int = 2, tail: float = 2.0) -> EdgeScores:
     graph = graph_of(layers, heads, kv)
     draw = torch.randn(graph.exists.shape, generator=torch.Generator().manual_seed(seed))
     tensor = draw.sign() * draw.abs() ** tail * 0.1 * graph.exists
@@ -233,7 +233,7 @@ def test_circuit_widths_and_colours_follow_the_scores() -> None:
     assert by_width[widths[-1]] == (frame["score"].abs() > top / 2).sum()
     assert by_width[widths[-2]] == ((frame["score"].abs() <= top / 2) & (frame["score"].abs() > top / 4)).sum()
     blues = sum(n for (_, colour), n in drawn.items() if int(colour[5:7], 16) > int(colour[1:3], 16))
-    assert blues == (frame["score"] >= 0).sum()
+    assert blues == (frame["score"] >= 0).sum() != (frame["score"] < 0).sum()
     dashes = {trace.legendgroup: trace.line.dash for trace in lines(plots.circuit(circuit))}
     assert len({dashes["q"], dashes["k"], dashes["v"]}) == 3
 
@@ -261,15 +261,16 @@ def test_every_edge_of_a_graph_can_be_drawn_and_runs_upward(heads: int, kv: int,
     placement = place(graph.writers, edges, heads // kv)
     reached = {}
     for writer, reader in edges:
-        start, end = ends(placement, writer, reader)
-        xs, ys = curve(start, end)
+        xs, ys = path(placement, writer, reader)
         assert (np.diff(ys) > 0).all()
-        assert (xs[0], ys[0]) == pytest.approx(start)
-        assert (xs[-1], ys[-1]) == pytest.approx(end)
-        reached.setdefault(reader, set()).add(end)
-    assert all(len(points) == 1 for points in reached.values())
-    inputs = [next(iter(points)) for reader, points in reached.items()]
-    assert len(set(inputs)) == len(graph.readers)
+        assert abs(xs[0] - placement.nodes[writer][0]) < 0.01
+        assert 0 < ys[0] - placement.nodes[writer][1] < 0.2
+        reached.setdefault(reader, set()).add((round(xs[-1], 6), round(ys[-1], 6)))
+    # Every reader has entries of its own; an MLP one more for each head of its layer.
+    entries = [point for points in reached.values() for point in points]
+    assert len(set(entries)) == len(entries)
+    wanted = {r: 1 + heads * (r.startswith("MLP") and not parallel) for r in graph.readers}
+    assert {reader: len(points) for reader, points in reached.items()} == wanted
     heads_drawn = [p for name, p in placement.nodes.items() if name.startswith("L1H")]
     assert [x for x, _ in heads_drawn] == sorted(x for x, _ in heads_drawn)
     levels = [placement.nodes[f"L{i}H0"][1] for i in range(3)]
@@ -685,7 +686,7 @@ def test_images_have_the_size_asked_for(tmp_path: Path) -> None:
     data = png.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", data[16:24]) == (750, round(1.5 * figures["bins"].layout.height))
-    assert "resident" in svg.read_text(encoding="utf-8")
+    assert "base: ordinary" in svg.read_text(encoding="utf-8")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.png", "b.svg", "sub"]
     plots.write_png(figures["bins"], png, width=300, height=200, scale=1)
     assert struct.unpack(">II", png.read_bytes()[16:24]) == (300, 200)

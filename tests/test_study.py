@@ -71,9 +71,12 @@ def test_the_saved_model_is_the_edited_one_and_its_certificate_holds(study) -> N
 
 def test_results_on_disk_are_the_results_in_memory(study) -> None:
     assert Circuit.load(study.folder / "circuit" / "circuit.safetensors").edges == study.circuit.edges
-    assert Edit.load(study.folder / "edits/graddiff/edit.safetensors").n_weights == study.results["graddiff"].edit.n_weights
+    assert (
+        Edit.load(study.folder / "edits/graddiff/edit.safetensors").n_weights
+        == study.results["graddiff"].edit.n_weights
+    )
     assert Scorecard.load(study.folder / "scores/mansu/scorecard.safetensors") == study.results["mansu"].card
-    assert {q for q in study.results["mansu"].divergences} == {"", "nf4"}
+    assert set(study.results["mansu"].divergences) == {"", "nf4"}
     assert len(study.references) == 3
     assert study.references["never trained on it"].interval[0] > 0.8
     assert all(abs(d.value) < 0.1 for title, d in study.references.items() if "never" not in title)
@@ -118,8 +121,14 @@ def test_the_command_line_reports_a_finished_folder(study, monkeypatch, capsys) 
 
 
 def test_version_in_a_fresh_process() -> None:
-    command = [sys.executable, "-c", "from mansu_tl.cli import main; import sys; sys.argv=['mansu-tl','--version']; main()"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    command = [
+        sys.executable,
+        "-c",
+        "from mansu_tl.cli import main; import sys; sys.argv=['mansu-tl','--version']; main()",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
     assert done.returncode == 0
     assert done.stdout.strip() == f"mansu-tl {mtl.__version__}"
     assert "Traceback" not in done.stderr
@@ -168,7 +177,10 @@ def test_real_input_a_pretrained_story_model(tmp_path: Path) -> None:
     source = Path(__file__).resolve().parents[1] / "notebooks" / "stories260k"
     full = StudyConfig.read(source / "pronouns.toml")
     quick = StudyConfig(
-        model=str(STORIES), task=full.task, methods=("mansu",), settings={"mansu": {"steps": 30, "fisher_sequences": 16}}
+        model=str(STORIES),
+        task=full.task,
+        methods=("mansu",),
+        settings={"mansu": {"steps": 30, "fisher_sequences": 16}},
     )
     study = run_study(quick, tmp_path, progress=False)
     result = study.results["mansu"]

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from mansu_tl.circuit.graph import reader_kind, writers_behind
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.layered import MLP_COLUMN, Placement, curve, ends, place
+from mansu_tl.plots.layered import MLP_COLUMN, Placement, path, place
 from mansu_tl.plots.protocols import CircuitLike
 from mansu_tl.plots.theme import Theme, new_figure, number, plain, theme_named
 
@@ -97,7 +97,7 @@ def _edges(figure: go.Figure, frame: pd.DataFrame, placement: Placement, look: T
     """One trace for each width class, sign and kind; the widest last, so that they lie on top."""
     groups: dict[tuple[int, str, bool], tuple[list[float | None], list[float | None]]] = defaultdict(lambda: ([], []))
     for row, size in zip(frame.itertuples(), _classes(frame)[0], strict=True):
-        xs, ys = curve(*ends(placement, str(row.writer), str(row.reader)))
+        xs, ys = path(placement, str(row.writer), str(row.reader))
         all_x, all_y = groups[size, reader_kind(str(row.reader)), float(row.score) >= 0]
         all_x += [*xs, None]
         all_y += [*ys, None]
@@ -121,7 +121,7 @@ def _ghosts(figure: go.Figure, missing: pd.DataFrame, placement: Placement, look
     xs_all: list[float | None] = []
     ys_all: list[float | None] = []
     for row in missing.itertuples():
-        xs, ys = curve(*ends(placement, str(row.writer), str(row.reader)))
+        xs, ys = path(placement, str(row.writer), str(row.reader))
         xs_all += [*xs, None]
         ys_all += [*ys, None]
     figure.add_scatter(
@@ -149,7 +149,7 @@ def _middles(
     parts: dict[str, list[tuple[float, float, float, int, list[object]]]] = defaultdict(list)
     for row, size in zip(frame.itertuples(), _classes(frame)[0], strict=True):
         writer, reader, score = str(row.writer), str(row.reader), float(row.score)
-        xs, ys = curve(*ends(placement, writer, reader))
+        xs, ys = path(placement, writer, reader)
         beside = "" if reference is None else f"<br>in the reference: {number(others.get((writer, reader), math.nan))}"
         verb = "supports" if score >= 0 else "opposes"
         text = f"{plain(writer)} → {plain(reader)}<br>score {number(score)} ({verb} the answer){beside}"

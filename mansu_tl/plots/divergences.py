@@ -76,12 +76,12 @@ def circuit_divergence(
         (bound, f"bound {number(bound or 0.0)}", "dash"),
     ):
         if x is not None:
-            place = "top" if x in (0.0, 1.0) else "top left"
             figure.add_vline(
                 x=x,
                 line={"color": look.muted, "width": 1, "dash": dash},
                 annotation_text=text,
-                annotation_position=place,
+                annotation_position="top",
+                annotation_xanchor="right" if text.startswith("bound") else "center",
                 annotation_font={"size": 11, "color": look.muted},
             )
     lows = [min(d.value, d.interval[0], d.mass_loss, 0.0) for _, d in rows]
@@ -200,7 +200,7 @@ def _bars(
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [max(0.0, d.value - d.interval[0]) for d in part.values()],
+            "array": [max(0.0, d.interval[1] - d.value) for d in part.values()],
             "arrayminus": [max(0.0, d.value - d.interval[0]) for d in part.values()],
             "color": look.ink,
             "thickness": 1.4,

@@ -66,32 +66,40 @@ def place(writers: Sequence[str], edges: Sequence[tuple[str, str]], kv_groups: i
     return Placement(nodes, bars, tuple(stubs), n_layers, n_heads)
 
 
-def ends(placement: Placement, writer: str, reader: str) -> tuple[Point, Point]:
-    """Where an edge leaves its writer and enters its reader: q on the left, k in the middle, v on the right."""
-    x, y = placement.nodes[writer]
-    kind = reader_kind(reader)
-    name = reader.partition(".")[0]
-    if name in placement.bars and kind in "kv":
-        left, right, height = placement.bars[name]
-        return (x, y + RADIUS), ((left + right) / 2 + _PORT[kind], height)
-    name = name.replace("KV", "H")
-    to_x, to_y = placement.nodes[name]
-    return (x, y + RADIUS), (to_x + _PORT.get(kind, 0.0) * 0.8, to_y - RADIUS)
+def path(placement: Placement, writer: str, reader: str) -> tuple[list[float], list[float]]:
+    """The points of an edge: a cubic Bezier curve that leaves its writer upward and enters its reader from below.
 
-
-def curve(start: Point, end: Point) -> tuple[list[float], list[float]]:
-    """A cubic Bezier curve that leaves upward and arrives upward; a long vertical one bows to the right."""
-    (x0, y0), (x1, y1) = start, end
+    Readers of one head are entered side by side, q on the left, k in the middle, v on the right. An MLP takes its own
+    layer's heads in from the left, the farthest highest, so that they do not run over each other; an edge to a part
+    right above bows to the right, so that it does not run through what lies between.
+    """
+    (x0, y0), (x1, y1) = placement.nodes[writer], _entry(placement, reader)
+    y0 += RADIUS
+    if writer != "embed" and reader.startswith("MLP") and layer_of(writer) == layer_of(reader):
+        x1, y1 = x1 - 0.5 * RADIUS, y1 + RADIUS * (1.8 - 1.6 * x0 / max(1, placement.n_heads - 1))
+        return _bezier((x0, y0), (x0, y1 - 0.01), (x0 + 0.4 * (x1 - x0), y1), (x1, y1))
     rise = y1 - y0
     lift = max(0.45 * rise, 0.12)
-    # Without the bow, edges between parts above each other would run through everything between them.
-    bow = 0.16 * rise if abs(x1 - x0) < 0.6 and rise > 1 else 0.0
-    bow = min(bow, 0.7)
+    bow = min(0.16 * rise, 0.7) if abs(x1 - x0) < 0.6 and rise > 1 else 0.0
+    return _bezier((x0, y0), (x0 + bow, y0 + lift), (x1 + bow, y1 - lift), (x1, y1))
+
+
+def _entry(placement: Placement, reader: str) -> Point:
+    """Where edges enter a reader from below."""
+    kind = reader_kind(reader)
+    name = reader.partition(".")[0]
+    if name in placement.bars:
+        left, right, height = placement.bars[name]
+        return (left + right) / 2 + _PORT[kind], height
+    x, y = placement.nodes[name.replace("KV", "H")]
+    return x + _PORT.get(kind, 0.0) * 0.8, y - RADIUS
+
+
+def _bezier(a: Point, b: Point, c: Point, d: Point) -> tuple[list[float], list[float]]:
     t = np.linspace(0.0, 1.0, _POINTS)
-    s = 1 - t
-    xs = s**3 * x0 + 3 * s**2 * t * (x0 + bow) + 3 * s * t**2 * (x1 + bow) + t**3 * x1
-    ys = s**3 * y0 + 3 * s**2 * t * (y0 + lift) + 3 * s * t**2 * (y1 - lift) + t**3 * y1
-    return xs.tolist(), ys.tolist()
+    weights = np.stack([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3])
+    xs, ys = np.array([a, b, c, d]).T @ weights
+    return xs.round(4).tolist(), ys.round(4).tolist()  # four decimals: half the size on disk
 
 
 def _centre(name: str, n_layers: int, n_heads: int) -> Point:

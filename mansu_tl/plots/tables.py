@@ -16,8 +16,8 @@ from mansu_tl.plots.theme import Theme, fixed, new_figure, number, plain, theme_
 
 _KEY = ("property", "measure", "quantizer")
 # In pixels: rows, further lines of a row, and what a row's width is reckoned with.
-_ROW_HEIGHT, _LINE_HEIGHT = 25, 20
-_PAGE, _CHARACTER, _FONT, _PADDING = 960, 5.3, 11, 16
+_ROW_HEIGHT, _LINE_HEIGHT = 25, 17
+_PAGE, _CHARACTER, _FONT, _PADDING = 960, 5.2, 11, 16
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def scorecard(
 ) -> go.Figure:
     """Draw one scorecard, or several side by side, one column a method.
 
-    Every verdict is a mark and a word, never a colour alone. The control is one column where all cards share it, else
-    one beside each card.
+    Every verdict is a mark, in a single card with a word, never a colour alone. The control is one column where all
+    cards share it, else one beside each card.
 
     Args:
         cards: one, or one for each method.
@@ -173,8 +173,9 @@ def _table(title: str, subtitle: str, columns: list[_Column], groups: list[int],
         for row in (heading, *zip(*(column.cells for column in columns), strict=True))
     )
     n_rows = len(groups) + 1
-    height = 104 + _ROW_HEIGHT * n_rows + _LINE_HEIGHT * max(0, lines - n_rows)
-    figure = new_figure(look, title, subtitle, height=height)
+    figure = new_figure(look, title, subtitle)
+    rows = _ROW_HEIGHT * n_rows + _LINE_HEIGHT * max(0, lines - n_rows)
+    figure.update_layout(height=figure.layout.margin.t + rows + 32)
     shared = {"align": "left", "height": _ROW_HEIGHT, "line": {"width": 0}, "font": {"size": _FONT, "color": look.ink}}
     figure.add_table(
         columnwidth=[column.width for column in columns],

@@ -157,7 +157,7 @@ def styled(figure: go.Figure, theme: Theme, title: str, subtitle: str = "", heig
         template=theme.template,
         title={"text": f"<b>{plain(title)}</b>{below}"},
         height=height,
-        margin={"t": 62 + 20 * len(lines)},
+        margin={"t": 60 + 23 * len(lines)},
     )
     return figure
 
