@@ -164,9 +164,14 @@ class _Run:
             loss.backward()
             optimizer.step()
             if step % 10 == 0 or step == cfg.steps - 1:
-                row = {"step": step, "forget": forget.item(), "retain": retain.item(), "edited": int(changed.sum())}
+                row = {
+                    "step": float(step),
+                    "forget": forget.item(),
+                    "retain": retain.item(),
+                    "edited": float(changed.sum()),
+                }
                 history.append(row)
-                bar.set_postfix(forget=f"{forget.item():.2f}", retain=f"{retain.item():.3f}", edited=row["edited"])
+                bar.set_postfix(forget=f"{forget.item():.2f}", retain=f"{retain.item():.3f}", edited=int(row["edited"]))
         final = latent.detach()
         return final, self._support(final, allowed), history
 
@@ -174,6 +179,11 @@ class _Run:
         """The change in storage dtype, with the retain bound beside what was measured."""
         values = {name: self._back(name, self.floor.final(name, latent, allowed)) for name in self.floor.spans}
         _, rounded, changed = self.floor.realise(latent, allowed)
+        if not bool(changed.any()):
+            raise MansuError(
+                f"mansu: no weight left its bin in {self.settings.steps} steps; raise steps or learning_rate "
+                f"(now {self.settings.learning_rate} bins)"
+            )
         facts = {
             "seed": self.seed,
             "settings": asdict(self.settings),

@@ -115,7 +115,7 @@ def train(
     for step in bar:
         if step % settings.check_every == 0:
             score = _multiple_choice(hf, values, task.forget_pairs)
-            history.append({"step": step, "forget_mc": score})
+            history.append({"step": float(step), "forget_mc": score})
             bar.set_postfix(forget_mc=f"{score:.0f}")
             if score <= settings.stop_at:
                 bar.close()
