@@ -160,9 +160,7 @@ def _run(config: StudyConfig, folder: Path, progress: bool) -> tuple[Study, int]
         )
         random = stages.value("circuit/random", asked, lambda: random_faithfulness(model, circuit, pairs))
         bar.update()
-        patching = stages.tensor(
-            "circuit/patching", PatchingResult, {}, lambda: activation_patching(model, pairs[_spread(len(pairs))])
-        )
+        patching = stages.tensor("circuit/patching", PatchingResult, {}, partial(_sweep, model, pairs))
         bar.update()
         before = circuit_scores(model, circuit, pairs, steps=config.steps)
         references = _references(config, model, circuit, task, before, stages)
@@ -341,9 +339,14 @@ class _Stages:
         return result
 
 
-def _spread(count: int, most: int = 48) -> list[int]:
-    """At most `most` rows, evenly spread: an exact sweep over all of them tells no more."""
-    return sorted({i * count // min(count, most) for i in range(min(count, most))})
+def _sweep(model: TransformerBridge, pairs: PromptPairs, most: int = 48) -> PatchingResult:
+    """The residual stream over layers and positions, on at most `most` pairs of the commonest wording."""
+    alike, constant = pairs.one_wording()
+    words = [
+        model.tokenizer.decode([token]).strip() or "_" if same else "(subject)"
+        for token, same in zip(alike.clean[0].tolist(), constant.tolist(), strict=True)
+    ]
+    return activation_patching(model, alike[slice(0, most)], tokens=words)
 
 
 def _task_key(task: Task) -> str:

@@ -59,6 +59,16 @@ def test_bad_pairs_are_refused(clean, corrupt, answer, wrong, message: str) -> N
         PromptPairs.from_text(TOKENIZER, clean, corrupt, answer, wrong)
 
 
+def test_one_wording_is_the_largest_group_that_differs_in_its_subject_alone() -> None:
+    clean = ["w6 w3 w7", "w6 w4 w7", "w8 w3 w9 w9", "w6 w5 w7"]
+    corrupt = ["w6 w5 w7", "w6 w3 w7", "w8 w4 w9 w9", "w6 w4 w7"]
+    pairs = PromptPairs.from_text(TOKENIZER, clean, corrupt, ["w50"] * 4, ["w51"] * 4, labels=list("abcd"))
+    alike, constant = pairs.one_wording()
+    assert alike.labels == ("a", "b", "d")
+    assert alike.clean.tolist() == [[1, 6, 3, 7], [1, 6, 4, 7], [1, 6, 5, 7]]
+    assert constant.tolist() == [True, True, False, True]
+
+
 def test_bad_lengths_are_refused() -> None:
     tokens = torch.ones(2, 3, dtype=torch.long)
     with pytest.raises(MansuError, match="pair 1: length 4"):

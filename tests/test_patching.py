@@ -95,6 +95,8 @@ def test_bad_input_is_refused() -> None:
         activation_patching(model, pairs, component="resid")
     with pytest.raises(MansuError, match="unknown direction 'both'"):
         activation_patching(model, pairs, direction="both")
+    with pytest.raises(MansuError, match="2 tokens for 7 positions"):
+        activation_patching(model, pairs, tokens=["a", "b"])
     with pytest.raises(MansuError, match="no difference to restore"):
         activation_patching(
             model, mtl.PromptPairs.from_tokens(pairs.clean, pairs.clean, pairs.answers, pairs.distractors)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
@@ -136,6 +136,25 @@ class PromptPairs:
             picked = picked[None]
         values = {f.name: getattr(self, f.name)[picked] for f in fields(self) if f.name != "labels"}
         return PromptPairs(**values, labels=tuple(self.labels[i] for i in picked.tolist()) if self.labels else ())
+
+    def one_wording(self) -> tuple[PromptPairs, Bool[Tensor, " pos"]]:
+        """The largest group of pairs in the same words, cut to their length, and the positions that are the same in all.
+
+        Two pairs are in the same words if they have one length and agree wherever neither differs from its own corrupt
+        prompt: what is left over is the subject. Figures over positions need this, since a position means nothing
+        across different wordings.
+        """
+        constant = self.clean == self.corrupt
+        same_length = self.lengths[:, None] == self.lengths[None]
+        agree = (self.clean[:, None] == self.clean[None]) | ~constant[:, None] | ~constant[None]
+        alike = agree.all(-1) & same_length
+        members = alike[int(alike.sum(1).argmax())].nonzero()[:, 0]
+        chosen, length = self[members], int(self.lengths[members[0]])
+        cut = PromptPairs(
+            chosen.clean[:, :length], chosen.corrupt[:, :length], chosen.answers, chosen.distractors, chosen.lengths,
+            chosen.labels,
+        )  # fmt: skip
+        return cut, ((cut.clean == cut.clean[:1]) & (cut.corrupt == cut.clean[:1])).all(0)
 
     def to(self, device: str | torch.device) -> PromptPairs:
         """The same pairs with their tensors on `device`."""

@@ -6,7 +6,7 @@ one into the clean run (what the answer needs). Method: Zhang & Nanda 2024, arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -86,6 +86,7 @@ def activation_patching(
     component: str = "resid_pre",
     direction: str = "denoising",
     metric: Metric = logit_difference,
+    tokens: Sequence[str] | None = None,
     cells_per_batch: int = 8,
     batch_size: int = 64,
     progress: bool = False,
@@ -95,10 +96,12 @@ def activation_patching(
     Args:
         component: "resid_pre", "attn_out", "mlp_out" sweep layer x position; "z" (a head's output, all positions)
             sweeps layer x head.
+        tokens: what stands at each position, for the column names; positions are numbered where not given.
         cells_per_batch: interventions that share a forward pass.
 
     Raises:
-        MansuError: an unknown component or direction, or pairs on which the metric does not differ.
+        MansuError: an unknown component or direction, tokens of another number than the positions, or pairs on which
+            the metric does not differ.
     """
     if component not in _TITLES:
         raise MansuError(f"patching: unknown component {component!r}; choose one of {', '.join(_TITLES)}")
@@ -108,6 +111,9 @@ def activation_patching(
     cmap = component_map(model)
     by_head = component == "z"
     n_columns = cmap.n_heads if by_head else pairs.clean.shape[1]
+    if tokens is not None and not by_head and len(tokens) != n_columns:
+        raise MansuError(f"patching: {len(tokens)} tokens for {n_columns} positions; give one for each")
+    words = tokens or [""] * n_columns
     sums = torch.zeros(cmap.n_layers, n_columns, dtype=torch.float64)
     ends = [0.0, 0.0]
     names = [_hook_name(component, layer, cmap.post_norms) for layer in range(cmap.n_layers)]
@@ -120,8 +126,8 @@ def activation_patching(
             )
             kept: dict[str, Tensor] = {}
             run(model, source, chunk.lengths, [(name, keep(kept, name)) for name in names])
-            for i, tokens in enumerate((chunk.clean, chunk.corrupt)):
-                ends[i] += measured(metric, run(model, tokens, chunk.lengths).float(), chunk).double().sum().item()
+            for i, prompts in enumerate((chunk.clean, chunk.corrupt)):
+                ends[i] += measured(metric, run(model, prompts, chunk.lengths).float(), chunk).double().sum().item()
             for layer, name in enumerate(names):
                 for start in range(0, n_columns, cells_per_batch):
                     cells = list(range(start, min(start + cells_per_batch, n_columns)))
@@ -141,7 +147,7 @@ def activation_patching(
     return PatchingResult(
         tensor=shares.float(),
         rows=tuple(str(layer) for layer in range(cmap.n_layers)),
-        columns=tuple(f"H{i}" if by_head else str(i) for i in range(n_columns)),
+        columns=tuple(f"H{i}" if by_head else f"{i} {words[i]}".strip() for i in range(n_columns)),
         row_axis="layer",
         column_axis="head" if by_head else "position",
         component=_TITLES[component],

@@ -48,8 +48,8 @@ def bins(statistics: UpdateStatisticsLike, *, title: str | None = None, theme: s
         figure,
         look,
         title or f"{share} of the changed weights change their {statistics.quantizer} code",
-        f"{int(total['codes_changed']):,} of {int(total['changed']):,} changed weights; {int(total['weights']):,} "
-        "weights in quantized matrices. A weight at a code's value has to move about half a bin.",
+        f"{int(total['codes_changed']):,} of {int(total['changed']):,} changed weights take another code "
+        f"({int(total['weights']):,} weights in all). A weight at a code's value has to move about half a bin.",
         height=560,
     )
     edges = statistics.ratio_edges.cpu().numpy()
