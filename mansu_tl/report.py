@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -151,7 +152,7 @@ def _table(frame: pd.DataFrame) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table>"
 
 
-def _cell(value: object) -> str:
+def _cell(value: Any) -> str:
     """A value for reading: four significant digits, marks beside yes and no, a dash for nothing."""
     if isinstance(value, (list, tuple, dict, set)):
         return str(value)

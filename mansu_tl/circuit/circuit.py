@@ -127,9 +127,12 @@ class Circuit:
         An edge into a KV head becomes one edge to every head of its group.
         """
         graph = nx.MultiDiGraph(faithfulness=self.faithfulness, how=self.how)
-        for row in self.to_dataframe().itertuples():
-            for target in writers_behind(row.reader, self.kv_groups) or ["logits"]:
-                graph.add_edge(row.writer, target, key=row.kind, score=row.score, reader=row.reader)
+        frame = self.to_dataframe()
+        for writer, reader, kind, score in zip(
+            frame["writer"], frame["reader"], frame["kind"], frame["score"], strict=True
+        ):
+            for target in writers_behind(reader, self.kv_groups) or ["logits"]:
+                graph.add_edge(writer, target, key=kind, score=score, reader=reader)
         return graph
 
     def save(self, path: str | PathLike[str]) -> Path:

@@ -96,9 +96,10 @@ def _colour(look: Theme, kind: str, positive: bool) -> str:
 def _edges(figure: go.Figure, frame: pd.DataFrame, placement: Placement, look: Theme) -> None:
     """One trace for each width class, sign and kind; the widest last, so that they lie on top."""
     groups: dict[tuple[int, str, bool], tuple[list[float | None], list[float | None]]] = defaultdict(lambda: ([], []))
-    for row, size in zip(frame.itertuples(), _classes(frame)[0], strict=True):
-        xs, ys = path(placement, str(row.writer), str(row.reader))
-        all_x, all_y = groups[size, reader_kind(str(row.reader)), float(row.score) >= 0]
+    rows = zip(frame["writer"], frame["reader"], frame["score"].astype(float), _classes(frame)[0], strict=True)
+    for writer, reader, score, size in rows:
+        xs, ys = path(placement, str(writer), str(reader))
+        all_x, all_y = groups[size, reader_kind(str(reader)), score >= 0]
         all_x += [*xs, None]
         all_y += [*ys, None]
     fade = min(1.0, math.sqrt(_CROWD / len(frame)))
@@ -147,8 +148,10 @@ def _middles(
         pairs = zip(table["writer"], table["reader"], strict=True)
         others = dict(zip(pairs, table["score"].astype(float), strict=True))
     parts: dict[str, list[tuple[float, float, float, int, list[object]]]] = defaultdict(list)
-    for row, size in zip(frame.itertuples(), _classes(frame)[0], strict=True):
-        writer, reader, score = str(row.writer), str(row.reader), float(row.score)
+    rows = zip(
+        frame["writer"].astype(str), frame["reader"].astype(str), frame["score"].astype(float), _classes(frame)[0]
+    )
+    for writer, reader, score, size in rows:
         xs, ys = path(placement, writer, reader)
         beside = "" if reference is None else f"<br>in the reference: {number(others.get((writer, reader), math.nan))}"
         verb = "supports" if score >= 0 else "opposes"
