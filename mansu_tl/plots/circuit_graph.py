@@ -148,10 +148,9 @@ def _middles(
         pairs = zip(table["writer"], table["reader"], strict=True)
         others = dict(zip(pairs, table["score"].astype(float), strict=True))
     parts: dict[str, list[tuple[float, float, float, int, list[object]]]] = defaultdict(list)
-    rows = zip(
-        frame["writer"].astype(str), frame["reader"].astype(str), frame["score"].astype(float), _classes(frame)[0]
-    )
-    for writer, reader, score, size in rows:
+    names = zip(frame["writer"].astype(str), frame["reader"].astype(str), strict=True)
+    rows = zip(names, frame["score"].astype(float), _classes(frame)[0], strict=True)
+    for (writer, reader), score, size in rows:
         xs, ys = path(placement, writer, reader)
         beside = "" if reference is None else f"<br>in the reference: {number(others.get((writer, reader), math.nan))}"
         verb = "supports" if score >= 0 else "opposes"
