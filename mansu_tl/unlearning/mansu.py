@@ -31,7 +31,7 @@ from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments
 
 @dataclass(frozen=True)
 class MansuSettings:
-    """Settings of MANSU; every default was chosen on `pocket` (README says how).
+    """Settings of MANSU; the defaults were chosen on `pocket`, seed 0 (README says how, and the caveat).
 
     Attributes:
         quantizer: the grid whose codes every edited weight must change.
