@@ -91,10 +91,11 @@ def test_the_same_seed_gives_the_same_edit_and_another_seed_another(model, task,
     assert any(not torch.equal(edit.indices[n], other.indices.get(n, edit.indices[n][:0])) for n in edit.indices)
 
 
-@pytest.mark.parametrize("method", [m for m in methods() if m != "mansu"])
+@pytest.mark.parametrize("method", [m for m in methods() if m not in ("mansu", "random-circuit")])
 def test_baselines_lower_the_forget_answers_and_are_seeded(method: str, model, task) -> None:
     def run() -> Edit:
-        return unlearn(model, task, method, seed=1, learning_rate=3e-4, max_steps=12, check_every=4, stop_at=0.0)
+        rate = {"rmu": 3e-3, "suppressor": 3e-3}.get(method, 3e-4)
+        return unlearn(model, task, method, seed=1, learning_rate=rate, max_steps=12, check_every=4, stop_at=0.0)
 
     first, second = run(), run()
     assert all(torch.equal(first.new[name], second.new[name]) for name in first.new)
@@ -161,7 +162,7 @@ def random_task_pairs():
 def test_the_floor_keeps_unmoved_weights_bit_for_bit_and_moves_the_rest_across() -> None:
     grid = quantizer("nf4")
     weight = 0.05 * torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    floor = Floor(grid, {"w": weight}, {"w": torch.ones(32, 64, dtype=torch.bool)})
+    floor = Floor([grid], {"w": weight}, {"w": torch.ones(32, 64, dtype=torch.bool)})
     # One weight of each block of 64 carries the absmax.
     assert floor.size == 32 * 64 - 32
     generator = torch.Generator().manual_seed(1)
@@ -186,7 +187,7 @@ def test_the_floor_keeps_unmoved_weights_bit_for_bit_and_moves_the_rest_across()
 
 def test_a_frozen_weight_is_never_edited() -> None:
     weight = 0.05 * torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    floor = Floor(quantizer("nf4"), {"w": weight}, {"w": torch.ones(8, 64, dtype=torch.bool)})
+    floor = Floor([quantizer("nf4")], {"w": weight}, {"w": torch.ones(8, 64, dtype=torch.bool)})
     allowed = torch.zeros(floor.size, dtype=torch.bool)
     assert torch.equal(floor.final("w", torch.full((floor.size,), 3.0), allowed), weight)
 
@@ -252,7 +253,7 @@ def test_ignorance_is_the_mean_answer_to_never_seen_names_in_the_same_words(mode
 def test_forget_loss_by_hand() -> None:
     reference = torch.tensor([[0.5, 0.25, 0.25]])
     pool = torch.tensor([[True, True, False]])
-    options = {"margin": 0.1, "margin_weight": 1.0, "band": 0.5, "band_weight": 1.0}
+    options = {"divergence_weight": 1.0, "margin": 0.1, "margin_weight": 1.0, "band": 0.5, "band_weight": 1.0}
     at_reference = forget_loss(reference.log(), reference, pool, torch.tensor([0]), **options)
     assert at_reference.item() == pytest.approx(0.1, abs=1e-6)  # only the margin is left
     logits = torch.tensor([[0.8, 0.1, 0.1]]).log()

@@ -1,7 +1,7 @@
 """Edits and the methods that make them."""
 
 from mansu_tl.unlearning.edit import Edit
-from mansu_tl.unlearning.mansu import MansuSettings
+from mansu_tl.unlearning.mansu_settings import MansuSettings
 from mansu_tl.unlearning.registry import method_title, methods, settings_of, unlearn
 from mansu_tl.unlearning.training import TrainingSettings
 

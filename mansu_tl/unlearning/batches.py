@@ -12,7 +12,6 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences, Task
-from mansu_tl.metrics import last_logits
 
 Values = Mapping[str, Tensor]
 
@@ -23,6 +22,16 @@ def last_token_logits(
     """Differentiable logits at the last real token, with `values` in place of the model's parameters."""
     logits = functional_call(model, dict(values), (tokens,), {"use_cache": False}).logits
     return logits[torch.arange(tokens.shape[0], device=tokens.device), lengths - 1].float()
+
+
+def last_token_states(
+    model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
+) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row layer d_model"]]:
+    """`last_token_logits`, and the residual stream behind every layer at the same token."""
+    out = functional_call(model, dict(values), (tokens,), {"use_cache": False, "output_hidden_states": True})
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+    states = torch.stack([state[rows, lengths - 1].float() for state in out.hidden_states[1:]], 1)
+    return out.logits[rows, lengths - 1].float(), states
 
 
 def sequence_logits(
@@ -62,10 +71,14 @@ class Ignorance:
     Attributes:
         reference: mean next-token distribution over never-seen prompts of the same wording (our definition).
         pool: tokens that answer any forget prompt of the same wording, as a mask.
+        state: mean residual stream behind every layer over those prompts, at their last token.
+        spread: their mean squared distance to it.
     """
 
     reference: Float[Tensor, "pair vocab"]
     pool: Bool[Tensor, "pair vocab"]
+    state: Float[Tensor, "pair layer d_model"]
+    spread: Float[Tensor, "pair layer"]
 
 
 def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
@@ -76,15 +89,20 @@ def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
     """
     pairs = task.forget_pairs
     unseen = task.unseen if len(task.unseen) else Sequences(pairs.corrupt, pairs.lengths)
-    probabilities = last_logits(model, unseen.tokens, unseen.lengths).softmax(-1)
+    with torch.no_grad():
+        logits, states = last_token_states(model, dict(model.named_parameters()), unseen.tokens, unseen.lengths)
+    probabilities = logits.softmax(-1)
     shared = _wording(pairs, unseen)
     closest = (shared == shared.max(1, keepdim=True).values).float()
-    reference = (closest / closest.sum(1, keepdim=True)) @ probabilities
+    mean = closest / closest.sum(1, keepdim=True)
+    reference = mean @ probabilities
+    state = torch.einsum("pu,uld->pld", mean, states)
+    square = torch.einsum("pu,ul->pl", mean, states.square().sum(-1))
     same = (closest[:, None] == closest[None]).all(-1)
     answers = torch.zeros(len(pairs), probabilities.shape[1], device=probabilities.device)
     options = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
     answers.scatter_(1, options, 1.0)
-    return Ignorance(reference, (same.float() @ answers) > 0)
+    return Ignorance(reference, (same.float() @ answers) > 0, state, square - state.square().sum(-1))
 
 
 def _wording(pairs: PromptPairs, unseen: Sequences) -> Int[Tensor, "pair unseen"]:

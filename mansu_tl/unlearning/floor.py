@@ -1,5 +1,7 @@
 """The magnitude floor, inside the loop: latent updates in, weights that provably change their code out.
 
+With several grids, a weight is edited only where its new value changes its code under every one of them.
+
 The candidates of all matrices live in one flat vector. A latent update `u` (in units of each weight's bin width) moves
 a candidate to code(w + u width) under the original absmax; where that is another code the weight goes to the centre of
 the new cell, or one bin past w where the centre is nearer than that; where it is the same code the weight keeps its
@@ -8,7 +10,7 @@ value bit for bit. The backward pass sees the identity (straight-through).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,10 +24,10 @@ _LEAST_MOVE = 1.001
 
 
 class Floor:
-    """Candidate weights of a model under one quantizer.
+    """Candidate weights of a model under one quantizer, or under several.
 
     Args:
-        grid: the quantizer.
+        grids: the quantizers; the latent updates count in bins of the first and aim at its cells.
         matrices: per parameter, the matrix as [out, in] (the orientation in which it is quantized).
         masks: per parameter, which of its weights may be edited, in the same orientation.
 
@@ -35,37 +37,42 @@ class Floor:
 
     def __init__(
         self,
-        grid: Grid,
-        matrices: Mapping[str, Float[Tensor, "out in"]],
-        masks: Mapping[str, Bool[Tensor, "out in"]],
+        grids: Sequence[Grid],
+        matrices: Mapping[str, Float[Tensor, "_ _"]],
+        masks: Mapping[str, Bool[Tensor, "_ _"]],
     ) -> None:
-        self.grid, self.matrices = grid, dict(matrices)
+        self.grids, self.grid, self.matrices = tuple(grids), grids[0], dict(matrices)
         self.where: dict[str, Int[Tensor, " weight"]] = {}
         self.spans: dict[str, slice] = {}
-        self.rounded: dict[str, Float[Tensor, "out in"]] = {}
-        parts: dict[str, list[Tensor]] = {"value": [], "scale": [], "code": [], "width": []}
+        value: list[Tensor] = []
+        width: list[Tensor] = []
+        scales: list[list[Tensor]] = [[] for _ in grids]
+        codes: list[list[Tensor]] = [[] for _ in grids]
         start = 0
         for name, mask in masks.items():
             matrix = self.matrices[name]
-            encoded = grid.encode(matrix)
-            free = (mask & ~grid.absmax_mask(matrix)).flatten().nonzero()[:, 0]
-            scale, width = encoded.scales().flatten(0, 1), grid.width(matrix).flatten().float()
+            free_mask = mask.clone()
+            for grid in grids:
+                free_mask &= ~grid.absmax_mask(matrix)
+            free = free_mask.flatten().nonzero()[:, 0]
+            widths = self.grid.width(matrix).flatten().float()
             # A block of zeros has no width, so no code of it can be reached.
-            free = free[width[free] > 0]
+            free = free[widths[free] > 0]
             self.where[name], self.spans[name] = free, slice(start, start + free.numel())
             start += free.numel()
-            parts["value"].append(matrix.flatten()[free].float())
-            parts["scale"].append(scale[free])
-            parts["code"].append(encoded.codes.flatten()[free].long())
-            parts["width"].append(width[free])
-            self.rounded[name] = grid.roundtrip(matrix)
+            value.append(matrix.flatten()[free].float())
+            width.append(widths[free])
+            for i, grid in enumerate(grids):
+                encoded = grid.encode(matrix)
+                scales[i].append(encoded.scales().flatten(0, 1)[free])
+                codes[i].append(encoded.codes.flatten()[free].long())
         if start == 0:
             raise MansuError(
                 "mansu: no weight is left to edit (all candidates carry their block's absmax); use a larger circuit"
             )
-        self.value, self.scale, self.code, self.width = (
-            torch.cat(parts[k]) for k in ("value", "scale", "code", "width")
-        )
+        self.value, self.width = torch.cat(value), torch.cat(width)
+        self.scales, self.codes = [torch.cat(s) for s in scales], [torch.cat(c) for c in codes]
+        self.scale, self.code = self.scales[0], self.codes[0]
 
     @property
     def size(self) -> int:
@@ -79,32 +86,56 @@ class Floor:
         return torch.where(latent == 0, self.code, moved)
 
     def realise(
-        self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"] | None = None
+        self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"] | None = None, under: int = 0
     ) -> tuple[Float[Tensor, " weight"], Float[Tensor, " weight"], Bool[Tensor, " weight"]]:
         """The changes of the stored and of the dequantized weights, and which weights change.
 
         Both changes pass gradients straight through to `latent`.
+
+        Args:
+            allowed: the weights that may change; all candidates where not given.
+            under: the number of the grid under which the model is dequantized.
         """
         with torch.no_grad():
             target = self.target(latent)
             changed = target != self.code
             if allowed is not None:
                 changed = changed & allowed
-            centre = self._centre(target)
+            centre = self.grid.flat_centre(target.to(torch.uint8), self.scale)
             move = centre - self.value
             least = _LEAST_MOVE * self.width
             past = self.value + move.sign() * torch.maximum(move.abs(), least)
             # One bin past w may leave the target cell again, where the cells are of unequal width.
             inside = self.grid.flat_codes(past, self.scale).long() == target
-            stored = torch.where(inside, past, centre) - self.value
-            stored = torch.where(changed, stored, 0.0)
-            rounded = torch.where(changed, centre - self._centre(self.code), 0.0)
+            new = torch.where(inside, past, centre)
+            for i in range(1, len(self.grids)):
+                changed = changed & (self._codes_of(new, i) != self.codes[i])
+            stored = torch.where(changed, new - self.value, 0.0)
+            after = target if under == 0 else self._codes_of(new, under)
+            rounded = torch.where(changed, self._centre(after, under) - self._centre(self.codes[under], under), 0.0)
         through = latent * self.width if allowed is None else latent * self.width * allowed
         through = through - through.detach()
         return stored + through, rounded + through, changed
 
-    def _centre(self, code: Int[Tensor, " weight"]) -> Float[Tensor, " weight"]:
-        return self.grid.flat_centre(code.to(torch.uint8), self.scale)
+    def plain(
+        self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]
+    ) -> tuple[Float[Tensor, " weight"], Bool[Tensor, " weight"]]:
+        """The updates as they are, without a grid, and which weights move."""
+        return latent * self.width * allowed, (latent.detach() != 0) & allowed
+
+    def pushed(self, latent: Float[Tensor, " weight"]) -> Float[Tensor, " weight"]:
+        """The updates after the fact: each that stays in its cell goes one bin in its own direction, or back inward."""
+        moved = self.target(latent)
+        neighbour = self.grid.neighbour(self.code.to(torch.uint8)[None], latent[None])[0].long()
+        wanted = torch.where((moved == self.code) & (latent != 0), neighbour, moved)
+        centre = self.grid.flat_centre(wanted.to(torch.uint8), self.scale)
+        return torch.where(latent == 0, 0.0, (centre - self.value) / self.width)
+
+    def _codes_of(self, values: Float[Tensor, " weight"], i: int) -> Int[Tensor, " weight"]:
+        return self.grids[i].flat_codes(values, self.scales[i]).long()
+
+    def _centre(self, code: Int[Tensor, " weight"], i: int) -> Float[Tensor, " weight"]:
+        return self.grids[i].flat_centre(code.to(torch.uint8), self.scales[i])
 
     def spread(self, change: Float[Tensor, " weight"], name: str) -> Float[Tensor, "out in"]:
         """One matrix's part of a flat change, as a dense matrix."""
@@ -120,4 +151,17 @@ class Floor:
         span, where = self.spans[name], self.where[name]
         target = self.target(latent)[span]
         codes[where] = torch.where(allowed[span], target, self.code[span]).to(codes.dtype)
-        return self.grid.floor_target(matrix, codes.view_as(encoded.codes), encoded.absmax)
+        result = self.grid.floor_target(matrix, codes.view_as(encoded.codes), encoded.absmax)
+        moved = result != matrix
+        for grid in self.grids[1:]:
+            before, after = grid.encode(matrix), grid.encode(result)
+            # The value in storage dtype may differ from the one in the loop by its last bit, and a weight that fits
+            # into a block of the first grid may be the largest in one of this grid's: its block keeps its old values.
+            grown = (after.scales() != before.scales()).view(*matrix.shape, -1).any(-1)
+            moved &= (after.codes != before.codes) & ~grown
+        return torch.where(moved, result, matrix)
+
+    def unfloored(self, name: str, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]) -> Tensor:
+        """The matrix with the updates as they are, in its storage dtype."""
+        change, _ = self.plain(latent, allowed)
+        return (self.matrices[name].float() + self.spread(change, name)).to(self.matrices[name].dtype)

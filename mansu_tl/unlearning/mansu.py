@@ -8,7 +8,7 @@ quantizer. The paper's formulas are not public in full; what is stated here is o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,71 +22,30 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, plain
 from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning.adversary import Attacked, attacked
-from mansu_tl.unlearning.batches import Ignorance, Sampler, ignorance, joined, last_token_logits, sequence_logits
-from mansu_tl.unlearning.candidates import circuit_weights
+from mansu_tl.unlearning.batches import (
+    Ignorance,
+    Sampler,
+    ignorance,
+    joined,
+    last_token_logits,
+    last_token_states,
+    sequence_logits,
+)
+from mansu_tl.unlearning.candidates import circuit_weights, every_weight, random_weights
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.floor import Floor
-from mansu_tl.unlearning.objective import forget_loss, retain_loss
-from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, sequence_loss
-
-
-@dataclass(frozen=True)
-class MansuSettings:
-    """Settings of MANSU; the defaults were chosen on `pocket`, seed 0 (README says how, and the caveat).
-
-    Attributes:
-        quantizer: the grid whose codes every edited weight must change.
-        budget: edited weights as a share of all linear weights.
-        neuron_share: share of each circuit MLP's neurons that may be edited.
-        steps: optimisation steps.
-        learning_rate: peak step of Adam on the latent updates, in bins.
-        forget_batch: forget prompts a step.
-        retain_batch: retain sequences a step, as many near ones again where the task has near text.
-        margin: nats that an answer is pushed below what never-seen prompts give it.
-        margin_weight: weight of that hinge.
-        band: half-width in nats of the quadratic part of the pool's flattening.
-        band_weight: weight of the flattening.
-        retain_weight: weight of the retain loss against the forget loss.
-        near_weight: weight of a near token against another retain token.
-        likelihood: weight of the cross-entropy inside the retain loss (the rest is a divergence to the original).
-        null_space: weight of the change of the circuit matrices' outputs on retain inputs (0 = off).
-        fisher: whether the diagonal Fisher information enters the choice of weights.
-        fisher_sequences: retain sequences behind the Fisher information.
-        select_from: share of the steps after which the support is cut to the budget every `select_every` steps.
-        freeze_at: share of the steps after which the support is frozen and the step size decays.
-        select_every: steps between cuts.
-        adversary_weight: weight of the forget loss under attack (0 = off; see `adversary.py`).
-        adversary_every: steps between attacks.
-        adversary_steps: Adam steps of an attack.
-        adversary_facts: forget facts that the attacker trains on.
-        adversary_rate: the attacker's learning rate.
-    """
-
-    quantizer: str = "nf4"
-    budget: float = 0.0195
-    neuron_share: float = 0.25
-    steps: int = 200
-    learning_rate: float = 0.1
-    forget_batch: int = 96
-    retain_batch: int = 32
-    margin: float = 0.1
-    margin_weight: float = 1.0
-    band: float = 0.5
-    band_weight: float = 0.05
-    retain_weight: float = 20.0
-    near_weight: float = 10.0
-    likelihood: float = 0.1
-    null_space: float = 4.0
-    fisher: bool = True
-    fisher_sequences: int = 256
-    select_from: float = 0.2
-    freeze_at: float = 0.6
-    select_every: int = 10
-    adversary_weight: float = 0.0
-    adversary_every: int = 10
-    adversary_steps: int = 24
-    adversary_facts: int = 12
-    adversary_rate: float = 3e-4
+from mansu_tl.unlearning.mansu_settings import MansuSettings
+from mansu_tl.unlearning.neighbours import near_neighbours
+from mansu_tl.unlearning.objective import forget_loss, representation_loss, retain_loss
+from mansu_tl.unlearning.retain_statistics import (
+    diagonal_fisher,
+    input_moments,
+    null_projector,
+    require_null_space,
+    retain_bound,
+    sequence_loss,
+)
+from mansu_tl.unlearning.support import choose_support
 
 
 def mansu(
@@ -104,7 +63,8 @@ def mansu(
         circuit: the forget circuit; discovered at faithfulness .85 where not given.
 
     Raises:
-        MansuError: a budget that leaves nothing to edit, or a circuit with no editable weight.
+        MansuError: a budget that leaves nothing to edit, a circuit with no editable weight, or a retain text too small
+            for its null space.
     """
     if circuit is None:
         circuit = discover_circuit(model, task.forget_pairs, progress=progress)
@@ -124,21 +84,43 @@ class _Run:
         self.task = task.to(next(self.hf.parameters()).device)
         self.values = {name: value.detach() for name, value in self.hf.named_parameters()}
         self.linear = linear_weights(model)
-        masks = circuit_weights(model, circuit, self.task.forget_pairs, settings.neuron_share)
+        masks = self._candidates()
         self.floor = Floor(
-            grid_of(settings.quantizer),
+            [grid_of(name) for name in settings.quantizers],
             {name: self._oriented(name, value) for name, value in self.values.items() if name in self.linear},
             {name: self._oriented(name, mask) for name, mask in masks.items()},
         )
+        self.rounded: dict[tuple[str, int], Tensor] = {}
         total = sum(w.in_features * w.out_features for w in self.linear.values())
         self.budget = int(settings.budget * total)
         if self.budget < 1:
             raise MansuError(f"mansu: budget={settings.budget} of {total} weights leaves nothing to edit; raise it")
         self.unknown: Ignorance = ignorance(self.hf, self.task)
         self.facts = self._facts()
+        self.near, self.discovered = self._neighbours()
         self.kept_text = joined(self.task.retain_text, self.task.near_text)
-        self.moments = self._moments(masks) if settings.null_space else {}
+        self.moments = self._moments(masks) if settings.null_space or settings.projector else {}
+        self.projectors = (
+            {name: null_projector(moment, settings.leak, name) for name, moment in self.moments.items()}
+            if settings.projector
+            else {}
+        )
         self.importance = self._fisher(masks) if settings.fisher else None
+
+    def _candidates(self) -> dict[str, Tensor]:
+        cfg = self.settings
+        if cfg.restrict == "circuit":
+            return circuit_weights(self.model, self.circuit, self.task.forget_pairs, cfg.neuron_share)
+        if cfg.restrict == "random":
+            return random_weights(self.model, self.circuit, cfg.neuron_share, self.seed)
+        return every_weight(self.model)
+
+    def _neighbours(self) -> tuple[Sequences, list[int]]:
+        """The near text: the task's, or what the model finds near in the retain text."""
+        if len(self.task.near_text) or not self.settings.discover_near:
+            return self.task.near_text, []
+        rows = near_neighbours(self.hf, self.task.forget_pairs, self.task.retain_text, self.settings.discover_near)
+        return self.task.retain_text[rows], rows.tolist()
 
     def optimise(self) -> tuple[Float[Tensor, " weight"], Bool[Tensor, " weight"], list[dict[str, float]]]:
         """The latent updates and the weights that may change."""
@@ -146,7 +128,7 @@ class _Run:
         generator = torch.Generator().manual_seed(self.seed)
         draw_forget = Sampler(len(self.task.forget_pairs), cfg.forget_batch, generator)
         draw_far = Sampler(len(self.task.retain_text), cfg.retain_batch, generator)
-        near = self.task.near_text
+        near = self.near
         draw_near = Sampler(len(near), cfg.retain_batch, generator) if len(near) else None
         latent = torch.zeros(floor.size, requires_grad=True)
         allowed = torch.ones(floor.size, dtype=torch.bool)
@@ -164,9 +146,10 @@ class _Run:
                     latent.mul_(kept)
                 if step == freeze:
                     allowed = kept
-            stored, rounded, changed = floor.realise(latent, allowed)
-            # Odd steps see the model as stored, even ones as deployed: both must have forgotten.
-            values = self._values(rounded, deployed=True) if step % 2 == 0 else self._values(stored, deployed=False)
+            # Odd steps see the model as stored, even ones as deployed, grid by grid: all must have forgotten.
+            under = step // 2 % len(floor.grids) if step % 2 == 0 and cfg.floor == "loop" else None
+            change, changed = self._change(latent, allowed, under)
+            values = self._values(change, under)
             rows = draw_forget()
             forget = self._forget(values, rows)
             retain = self._retain(values, self.task.retain_text[draw_far()], near[draw_near()] if draw_near else None)
@@ -176,10 +159,14 @@ class _Run:
                     attack = self._attack(values, generator)
                 loss = loss + cfg.adversary_weight * self._under_attack(values, attack, generator)
             if cfg.null_space:
-                loss = loss + cfg.null_space * self._leak(rounded)
+                # On what the deployed model feels, whichever view this step takes.
+                felt = self._change(latent, allowed, 0)[0] if cfg.floor == "loop" and under is None else change
+                loss = loss + cfg.null_space * self._leak(felt)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if self.projectors:
+                self._project(latent, allowed)
             if step % 10 == 0 or step == cfg.steps - 1:
                 row = {
                     "step": float(step),
@@ -194,69 +181,96 @@ class _Run:
 
     def edit(self, latent: Tensor, allowed: Tensor, history: list[dict[str, float]]) -> Edit:
         """The change in storage dtype, with the retain bound beside what was measured."""
-        values = {name: self._back(name, self.floor.final(name, latent, allowed)) for name in self.floor.spans}
-        _, rounded, changed = self.floor.realise(latent, allowed)
-        if not bool(changed.any()):
+        cfg, floor = self.settings, self.floor
+        if cfg.floor == "after":
+            latent = floor.pushed(latent * allowed)
+        finish = floor.unfloored if cfg.floor == "none" else floor.final
+        values = {name: self._back(name, finish(name, latent, allowed)) for name in floor.spans}
+        edited = sum(int((value != self.values[name]).sum()) for name, value in values.items())
+        if not edited:
             raise MansuError(
-                f"mansu: no weight left its bin in {self.settings.steps} steps; raise steps or learning_rate "
-                f"(now {self.settings.learning_rate} bins)"
+                f"mansu: no weight left its bin in {cfg.steps} steps, or every one that did costs more than the budgets "
+                f"allow; raise steps, learning_rate (now {cfg.learning_rate} bins) or fisher_budget (now "
+                f"{cfg.fisher_budget})"
             )
+        felt = floor.plain(latent, allowed)[0] if cfg.floor == "none" else floor.realise(latent, allowed)[1]
         facts = {
             "seed": self.seed,
-            "settings": asdict(self.settings),
+            "settings": asdict(cfg),
             "circuit_edges": self.circuit.n_edges,
-            "candidates": self.floor.size,
-            "edited": int(changed.sum()),
-            **self._retain_bound(rounded),
+            "candidates": floor.size,
+            "edited": edited,
+            "near_rows": self.discovered,
+            **self._retain_increase(felt),
         }
         return Edit.between(self.model, values, "mansu", facts, tuple(history))
 
-    def _retain_bound(self, rounded: Tensor) -> dict[str, float]:
-        """The diagonal-Fisher estimate of the retain loss increase, on the realised change, and the measured one."""
-        text = self._sample()
+    def _retain_increase(self, change: Tensor) -> dict[str, float]:
+        """The retain loss's increase under the realised change: measured, its diagonal estimate and its bound."""
+        text, under = self._sample(), None if self.settings.floor == "none" else 0
         with torch.no_grad():
-            before = sequence_loss(self.hf, self._values(torch.zeros_like(rounded), deployed=True), text).item()
-            after = sequence_loss(self.hf, self._values(rounded, deployed=True), text).item()
+            before = sequence_loss(self.hf, self._values(torch.zeros_like(change), under), text).item()
+            after = sequence_loss(self.hf, self._values(change, under), text).item()
         facts = {"retain_loss_before": before, "retain_loss_after": after, "retain_increase_measured": after - before}
         if self.importance is not None:
-            facts["retain_increase_fisher"] = 0.5 * (self.importance * rounded.square()).sum().item()
+            diagonal, bound = retain_bound(self.importance, change)
+            facts |= {"retain_increase_fisher": diagonal.item(), "retain_increase_bound": bound.item()}
         return facts
 
-    def _support(self, latent: Tensor, allowed: Tensor) -> Bool[Tensor, " weight"]:
-        """The `budget` weights whose latent update is largest, in bins, against their cost to the retain set."""
-        _, rounded, changed = self.floor.realise(latent, allowed)
-        priority = latent.abs()
-        if self.importance is not None:
-            cost = 0.5 * self.importance * rounded.square()
-            typical = cost[changed].mean().clamp_min(1e-12) if bool(changed.any()) else cost.new_tensor(1.0)
-            priority = priority / (1 + (cost / typical).sqrt())
-        priority = torch.where(changed, priority, 0.0)
-        kept = torch.zeros_like(changed)
-        kept[priority.topk(min(self.budget, priority.numel())).indices] = True
-        return kept & changed
+    def _change(self, latent: Tensor, allowed: Tensor, under: int | None) -> tuple[Tensor, Tensor]:
+        """The change of the weights as stored (None) or under one grid, and which weights move."""
+        if self.settings.floor != "loop":
+            return self.floor.plain(latent, allowed)
+        stored, rounded, changed = self.floor.realise(latent, allowed, under or 0)
+        return (stored if under is None else rounded), changed
 
-    def _values(self, change: Tensor, *, deployed: bool) -> Mapping[str, Tensor]:
-        """All parameters: as stored, or with every linear weight dequantized."""
+    def _support(self, latent: Tensor, allowed: Tensor) -> Bool[Tensor, " weight"]:
+        cfg = self.settings
+        change, changed = self._change(latent, allowed, 0)
+        if cfg.floor == "after":
+            # Every weight that moved at all will be pushed across.
+            pushed = self.floor.pushed(latent * allowed)
+            _, change, changed = self.floor.realise(pushed, allowed)
+        return choose_support(
+            latent, change, changed, self.importance, budget=self.budget, fisher_budget=cfg.fisher_budget
+        )
+
+    @torch.no_grad()
+    def _project(self, latent: Tensor, allowed: Tensor) -> None:
+        """Take the part of the update out that retain inputs would feel; the support keeps what is left."""
+        change = latent * self.floor.width * allowed
+        for name, span in self.floor.spans.items():
+            free = self.floor.spread(change, name) @ self.projectors[name]
+            latent[span] = free.flatten()[self.floor.where[name]] / self.floor.width[span]
+
+    def _values(self, change: Tensor, under: int | None) -> Mapping[str, Tensor]:
+        """All parameters: as stored (None), or with every linear weight dequantized under one grid."""
         out = dict(self.values)
-        for name in self.linear if deployed else self.floor.spans:
-            base = self._deployed(name) if deployed else self.floor.matrices[name]
+        for name in self.linear if under is not None else self.floor.spans:
+            base = self.floor.matrices[name] if under is None else self._deployed(name, under)
             full = base + self.floor.spread(change, name) if name in self.floor.spans else base
             out[name] = self._back(name, full)
         return out
 
-    def _deployed(self, name: str) -> Tensor:
-        if name not in self.floor.rounded:
-            self.floor.rounded[name] = self.floor.grid.roundtrip(self.floor.matrices[name])
-        return self.floor.rounded[name]
+    def _deployed(self, name: str, under: int) -> Tensor:
+        if (name, under) not in self.rounded:
+            self.rounded[name, under] = self.floor.grids[under].roundtrip(self.floor.matrices[name])
+        return self.rounded[name, under]
 
     def _forget(self, values: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         cfg, pairs = self.settings, self.task.forget_pairs[rows]
-        logits = last_token_logits(self.hf, values, pairs.clean, pairs.lengths)
-        return forget_loss(
+        if cfg.representation_weight:
+            logits, states = last_token_states(self.hf, values, pairs.clean, pairs.lengths)
+            away = representation_loss(states, self.unknown.state[rows], self.unknown.spread[rows])
+        else:
+            logits = last_token_logits(self.hf, values, pairs.clean, pairs.lengths)
+            away = logits.new_zeros(())
+        return cfg.representation_weight * away + forget_loss(
             logits,
             self.unknown.reference[rows],
             self.unknown.pool[rows],
             pairs.answers,
+            divergence_weight=cfg.divergence_weight,
             margin=cfg.margin,
             margin_weight=cfg.margin_weight,
             band=cfg.band,
@@ -318,9 +332,10 @@ class _Run:
     def _moments(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Second moments of the matrices' inputs, near text weighted as in the retain loss."""
         far = input_moments(self.hf, names, self.task.retain_text)
-        if not len(self.task.near_text):
+        require_null_space(self.task.retain_text, far)
+        if not len(self.near):
             return far
-        near, weight = input_moments(self.hf, names, self.task.near_text), self.settings.near_weight
+        near, weight = input_moments(self.hf, names, self.near), self.settings.near_weight
         return {name: (far[name] + weight * near[name]) / (1 + weight) for name in far}
 
     def _fisher(self, names: Mapping[str, Tensor]) -> Float[Tensor, " weight"]:

@@ -15,6 +15,7 @@ def forget_loss(
     pool: Bool[Tensor, "row vocab"],
     answers: Int[Tensor, " row"],
     *,
+    divergence_weight: float,
     margin: float,
     margin_weight: float,
     band: float,
@@ -22,9 +23,9 @@ def forget_loss(
 ) -> Float[Tensor, ""]:
     """Distance from ignorance, in nats.
 
-    Three parts: KL(never seen || model); a hinge that keeps the answer `margin` nats below what never-seen prompts
-    give it (a divergence alone stops while the answer is still the likeliest option); and a Huber of width `band` on
-    the answer pool's centred log-probabilities, which flattens them to the reference in both directions.
+    Three parts, each with its weight: KL(never seen || model); a hinge that keeps the answer `margin` nats below what
+    never-seen prompts give it (a divergence alone stops while the answer is still the likeliest option); and a Huber of
+    width `band` on the answer pool's centred log-probabilities, which flattens them to the reference in both directions.
     """
     log_p = logits.log_softmax(-1)
     log_q = reference.clamp_min(1e-9).log()
@@ -37,7 +38,22 @@ def forget_loss(
     gap = log_p - log_q
     centred = (gap - (gap * weight).sum(1, keepdim=True) / count) * weight
     flat = torch.nn.functional.huber_loss(centred, torch.zeros_like(centred), delta=band, reduction="none")
-    return divergence + margin_weight * hinge + band_weight * (flat.sum(1) / count[:, 0]).mean()
+    return divergence_weight * divergence + margin_weight * hinge + band_weight * (flat.sum(1) / count[:, 0]).mean()
+
+
+def representation_loss(
+    hidden: Float[Tensor, "row layer d_model"],
+    mean: Float[Tensor, "row layer d_model"],
+    spread: Float[Tensor, "row layer"],
+) -> Float[Tensor, ""]:
+    """How far forget prompts' hidden states lie from those of never-seen prompts of the same wording.
+
+    The squared distance to the never-seen mean, in units of the never-seen prompts' own mean squared distance to it:
+    1 = as far as a name that stands for nothing. Averaged over layers. Our definition, after representation-level
+    erasure towards unknown entities.
+    """
+    distance = (hidden - mean).square().sum(-1)
+    return (distance / spread.clamp_min(1e-9)).mean()
 
 
 def retain_loss(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
@@ -12,26 +12,43 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
-from mansu_tl.unlearning.baselines import GradDiffSettings, NpoSettings, QuailSettings, graddiff, npo, quail
+from mansu_tl.unlearning import baselines as b
 from mansu_tl.unlearning.edit import Edit
-from mansu_tl.unlearning.mansu import MansuSettings, mansu
+from mansu_tl.unlearning.mansu import mansu
+from mansu_tl.unlearning.mansu_settings import MansuSettings
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: what it is called in figures, its settings, its function, whether it takes a circuit."""
+    """One method: what it is called in figures, its settings, its function, whether it takes a circuit, its presets."""
 
     title: str
     settings: type
     run: Callable[..., Edit]
     takes_circuit: bool = False
+    preset: Mapping[str, Any] = field(default_factory=dict)
+
+    def defaults(self) -> Any:
+        """Its settings where nothing else is said."""
+        return self.settings(**self.preset)
 
 
 _METHODS = {
     "mansu": Method("MANSU", MansuSettings, mansu, takes_circuit=True),
-    "graddiff": Method("GradDiff", GradDiffSettings, graddiff),
-    "npo": Method("NPO + GDR", NpoSettings, npo),
-    "quail": Method("QUAIL", QuailSettings, quail),
+    "ga": Method("GA", b.GaSettings, b.ga),
+    "ga-kl": Method("GA + KL", b.GaKlSettings, b.ga_kl),
+    "graddiff": Method("GradDiff", b.GradDiffSettings, b.graddiff),
+    "npo": Method("NPO + GDR", b.NpoSettings, b.npo),
+    "simnpo": Method("SimNPO + GDR", b.SimNpoSettings, b.simnpo),
+    "rmu": Method("RMU", b.RmuSettings, b.rmu),
+    "sure": Method("SURE", b.SureSettings, b.sure),
+    "quail": Method("QUAIL", b.QuailSettings, b.quail),
+    "ste": Method("Straight-through", b.SteSettings, b.ste),
+    "null-space": Method("Null space only", b.NullSpaceSettings, b.null_space),
+    "random-circuit": Method(
+        "Random-circuit MANSU", MansuSettings, mansu, takes_circuit=True, preset={"restrict": "random"}
+    ),
+    "suppressor": Method("Output suppressor", b.SuppressorSettings, b.suppressor),
 }
 
 
@@ -72,12 +89,13 @@ def unlearn(
     chosen = _method(method)
     if model.original_model.training:
         raise MansuError("model: it is in training mode, so dropout would enter the edit; call model.eval() first")
-    base = settings if settings is not None else chosen.settings()
+    base = settings if settings is not None else chosen.defaults()
     if not isinstance(base, chosen.settings):
         raise MansuError(f"{method}: settings are {type(base).__name__}; pass {chosen.settings.__name__}")
     final = _override(method, base, overrides)
     extra = {"circuit": circuit} if chosen.takes_circuit else {}
-    return chosen.run(model, task, final, seed=seed, progress=progress, **extra)
+    edit = chosen.run(model, task, final, seed=seed, progress=progress, **extra)
+    return replace(edit, method=method)
 
 
 def settings_of(method: str, values: dict[str, Any]) -> Any:
@@ -86,7 +104,7 @@ def settings_of(method: str, values: dict[str, Any]) -> Any:
     Raises:
         MansuError: an unknown method, or a key that the method does not have.
     """
-    return _override(method, _method(method).settings(), values)
+    return _override(method, _method(method).defaults(), values)
 
 
 def _method(name: str) -> Method:

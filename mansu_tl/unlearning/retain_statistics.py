@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
+from mansu_tl.quantization import inputs_of
 from mansu_tl.unlearning.batches import real_targets
 
 
-@torch.no_grad()
 def input_moments(
     model: PreTrainedModel, names: Iterable[str], text: Sequences, batch_size: int = 128
 ) -> dict[str, Float[Tensor, "d_in d_in"]]:
@@ -31,31 +31,48 @@ def input_moments(
         raise MansuError(
             "retain text: none given, so it has no null space; give some text whose likelihood is to be kept"
         )
-    sums: dict[str, Tensor] = {}
-    count = 0
-    real = torch.empty(0)
+    return {name: inputs.moment for name, inputs in inputs_of(model, names, text, batch_size).items()}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0][real].float()
-            sums[name] = sums.get(name, 0) + x.T @ x
 
-        return hook
+def null_projector(moment: Float[Tensor, "d_in d_in"], leak: float, name: str) -> Float[Tensor, "d_in d_in"]:
+    """The projector onto the input directions that together hold at most `leak` of the retain inputs' energy.
 
-    handles = [
-        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(watch(name)) for name in names
-    ]
-    try:
-        for start in range(0, len(text), batch_size):
-            batch = text[slice(start, start + batch_size)]
-            position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-            real = position[None] < batch.lengths[:, None]
-            count += int(real.sum())
-            model(batch.tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total / count for name, total in sums.items()}
+    dW P then moves the matrix's retain outputs by at most `leak` times what dW could. The directions are eigenvectors
+    of C = E[x x^T], taken from the smallest eigenvalue up.
+
+    Args:
+        leak: share of tr(C).
+        name: of the matrix, for the error.
+
+    Raises:
+        MansuError: a leak outside (0, 1), or no direction holds as little as that: the retain text fills the space.
+    """
+    if not 0 < leak < 1:
+        raise MansuError(f"null space: leak={leak}; choose a share of the retain inputs' energy in (0, 1)")
+    energy, directions = torch.linalg.eigh(moment.double())
+    held = energy.clamp_min(0).cumsum(0) / energy.clamp_min(0).sum().clamp_min(1e-30)
+    free = directions[:, held <= leak]
+    if free.shape[1] == 0:
+        raise MansuError(
+            f"null space of {name}: every one of {moment.shape[0]} input directions holds more than leak={leak} of the "
+            "retain inputs' energy; raise leak"
+        )
+    return (free @ free.T).to(moment.dtype)
+
+
+def require_null_space(text: Sequences, moments: Mapping[str, Float[Tensor, "_ _"]]) -> None:
+    """Refuse a retain text too short to say which directions it needs.
+
+    Raises:
+        MansuError: fewer tokens than the widest matrix has inputs: whatever the text did not happen to show would
+            count as free.
+    """
+    tokens, widest = int(text.lengths.sum()), max(moment.shape[0] for moment in moments.values())
+    if tokens < widest:
+        raise MansuError(
+            f"retain text: {tokens} tokens, fewer than the {widest} inputs of the widest matrix, so most of its null "
+            f"space would be chance; give at least {widest} tokens or switch it off (null_space=0, projector=False)"
+        )
 
 
 def diagonal_fisher(
@@ -63,8 +80,8 @@ def diagonal_fisher(
 ) -> dict[str, Float[Tensor, ...]]:
     """Empirical diagonal Fisher: mean over sequences of the squared gradient of the sequence's mean token loss.
 
-    The retain loss of a changed model is bounded to second order by 1/2 sum F d^2 (diagonal approximation: it leaves
-    out how changes add up, so the measured increase is reported beside it).
+    Half of sum F d^2 is the diagonal approximation of the retain loss's increase; it leaves out how changes add up.
+    `retain_bound` does not.
     """
     values = {name: value.detach() for name, value in model.named_parameters()}
     chosen = list(names)
@@ -87,3 +104,16 @@ def sequence_loss(model: PreTrainedModel, values: Mapping[str, Tensor], batch: S
     logits = functional_call(model, dict(values), (batch.tokens,), {"use_cache": False}).logits[:, :-1]
     real = real_targets(batch)
     return torch.nn.functional.cross_entropy(logits[real].float(), batch.tokens[:, 1:][real])
+
+
+def retain_bound(
+    fisher: Float[Tensor, " weight"], change: Float[Tensor, " weight"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The diagonal estimate 1/2 sum F d^2 and the bound k/2 sum F d^2 on the quadratic term, both in nats.
+
+    With g the gradient of a sequence's loss, the term is 1/2 E (g . d)^2 under the empirical Fisher information, and
+    (g . d)^2 <= k sum g^2 d^2 for a change d of k weights (Cauchy-Schwarz): the bound holds however changes add up.
+    Our definition.
+    """
+    diagonal = 0.5 * (fisher * change.square()).sum()
+    return diagonal, diagonal * (change != 0).sum()

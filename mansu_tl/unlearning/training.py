@@ -1,16 +1,17 @@
-"""The loop that every gradient baseline shares: full fine-tuning until the forget set is at chance.
+"""The loop that every gradient baseline shares: fine-tuning until the forget set is at chance.
 
-The same optimizer, batch sizes, schedule and stopping rule for all of them; only the loss and the learning rate
-differ. Following open-unlearning: AdamW, weight decay .01, warm-up, every parameter is trained.
+The same optimizer, batch sizes, schedule and stopping rule for all of them. Following open-unlearning: AdamW, weight
+decay .01, warm-up, every parameter is trained. A method differs in its loss and learning rate, and may say which
+weights move (`only`), through which weights the model runs (`view`) and where the change may point (`project`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -18,12 +19,14 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences, Task
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import last_logits
+from mansu_tl.metrics import kl_divergence, last_logits
 from mansu_tl.models import plain
 from mansu_tl.unlearning.batches import Sampler, Values, last_token_logits, retain_batches, sequence_logits
 from mansu_tl.unlearning.edit import Edit
 
 Loss = Callable[["Batch"], Tensor]
+View = Callable[[Values], Values]
+Project = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Batch:
 
     Attributes:
         model: the HF model, used through `values`.
-        values: the parameters being trained.
+        values: the parameters through which the model runs: those being trained, or a method's view of them.
+        original: the parameters of the original model.
         pairs: forget pairs of this step.
         rows: their row numbers in the task.
         retain: retain sequences of this step.
@@ -67,6 +71,7 @@ class Batch:
 
     model: PreTrainedModel
     values: Values
+    original: Values
     pairs: PromptPairs
     rows: Int[Tensor, " row"]
     retain: Sequences
@@ -85,6 +90,13 @@ class Batch:
         logits, targets = sequence_logits(self.model, self.values, self.retain)
         return torch.nn.functional.cross_entropy(logits, targets)
 
+    def retain_divergence(self) -> Float[Tensor, ""]:
+        """Mean KL(original || model) of the next token over the retain sequences, in nats."""
+        logits, _ = sequence_logits(self.model, self.values, self.retain)
+        with torch.no_grad():
+            before, _ = sequence_logits(self.model, self.original, self.retain)
+        return kl_divergence(logits, before).mean()
+
 
 def train(
     model: TransformerBridge,
@@ -93,35 +105,56 @@ def train(
     loss: Loss,
     settings: TrainingSettings,
     *,
+    only: Mapping[str, Bool[Tensor, ...]] | None = None,
+    view: View | None = None,
+    project: Project | None = None,
+    facts: Mapping[str, object] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Edit:
     """Fine-tune with `loss` and return the change as an edit.
 
+    Args:
+        only: the weights that may move, as masks by parameter; parameters that are not named stay. Every weight
+            where not given.
+        view: turns the trained parameters into those through which the model runs, e.g. fake-quantized ones.
+        project: maps a parameter's whole change since the start to the change that is allowed, after every step.
+        facts: further facts for the edit.
+
     Raises:
-        MansuError: the loss is not finite (the learning rate is too high).
+        MansuError: the loss is not finite (the learning rate is too high), or no weight may move.
     """
     hf = plain(model)
-    values = {name: value.detach().clone().requires_grad_() for name, value in hf.named_parameters()}
+    original_values = {name: value.detach() for name, value in hf.named_parameters()}
+    free = {name: mask for name, mask in (only or {}).items() if bool(mask.any())}
+    if only is not None and not free:
+        raise MansuError(f"{method}: no weight may move; widen its mask")
+    values = {
+        name: value.clone().requires_grad_() if only is None or name in free else value
+        for name, value in original_values.items()
+    }
+    moving = {name: value for name, value in values.items() if value.requires_grad}
     generator = torch.Generator().manual_seed(seed)
     task = task.to(next(iter(values.values())).device)
     draw_forget = Sampler(len(task.forget_pairs), settings.forget_batch, generator)
     draw_retain = retain_batches(task, settings.retain_batch, 0.25, generator)
     original = last_logits(hf, task.forget_pairs.clean, task.forget_pairs.lengths)
-    optimizer = torch.optim.AdamW(values.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings.warmup))
     history: list[dict[str, float]] = []
     bar = tqdm(range(settings.max_steps), desc=method, unit="step", disable=not progress)
     for step in bar:
         if step % settings.check_every == 0:
-            score = _multiple_choice(hf, values, task.forget_pairs)
+            seen = view(values) if view else values
+            score = _multiple_choice(hf, seen, task.forget_pairs)
             history.append({"step": float(step), "forget_mc": score})
             bar.set_postfix(forget_mc=f"{score:.0f}")
             if score <= settings.stop_at:
                 bar.close()
                 break
         rows = draw_forget()
-        batch = Batch(hf, values, task.forget_pairs[rows], rows, draw_retain(), original[rows])
+        seen = view(values) if view else values
+        batch = Batch(hf, seen, original_values, task.forget_pairs[rows], rows, draw_retain(), original[rows])
         value = loss(batch)
         if not torch.isfinite(value):
             raise MansuError(
@@ -131,8 +164,15 @@ def train(
         value.backward()
         optimizer.step()
         schedule.step()
-    facts = {"seed": seed, "settings": dict(settings.__dict__), "steps": int(history[-1]["step"])}
-    return Edit.between(model, {k: v.detach() for k, v in values.items()}, method, facts, tuple(history))
+        with torch.no_grad():
+            for name, current in moving.items():
+                start = original_values[name]
+                if name in free and not bool(free[name].all()):
+                    current.copy_(torch.where(free[name], current, start))
+                if project:
+                    current.copy_(start + project(name, current - start))
+    recorded = {"seed": seed, "settings": asdict(settings), "steps": int(history[-1]["step"]), **(facts or {})}
+    return Edit.between(model, {k: v.detach() for k, v in moving.items()}, method, recorded, tuple(history))
 
 
 @torch.no_grad()

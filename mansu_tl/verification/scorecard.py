@@ -21,8 +21,7 @@ from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Accuracy, accuracy
 from mansu_tl.quantization import quantize
 from mansu_tl.verification.divergence import CircuitScores, circuit_divergence, circuit_scores
-
-_RESAMPLES = 2000
+from mansu_tl.verification.intervals import interval_over_facts
 
 
 @dataclass(frozen=True)
@@ -241,11 +240,5 @@ def _words(name: str) -> str:
 
 def _interval(values: Float[Tensor, " question"], facts: tuple[str, ...], seed: int) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over facts, in percentage points."""
-    order = {fact: i for i, fact in enumerate(dict.fromkeys(facts))}
-    index = torch.tensor([order[fact] for fact in facts])
-    total = torch.zeros(len(order), dtype=torch.float64).scatter_add_(0, index, values.double())
-    count = torch.zeros(len(order), dtype=torch.float64).scatter_add_(0, index, torch.ones_like(values.double()))
-    drawn = torch.randint(len(order), (_RESAMPLES, len(order)), generator=torch.Generator().manual_seed(seed))
-    means = total[drawn].sum(1) / count[drawn].sum(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = interval_over_facts(values, facts, seed)
     return 100 * low, 100 * high

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 from transformer_lens.model_bridge import TransformerBridge
@@ -35,7 +36,12 @@ def npo(model: TransformerBridge, task: Task, settings: NpoSettings, *, seed: in
     """Unlearn with negative preference optimization plus gradient descent on the retain set."""
 
     def loss(batch: Batch) -> Tensor:
-        ratio = batch.answer_log_prob(batch.forget_logits()) - batch.answer_log_prob(batch.original_logits)
-        return 2 / settings.beta * softplus(settings.beta * ratio).mean() + settings.retain_weight * batch.retain_loss()
+        return npo_loss(batch, settings.beta) + settings.retain_weight * batch.retain_loss()
 
     return train(model, task, "npo", loss, settings.training, seed=seed, progress=progress)
+
+
+def npo_loss(batch: Batch, beta: float) -> Float[Tensor, ""]:
+    """The preference loss on this step's forget prompts, in nats."""
+    ratio = batch.answer_log_prob(batch.forget_logits()) - batch.answer_log_prob(batch.original_logits)
+    return 2 / beta * softplus(beta * ratio).mean()

@@ -1,0 +1,174 @@
+"""A short search over learning rates, the same for every method, on a validation split of the questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.circuit import Circuit
+from mansu_tl.data import Task
+from mansu_tl.errors import MansuError
+from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.metrics import accuracy
+from mansu_tl.unlearning.registry import method_title, unlearn
+
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+_KEPT = ("retain", "retain_paraphrase", "near", "near_paraphrase")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate.
+
+    Attributes:
+        rate: the learning rate.
+        forget: multiple-choice accuracy on the forget questions of the validation split, in percent.
+        target: what it had to reach.
+        drop: cloze points lost on the kept sets of the validation split, their mean.
+        note: why it gave no edit; "" where it did.
+    """
+
+    rate: float
+    forget: float
+    target: float
+    drop: float
+    note: str = ""
+
+    @property
+    def reached(self) -> bool:
+        """Whether it forgot."""
+        return self.forget <= self.target
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Attributes:
+        method: the method's name.
+        trials: one a rate, in the order tried.
+        seed: of every trial.
+    """
+
+    method: str
+    trials: tuple[Trial, ...]
+    seed: int
+
+    @property
+    def best(self) -> Trial:
+        """The trial that forgot and lost least; where none forgot, the one that forgot most.
+
+        Raises:
+            MansuError: no rate gave an edit.
+        """
+        made = [trial for trial in self.trials if not trial.note]
+        if not made:
+            raise MansuError(f"search: no learning rate of {self.method} gave an edit ({self.trials[0].note})")
+        reached = [trial for trial in made if trial.reached]
+        if reached:
+            return min(reached, key=lambda trial: (trial.drop, trial.forget, trial.rate))
+        return min(made, key=lambda trial: (trial.forget, trial.drop, trial.rate))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a rate."""
+        made = any(not trial.note for trial in self.trials)
+        rows = [
+            {"method": self.method, "seed": self.seed, **trial.__dict__, "reached": trial.reached,
+             "chosen": made and trial == self.best}
+            for trial in self.trials
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write one file."""
+        facts: dict[str, Any] = {
+            "method": self.method,
+            "seed": self.seed,
+            "trials": [trial.__dict__ for trial in self.trials],
+        }
+        return save_tensors(path, "Search", {"rates": torch.tensor([trial.rate for trial in self.trials])}, facts)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Search:
+        """Read what `save` wrote."""
+        _, facts = load_tensors(path, "Search")
+        return cls(facts["method"], tuple(Trial(**trial) for trial in facts["trials"]), facts["seed"])
+
+    def __repr__(self) -> str:
+        best = self.best
+        state = "reached" if best.reached else "did not reach"
+        return (
+            f"Search({self.method}: rate {best.rate:g} of {len(self.trials)} {state} forget MC <= {best.target:g} % "
+            f"({best.forget:.1f}), kept sets {-best.drop:+.1f} points)"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{self!r}</b></p>{self.to_dataframe().to_html(index=False, float_format='{:.4g}'.format)}"
+
+
+def search(
+    model: TransformerBridge,
+    validation: Task,
+    method: str,
+    *,
+    rates: Sequence[float] = RATES,
+    circuit: Circuit | None = None,
+    over_chance: float = 5.0,
+    seed: int = 0,
+    progress: bool = False,
+    **settings: Any,
+) -> Search:
+    """Try a method at several learning rates and rank them on a validation split, in full precision.
+
+    The rule is the same for every method: a rate has to bring multiple-choice accuracy on the validation forget questions
+    down to chance plus `over_chance`; among those that do, the one that loses fewest cloze points on the kept sets is
+    best. Quantization plays no part in it. Our definition.
+
+    Args:
+        validation: from `split_questions`; its test half is for reporting.
+        rates: learning rates, in the method's own unit (MANSU's is bins).
+        circuit: for methods that take one.
+        over_chance: percentage points.
+        settings: other settings of the method.
+
+    Raises:
+        MansuError: no rates, or an unknown method or setting.
+    """
+    if not rates:
+        raise MansuError("search: no rates; give at least one learning rate")
+    method_title(method)
+    before = {name: accuracy(model, validation.questions[name]).cloze_percent for name in _kept(validation)}
+    target = 100 / validation.questions["forget"].choices.shape[1] + over_chance
+    trials = []
+    for rate in tqdm(rates, desc=f"search {method}", unit="rate", disable=not progress):
+        try:
+            edit = unlearn(model, validation, method, circuit=circuit, seed=seed, learning_rate=float(rate), **settings)
+        except MansuError as error:
+            # Too high a rate breaks a method: that is a finding about the rate, every other complaint is the caller's.
+            if "learning_rate" not in str(error):
+                raise
+            trials.append(Trial(float(rate), float("inf"), target, float("inf"), str(error)))
+            continue
+        trials.append(_trial(edit.apply(model), validation, before, float(rate), target))
+    return Search(method, tuple(trials), seed)
+
+
+def _trial(edited: TransformerBridge, validation: Task, before: dict[str, float], rate: float, target: float) -> Trial:
+    try:
+        forget = accuracy(edited, validation.questions["forget"]).mc_percent
+        lost = [old - accuracy(edited, validation.questions[name]).cloze_percent for name, old in before.items()]
+    except MansuError as error:
+        return Trial(rate, float("inf"), target, float("inf"), str(error))
+    return Trial(rate, forget, target, sum(lost) / len(lost))
+
+
+def _kept(task: Task) -> list[str]:
+    return [name for name in _KEPT if name in task.questions]
