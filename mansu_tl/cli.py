@@ -1,14 +1,16 @@
-"""The command line: `mansu-tl demo`, `mansu-tl run`, `mansu-tl report`."""
+"""The command line: `mansu-tl demo`, `mansu-tl run`, `mansu-tl report`, `mansu-tl compare`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mansu_tl import __version__
+from mansu_tl.comparison import compare as run_comparison
+from mansu_tl.comparison import full, properties, quick
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
 from mansu_tl.study import Study, run_study
@@ -75,6 +77,41 @@ def report(
     if not (folder / "config.toml").is_file():
         raise MansuError(f"{folder}: no config.toml in it, so it is no results folder; give the --out of a run")
     _finish(run_study(StudyConfig.read(folder / "config.toml"), folder, progress=False), png)
+
+
+@app.command()
+def compare(
+    out: Out = Path("runs/compare"),
+    thorough: Annotated[
+        bool, typer.Option("--full/--quick", help="Everything, in hours; or the picture, in minutes.")
+    ] = False,
+    part: Annotated[str, typer.Option(help="i/n: do only this share of the edits, beside other processes.")] = "1/1",
+    base: Annotated[list[str] | None, typer.Option(help="A model that knows the forget set; may be repeated.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method or ablation; may be repeated.")] = None,
+    quantizer: Annotated[list[str] | None, typer.Option(help="A quantizer; may be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(help="So many seeds of every method; 0 = as the plan says.")] = 0,
+    task: Annotated[str, typer.Option(help="The task: an embedded name or a JSON-lines file.")] = "pocket",
+    never: Annotated[str, typer.Option(help="A model that never learnt it; '' = none.")] = "pocket-never",
+    quiet: Quiet = False,
+) -> None:
+    """Compare all methods on all bases under all quantizers and seeds; writes tables (CSV, parquet) and figures."""
+    changes: dict[str, Any] = {"task": task, "never": never}
+    for key, values in (("bases", base), ("methods", method), ("quantizers", quantizer)):
+        if values:
+            changes[key] = tuple(values)
+    if quantizer:
+        changes["control_quantizers"] = tuple(quantizer)
+    if seeds:
+        changes |= dict.fromkeys(("seeds", "control_seeds", "ablation_seeds"), tuple(range(seeds)))
+    plan = full(**changes) if thorough else quick(**changes)
+    numbers = part.split("/")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise MansuError(f"compare: part={part!r}; write it as 1/2")
+    share = (int(numbers[0]), int(numbers[1]))
+    result = run_comparison(plan, out, part=share, progress=not quiet)
+    if share == (1, 1):
+        typer.echo(properties(result.table).set_index(["base", "method"]).T.to_string())
+        typer.echo(f"tables: {result.folder}")
 
 
 def _finish(study: Study, png: bool) -> None:

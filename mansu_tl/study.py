@@ -6,7 +6,6 @@ reads them back instead. A study may name further models (`also`) on which the s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import resource
@@ -33,6 +32,7 @@ from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint, load, save
 from mansu_tl.patching import PatchingResult, activation_patching
 from mansu_tl.quantization import UpdateStatistics, quantize, update_statistics
+from mansu_tl.stages import Stages, task_key
 from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, method_title, unlearn
 from mansu_tl.verification import (
@@ -144,7 +144,7 @@ def _run(config: StudyConfig, folder: Path, progress: bool) -> tuple[Study, int]
     """One model's study, and how many stages had to be run for it."""
     model = load(config.model)
     task = load_task(config.task, tokenizer=model)
-    stages = _Stages(folder, {"model": fingerprint(model), "task": _task_key(task), "seed": config.seed})
+    stages = Stages(folder, {"model": fingerprint(model), "task": task_key(task), "seed": config.seed})
     bar = tqdm(total=3 + len(config.methods), desc=Path(config.model).name, unit="stage", disable=not progress)
     with bar:
         pairs = task.forget_pairs
@@ -180,7 +180,7 @@ def _method(
     circuit: Circuit,
     before: CircuitScores,
     method: str,
-    stages: _Stages,
+    stages: Stages,
     progress: bool,
 ) -> MethodResult:
     settings = dict(config.settings.get(method, {}))
@@ -232,7 +232,7 @@ def _certified(
     model: TransformerBridge,
     edited: TransformerBridge,
     edit: Edit,
-    stages: _Stages,
+    stages: Stages,
     saved: Path,
     key: Mapping[str, Any],
 ) -> Certificate:
@@ -248,7 +248,7 @@ def _certified(
 
 
 def _references(
-    config: StudyConfig, model: TransformerBridge, circuit: Circuit, task: Task, before: CircuitScores, stages: _Stages
+    config: StudyConfig, model: TransformerBridge, circuit: Circuit, task: Task, before: CircuitScores, stages: Stages
 ) -> dict[str, Divergence]:
     pairs, out = task.forget_pairs, {}
     key = {"edges": [list(edge) for edge in circuit.edges], "steps": config.steps}
@@ -295,51 +295,6 @@ def _diverged(
     )
 
 
-class _Stages:
-    """Results on disk, each beside a key of what it was made from."""
-
-    def __init__(self, folder: Path, base: Mapping[str, Any]) -> None:
-        self.folder, self.base = folder, {**base, "version": version("mansu-tl")}
-        self.made = 0
-
-    def tensor(self, name: str, kind: Any, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """A result with its own `save` and `load`."""
-        return self._stage(f"{name}.safetensors", key, make, kind.load, lambda result, path: result.save(path))
-
-    def json(self, name: str, kind: Any, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """A result whose `save` writes JSON."""
-        return self._stage(f"{name}.json", key, make, kind.load, lambda result, path: result.save(path))
-
-    def value(self, name: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """Plain values as JSON."""
-
-        def read(path: Path) -> Any:
-            return json.loads(path.read_text(encoding="utf-8"))
-
-        return self._stage(f"{name}.json", key, make, read, lambda result, path: write_text(path, json.dumps(result)))
-
-    def _stage(
-        self,
-        name: str,
-        key: Mapping[str, Any],
-        make: Callable[[], Any],
-        read: Callable[[Path], Any],
-        write: Callable[[Any, Path], object],
-    ) -> Any:
-        path = self.folder / name
-        stamp = path.with_name(path.name + ".key")
-        digest = hashlib.sha256(json.dumps({**self.base, **key}, sort_keys=True, default=str).encode()).hexdigest()
-        if path.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
-            return read(path)
-        result = make()
-        self.made += 1
-        # The key goes last: a run that is cut off in between does the stage again.
-        stamp.unlink(missing_ok=True)
-        write(result, path)
-        write_text(stamp, digest)
-        return result
-
-
 def _sweep(model: TransformerBridge, pairs: PromptPairs, most: int = 48) -> PatchingResult:
     """The residual stream over layers and positions, on at most `most` pairs of the commonest wording."""
     alike, constant = pairs.one_wording()
@@ -348,15 +303,6 @@ def _sweep(model: TransformerBridge, pairs: PromptPairs, most: int = 48) -> Patc
         for token, same in zip(alike.clean[0].tolist(), constant.tolist(), strict=True)
     ]
     return activation_patching(model, alike[slice(0, most)], tokens=words)
-
-
-def _task_key(task: Task) -> str:
-    digest = hashlib.sha256(repr(task).encode())
-    for part in (task.forget_pairs.clean, task.retain_text.tokens, task.near_text.tokens, task.unseen.tokens):
-        digest.update(part.numpy().tobytes())
-    for questions in task.questions.values():
-        digest.update(questions.prompts.numpy().tobytes() + questions.choices.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _environment(config: StudyConfig, seconds: float, earlier: Mapping[str, Any]) -> dict[str, Any]:

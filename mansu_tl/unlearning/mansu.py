@@ -290,7 +290,7 @@ class _Run:
         return attacked(
             self.hf,
             values,
-            tuple(self.linear),
+            tuple(self.values),
             self.task.forget_pairs,
             self.facts,
             count=cfg.adversary_facts,

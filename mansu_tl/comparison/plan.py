@@ -1,0 +1,144 @@
+"""What a comparison runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from mansu_tl.errors import MansuError
+from mansu_tl.quantization import quantizer, quantizers
+from mansu_tl.unlearning import method_title, methods, settings_of
+from mansu_tl.unlearning.search import RATES
+
+# MANSU with one part changed: name -> (title, settings).
+ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "mansu/no-circuit": ("MANSU, no circuit", {"restrict": "none"}),
+        "mansu/no-null-space": ("MANSU, no null space", {"null_space": 0.0}),
+        "mansu/no-fisher": ("MANSU, no Fisher", {"fisher": False, "fisher_budget": 0.0}),
+        "mansu/no-floor": ("MANSU, no floor", {"floor": "none"}),
+        "mansu/floor-after": ("MANSU, floor after the fact", {"floor": "after"}),
+        "mansu/no-adversary": ("MANSU, no adversary", {"adversary_weight": 0.0}),
+        "mansu/one-percent": ("MANSU, 1 % of the weights", {"budget": 0.0099}),
+    }
+)
+SEARCHED = tuple(name for name in methods() if name not in ("mansu", "random-circuit"))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        bases: the models that know the forget set: embedded names, folders or hub ids.
+        task: an embedded name or a JSON-lines file.
+        never: a model that never learnt the forget facts; "" = none, then relearning has no reference.
+        methods: unlearning methods, and names of `ABLATIONS`.
+        quantizers: what MANSU's models are quantized with.
+        control_quantizers: what the other methods' and ablations' models are quantized with.
+        seeds: of MANSU.
+        control_seeds: of the other methods.
+        ablation_seeds: of the ablations.
+        rates: learning rates that every baseline is tried at on the validation split; () = its default.
+        attack_rates: learning rates of the relearning attacks.
+        attack_splits: draws of the forget facts that an attacker has.
+        attack_seed: of those draws; not one that settings were chosen on.
+        evidence: probes, erasure depth and the damage audit, for every method's first seed.
+        settings: per method, settings that differ from its defaults.
+    """
+
+    bases: tuple[str, ...] = ("pocket", "pocket-fp")
+    task: str = "pocket"
+    never: str = "pocket-never"
+    methods: tuple[str, ...] = (*methods(), *ABLATIONS)
+    quantizers: tuple[str, ...] = field(default_factory=lambda: quantizers())
+    control_quantizers: tuple[str, ...] = ("nf4", "fp4", "int8", "int4-g64", "gptq-int4-g64")
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    control_seeds: tuple[int, ...] = (0, 1, 2)
+    ablation_seeds: tuple[int, ...] = (0,)
+    rates: tuple[float, ...] = RATES
+    attack_rates: tuple[float, ...] = (3e-4, 1e-3)
+    attack_splits: int = 3
+    attack_seed: int = 0
+    evidence: bool = True
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("bases", "methods", "quantizers", "seeds", "control_seeds", "ablation_seeds"):
+            if not getattr(self, key):
+                raise MansuError(f"compare: {key} is empty; name at least one")
+        for name in (*self.quantizers, *self.control_quantizers):
+            quantizer(name)
+        for name in self.methods:
+            if name not in ABLATIONS:
+                method_title(name)
+        for name, values in self.settings.items():
+            settings_of(name, dict(values))
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Every edit, the quickest to judge first: seed by seed."""
+        every = [
+            Job(base, method, seed) for base in self.bases for method in self.methods for seed in self._seeds(method)
+        ]
+        return tuple(sorted(every, key=lambda job: job.seed))
+
+    def quantizers_of(self, method: str) -> tuple[str, ...]:
+        """What a method's models are quantized with."""
+        return self.quantizers if method == "mansu" else self.control_quantizers
+
+    def settings_for(self, method: str) -> tuple[str, dict[str, Any]]:
+        """The method's name in the registry, and its settings where they differ from the defaults."""
+        if method in ABLATIONS:
+            return "mansu", {**self.settings.get("mansu", {}), **ABLATIONS[method][1]}
+        own = dict(self.settings.get(method, {}))
+        # The control differs from MANSU in its circuit alone.
+        return method, {**self.settings.get("mansu", {}), **own} if method == "random-circuit" else own
+
+    def _seeds(self, method: str) -> tuple[int, ...]:
+        if method == "mansu":
+            return self.seeds
+        return self.ablation_seeds if method in ABLATIONS else self.control_seeds
+
+
+@dataclass(frozen=True)
+class Job:
+    """One edit: a method on a base with a seed."""
+
+    base: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For file names."""
+        return f"{self.method.replace('/', '-')}/seed{self.seed}"
+
+
+def title_of(method: str) -> str:
+    """How a method or an ablation is written in tables and figures."""
+    return ABLATIONS[method][0] if method in ABLATIONS else method_title(method)
+
+
+def full(**changes: Any) -> Comparison:
+    """Everything: a few hours on two cores."""
+    return replace(Comparison(), **changes)
+
+
+def quick(**changes: Any) -> Comparison:
+    """Enough to see the picture, in minutes: one base, one seed, four methods, three quantizers, no search."""
+    small = Comparison(
+        bases=("pocket",),
+        methods=("mansu", "graddiff", "npo", "suppressor"),
+        quantizers=("nf4", "int4-g64", "int8"),
+        control_quantizers=("nf4", "int4-g64", "int8"),
+        seeds=(0,),
+        control_seeds=(0,),
+        rates=(),
+        attack_splits=1,
+        attack_rates=(3e-4,),
+        evidence=False,
+    )
+    return replace(small, **changes)

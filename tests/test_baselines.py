@@ -1,0 +1,290 @@
+"""Every baseline's loss by hand, what it may move, the search, and the split that it is chosen on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import mansu_tl as mtl
+from mansu_tl.data.split import split_questions
+from mansu_tl.errors import MansuError
+from mansu_tl.models import component_map, linear_weights, parameters, plain
+from mansu_tl.quantization import quantize
+from mansu_tl.unlearning import TrainingSettings, unlearn
+from mansu_tl.unlearning.baselines.sure import salient_weights
+from mansu_tl.unlearning.batches import joined
+from mansu_tl.unlearning.retain_statistics import input_moments, null_projector
+from mansu_tl.unlearning.search import Search, Trial, search
+from mansu_tl.unlearning.training import Batch, train
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mtl.load("pocket")
+
+
+@pytest.fixture(scope="module")
+def task():
+    full = mtl.load_task("pocket")
+    return dataclasses.replace(
+        full,
+        forget_pairs=full.forget_pairs[slice(0, 16)],
+        retain_text=full.retain_text[slice(0, 48)],
+        near_text=full.near_text[slice(0, 16)],
+        questions={k: v[slice(0, 24)] for k, v in full.questions.items()},
+    )
+
+
+class ReachedError(Exception):
+    """The loop was reached: the test has seen what it wanted."""
+
+
+def module_of(method: str):
+    # The package exports functions under the modules' own names.
+    return importlib.import_module(f"mansu_tl.unlearning.baselines.{method.replace('ga-kl', 'ga').replace('-', '_')}")
+
+
+def first_loss(monkeypatch, model, task, method: str, **settings) -> float:
+    """A method's loss where the answer has logit 2 (6 in the original), everything else 0, and retain terms are known."""
+    seen: list[float] = []
+    answer = int(task.forget_pairs.answers[0])
+    logits, before = torch.zeros(1, 443), torch.zeros(1, 443)
+    logits[0, answer], before[0, answer] = 2.0, 6.0
+
+    def loop(model, task, name, loss, training, **rest):
+        seen.append(
+            loss(
+                Batch(plain(model), {}, {}, task.forget_pairs[[0]], torch.tensor([0]), task.retain_text, before)
+            ).item()
+        )
+        raise ReachedError
+
+    monkeypatch.setattr(Batch, "forget_logits", lambda self: logits)
+    monkeypatch.setattr(Batch, "retain_loss", lambda self: torch.tensor(0.25))
+    monkeypatch.setattr(Batch, "retain_divergence", lambda self: torch.tensor(0.125))
+    monkeypatch.setattr(module_of(method), "train", loop)
+    with pytest.raises(ReachedError):
+        unlearn(model, task, method, **settings)
+    return seen[0]
+
+
+LOG_P = 2.0 - math.log(math.exp(2.0) + 442)
+LOG_P0 = 6.0 - math.log(math.exp(6.0) + 442)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "expected"),
+    [
+        ("ga", {}, LOG_P),
+        ("ga-kl", {"divergence_weight": 2.0}, LOG_P + 2 * 0.125),
+        ("graddiff", {"retain_weight": 3.0}, LOG_P + 3 * 0.25),
+        ("npo", {"beta": 0.1}, 20 * math.log1p(math.exp(0.1 * (LOG_P - LOG_P0))) + 0.25),
+        ("simnpo", {"beta": 2.5, "gamma": 0.5}, 0.8 * math.log1p(math.exp(2.5 * LOG_P + 0.5)) + 0.25),
+        ("sure", {}, LOG_P + 0.25),
+        ("ste", {}, LOG_P + 0.25),
+        ("null-space", {}, LOG_P),
+        ("suppressor", {"beta": 0.1}, 20 * math.log1p(math.exp(0.1 * (LOG_P - LOG_P0))) + 0.25),
+        # The answer's logit moved by 4, nothing else: rms 4 / sqrt(443), mean 4 / 443, half a step is 6 / 30.
+        ("quail", {"margin_steps": 2.0}, LOG_P + (0.8 - 4 / math.sqrt(443)) + 0.25),
+        ("quail", {"margin_steps": 2.0, "distance": "mean"}, LOG_P + (0.8 - 4 / 443) + 0.25),
+        ("quail", {"margin_steps": 11.0, "distance": "max"}, LOG_P + (4.4 - 4) + 0.25),
+        ("quail", {"margin_steps": 11.0, "distance": "answer", "hinge_weight": 2.0}, LOG_P + 2 * (4.4 - 4) + 0.25),
+    ],
+)
+def test_a_loss_by_hand(monkeypatch, model, task, method: str, settings: dict, expected: float) -> None:
+    whole = dataclasses.replace(task, retain_text=mtl.load_task("pocket").retain_text)
+    assert first_loss(monkeypatch, model, whole, method, **settings) == pytest.approx(expected, abs=2e-5)
+
+
+def test_retain_divergence_is_zero_at_the_original_and_the_kl_elsewhere(model, task) -> None:
+    hf, other = plain(model), plain(mtl.load("pocket-never"))
+    here, there = (dict(m.named_parameters()) for m in (hf, other))
+    text = task.retain_text[slice(0, 2)]
+    rest = (task.forget_pairs[[0]], torch.tensor([0]), text, torch.zeros(1, 443))
+    assert Batch(hf, here, here, *rest).retain_divergence().item() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        p, q = (m(text.tokens).logits[:, :-1].double().log_softmax(-1) for m in (hf, other))
+    real = torch.arange(1, text.tokens.shape[1])[None] < text.lengths[:, None]
+    wanted = (p.exp() * (p - q)).sum(-1)[real].mean().item()
+    assert Batch(hf, there, here, *rest).retain_divergence().item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_rmu_by_hand(monkeypatch, model, task) -> None:
+    """On the un-edited model the retain term is 0 and the other the distance to the steering vector."""
+    seen: list[float] = []
+
+    def loop(model, task, name, loss, training, **rest):
+        hf = plain(model)
+        values = dict(hf.named_parameters())
+        every = torch.arange(len(task.forget_pairs))
+        seen.append(
+            loss(Batch(hf, values, values, task.forget_pairs, every, task.retain_text, torch.zeros(16, 443))).item()
+        )
+        raise ReachedError
+
+    monkeypatch.setattr(module_of("rmu"), "train", loop)
+    with pytest.raises(ReachedError):
+        unlearn(model, task, "rmu", seed=4, steering=3.0, depth=0.5)
+    pairs = task.forget_pairs
+    with torch.no_grad():
+        hidden = plain(model)(pairs.clean, output_hidden_states=True).hidden_states[2]
+    states = hidden[torch.arange(pairs.clean.shape[1])[None] < pairs.lengths[:, None]]
+    u = torch.rand(128, generator=torch.Generator().manual_seed(4))
+    target = 3.0 * states.norm(dim=-1).mean() * u / u.norm()
+    assert seen[0] == pytest.approx((states - target).square().mean().item(), rel=1e-5)
+
+
+def test_rmu_moves_only_its_layers_and_the_suppressor_only_the_last_mlp(model, task) -> None:
+    steered = unlearn(model, task, "rmu", learning_rate=1e-3, max_steps=2)
+    assert {name.split(".")[2] for name in steered.indices} == {"0", "1"}
+    assert all(".mlp." in name for name in steered.indices)
+    quiet = unlearn(model, task, "suppressor", learning_rate=1e-3, max_steps=2)
+    assert {name.rsplit(".", 2)[0] for name in quiet.indices} == {"model.layers.3.mlp"}
+
+
+def test_sure_moves_only_the_modules_with_the_largest_gradient(model, task) -> None:
+    masks = salient_weights(model, task, 0.05)
+    edit = unlearn(model, task, "sure", share=0.05, learning_rate=1e-3, max_steps=2)
+    for name, index in edit.indices.items():
+        assert masks[name].flatten()[index].all()
+    # By hand: the neuron that was chosen first has a larger mean squared gradient than the last that was not.
+    hf, cmap = plain(model).requires_grad_(True), component_map(model)
+    pairs = task.forget_pairs
+    logits = hf(pairs.clean).logits[torch.arange(len(pairs)), pairs.lengths - 1]
+    torch.nn.functional.cross_entropy(logits, pairs.answers).backward()
+    grads = {name: p.grad for name, p in hf.named_parameters()}
+
+    def score(n: int) -> float:
+        parts = [grads[s.parameter].narrow(s.dim, s.start, s.stop - s.start) for s in cmap.slices(f"MLP1.N{n}")]
+        return sum(p.square().sum().item() for p in parts) / sum(p.numel() for p in parts)
+
+    down = masks.get("model.layers.1.mlp.down_proj.weight", torch.zeros(128, 320, dtype=torch.bool))
+    inside = [n for n in range(320) if down[:, n].all()]
+    outside = [n for n in range(320) if not down[:, n].any()]
+    assert inside
+    assert min(map(score, inside)) > max(map(score, outside))
+
+
+def test_null_space_updates_leave_retain_inputs_where_they_were(model, task) -> None:
+    text = mtl.load_task("pocket").retain_text
+    whole = dataclasses.replace(task, retain_text=text)
+    edit = unlearn(model, whole, "null-space", leak=0.02, learning_rate=1e-3, max_steps=3)
+    edited = parameters(edit.apply(model))
+    moments = input_moments(plain(model), linear_weights(model), joined(text, task.near_text))
+    for name, moment in moments.items():
+        change = (edited[name] - parameters(model)[name]).double()
+        felt = ((change @ moment.double()) * change).sum() / moment.trace()
+        assert felt <= 0.02 * change.square().sum() * 1.01
+    with pytest.raises(MansuError, match="raise leak"):
+        null_projector(torch.eye(4), 0.1, "w")
+
+
+def test_straight_through_sees_the_quantized_model(monkeypatch, task) -> None:
+    """Its forget logits are those of the NF4 twin, and gradients reach the weights behind the rounding."""
+    seen = {}
+
+    def loop(model, task, name, loss, training, *, view, **rest):
+        hf = plain(model)
+        values = {n: p.detach().clone().requires_grad_() for n, p in hf.named_parameters()}
+        every = torch.arange(len(task.forget_pairs))
+        batch = Batch(hf, view(values), values, task.forget_pairs, every, task.retain_text, torch.zeros(16, 443))
+        seen["logits"] = batch.forget_logits()
+        (seen["grad"],) = torch.autograd.grad(seen["logits"].sum(), values["model.layers.0.mlp.up_proj.weight"])
+        raise ReachedError
+
+    monkeypatch.setattr(module_of("ste"), "train", loop)
+    model = mtl.load("pocket-fp")
+    with pytest.raises(ReachedError):
+        unlearn(model, task, "ste")
+    pairs = task.forget_pairs
+    with torch.no_grad():
+        wanted = plain(quantize(model, "nf4"))(pairs.clean).logits[torch.arange(16), pairs.lengths - 1]
+    torch.testing.assert_close(seen["logits"].detach(), wanted, rtol=0, atol=1e-4)
+    assert seen["grad"].abs().max() > 0
+
+
+def test_the_shared_loop_holds_what_may_not_move(model, task) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    mask = torch.zeros(320, 128, dtype=torch.bool)
+    mask[7] = True
+    settings = TrainingSettings(learning_rate=1e-2, max_steps=2)
+    edit = train(model, task, "x", lambda b: b.answer_log_prob(b.forget_logits()).mean(), settings, only={name: mask})
+    assert set(edit.indices) == {name}
+    assert mask.flatten()[edit.indices[name]].all()
+    with pytest.raises(MansuError, match="no weight may move"):
+        train(model, task, "x", lambda b: b.retain_loss(), settings, only={name: mask & False})
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("quail", {"distance": "cosine"}, "distance='cosine'; choose one of rms, mean, max, answer"),
+        ("rmu", {"depth": 0.0}, "depth=0.0; choose a share"),
+        ("sure", {"share": 2.0}, "share=2.0; choose a share"),
+        ("null-space", {"leak": 1.5}, "leak=1.5; choose a share"),
+        ("ste", {"quantizer": "gptq-int4-g64"}, "has no cells"),
+        ("ga", {"learning_rate": 1e6, "max_steps": 40, "stop_at": -1.0, "check_every": 100}, "lower learning_rate"),
+    ],
+)
+def test_bad_settings_are_named(model, task, method: str, settings: dict, message: str) -> None:
+    with pytest.raises(MansuError, match=message):
+        unlearn(model, task, method, **settings)
+
+
+def test_a_split_keeps_every_fact_on_one_side_and_all_training_text() -> None:
+    task = mtl.load_task("pocket")
+    validation, test = split_questions(task)
+    assert validation.forget_pairs is task.forget_pairs
+    for name, questions in task.questions.items():
+        sides = [set(part.questions[name].facts) for part in (validation, test)]
+        assert not sides[0] & sides[1]
+        assert sides[0] | sides[1] == set(questions.facts)
+        assert len(validation.questions[name]) + len(test.questions[name]) == len(questions)
+    known = {name: set(q.facts) for name, q in validation.questions.items()}
+    for name in ("forget", "near", "retain"):
+        assert known[name] == known[f"{name}_paraphrase"]
+    assert len(known["forget"]) == 16
+    other, _ = split_questions(task, seed=1)
+    assert set(other.questions["forget"].facts) != known["forget"]
+    with pytest.raises(MansuError, match="share=1"):
+        split_questions(task, 1.0)
+    one = dataclasses.replace(task, questions={**task.questions, "near": task.questions["near"][[0]]})
+    with pytest.raises(MansuError, match="the near set asks 1 fact"):
+        split_questions(one)
+
+
+def test_a_search_takes_the_rate_that_forgets_and_loses_least(model, task, tmp_path: Path) -> None:
+    validation, _ = split_questions(mtl.load_task("pocket"))
+    small = dataclasses.replace(
+        validation, forget_pairs=task.forget_pairs, retain_text=task.retain_text, near_text=task.near_text
+    )
+    found = search(model, small, "graddiff", rates=(1e-6, 3e-4, 1e-2), max_steps=12, check_every=4, stop_at=0.0)
+    by_rate = {trial.rate: trial for trial in found.trials}
+    assert not by_rate[1e-6].reached
+    assert by_rate[1e-2].drop > by_rate[3e-4].drop
+    again = Search.load(found.save(tmp_path / "s.safetensors"))
+    assert again == found
+    assert found.to_dataframe()["chosen"].sum() == 1
+    assert "graddiff" in repr(found)
+    broken = search(model, small, "ga", rates=(1e6,), max_steps=40, stop_at=-1.0, check_every=100)
+    with pytest.raises(MansuError, match="no learning rate of ga gave an edit"):
+        _ = broken.best
+    assert not broken.to_dataframe()["chosen"].any()
+    with pytest.raises(MansuError, match="no rates"):
+        search(model, small, "ga", rates=())
+    with pytest.raises(MansuError, match="unknown setting"):
+        search(model, small, "ga", rates=(1e-4,), nonsense=1)
+
+
+def test_the_choice_of_a_rate_by_hand() -> None:
+    def best(*trials: tuple[float, float, float]) -> float:
+        return Search("ga", tuple(Trial(rate, forget, 30.0, drop) for rate, forget, drop in trials), 0).best.rate
+
+    assert best((1e-5, 90.0, 0.0), (1e-4, 29.0, 9.0), (1e-3, 10.0, 4.0)) == 1e-3
+    assert best((1e-5, 90.0, 0.0), (1e-4, 50.0, 9.0)) == 1e-4
+    assert best((1e-5, 20.0, 3.0), (1e-4, 10.0, 3.0)) == 1e-4
