@@ -31,7 +31,7 @@ from mansu_tl.patching import ablation, activation_patching, neuron_attribution,
 from mansu_tl.quantization import quantize, quantizers, update_statistics
 from mansu_tl.study import Study, run_study
 from mansu_tl.tasks import load_task
-from mansu_tl.unlearning import Edit, methods, unlearn
+from mansu_tl.unlearning import Edit, MansuSettings, methods, unlearn
 from mansu_tl.verification import Certificate, Divergence, Scorecard, certify, circuit_divergence, scorecard
 
 __version__ = version("mansu-tl")
@@ -44,6 +44,7 @@ __all__ = [
     "Edit",
     "Graph",
     "MansuError",
+    "MansuSettings",
     "PromptPairs",
     "Questions",
     "Scorecard",

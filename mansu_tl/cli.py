@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
 from mansu_tl.study import Study, run_study
 from mansu_tl.study_report import write_study_report
+from mansu_tl.unlearning import MansuSettings
 
 app = typer.Typer(
     add_completion=False,
@@ -23,7 +25,13 @@ app = typer.Typer(
     help="Did this model really forget, and does it stay forgotten once it is quantized?",
 )
 
-_DEMO = StudyConfig(model="pocket", never="pocket-never", also=("pocket-fp",))
+# The light settings: a third of the time, no defence against relearning.
+_DEMO = StudyConfig(
+    model="pocket",
+    never="pocket-never",
+    also=("pocket-fp",),
+    settings={"mansu": asdict(MansuSettings.light())},
+)
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an interrupted run continues where it stopped.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
@@ -93,6 +101,7 @@ def compare(
     task: Annotated[str, typer.Option(help="The task: an embedded name or a JSON-lines file.")] = "pocket",
     never: Annotated[str, typer.Option(help="A model that never learnt it; '' = none.")] = "pocket-never",
     quiet: Quiet = False,
+    png: Png = False,
 ) -> None:
     """Compare all methods on all bases under all quantizers and seeds; writes tables (CSV, parquet) and figures."""
     changes: dict[str, Any] = {"task": task, "never": never}
@@ -108,10 +117,10 @@ def compare(
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
         raise MansuError(f"compare: part={part!r}; write it as 1/2")
     share = (int(numbers[0]), int(numbers[1]))
-    result = run_comparison(plan, out, part=share, progress=not quiet)
+    result = run_comparison(plan, out, part=share, png=png, progress=not quiet)
     if share == (1, 1):
         typer.echo(properties(result.table).set_index(["base", "method"]).T.to_string())
-        typer.echo(f"tables: {result.folder}")
+        typer.echo(f"tables and figures: {result.folder}")
 
 
 def _finish(study: Study, png: bool) -> None:

@@ -6,3 +6,7 @@ class MansuError(ValueError):
 
     The command line prints it without a traceback and exits with status 2. Everything else that is raised is a bug.
     """
+
+
+class NoEditError(MansuError):
+    """A method ran with these settings and ended without an edit: its loss blew up, or no weight moved far enough."""

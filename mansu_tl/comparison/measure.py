@@ -87,8 +87,9 @@ class Ground:
     def attacked(self, model: TransformerBridge, label: str) -> tuple[RelearningCurve, ...]:
         """A model's relearning curves."""
         return compare_relearning(
-            {label: model}, self.attacks, learning_rates=self.plan.attack_rates, ask_at=(0, 10, 50)
-        ).curves
+            {label: model}, self.attacks, learning_rates=self.plan.attack_rates, steps=self.plan.attack_steps,
+            ask_at=(0, self.plan.attack_steps),
+        ).curves  # fmt: skip
 
     def answers(self, name: str) -> dict[str, Accuracy]:
         """The base's answers under a quantizer ("" = full precision)."""

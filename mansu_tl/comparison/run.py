@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from mansu_tl.comparison.figures import figures, write_figures
 from mansu_tl.comparison.measure import NEVER, Ground, measure, measure_base, measure_never
 from mansu_tl.comparison.plan import SEARCHED, Comparison, Job
 from mansu_tl.comparison.tables import properties, summary
@@ -56,6 +57,7 @@ def compare(
     out: str | PathLike[str],
     *,
     part: tuple[int, int] = (1, 1),
+    png: bool = False,
     progress: bool = True,
 ) -> ComparisonResult:
     """Run a comparison, or finish one that was interrupted.
@@ -65,6 +67,8 @@ def compare(
 
     Args:
         part: (i, n): this process's share of the edits, 1 <= i <= n.
+        png: also write the figures as PNG (needs Chromium).
+        progress: show a bar over the edits.
 
     Raises:
         MansuError: a part outside 1..n, or anything the stages refuse.
@@ -97,6 +101,10 @@ def compare(
     searches = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
     if (i, n) == (1, 1):
         _write_tables(folder, table, searches)
+        drawn = figures(table)
+        write_figures(drawn, folder / "figures")
+        if png:
+            write_figures(drawn, folder / "figures", png=True)
     return ComparisonResult(folder, table, searches)
 
 
@@ -109,7 +117,7 @@ class _Runner:
         key = {
             "model": fingerprint(self.ground.model),
             "task": task_key(self.ground.task),
-            "attack": [plan.attack_rates, plan.attack_splits, plan.attack_seed],
+            "attack": [plan.attack_rates, plan.attack_steps, plan.attack_splits, plan.attack_seed],
             "never": fingerprint(self.ground.never) if plan.never else "",
         }
         self.stages = Stages(folder / "jobs" / (Path(base).name or base), key)

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, discover_circuit
 from mansu_tl.data import Sequences, Task
-from mansu_tl.errors import MansuError
+from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.models import linear_weights, plain
 from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning.adversary import Attacked, attacked
@@ -188,7 +188,7 @@ class _Run:
         values = {name: self._back(name, finish(name, latent, allowed)) for name in floor.spans}
         edited = sum(int((value != self.values[name]).sum()) for name, value in values.items())
         if not edited:
-            raise MansuError(
+            raise NoEditError(
                 f"mansu: no weight left its bin in {cfg.steps} steps, or every one that did costs more than the budgets "
                 f"allow; raise steps, learning_rate (now {cfg.learning_rate} bins) or fisher_budget (now "
                 f"{cfg.fisher_budget})"
@@ -290,7 +290,7 @@ class _Run:
         return attacked(
             self.hf,
             values,
-            tuple(self.values),
+            tuple(self.linear),
             self.task.forget_pairs,
             self.facts,
             count=cfg.adversary_facts,

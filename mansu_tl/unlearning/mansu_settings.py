@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from mansu_tl.errors import MansuError
 
 RESTRICTIONS = ("circuit", "random", "none")
 FLOORS = ("loop", "after", "none")
+_LIGHT: Mapping[str, Any] = MappingProxyType(
+    {
+        "steps": 200,
+        "margin": 0.1,
+        "band_weight": 0.05,
+        "adversary_every": 10,
+        "representation_weight": 0.0,
+        "retain_weight": 20.0,
+        "adversary_weight": 0.0,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,7 @@ class MansuSettings:
         forget_batch: forget prompts a step.
         retain_batch: retain sequences a step, as many near ones again where the task has near text.
         divergence_weight: weight of the divergence of forget prompts from what never-seen ones give.
-        margin: nats that an answer is pushed below what never-seen prompts give it.
+        margin: nats that an answer is pushed below what never-seen prompts give it; negative = how far above it may stay.
         margin_weight: weight of that hinge.
         band: half-width in nats of the quadratic part of the pool's flattening.
         band_weight: weight of the flattening.
@@ -60,17 +74,17 @@ class MansuSettings:
     floor: str = "loop"
     budget: float = 0.0195
     neuron_share: float = 0.25
-    steps: int = 200
+    steps: int = 300
     learning_rate: float = 0.1
     forget_batch: int = 96
     retain_batch: int = 32
     divergence_weight: float = 1.0
-    margin: float = 0.1
+    margin: float = -0.4
     margin_weight: float = 1.0
     band: float = 0.5
-    band_weight: float = 0.05
-    representation_weight: float = 0.0
-    retain_weight: float = 20.0
+    band_weight: float = 0.2
+    representation_weight: float = 2.0
+    retain_weight: float = 180.0
     near_weight: float = 10.0
     discover_near: float = 0.2
     likelihood: float = 0.1
@@ -83,8 +97,8 @@ class MansuSettings:
     select_from: float = 0.2
     freeze_at: float = 0.6
     select_every: int = 10
-    adversary_weight: float = 0.0
-    adversary_every: int = 10
+    adversary_weight: float = 6.0
+    adversary_every: int = 5
     adversary_steps: int = 24
     adversary_facts: int = 12
     adversary_rate: float = 3e-4
@@ -99,6 +113,15 @@ class MansuSettings:
             raise MansuError(f"mansu: fisher_budget={self.fisher_budget} nats; choose 0 (none) or more")
         if self.fisher_budget and not self.fisher:
             raise MansuError("mansu: fisher_budget needs fisher=True; switch it on or set the budget to 0")
+
+    @classmethod
+    def light(cls, **changes: Any) -> MansuSettings:
+        """Without the attacker in the loop and what pays for it: a third of the time, no defence against relearning.
+
+        Args:
+            changes: further settings.
+        """
+        return replace(cls(**_LIGHT), **changes)
 
     @property
     def quantizers(self) -> tuple[str, ...]:

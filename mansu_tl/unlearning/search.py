@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
-from mansu_tl.errors import MansuError
+from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import accuracy
 from mansu_tl.unlearning.registry import method_title, unlearn
@@ -151,10 +151,7 @@ def search(
     for rate in tqdm(rates, desc=f"search {method}", unit="rate", disable=not progress):
         try:
             edit = unlearn(model, validation, method, circuit=circuit, seed=seed, learning_rate=float(rate), **settings)
-        except MansuError as error:
-            # Too high a rate breaks a method: that is a finding about the rate, every other complaint is the caller's.
-            if "learning_rate" not in str(error):
-                raise
+        except NoEditError as error:
             trials.append(Trial(float(rate), float("inf"), target, float("inf"), str(error)))
             continue
         trials.append(_trial(edit.apply(model), validation, before, float(rate), target))

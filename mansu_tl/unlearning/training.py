@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences, Task
-from mansu_tl.errors import MansuError
+from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.metrics import kl_divergence, last_logits
 from mansu_tl.models import plain
 from mansu_tl.unlearning.batches import Sampler, Values, last_token_logits, retain_batches, sequence_logits
@@ -122,7 +122,8 @@ def train(
         facts: further facts for the edit.
 
     Raises:
-        MansuError: the loss is not finite (the learning rate is too high), or no weight may move.
+        MansuError: no weight may move.
+        NoEditError: the loss is not finite (the learning rate is too high).
     """
     hf = plain(model)
     original_values = {name: value.detach() for name, value in hf.named_parameters()}
@@ -157,7 +158,7 @@ def train(
         batch = Batch(hf, seen, original_values, task.forget_pairs[rows], rows, draw_retain(), original[rows])
         value = loss(batch)
         if not torch.isfinite(value):
-            raise MansuError(
+            raise NoEditError(
                 f"{method}: the loss is {value.item()} at step {step}; lower learning_rate={settings.learning_rate}"
             )
         optimizer.zero_grad()

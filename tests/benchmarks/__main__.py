@@ -1,8 +1,8 @@
 """Every speed figure of the circuit engine in one table: `python -m tests.benchmarks` (about ten minutes on one core).
 
 Ratios are measured side by side in one process; `--transformer-lens` adds the comparison with its edge attribution
-(a minute more), `--markdown` prints for a README. Edges to faithfulness are `discovery.py`, whole studies `seeds.py`, a
-GPU's figures `llama8b.py`.
+(a minute more), `--markdown` prints for a README. Edges to faithfulness are `discovery.py`, a GPU's figures
+`llama8b.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,190 @@
+"""The comparison: plan, tables by hand, one small run end to end, resumed and shared between processes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import mansu_tl as mtl
+from mansu_tl.cli import main
+from mansu_tl.comparison import Comparison, compare, figures, full, properties, quick, summary
+from mansu_tl.comparison.plan import ABLATIONS, SEARCHED, title_of
+from mansu_tl.data.split import split_questions
+from mansu_tl.errors import MansuError
+from mansu_tl.unlearning import Edit, methods
+
+FAST = {
+    "mansu": {"steps": 10, "learning_rate": 0.5, "fisher_sequences": 8, "adversary_weight": 0.0, "retain_batch": 8},
+    "graddiff": {"max_steps": 6, "check_every": 3},
+}
+PLAN = quick(
+    methods=("mansu", "graddiff", "mansu/no-floor"),
+    quantizers=("nf4",),
+    control_quantizers=("nf4",),
+    rates=(1e-4, 3e-4),
+    attack_steps=3,
+    settings=FAST,
+)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return compare(PLAN, tmp_path_factory.mktemp("compare"), progress=False)
+
+
+def value(table: pd.DataFrame, method: str, measure: str, quantizer: str = "") -> float:
+    rows = table[(table.method == method) & (table.measure == measure) & (table.quantizer == quantizer)]
+    assert len(rows) == 1
+    return rows.value.iloc[0]
+
+
+def test_every_number_is_the_saved_edit_measured_on_the_test_half(result) -> None:
+    model, (_, test) = mtl.load("pocket"), split_questions(mtl.load_task("pocket"))
+    edit = Edit.load(result.folder / "jobs/pocket/graddiff/seed0/edit.safetensors")
+    edited = edit.apply(model)
+    for deployed, name in ((edited, ""), (mtl.quantize(edited, "nf4"), "nf4")):
+        for key, words in (("forget", "forget"), ("near_paraphrase", "near held-out")):
+            found = mtl.accuracy(deployed, test.questions[key])
+            assert value(result.table, "graddiff", f"{words} MC", name) == pytest.approx(found.mc_percent)
+            assert value(result.table, "graddiff", f"{words} cloze", name) == pytest.approx(found.cloze_percent)
+    gap = value(result.table, "graddiff", "PTQ gap, forget MC", "nf4")
+    ends = [value(result.table, "graddiff", "forget MC", name) for name in ("nf4", "")]
+    assert gap == pytest.approx(ends[0] - ends[1])
+    drop = value(result.table, "graddiff", "near cloze drop")
+    ends = [value(result.table, method, "near cloze") for method in ("original", "graddiff")]
+    assert drop == pytest.approx(ends[0] - ends[1])
+
+
+def test_the_original_knows_and_the_never_trained_model_does_not(result) -> None:
+    assert value(result.table, "original", "forget MC") > 95
+    assert value(result.table, "never", "forget MC") < 50
+    assert value(result.table, "original", "CAD", "nf4") == pytest.approx(0, abs=0.01)
+    assert value(result.table, "original", "relearning MC, facts, lr 0.0003, excess over never") > 40
+    codes = value(result.table, "mansu", "codes changed, % of edited", "nf4")
+    assert codes == pytest.approx(100)
+    assert value(result.table, "mansu/no-floor", "codes changed, % of edited", "nf4") < 99
+
+
+def test_the_search_used_the_validation_half_and_its_choice(result) -> None:
+    assert set(result.searches.rate) == {1e-4, 3e-4}
+    chosen = result.searches[result.searches.chosen].rate.item()
+    edit = Edit.load(result.folder / "jobs/pocket/graddiff/seed0/edit.safetensors")
+    assert edit.facts["settings"]["learning_rate"] == chosen
+
+
+def test_tables_are_written_as_csv_and_parquet_and_agree(result) -> None:
+    for name in ("measures", "searches", "summary", "properties"):
+        csv = pd.read_csv(result.folder / f"{name}.csv", keep_default_na=False, na_values=["", "nan"])
+        parquet = pd.read_parquet(result.folder / f"{name}.parquet")
+        assert list(csv.columns) == list(parquet.columns)
+        assert len(csv) == len(parquet)
+    assert len(json.loads((result.folder / "environment.json").read_text())) == 1
+    assert not list(result.folder.rglob(".*.csv.*"))
+
+
+def test_figures_are_drawn_from_the_table_alone(result) -> None:
+    drawn = figures(result.table)
+    assert set(drawn) == {"pocket_gaps", "pocket_quantizers", "pocket_plane", "methods"} | (
+        {"pocket_frontier"} & set(drawn)
+    )
+    gap = value(result.table, "graddiff", "PTQ gap, forget MC", "nf4")
+    words = [note.text for note in drawn["pocket_gaps"].layout.annotations] + [
+        str(text) for trace in drawn["pocket_gaps"].data for text in (trace.text if trace.text is not None else ())
+    ]
+    assert any(f"{abs(gap):.1f}" in str(word) for word in words)
+    for name in drawn:
+        page = (result.folder / "figures" / f"{name}.html").read_text(encoding="utf-8")
+        assert "plotly" in page
+
+
+def test_a_finished_run_does_nothing_and_parts_share_the_work(result, monkeypatch) -> None:
+    def unexpected(*args, **rest):
+        raise AssertionError("an edit was made again")
+
+    monkeypatch.setattr("mansu_tl.comparison.run.unlearn", unexpected)
+    monkeypatch.setattr("mansu_tl.comparison.run.measure", unexpected)
+    again = compare(PLAN, result.folder, progress=False)
+    pd.testing.assert_frame_equal(again.table, result.table, check_dtype=False)
+    halves = [compare(PLAN, result.folder, part=(i, 2), progress=False) for i in (1, 2)]
+    assert sum(len(half.table.method.unique()) for half in halves) == 3
+    with pytest.raises(MansuError, match="part 3/2"):
+        compare(PLAN, result.folder, part=(3, 2))
+    lines = json.loads((result.folder / "environment.json").read_text())
+    assert len(lines) == 1
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
+    from mansu_tl.comparison import run
+
+    plan = quick(
+        methods=("graddiff",), quantizers=("nf4",), control_quantizers=("nf4",), settings=FAST, never="",
+        control_seeds=(0, 1), seeds=(0,),
+    )  # fmt: skip
+    made: list[int] = []
+    original = run.unlearn
+
+    def counted(*args, seed: int, **rest):
+        if seed == 1 and not made.count(1):
+            made.append(1)
+            raise KeyboardInterrupt
+        made.append(seed)
+        return original(*args, seed=seed, **rest)
+
+    monkeypatch.setattr(run, "unlearn", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(plan, tmp_path, progress=False)
+    found = compare(plan, tmp_path, progress=False)
+    assert made == [0, 1, 1]
+    assert set(found.table[found.table.method == "graddiff"].seed) == {0, 1}
+
+
+def test_means_and_intervals_by_hand() -> None:
+    rows = [
+        {"base": "b", "method": "mansu", "seed": seed, "quantizer": "", "measure": "forget MC", "value": value,
+         "low": 1.0, "high": 2.0, "control": 100.0}
+        for seed, value in enumerate((20.0, 24.0, 28.0))
+    ]  # fmt: skip
+    row = summary(pd.DataFrame(rows)).iloc[0]
+    half = 4.302652729696142 * 4.0 / np.sqrt(3)  # Student's t with two degrees of freedom, standard deviation 4
+    assert (row["mean"], row["lowest"], row["highest"]) == (24.0, 20.0, 28.0)
+    assert row["low"] == pytest.approx(24 - half)
+    assert row["high"] == pytest.approx(24 + half)
+    one = summary(pd.DataFrame(rows[:1])).iloc[0]
+    assert (one["low"], one["high"]) == (1.0, 2.0)
+    assert properties(pd.DataFrame(rows)).iloc[0]["forget MC"].endswith("pass")
+    rows[0]["value"] = 90.0
+    assert properties(pd.DataFrame(rows)).iloc[0]["forget MC"].endswith("fail")
+
+
+def test_plans() -> None:
+    plan = full()
+    assert {job.method for job in plan.jobs} == {*methods(), *ABLATIONS}
+    assert set(SEARCHED) == set(methods()) - {"mansu", "random-circuit"}
+    assert len({job.seed for job in plan.jobs if job.method == "mansu"}) >= 5
+    assert plan.settings_for("mansu/no-floor") == ("mansu", {"floor": "none"})
+    custom = full(settings={"mansu": {"budget": 0.01}})
+    assert custom.settings_for("random-circuit")[1] == {"budget": 0.01}
+    assert title_of("mansu/no-floor") == "MANSU, no floor"
+    for changes, message in (
+        ({"methods": ("nonsense",)}, "unknown method"),
+        ({"quantizers": ("nf5",)}, "unknown; choose"),
+        ({"seeds": ()}, "seeds is empty"),
+        ({"settings": {"ga": {"nonsense": 1}}}, "unknown setting"),
+    ):
+        with pytest.raises(MansuError, match=message):
+            Comparison(**changes)
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch, capsys) -> None:
+    for arguments, message in (
+        (["--part", "one"], "write it as 1/2"),
+        (["--method", "nonsense"], "unknown method 'nonsense'"),
+    ):
+        monkeypatch.setattr("sys.argv", ["mansu-tl", "compare", "--out", str(tmp_path / "x"), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err

@@ -1,0 +1,282 @@
+"""MANSU's parts, each on its own: restrictions, floors over several grids, projector, Fisher budget, neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import mansu_tl as mtl
+from mansu_tl.circuit import Circuit
+from mansu_tl.data import Sequences
+from mansu_tl.errors import MansuError, NoEditError
+from mansu_tl.models import component_map, linear_weights, parameters, plain
+from mansu_tl.quantization import grid_of
+from mansu_tl.unlearning import MansuSettings, unlearn
+from mansu_tl.unlearning.batches import ignorance, joined, last_token_states
+from mansu_tl.unlearning.candidates import circuit_weights, every_weight, random_weights
+from mansu_tl.unlearning.floor import Floor
+from mansu_tl.unlearning.neighbours import near_neighbours
+from mansu_tl.unlearning.objective import representation_loss
+from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, null_projector, retain_bound
+from mansu_tl.unlearning.support import choose_support
+
+QUICK = {"steps": 10, "learning_rate": 0.5, "fisher_sequences": 8, "retain_batch": 8, "adversary_weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mtl.load("pocket")
+
+
+@pytest.fixture(scope="module")
+def task():
+    full = mtl.load_task("pocket")
+    return dataclasses.replace(
+        full,
+        forget_pairs=full.forget_pairs[slice(0, 16)],
+        retain_text=full.retain_text[slice(0, 64)],
+        near_text=full.near_text[slice(0, 16)],
+        questions={k: v[slice(0, 24)] for k, v in full.questions.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def circuit(model, task) -> Circuit:
+    return mtl.discover_circuit(model, task.forget_pairs, faithfulness=0.5, steps=2)
+
+
+def codes(model, edit, name: str) -> tuple[int, int, int]:
+    """Edited weights whose code changed, other codes that changed, and changed scales, under a grid."""
+    grid, before, after = grid_of(name), parameters(model), parameters(edit.apply(model))
+    inside = outside = scales = 0
+    for weight in linear_weights(model):
+        a, b = grid.encode(before[weight].detach()), grid.encode(after[weight].detach())
+        named = torch.zeros(a.codes.numel(), dtype=torch.bool)
+        if weight in edit.indices:
+            named[edit.indices[weight]] = True
+        differs = (a.codes != b.codes).flatten()
+        inside += int((differs & named).sum())
+        outside += int((differs & ~named).sum())
+        scales += int((a.absmax != b.absmax).sum())
+    return inside, outside, scales
+
+
+@pytest.mark.parametrize("names", ["nf4+int4-g64", "int4-g128+nf4+fp4", "nf4-128+nf4"])
+def test_every_edited_weight_changes_its_code_under_every_grid_of_the_set(model, task, circuit, names: str) -> None:
+    edit = unlearn(model, task, "mansu", circuit=circuit, quantizer=names, **QUICK)
+    assert edit.n_weights > 100
+    for name in names.split("+"):
+        assert codes(model, edit, name) == (edit.n_weights, 0, 0)
+
+
+def test_one_grid_alone_leaves_codes_of_another_unchanged(model, task, circuit) -> None:
+    edit = unlearn(model, task, "mansu", circuit=circuit, **QUICK)
+    assert codes(model, edit, "nf4") == (edit.n_weights, 0, 0)
+    assert codes(model, edit, "int4-g64")[0] < edit.n_weights
+
+
+def test_floors_after_the_fact_and_none(model, task, circuit) -> None:
+    after = unlearn(model, task, "mansu", circuit=circuit, floor="after", **QUICK)
+    assert codes(model, after, "nf4") == (after.n_weights, 0, 0)
+    assert after.linear_share(model) <= 0.0195
+    none = unlearn(model, task, "mansu", circuit=circuit, floor="none", **{**QUICK, "learning_rate": 0.01})
+    assert 0 < none.linear_share(model) <= 0.0195
+    # A tenth of a bin at most: on a base that rests at code centres nothing is left of it.
+    assert codes(model, none, "nf4")[0] == 0
+
+
+def test_a_circuit_restricts_random_weights_are_as_many_and_none_is_everything(model, task, circuit) -> None:
+    chosen = circuit_weights(model, circuit, task.forget_pairs, 0.25)
+    drawn = random_weights(model, circuit, 0.25, seed=1)
+    cmap = component_map(model)
+
+    def count(masks: dict[str, torch.Tensor]) -> tuple[int, int]:
+        heads = sum(int(m.any(0).view(cmap.n_heads, -1).any(1).sum()) for n, m in masks.items() if "o_proj" in n)
+        return heads, sum(int(m.all(1).sum()) for n, m in masks.items() if "up_proj" in n)
+
+    assert count(drawn) == count(chosen)
+    assert count(chosen)[1] > 0
+    again = random_weights(model, circuit, 0.25, seed=1)
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn)
+    other = random_weights(model, circuit, 0.25, seed=2)
+    assert any(name not in other or not torch.equal(drawn[name], other[name]) for name in drawn)
+    assert sum(int(m.sum()) for m in every_weight(model).values()) == 688_128
+    edit = unlearn(model, task, "random-circuit", circuit=circuit, seed=1, **QUICK)
+    assert edit.method == "random-circuit"
+    for name, index in edit.indices.items():
+        assert drawn[name].flatten()[index].all()
+    free = unlearn(model, task, "mansu", circuit=circuit, restrict="none", **QUICK)
+    assert any(name not in chosen or not chosen[name].flatten()[index].all() for name, index in free.indices.items())
+
+
+def test_the_projector_keeps_the_update_off_the_retain_inputs(model) -> None:
+    moment = torch.diag(torch.tensor([100.0, 1.0, 0.5, 0.5]))
+    projector = null_projector(moment, 0.011, "w")
+    torch.testing.assert_close(projector, torch.diag(torch.tensor([0.0, 0.0, 1.0, 1.0])), rtol=0, atol=1e-6)
+    with pytest.raises(MansuError, match=r"null space of w: every one of 4 .* raise leak"):
+        null_projector(torch.eye(4), 0.1, "w")
+
+
+def test_the_projector_lowers_what_retain_inputs_feel_before_rounding(model, task, circuit) -> None:
+    """Against the same run without it, the stored change leaks less per unit of its size."""
+
+    def leak(edit) -> float:
+        after, before = parameters(edit.apply(model)), parameters(model)
+        text = joined(task.retain_text, task.near_text)
+        total = size = 0.0
+        for name, moment in input_moments(plain(model), edit.indices, text).items():
+            change = (after[name] - before[name]).detach()
+            total += (((change @ moment) * change).sum() / moment.trace() * moment.shape[0]).item()
+            size += change.square().sum().item()
+        return total / size
+
+    options = {**QUICK, "null_space": 0.0, "fisher": False, "floor": "none", "budget": 0.3}
+    with_it = unlearn(model, task, "mansu", circuit=circuit, projector=True, leak=0.05, **options)
+    without = unlearn(model, task, "mansu", circuit=circuit, **options)
+    assert leak(with_it) < 0.7 * leak(without)
+
+
+def test_the_fisher_budget_binds_and_the_bound_holds(model, task, circuit) -> None:
+    free = unlearn(model, task, "mansu", circuit=circuit, **QUICK)
+    bound = free.facts["retain_increase_bound"]
+    assert bound == pytest.approx(free.facts["retain_increase_fisher"] * free.facts["edited"])
+    tight = unlearn(model, task, "mansu", circuit=circuit, fisher_budget=bound / 4, **QUICK)
+    assert 0 < tight.facts["retain_increase_bound"] <= bound / 4
+    assert tight.n_weights < free.n_weights
+    with pytest.raises(NoEditError, match="fisher_budget"):
+        unlearn(model, task, "mansu", circuit=circuit, fisher_budget=1e-30, **QUICK)
+
+
+def test_the_bound_is_never_below_the_quadratic_term_it_bounds() -> None:
+    """1/2 mean (g . d)^2 over made-up gradients, against the diagonal estimate and the bound."""
+    generator = torch.Generator().manual_seed(0)
+    for aligned in (False, True):
+        grads = torch.randn(40, 30, generator=generator)
+        if aligned:
+            grads = grads.abs()
+        change = torch.zeros(30)
+        change[:12] = torch.rand(12, generator=generator)
+        exact = 0.5 * (grads @ change).square().mean()
+        diagonal, bound = retain_bound(grads.square().mean(0), change)
+        assert bound >= exact
+        assert bound.item() == pytest.approx(12 * diagonal.item())
+        if aligned:
+            assert diagonal < exact / 3
+
+
+def test_the_bound_holds_on_the_model(model, task) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    text = task.retain_text[slice(0, 4)]
+    hf = plain(model)
+    fisher = diagonal_fisher(hf, [name], text)[name]
+    change = torch.zeros(320, 128)
+    change[3:6] = 0.01
+    total = 0.0
+    for row in range(4):
+        hf.requires_grad_(True)
+        hf.zero_grad()
+        length = int(text.lengths[row])
+        tokens = text.tokens[row : row + 1, :length]
+        hf(tokens, labels=tokens).loss.backward()
+        total += 0.5 * (dict(hf.named_parameters())[name].grad * change).sum().item() ** 2 / 4
+    diagonal, bound = retain_bound(fisher.flatten(), change.flatten())
+    assert bound.item() >= total * 0.999
+    assert diagonal.item() < bound.item()
+
+
+def test_support_is_the_largest_updates_that_the_budgets_pay_for() -> None:
+    latent = torch.tensor([3.0, -5.0, 1.0, 4.0, 0.0])
+    change = torch.ones(5)
+    changed = torch.tensor([True, True, True, False, True])
+    both = choose_support(latent, change, changed, None, budget=2, fisher_budget=0.0)
+    assert both.tolist() == [True, True, False, False, False]
+    cost = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0])
+    # One weight costs .5 x 1, two cost (.5 + .5) x 2.
+    one = choose_support(latent, change, changed, cost, budget=3, fisher_budget=1.0)
+    assert one.tolist() == [False, True, False, False, False]
+    dear = torch.tensor([1.0, 400.0, 1.0, 1.0, 1.0])
+    assert choose_support(latent, change, changed, dear, budget=1, fisher_budget=0.0).tolist() == [
+        True, False, False, False, False,
+    ]  # fmt: skip
+
+
+def test_near_neighbours_find_the_near_facts_in_the_retain_text(model) -> None:
+    full = mtl.load_task("pocket")
+    text = joined(full.retain_text, full.near_text)
+    share = len(full.near_text) / len(text)
+    rows = near_neighbours(plain(model), full.forget_pairs, text, share)
+    found = (rows >= len(full.retain_text)).double().mean().item()
+    assert found > 3 * share
+    assert len(rows) == len(full.near_text)
+    with pytest.raises(MansuError, match="share=0"):
+        near_neighbours(plain(model), full.forget_pairs, text, 0.0)
+
+
+def test_a_task_without_near_text_gets_discovered_neighbours(model, task, circuit) -> None:
+    far = dataclasses.replace(task, near_text=Sequences(task.near_text.tokens[:0], task.near_text.lengths[:0]))
+    edit = unlearn(model, far, "mansu", circuit=circuit, discover_near=0.25, **QUICK)
+    assert len(edit.facts["near_rows"]) == 16
+    assert unlearn(model, task, "mansu", circuit=circuit, **QUICK).facts["near_rows"] == []
+
+
+def test_representation_loss_is_one_at_a_never_seen_prompt_on_average(model) -> None:
+    full = mtl.load_task("pocket")
+    hf, unknown = plain(model), ignorance(plain(model), full)
+    pair = full.forget_pairs[[5]]
+    length = int(pair.lengths)
+    name = (pair.clean != pair.corrupt)[0, :length].nonzero()[:, 0].tolist()
+    same = [
+        i
+        for i in range(len(full.unseen))
+        if int(full.unseen.lengths[i]) == length
+        and all(p in name or full.unseen.tokens[i, p] == pair.clean[0, p] for p in range(length))
+    ]
+    values = dict(hf.named_parameters())
+    with torch.no_grad():
+        _, states = last_token_states(hf, values, full.unseen.tokens[same], full.unseen.lengths[same])
+        mean, spread = (x[5:6].expand(len(same), *x.shape[1:]) for x in (unknown.state, unknown.spread))
+        assert representation_loss(states, mean, spread).item() == pytest.approx(1.0, abs=1e-3)
+        assert representation_loss(mean, mean, spread).item() == 0
+        logits, known = last_token_states(hf, values, full.forget_pairs.clean, full.forget_pairs.lengths)
+        assert representation_loss(known, unknown.state, unknown.spread) > 1.1
+    torch.testing.assert_close(logits[5], hf(pair.clean).logits[0, length - 1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"restrict": "heads"}, "restrict='heads'; choose one of circuit, random, none"),
+        ({"floor": "half"}, "floor='half'; choose one of loop, after, none"),
+        ({"discover_near": 1.0}, "discover_near=1.0"),
+        ({"fisher_budget": -1.0}, "fisher_budget=-1.0 nats"),
+        ({"fisher": False, "fisher_budget": 0.1}, "needs fisher=True"),
+        ({"quantizer": "nf4+gptq-int4-g64"}, "has no cells"),
+    ],
+)
+def test_bad_settings_are_named(model, task, circuit, settings: dict, message: str) -> None:
+    with pytest.raises(MansuError, match=message.replace("+", r"\+")):
+        unlearn(model, task, "mansu", circuit=circuit, **settings)
+
+
+def test_a_retain_set_too_small_for_a_null_space_is_refused(model, task, circuit) -> None:
+    small = dataclasses.replace(task, retain_text=task.retain_text[slice(0, 3)])
+    with pytest.raises(MansuError, match=r"tokens, fewer than the 320 inputs of the widest matrix"):
+        unlearn(model, small, "mansu", circuit=circuit, **QUICK)
+    assert unlearn(model, small, "mansu", circuit=circuit, **{**QUICK, "null_space": 0.0}).n_weights > 0
+
+
+def test_floor_keeps_a_block_whose_other_grid_would_grow() -> None:
+    """A weight may fit a block of 128 and still be the largest of its block of 64: then it keeps its value."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.1 * torch.randn(2, 128, generator=generator)
+    weight[:, 100] = 5.0
+    floor = Floor([grid_of("nf4-128"), grid_of("nf4")], {"w": weight}, {"w": torch.ones(2, 128, dtype=torch.bool)})
+    latent = torch.full((floor.size,), 4.0)
+    result = floor.final("w", latent, torch.ones(floor.size, dtype=torch.bool))
+    for name in ("nf4-128", "nf4"):
+        a, b = grid_of(name).encode(weight), grid_of(name).encode(result)
+        assert torch.equal(a.absmax, b.absmax)
+        assert torch.equal(a.codes != b.codes, weight != result)
+    assert MansuSettings(quantizer="nf4-128+nf4").quantizers == ("nf4-128", "nf4")
