@@ -40,7 +40,7 @@ from mansu_tl.verification import (
     CircuitScores,
     Divergence,
     Scorecard,
-    certify,
+    certify_in_fresh_process,
     circuit_divergence,
     circuit_scores,
     output_suppressor,
@@ -241,8 +241,8 @@ def _certified(
     def make() -> Certificate:
         save(model, original)
         save(edited, saved)
-        grid = edit.facts["settings"]["quantizer"]
-        return certify(original, saved, edit.indices, quantizer=grid)
+        grid = edit.facts["settings"]["quantizer"].split("+")[0]
+        return certify_in_fresh_process(original, saved, edit.indices, quantizer=grid)
 
     return stages.json("model/certificate", Certificate, key, make)
 

@@ -80,9 +80,10 @@ def _swap(written: Path, target: Path, previous: Path) -> None:
     if not target.exists():
         os.replace(written, target)
         return
-    os.replace(target, previous)
     try:
+        os.replace(target, previous)
         os.replace(written, target)
-    except OSError:
-        os.replace(previous, target)
-        raise
+    finally:
+        # Refused or interrupted in between: the earlier model goes back before the work folder is deleted.
+        if previous.exists() and not target.exists():
+            os.replace(previous, target)

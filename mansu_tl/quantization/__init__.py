@@ -4,7 +4,9 @@ from mansu_tl.quantization.asymmetric import AsymmetricGrid
 from mansu_tl.quantization.awq import Awq, awq
 from mansu_tl.quantization.base import CalibratedQuantizer, Inputs, Quantizer
 from mansu_tl.quantization.calibration import inputs_of
+from mansu_tl.quantization.dither import Dither, dither
 from mansu_tl.quantization.double import doubled
+from mansu_tl.quantization.flips import predicted_flips
 from mansu_tl.quantization.gptq import Gptq, gptq
 from mansu_tl.quantization.grid import Encoded, Grid
 from mansu_tl.quantization.registry import grid_of, quantizer, quantizers
@@ -15,6 +17,7 @@ __all__ = [
     "AsymmetricGrid",
     "Awq",
     "CalibratedQuantizer",
+    "Dither",
     "Encoded",
     "Gptq",
     "Grid",
@@ -22,11 +25,13 @@ __all__ = [
     "Quantizer",
     "UpdateStatistics",
     "awq",
+    "dither",
     "doubled",
     "gptq",
     "grid_of",
     "inputs_of",
     "orient",
+    "predicted_flips",
     "quantize",
     "quantized_values",
     "quantizer",

@@ -57,6 +57,10 @@ class Grid(Quantizer):
     levels: Float32[Tensor, " code"]
     block_size: int | None
 
+    def __post_init__(self) -> None:
+        if self.block_size is not None and self.block_size < 1:
+            raise MansuError(f"{self.name}: block_size={self.block_size}; give at least 1, or None for whole rows")
+
     @cached_property
     def bounds(self) -> Float32[Tensor, " bound"]:
         """The boundaries between neighbouring codes at absmax 1; a value on one belongs to the lower code."""

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, discover_circuit
+from mansu_tl.circuit.evaluation import require_graph
 from mansu_tl.data import Sequences, Task
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.models import linear_weights, plain
@@ -63,11 +64,12 @@ def mansu(
         circuit: the forget circuit; discovered at faithfulness .85 where not given.
 
     Raises:
-        MansuError: a budget that leaves nothing to edit, a circuit with no editable weight, or a retain text too small
-            for its null space.
+        MansuError: a budget that leaves nothing to edit, a circuit of another architecture or with no editable weight,
+            or a retain text too small for its null space.
     """
     if circuit is None:
         circuit = discover_circuit(model, task.forget_pairs, progress=progress)
+    require_graph(model, circuit)
     run = _Run(model, task, settings, circuit, seed, progress)
     latent, allowed, history = run.optimise()
     return run.edit(latent, allowed, history)

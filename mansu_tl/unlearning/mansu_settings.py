@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +12,16 @@ from mansu_tl.errors import MansuError
 
 RESTRICTIONS = ("circuit", "random", "none")
 FLOORS = ("loop", "after", "none")
+_COUNTS = (
+    "steps",
+    "forget_batch",
+    "retain_batch",
+    "fisher_sequences",
+    "select_every",
+    "adversary_every",
+    "adversary_steps",
+    "adversary_facts",
+)
 _LIGHT: Mapping[str, Any] = MappingProxyType(
     {
         "steps": 200,
@@ -107,6 +118,17 @@ class MansuSettings:
         for key, known in (("restrict", RESTRICTIONS), ("floor", FLOORS)):
             if getattr(self, key) not in known:
                 raise MansuError(f"mansu: {key}={getattr(self, key)!r}; choose one of {', '.join(known)}")
+        for key in _COUNTS:
+            if getattr(self, key) < 1:
+                raise MansuError(f"mansu: {key}={getattr(self, key)}; choose at least 1")
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise MansuError(f"mansu: {name}={value}; choose a finite number")
+        if self.learning_rate <= 0:
+            raise MansuError(f"mansu: learning_rate={self.learning_rate} bins; choose one above 0")
+        if self.budget > 1:
+            raise MansuError(f"mansu: budget={self.budget}; choose a share of the linear weights, at most 1")
         if not 0 <= self.discover_near < 1:
             raise MansuError(f"mansu: discover_near={self.discover_near}; choose a share in [0, 1)")
         if self.fisher_budget < 0:

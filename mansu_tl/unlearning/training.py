@@ -7,6 +7,7 @@ weights move (`only`), through which weights the model runs (`view`) and where t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -53,6 +54,13 @@ class TrainingSettings:
     weight_decay: float = 0.01
     stop_at: float = 30.0
     check_every: int = 10
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "forget_batch", "retain_batch", "warmup", "check_every"):
+            if getattr(self, key) < 1:
+                raise MansuError(f"training: {key}={getattr(self, key)}; choose at least 1")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise MansuError(f"training: learning_rate={self.learning_rate}; choose a finite number above 0")
 
 
 @dataclass(frozen=True)

@@ -17,25 +17,19 @@ from html import escape
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Float32, Int, UInt8
+from jaxtyping import Int
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors, write_text
 from mansu_tl.models import LinearWeight
-from mansu_tl.models.library import functional as bnb
+from mansu_tl.verification.library_codes import LibraryQuantizer, library_codes, library_quantizer
 from mansu_tl.verification.saved_model import SavedModel, bits, same_bits
 
-# Quantizer -> bitsandbytes' 4-bit type and block size; None = LLM.int8, one scale a row.
-_LIBRARY: MappingProxyType[str, tuple[str, int] | None] = MappingProxyType(
-    {"nf4": ("nf4", 64), "nf4-128": ("nf4", 128), "fp4": ("fp4", 64), "int8": None}
-)
 _KIND, _FORMAT = "Certificate", "1"
-_MINUS_ZERO = 8  # bitsandbytes' FP4 has two zeros; they decode to the same value
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,8 @@ class CertificateRow:
         unedited_values_changed: weights outside the edit whose stored bits differ; none may.
         unedited_codes_changed: weights outside the edit whose code differs; none may.
         blocks: how many scales the matrix has.
-        absmax_changed: how many scales differ; none may.
+        absmax_changed: how many scales differ; none may. Under double quantization a block has two, its absmax and the
+            8-bit scale that stands for it when the codes are decoded, and counts if either differs.
     """
 
     parameter: str
@@ -153,6 +148,45 @@ class Certificate:
         """Whether every edited code changed and nothing else did."""
         return not self.faults
 
+    @property
+    def claims(self) -> Mapping[str, bool]:
+        """What is claimed of the two folders, in words, and whether it holds; it passes if all of them do."""
+        kept = self.n_edited - sum(row.edited_codes_changed for row in self.rows)
+        blocks = sum(row.blocks for row in self.rows)
+        unit = f"{self.quantizer} ({f'blocks of {self.block_size}' if self.block_size else 'one scale a row'})"
+        values = sum(row.unedited_values_changed for row in self.rows)
+        return {
+            f"each of the {self.n_edited} edited weights has another code under {unit}": bool(self.n_edited)
+            and not kept,
+            f"none of the other {self.n_linear - self.n_edited} quantized weights has another code": (
+                not self.unedited_codes_changed
+            ),
+            "every other quantized weight is bit-identical as stored": not values,
+            f"all {blocks} scales are bit-identical": not self.absmax_changed,
+            "every parameter that is not quantized is bit-identical": not self.others_changed,
+            "both folders hold what their config calls for, and the configs compute the same": not self.problems,
+        }
+
+    def require_unchanged(
+        self, original: str | PathLike[str] | None = None, edited: str | PathLike[str] | None = None
+    ) -> None:
+        """Check that folders still hold the weight files that were certified, byte for byte.
+
+        Args:
+            original: a folder that should be the original; not looked at if None.
+            edited: one that should be the edited model.
+
+        Raises:
+            MansuError: other files, or a folder that cannot be read.
+        """
+        for what, folder in (("original", original), ("edited", edited)):
+            expected = getattr(self, f"{what}_digest")
+            if folder is not None and (found := SavedModel(folder).digest()) != expected:
+                raise MansuError(
+                    f"{os.fspath(folder)}: not the {what} model that was certified (SHA-256 {found[:12]}... of its "
+                    f"weight files, certified {expected[:12]}...); copy it again or make a new certificate"
+                )
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row a quantized matrix, columns as in `CertificateRow`."""
         return pd.DataFrame([asdict(row) for row in self.rows], columns=list(CertificateRow.__annotations__))
@@ -160,7 +194,8 @@ class Certificate:
     def save(self, path: str | PathLike[str]) -> Path:
         """Write it as JSON."""
         facts = {**self.__dict__, "rows": [asdict(row) for row in self.rows], "versions": dict(self.versions)}
-        record = {"mansu_tl": _KIND, "format": _FORMAT, "passed": self.passed, "faults": self.faults, **facts}
+        record = {"mansu_tl": _KIND, "format": _FORMAT, "passed": self.passed, "faults": self.faults}
+        record |= {"claims": dict(self.claims), **facts}
         return write_text(path, json.dumps(record, indent=1) + "\n")
 
     @classmethod
@@ -177,7 +212,7 @@ class Certificate:
             record = json.loads(source.read_text(encoding="utf-8"))
             if not isinstance(record, dict) or (record.pop("mansu_tl"), record.pop("format")) != (_KIND, _FORMAT):
                 raise MansuError(f"{source}: not a certificate of this version; make it again with certify()")
-            passed, faults = record.pop("passed"), record.pop("faults")
+            passed, faults, claims = record.pop("passed"), record.pop("faults"), record.pop("claims", None)
             rows = tuple(CertificateRow(**row) for row in record.pop("rows"))
             record |= {key: tuple(record[key]) for key in ("problems", "others_changed")}
             certificate = cls(rows=rows, **record)
@@ -185,7 +220,8 @@ class Certificate:
             raise MansuError(
                 f"{source}: cannot be read as a certificate ({error}); make it again with certify()"
             ) from None
-        if passed != certificate.passed or list(certificate.faults) != faults:
+        said = dict(certificate.claims)
+        if passed != certificate.passed or list(certificate.faults) != faults or claims not in (None, said):
             raise MansuError(f"{source}: its verdict does not follow from its numbers; make it again with certify()")
         return certificate
 
@@ -199,7 +235,9 @@ class Certificate:
     def _repr_html_(self) -> str:
         faults = "".join(f"<li>{escape(fault)}</li>" for fault in self.faults[:10])
         more = f"<li>and {len(self.faults) - 10} more</li>" if len(self.faults) > 10 else ""
-        return f"<p><b>{escape(repr(self))}</b></p><ul>{faults}{more}</ul>".replace("<ul></ul>", "")
+        claims = "".join(f"<li>{'✓' if holds else '✗'} {escape(claim)}</li>" for claim, holds in self.claims.items())
+        lists = f"<ul>{claims}</ul><ul>{faults}{more}</ul>".replace("<ul></ul>", "")
+        return f"<p><b>{escape(repr(self))}</b></p>{lists}"
 
 
 def certify(
@@ -218,14 +256,14 @@ def certify(
         edited: the folder after it.
         edit_indices: by HF parameter name, flat indices of the weights that the edit names (see `Edit.indices`); by
             default everything whose stored bits differ is taken for the edit.
-        quantizer: "nf4", "nf4-128", "fp4" or "int8" (the weights of LLM.int8).
+        quantizer: "nf4", "nf4-128", either with "-dq" behind it for double quantization, "fp4" or "int8" (the weights
+            of LLM.int8).
 
     Raises:
         MansuError: a folder that cannot be read, a quantizer that bitsandbytes does not have, or indices that do not
             fit the model. Everything that is merely wrong with the edited folder is a fault of the certificate.
     """
-    if quantizer not in _LIBRARY:
-        raise MansuError(f"quantizer {quantizer!r}: no library here to certify it; choose one of {', '.join(_LIBRARY)}")
+    library = library_quantizer(quantizer)
     before, after = SavedModel(original), SavedModel(edited)
     _require_fitting(before, edit_indices)
     problems = list(dict.fromkeys((*before.problems, *after.problems)))
@@ -242,13 +280,12 @@ def certify(
         elif tuple(first.shape) != before.shapes[name]:
             continue  # among the problems too
         elif name in before.linear:
-            rows.append(_row(before.linear[name], first, second, named, quantizer))
+            rows.append(_row(before.linear[name], first, second, named, library))
         elif not same_bits(first, second) or (named is not None and named.numel()):
             others_changed.append(name)
-    kind = _LIBRARY[quantizer]
     return Certificate(
         quantizer=quantizer,
-        block_size=kind[1] if kind else 0,
+        block_size=library.block_size,
         dtype=", ".join(sorted({row.dtype for row in rows})),
         original=os.fspath(original),
         edited=os.fspath(edited),
@@ -317,14 +354,16 @@ def _require_fitting(model: SavedModel, edit_indices: Mapping[str, Tensor] | Non
             )
 
 
-def _row(linear: LinearWeight, first: Tensor, second: Tensor, named: Tensor | None, quantizer: str) -> CertificateRow:
+def _row(
+    linear: LinearWeight, first: Tensor, second: Tensor, named: Tensor | None, library: LibraryQuantizer
+) -> CertificateRow:
     differs = (bits(first) != bits(second)).reshape(-1)
     edited = differs
     if named is not None:
         edited = torch.zeros_like(differs)
         edited[named.long()] = True
-    old, old_absmax = _codes(first, linear, quantizer)
-    new, new_absmax = _codes(second, linear, quantizer)
+    old, old_scales = library_codes(first, linear, library)
+    new, new_scales = library_codes(second, linear, library)
     moved = old != new
     return CertificateRow(
         parameter=linear.name,
@@ -334,32 +373,9 @@ def _row(linear: LinearWeight, first: Tensor, second: Tensor, named: Tensor | No
         edited_codes_changed=int((moved & edited).sum()),
         unedited_values_changed=int((differs & ~edited).sum()),
         unedited_codes_changed=int((moved & ~edited).sum()),
-        blocks=old_absmax.numel(),
-        absmax_changed=int((old_absmax != new_absmax).sum()),
+        blocks=len(old_scales),
+        absmax_changed=int((old_scales != new_scales).any(1).sum()),
     )
-
-
-def _codes(
-    stored: Float[Tensor, "rows columns"], linear: LinearWeight, quantizer: str
-) -> tuple[UInt8[Tensor, " weight"], Float32[Tensor, " block"]]:
-    """bitsandbytes' codes in the stored order of the weights, and its scales."""
-    if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise MansuError(
-            f"{linear.name}: bitsandbytes does not quantize {stored.dtype}; save the model in float32 or bfloat16"
-        )
-    w = (stored.T if linear.transposed else stored).contiguous()
-    kind = _LIBRARY[quantizer]
-    if kind is None:
-        signed, absmax, _ = bnb.int8_vectorwise_quant(w.half())
-        codes = (signed.to(torch.int16) + 128).to(torch.uint8)
-    else:
-        packed, state = bnb.quantize_4bit(w, blocksize=kind[1], quant_type=kind[0], compress_statistics=False)
-        packed, absmax = packed.reshape(-1), state.absmax
-        codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: w.numel()]
-        if kind[0] == "fp4":
-            codes = torch.where(codes == _MINUS_ZERO, 0, codes)
-    codes = codes.view(w.shape)
-    return (codes.T if linear.transposed else codes).reshape(-1), absmax
 
 
 def _form(value: Tensor) -> str:

@@ -57,7 +57,8 @@ class SavedModel:
         self.linear: dict[str, LinearWeight] = linear_weights(blank)
         self.shapes = {name: tuple(value.shape) for name, value in blank.named_parameters()}
         self._tied = _tied(blank)
-        self._files = _weight_files(self.folder)
+        self._files, self._index = _weight_files(self.folder)
+        self._doubled: dict[str, list[str]] = {}
         self._where = self._locate(blank)
         self.problems = tuple(self._check(blank))
 
@@ -94,7 +95,10 @@ class SavedModel:
                     name = _RENAMED.get(key, key)
                     # Checkpoints of the bare model lack the head's prefix.
                     prefixed = f"{blank.base_model_prefix}.{name}"
-                    found[prefixed if name not in names and prefixed in names else name] = (file, key)
+                    name = prefixed if name not in names and prefixed in names else name
+                    if name in found:
+                        self._doubled.setdefault(name, [found[name][0].name]).append(file.name)
+                    found[name] = (file, key)
         return found
 
     def _check(self, blank: PreTrainedModel) -> list[str]:
@@ -110,9 +114,30 @@ class SavedModel:
                 problems.append(f"{name}: shape {shape} in {where}, the config says {self.shapes[name]}")
             elif name in self._tied and not same_bits(self.tensor(name), self.tensor(self._tied[name])):
                 problems.append(f"{name}: tied to {self._tied[name]} by the config, but differs in {where}")
+        problems += [
+            f"{name}: stored more than once in {where} ({', '.join(files)}), and which one counts is anyone's guess"
+            for name, files in sorted(self._doubled.items())
+        ]
+        problems += self._index_problems()
         if (self.folder / "adapter_config.json").exists():
             problems.append(f"adapter_config.json: {where} holds an adapter, which transformers would load on top")
         return problems
+
+    def _index_problems(self) -> list[str]:
+        """Where the index of a sharded checkpoint and its files disagree; loaders go by the one or the other."""
+        if not self._index:
+            return []
+        stored = {key: file.name for file, key in self._where.values()}
+        problems = [
+            f"{key}: in {file} by the index of {self.folder}, but stored in {stored.get(key, 'no file')}"
+            for key, file in sorted(self._index.items())
+            if stored.get(key) != file
+        ]
+        return problems + [
+            f"{name}: stored in {file.name}, but the index of {self.folder} does not name it"
+            for name, (file, key) in sorted(self._where.items())
+            if name in self.shapes and key not in self._index
+        ]
 
     def _shape(self, name: str) -> tuple[int, ...]:
         file, key = self._where[name]
@@ -160,21 +185,24 @@ def _tied(blank: PreTrainedModel) -> dict[str, str]:
     return tied
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read, in its order of preference."""
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that transformers would read, in its order of preference, and which tensor the index sees in which."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        return [single]
+        return [single], {}
     if not index.is_file():
         raise MansuError(f"{folder}: no model.safetensors there; save the model in safetensors format")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names = sorted(set(where.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise MansuError(f"{index}: cannot be read ({error}); copy or save the model again") from None
     for name in names:
+        if Path(name).name != name:
+            raise MansuError(f"{index}: names {name!r}, which is no file in this folder; copy or save the model again")
         if not (folder / name).is_file():
             raise MansuError(f"{folder / name}: named in {index.name} but not there; copy or save the model again")
-    return [folder / name for name in names]
+    return [folder / name for name in names], where
 
 
 def _open(file: Path) -> safe_open:

@@ -17,7 +17,7 @@ from mansu_tl.data import Task
 from mansu_tl.models import linear_weights, plain
 from mansu_tl.unlearning.batches import joined
 from mansu_tl.unlearning.edit import Edit
-from mansu_tl.unlearning.retain_statistics import input_moments, null_projector
+from mansu_tl.unlearning.retain_statistics import input_moments, null_projector, require_null_space
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
 
@@ -40,11 +40,13 @@ def null_space(
     """Unlearn with gradient ascent inside the null space of the retain and near text.
 
     Raises:
-        MansuError: a matrix without a null space (as `null_projector`), or what the shared loop refuses.
+        MansuError: too few tokens (as `require_null_space`), a matrix without a null space (as `null_projector`), or
+            what the shared loop refuses.
     """
     hf, linear = plain(model), linear_weights(model)
     text = joined(task.retain_text, task.near_text) if len(task.near_text) else task.retain_text
     moments = input_moments(hf, linear, text.to(next(hf.parameters()).device))
+    require_null_space(text, moments)
     projectors = {name: null_projector(moment, settings.leak, name) for name, moment in moments.items()}
     only = {name: torch.ones_like(dict(hf.named_parameters())[name], dtype=torch.bool) for name in linear}
 
