@@ -260,6 +260,22 @@ def test_bad_settings_are_named(model, task, circuit, settings: dict, message: s
         unlearn(model, task, "mansu", circuit=circuit, **settings)
 
 
+def test_a_single_never_seen_prompt_borrows_the_spread_of_all_or_is_refused(model, task, circuit) -> None:
+    full = mtl.load_task("pocket")
+    two = dataclasses.replace(task, unseen=full.unseen[[0, 100]])
+    unknown = ignorance(plain(model), two)
+    with torch.no_grad():
+        _, states = last_token_states(
+            plain(model), dict(plain(model).named_parameters()), two.unseen.tokens, two.unseen.lengths
+        )
+    common = (states - states.mean(0)).square().sum(-1).mean(0)
+    assert (unknown.spread > 0).all()
+    assert any(torch.allclose(row, common) for row in unknown.spread)
+    one = dataclasses.replace(task, unseen=full.unseen[[0]])
+    with pytest.raises(MansuError, match="1 never-seen prompts have no spread"):
+        unlearn(model, one, "mansu", circuit=circuit, **{**QUICK, "representation_weight": 1.0})
+
+
 def test_a_retain_set_too_small_for_a_null_space_is_refused(model, task, circuit) -> None:
     small = dataclasses.replace(task, retain_text=task.retain_text[slice(0, 3)])
     with pytest.raises(MansuError, match=r"tokens, fewer than the 320 inputs of the widest matrix"):

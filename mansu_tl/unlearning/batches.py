@@ -72,7 +72,8 @@ class Ignorance:
         reference: mean next-token distribution over never-seen prompts of the same wording (our definition).
         pool: tokens that answer any forget prompt of the same wording, as a mask.
         state: mean residual stream behind every layer over those prompts, at their last token.
-        spread: their mean squared distance to it.
+        spread: their mean squared distance to it; where there is one such prompt only, that of all never-seen prompts
+            to their own mean.
     """
 
     reference: Float[Tensor, "pair vocab"]
@@ -102,7 +103,11 @@ def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
     answers = torch.zeros(len(pairs), probabilities.shape[1], device=probabilities.device)
     options = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
     answers.scatter_(1, options, 1.0)
-    return Ignorance(reference, (same.float() @ answers) > 0, state, square - state.square().sum(-1))
+    spread = square - state.square().sum(-1)
+    # A single prompt of that wording has no spread of its own: all never-seen prompts' around their mean stands in.
+    common = (states - states.mean(0)).square().sum(-1).mean(0)
+    spread = torch.where(closest.sum(1, keepdim=True) > 1, spread, common)
+    return Ignorance(reference, (same.float() @ answers) > 0, state, spread)
 
 
 def _wording(pairs: PromptPairs, unseen: Sequences) -> Int[Tensor, "pair unseen"]:

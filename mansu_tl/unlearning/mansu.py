@@ -98,6 +98,11 @@ class _Run:
         if self.budget < 1:
             raise MansuError(f"mansu: budget={settings.budget} of {total} weights leaves nothing to edit; raise it")
         self.unknown: Ignorance = ignorance(self.hf, self.task)
+        if settings.representation_weight and not bool((self.unknown.spread > 0).all()):
+            raise MansuError(
+                f"unseen: {len(self.task.unseen)} never-seen prompts have no spread to measure distances in; give two, "
+                "or representation_weight=0"
+            )
         self.facts = self._facts()
         self.near, self.discovered = self._neighbours()
         self.kept_text = joined(self.task.retain_text, self.task.near_text)

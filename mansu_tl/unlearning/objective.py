@@ -53,7 +53,7 @@ def representation_loss(
     erasure towards unknown entities.
     """
     distance = (hidden - mean).square().sum(-1)
-    return (distance / spread.clamp_min(1e-9)).mean()
+    return (distance / spread).mean()
 
 
 def retain_loss(
