@@ -14,13 +14,14 @@ from mansu_tl.plots.layered import MLP_COLUMN, Placement, path, place
 from mansu_tl.plots.protocols import CircuitLike
 from mansu_tl.plots.theme import Theme, new_figure, number, plain, theme_named
 
-_WIDTHS = (0.8, 1.3, 2.3, 4.0, 7.0)
-_OPACITIES = (0.45, 0.55, 0.7, 0.85, 0.95)
+_WIDTHS = (1.1, 1.6, 2.4, 4.2, 7.0)
+_OPACITIES = (0.6, 0.7, 0.8, 0.9, 0.95)
 _KINDS = {"q": "query (q)", "k": "key (k)", "v": "value (v)", "mlp": "MLP", "logits": "logits"}
 _DASHES = {"q": "dot", "k": "dash", "v": "solid", "mlp": "solid", "logits": "solid"}
 _SOFT = ("q", "k", "v")
 _LABELLED_HEADS = 16
-_CROWD = 250  # edges from which on the thin ones fade, so that the wide ones stay readable
+_CROWD = 120  # edges from which on the thin ones fade, so that the wide ones stay readable
+_Where = dict[str, int]  # row and column of a panel
 
 
 def circuit(
@@ -56,15 +57,41 @@ def circuit(
         f"Edges run upward; {circuit.how}" + ("" if reference is None else f"; compared with: {reference.how}"),
         height=int(190 + (112 if placement.n_layers <= 6 else 84) * (placement.n_layers + 1.25)),
     )
-    _bands(figure, placement, look)
+    top = float(frame["score"].abs().max())
     if reference is not None:
         _ghosts(figure, missing, placement, look)
-    _edges(figure, frame, placement, look)
-    _middles(figure, frame, reference, placement, look)
-    _nodes(figure, frame, placement, circuit.kv_groups, look)
-    _legend(figure, frame, look, ghosts=len(missing))
-    _axes(figure, placement)
+    draw_panel(figure, frame, placement, circuit.kv_groups, top, look, beside=reference)
+    draw_legend(figure, frame, top, look, ghosts=len(missing))
     return figure
+
+
+def draw_panel(
+    figure: go.Figure,
+    frame: pd.DataFrame,
+    placement: Placement,
+    kv_groups: int,
+    top: float,
+    look: Theme,
+    *,
+    beside: CircuitLike | None = None,
+    panel: int = 1,
+    panels: int = 1,
+) -> None:
+    """Draw one circuit into one panel of a figure.
+
+    Args:
+        frame: its edges, with columns writer, reader and score.
+        top: the |score| that the widest edges stand for.
+        beside: another circuit whose scores are added to the hover texts.
+        panel: number of the panel, from 1.
+        panels: how many there are, side by side.
+    """
+    where: _Where = {} if panels == 1 else {"row": 1, "col": panel}
+    _bands(figure, placement, look, panel)
+    _edges(figure, frame, placement, top, look, where)
+    _middles(figure, frame, beside, placement, top, look, where)
+    _nodes(figure, frame, placement, kv_groups, look, panels, where)
+    _axes(figure, placement, panels, where)
 
 
 def _missing(circuit: CircuitLike, reference: CircuitLike | None) -> pd.DataFrame:
@@ -79,10 +106,9 @@ def _missing(circuit: CircuitLike, reference: CircuitLike | None) -> pd.DataFram
     return other[lacks]
 
 
-def _classes(frame: pd.DataFrame) -> tuple[list[int], list[float]]:
-    """The width class of each edge, and the lower ends of the classes."""
+def _classes(frame: pd.DataFrame, top: float) -> tuple[list[int], list[float]]:
+    """The width class of each edge, and the lower ends of the classes, for a largest |score| of `top`."""
     size = frame["score"].abs()
-    top = float(size.max())
     floors = [0.0, *(top / 2**i for i in range(len(_WIDTHS) - 1, 0, -1))]
     return [sum(value > floor for floor in floors[1:]) for value in size], floors
 
@@ -93,10 +119,12 @@ def _colour(look: Theme, kind: str, positive: bool) -> str:
     return look.negative_soft if kind in _SOFT else look.negative
 
 
-def _edges(figure: go.Figure, frame: pd.DataFrame, placement: Placement, look: Theme) -> None:
+def _edges(
+    figure: go.Figure, frame: pd.DataFrame, placement: Placement, top: float, look: Theme, where: _Where
+) -> None:
     """One trace for each width class, sign and kind; the widest last, so that they lie on top."""
     groups: dict[tuple[int, str, bool], tuple[list[float | None], list[float | None]]] = defaultdict(lambda: ([], []))
-    rows = zip(frame["writer"], frame["reader"], frame["score"].astype(float), _classes(frame)[0], strict=True)
+    rows = zip(frame["writer"], frame["reader"], frame["score"].astype(float), _classes(frame, top)[0], strict=True)
     for writer, reader, score, size in rows:
         xs, ys = path(placement, str(writer), str(reader))
         all_x, all_y = groups[size, reader_kind(str(reader)), score >= 0]
@@ -115,6 +143,7 @@ def _edges(figure: go.Figure, frame: pd.DataFrame, placement: Placement, look: T
             legendgroup=kind,
             showlegend=False,
             name=_KINDS[kind],
+            **where,
         )
 
 
@@ -139,7 +168,13 @@ def _ghosts(figure: go.Figure, missing: pd.DataFrame, placement: Placement, look
 
 
 def _middles(
-    figure: go.Figure, frame: pd.DataFrame, reference: CircuitLike | None, placement: Placement, look: Theme
+    figure: go.Figure,
+    frame: pd.DataFrame,
+    reference: CircuitLike | None,
+    placement: Placement,
+    top: float,
+    look: Theme,
+    where: _Where,
 ) -> None:
     """Hover points at mid-edge, carrying the numbers; rings where the score is negative."""
     others: dict[tuple[str, str], float] = {}
@@ -149,7 +184,7 @@ def _middles(
         others = dict(zip(pairs, table["score"].astype(float), strict=True))
     parts: dict[str, list[tuple[float, float, float, int, list[object]]]] = defaultdict(list)
     names = zip(frame["writer"].astype(str), frame["reader"].astype(str), strict=True)
-    rows = zip(names, frame["score"].astype(float), _classes(frame)[0], strict=True)
+    rows = zip(names, frame["score"].astype(float), _classes(frame, top)[0], strict=True)
     for (writer, reader), score, size in rows:
         xs, ys = path(placement, writer, reader)
         beside = "" if reference is None else f"<br>in the reference: {number(others.get((writer, reader), math.nan))}"
@@ -157,6 +192,7 @@ def _middles(
         text = f"{plain(writer)} → {plain(reader)}<br>score {number(score)} ({verb} the answer){beside}"
         at = len(xs) // 2
         parts[reader_kind(reader)].append((xs[at], ys[at], score, size, [writer, reader, score, text]))
+    small = max(0.7, min(1.0, math.sqrt(_CROWD / len(frame))))
     for kind, points in parts.items():
         ring = _colour(look, kind, False)
         figure.add_scatter(
@@ -164,19 +200,28 @@ def _middles(
             y=[p[1] for p in points],
             mode="markers",
             marker={
-                "size": [4 + p[3] if p[2] < 0 else 9 for p in points],
+                "size": [(4 + p[3]) * (1 if p[3] else small) if p[2] < 0 else 9 for p in points],
                 "color": [look.paper if p[2] < 0 else "rgba(0,0,0,0)" for p in points],
-                "line": {"width": [1.5 if p[2] < 0 else 0 for p in points], "color": ring},
+                "line": {"width": [(1.5 if p[3] else small) if p[2] < 0 else 0 for p in points], "color": ring},
             },
             customdata=[p[4] for p in points],
             hovertemplate="%{customdata[3]}<extra></extra>",
             legendgroup=kind,
             showlegend=False,
             name=f"edges into {_KINDS[kind]}",
+            **where,
         )
 
 
-def _nodes(figure: go.Figure, frame: pd.DataFrame, placement: Placement, kv_groups: int, look: Theme) -> None:
+def _nodes(
+    figure: go.Figure,
+    frame: pd.DataFrame,
+    placement: Placement,
+    kv_groups: int,
+    look: Theme,
+    panels: int,
+    where: _Where,
+) -> None:
     """Bars, stubs and nodes with the sums of what enters and leaves them."""
     sent = frame.groupby("writer")["score"].sum()
     received: dict[str, float] = defaultdict(float)
@@ -191,7 +236,7 @@ def _nodes(figure: go.Figure, frame: pd.DataFrame, placement: Placement, kv_grou
         xs += [x0, x1, None]
         ys += [y0, y1, None]
     figure.add_scatter(
-        x=xs, y=ys, mode="lines", line={"width": 1, "color": look.muted}, hoverinfo="skip", showlegend=False
+        x=xs, y=ys, mode="lines", line={"width": 1, "color": look.muted}, hoverinfo="skip", showlegend=False, **where
     )
     for name, (left, right, y) in placement.bars.items():
         text = f"{plain(name)}: KV head of {kv_groups} query heads<br>in {number(bar_sums[name])}"
@@ -204,8 +249,9 @@ def _nodes(figure: go.Figure, frame: pd.DataFrame, placement: Placement, kv_grou
             hovertemplate="%{text}<extra></extra>",
             showlegend=False,
             name=name,
+            **where,
         )
-    size = max(12, min(34, int(560 / (placement.n_heads + 2))))
+    size = max(12, min(34, int(560 / panels / (placement.n_heads + 2))))
     for shape, chosen in (
         ("circle", [n for n in placement.nodes if "H" in n]),
         ("square", [n for n in placement.nodes if n.startswith("MLP")]),
@@ -219,8 +265,8 @@ def _nodes(figure: go.Figure, frame: pd.DataFrame, placement: Placement, kv_grou
             y=[placement.nodes[n][1] for n in chosen],
             mode="markers+text",
             marker={"symbol": shape, "size": size, "color": look.paper, "line": {"width": 1.5, "color": look.ink}},
-            text=[_node_text(n, placement.n_heads) for n in chosen],
-            textfont={"size": 12 if ends_only else min(11, size // 3 + 1), "color": look.ink},
+            text=[_node_text(n, placement.n_heads * panels) for n in chosen],
+            textfont={"size": 12 if ends_only else max(8, min(11, size // 3 + 1)), "color": look.ink},
             textposition=[
                 "bottom center" if n == "embed" else "top center" if n == "logits" else "middle center" for n in chosen
             ],
@@ -237,6 +283,7 @@ def _nodes(figure: go.Figure, frame: pd.DataFrame, placement: Placement, kv_grou
             hovertemplate="%{customdata[0]}<br>in %{customdata[3]}, out %{customdata[4]}<extra></extra>",
             showlegend=False,
             name="nodes",
+            **where,
         )
 
 
@@ -248,11 +295,13 @@ def _node_text(name: str, n_heads: int) -> str:
     return name[name.index("H") :] if n_heads <= _LABELLED_HEADS else ""
 
 
-def _bands(figure: go.Figure, placement: Placement, look: Theme) -> None:
+def _bands(figure: go.Figure, placement: Placement, look: Theme, panel: int) -> None:
+    number_of = "" if panel == 1 else str(panel)
     for layer in range(0, placement.n_layers, 2):
         figure.add_shape(
             type="rect",
-            xref="paper",
+            xref=f"x{number_of} domain",
+            yref=f"y{number_of}",
             x0=0,
             x1=1,
             y0=layer - 0.42,
@@ -263,8 +312,8 @@ def _bands(figure: go.Figure, placement: Placement, look: Theme) -> None:
         )
 
 
-def _legend(figure: go.Figure, frame: pd.DataFrame, look: Theme, ghosts: int) -> None:
-    """Entries for kinds (which switch their edges on and off), sign and width."""
+def draw_legend(figure: go.Figure, frame: pd.DataFrame, top: float, look: Theme, ghosts: int = 0) -> None:
+    """Entries for kinds (which switch their edges on and off), sign and width, of all edges in `frame`."""
 
     def entry(
         name: str, group: str, heading: str, line: dict[str, object], marker: dict[str, object] | None = None
@@ -290,9 +339,9 @@ def _legend(figure: go.Figure, frame: pd.DataFrame, look: Theme, ghosts: int) ->
         line = {"width": 4, "color": look.negative}
         ring = {"size": 7, "color": look.paper, "line": {"width": 1.6, "color": look.negative}}
         entry("opposes it", "sign", "", line, ring)
-    classes, floors = _classes(frame)
+    classes, floors = _classes(frame, top)
     for i, size in enumerate(sorted(set(classes), reverse=True)):
-        upper = number(floors[size + 1] if size + 1 < len(floors) else float(frame["score"].abs().max()), 2)
+        upper = number(floors[size + 1] if size + 1 < len(floors) else top, 2)
         text = f"{number(floors[size], 2)} to {upper}"
         entry(text, "width", "|score|" if i == 0 else "", {"width": _WIDTHS[size], "color": look.ink})
     if ghosts:
@@ -300,9 +349,9 @@ def _legend(figure: go.Figure, frame: pd.DataFrame, look: Theme, ghosts: int) ->
         entry(f"{ghosts} edges", "reference", "Only in the reference", line)
 
 
-def _axes(figure: go.Figure, placement: Placement) -> None:
+def _axes(figure: go.Figure, placement: Placement, panels: int, where: _Where) -> None:
     heads = list(range(placement.n_heads))
-    many = placement.n_heads > _LABELLED_HEADS
+    many = placement.n_heads * panels > _LABELLED_HEADS
     figure.update_xaxes(
         range=[-0.75, placement.n_heads + 1.1],
         showgrid=False,

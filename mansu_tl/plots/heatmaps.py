@@ -53,7 +53,7 @@ def edge_matrix(scores: EdgeScoresLike, *, title: str | None = None, theme: str 
         z=z,
         zmin=-top,
         zmax=top,
-        colorscale=_root_scale(look),
+        colorscale=root_scale(look),
         hoverongaps=False,
         x=[plain(name) for name in scores.readers],
         y=[plain(name) for name in scores.writers],
@@ -149,7 +149,7 @@ def _layer_lines(figure: go.Figure, scores: EdgeScoresLike, look: Theme) -> None
         figure.add_shape(type="line", y0=i - 0.5, y1=i - 0.5, xref="paper", x0=0, x1=1, line=line)
 
 
-def _root_scale(look: Theme) -> list[tuple[float, str]]:
+def root_scale(look: Theme) -> list[tuple[float, str]]:
     """A diverging colour scale whose colour goes with the square root of the distance from zero."""
     low, zero, high = (_rgb(c) for c in look.diverging)
     stops = [(i / 12) ** 2 for i in range(13)]

@@ -107,6 +107,14 @@ class PatchingLike(Protocol):
         """The words denoising or noising."""
 
     @property
+    def metric_clean(self) -> float:
+        """Its mean on the clean prompts."""
+
+    @property
+    def metric_corrupt(self) -> float:
+        """Its mean on the corrupt prompts."""
+
+    @property
     def metric(self) -> str:
         """Name of the metric."""
 

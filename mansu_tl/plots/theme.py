@@ -152,6 +152,9 @@ def new_figure(theme: Theme, title: str, subtitle: str = "", height: int = 480) 
 def styled(figure: go.Figure, theme: Theme, title: str, subtitle: str = "", height: int = 480) -> go.Figure:
     """The same figure with template, title, subtitle and height set; see `new_figure`."""
     lines = textwrap.wrap(subtitle, _SUBTITLE_WIDTH)
+    if len(lines) > 1:  # of about equal length
+        even = textwrap.wrap(subtitle, len(subtitle) // len(lines) + 12)
+        lines = even if len(even) == len(lines) else lines
     below = "".join(f'<br><span style="font-size:12px;color:{theme.muted}">{plain(line)}</span>' for line in lines)
     figure.update_layout(
         template=theme.template,

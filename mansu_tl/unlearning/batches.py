@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from mansu_tl.data import PromptPairs, Sequences, Task
 
 Values = Mapping[str, Tensor]
+# Numbers in the logits of one pass over never-seen prompts: a gibibyte.
+_MOST_LOGITS = 2**28
 
 
 def last_token_logits(
@@ -90,17 +92,24 @@ def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
     """
     pairs = task.forget_pairs
     unseen = task.unseen if len(task.unseen) else Sequences(pairs.corrupt, pairs.lengths)
-    with torch.no_grad():
-        logits, states = last_token_states(model, dict(model.named_parameters()), unseen.tokens, unseen.lengths)
-    probabilities = logits.softmax(-1)
     shared = _wording(pairs, unseen)
     closest = (shared == shared.max(1, keepdim=True).values).float()
     mean = closest / closest.sum(1, keepdim=True)
-    reference = mean @ probabilities
+    values, parts = dict(model.named_parameters()), []
+    vocab = model.get_output_embeddings().weight.shape[0]
+    reference = torch.zeros(len(pairs), vocab, device=mean.device)
+    rows = max(1, _MOST_LOGITS // (unseen.tokens.shape[1] * vocab))
+    for start in range(0, len(unseen), rows):
+        part = unseen[slice(start, start + rows)]
+        with torch.no_grad():
+            logits, hidden = last_token_states(model, values, part.tokens, part.lengths)
+        reference += mean[:, start : start + rows] @ logits.softmax(-1)
+        parts.append(hidden)
+    states = torch.cat(parts)
     state = torch.einsum("pu,uld->pld", mean, states)
     square = torch.einsum("pu,ul->pl", mean, states.square().sum(-1))
     same = (closest[:, None] == closest[None]).all(-1)
-    answers = torch.zeros(len(pairs), probabilities.shape[1], device=probabilities.device)
+    answers = torch.zeros_like(reference)
     options = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
     answers.scatter_(1, options, 1.0)
     spread = square - state.square().sum(-1)
