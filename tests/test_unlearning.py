@@ -23,7 +23,7 @@ from mansu_tl.unlearning.objective import forget_loss
 from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, sequence_loss
 from tests.tiny import tiny
 
-QUICK = {"mansu": {"steps": 12, "learning_rate": 0.5, "fisher_sequences": 8}}
+QUICK = {"mansu": {"steps": 12, "learning_rate": 0.5, "fisher_sequences": 8, "adversary_weight": 0.0}}
 
 
 @pytest.fixture(scope="module")
