@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_the_original_knows_and_the_never_trained_model_does_not(result) -> None
     assert value(result.table, "original", "relearning MC, facts, lr 0.0003, excess over never") > 40
     codes = value(result.table, "mansu", "codes changed, % of edited", "nf4")
     assert codes == pytest.approx(100)
-    assert value(result.table, "mansu/no-floor", "codes changed, % of edited", "nf4") < 99
+    assert value(result.table, "mansu/no-floor", "codes changed, % of edited", "nf4") < 100
 
 
 def test_the_search_used_the_validation_half_and_its_choice(result) -> None:
@@ -119,10 +120,7 @@ def test_a_finished_run_does_nothing_and_parts_share_the_work(result, monkeypatc
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
     from mansu_tl.comparison import run
 
-    plan = quick(
-        methods=("graddiff",), quantizers=("nf4",), control_quantizers=("nf4",), settings=FAST, never="",
-        control_seeds=(0, 1), seeds=(0,),
-    )  # fmt: skip
+    plan = dataclasses.replace(PLAN, methods=("graddiff",), never="", control_seeds=(0, 1), seeds=(0,))
     made: list[int] = []
     original = run.unlearn
 
