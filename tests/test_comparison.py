@@ -86,6 +86,20 @@ def test_tables_are_written_as_csv_and_parquet_and_agree(result) -> None:
     assert not list(result.folder.rglob(".*.csv.*"))
 
 
+def test_the_markdown_tables_say_what_the_table_says(result) -> None:
+    text = (result.folder / "tables.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| GradDiff |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    chosen = result.searches[result.searches.chosen].iloc[0]
+    assert cells[1] == f"{chosen.rate:g}" + ("" if chosen.reached else " *")
+    found = [value(result.table, "graddiff", f"forget {kind}") for kind in ("MC", "cloze")]
+    assert cells[2] == f"{found[0]:.1f} / {found[1]:.1f}"
+    gap = value(result.table, "mansu", "PTQ gap, forget MC", "nf4")
+    line = next(line for line in text.splitlines() if line.startswith("| `nf4` |"))
+    assert line.split("|")[2].split("[")[0].strip() == f"{gap + 0.0:.1f}"
+    assert "-0.0 " not in text
+
+
 def test_figures_are_drawn_from_the_table_alone(result) -> None:
     drawn = figures(result.table)
     assert set(drawn) == {"pocket_gaps", "pocket_quantizers", "pocket_plane", "methods"} | (

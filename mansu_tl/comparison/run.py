@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mansu_tl.comparison.figures import figures, write_figures
+from mansu_tl.comparison.markdown import markdown
 from mansu_tl.comparison.measure import NEVER, Ground, measure, measure_base, measure_never
 from mansu_tl.comparison.plan import SEARCHED, Comparison, Job
 from mansu_tl.comparison.tables import properties, summary
@@ -197,6 +198,7 @@ def _write_tables(folder: Path, table: pd.DataFrame, searches: pd.DataFrame) -> 
         write_text(folder / f"{name}.csv", frame.to_csv(index=False))
         # One quantizer column of text, the rest numbers: parquet keeps the types that CSV loses.
         write_whole(folder / f"{name}.parquet", lambda path, frame=frame: frame.to_parquet(path, index=False))  # type: ignore[misc]
+    write_text(folder / "tables.md", markdown(table, searches))
 
 
 def _record(folder: Path, seconds: float, made: int, part: tuple[int, int]) -> None:

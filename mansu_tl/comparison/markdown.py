@@ -1,0 +1,138 @@
+"""The comparison's numbers as Markdown tables, for README and papers; written by no hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from mansu_tl.comparison.plan import title_of
+from mansu_tl.comparison.tables import summary
+
+_EASY = "relearning MC, facts, lr 0.0003, excess over never"
+_HARD = "relearning MC, facts, lr 0.001, excess over never"
+# (what the row is called, quantizer, measure, decimals)
+_MANSU_ROWS = (
+    ("forget MC, %", "", "forget MC", 1),
+    ("forget cloze, %", "", "forget cloze", 1),
+    ("forget MC, held-out wordings, %", "", "forget held-out MC", 1),
+    ("forget cloze, held-out wordings, %", "", "forget held-out cloze", 1),
+    ("retain cloze drop, points", "", "retain cloze drop", 2),
+    ("the same, held-out wordings", "", "retain held-out cloze drop", 2),
+    ("near cloze drop, points", "", "near cloze drop", 2),
+    ("the same, held-out wordings", "", "near held-out cloze drop", 2),
+    ("PTQ gap after NF4, forget MC, points", "nf4", "PTQ gap, forget MC", 2),
+    ("PTQ gap after NF4, answer log-odds, nats", "nf4", "PTQ gap, forget log-odds", 3),
+    ("CAD after NF4", "nf4", "CAD", 3),
+    ("relearning on 12 facts, lr 3e-4: excess over never trained, points", "", _EASY, 1),
+    ("the same, lr 1e-3", "", _HARD, 1),
+    ("relearning after NF4, lr 3e-4", "nf4", _EASY, 1),
+    ("relearning on unrelated text, lr 3e-4", "", "relearning MC, text, lr 0.0003, excess over never", 1),
+    ("edited linear weights, %", "", "edited linear weights, %", 2),
+    ("NF4 codes changed, % of edited", "nf4", "codes changed, % of edited", 1),
+    ("retain loss increase, nats: measured", "", "retain increase measured, nats", 4),
+    ("the same: Fisher's bound", "", "retain increase bound, nats", 3),
+)
+_METHOD_COLUMNS = (
+    ("forget MC / cloze", (("", "forget MC", 1), ("", "forget cloze", 1))),
+    ("MC after NF4", (("nf4", "forget MC", 1),)),
+    ("gap int4-g64 / GPTQ", (("int4-g64", "PTQ gap, forget MC", 1), ("gptq-int4-g64", "PTQ gap, forget MC", 1))),
+    ("retain / near drop, held out", (("", "retain held-out cloze drop", 1), ("", "near held-out cloze drop", 1))),
+    ("CAD / after NF4", (("", "CAD", 2), ("nf4", "CAD", 2))),
+    ("relearning 3e-4 / 1e-3", (("", _EASY, 1), ("", _HARD, 1))),
+    ("NF4 codes changed, %", (("nf4", "codes changed, % of all", 1),)),
+    ("depth", (("", "erasure depth", 2),)),
+)
+
+
+def markdown(table: pd.DataFrame, searches: pd.DataFrame | None = None) -> str:
+    """MANSU over seeds, its PTQ gap by quantizer, and every method at its best, as Markdown.
+
+    Args:
+        table: the tidy table of `compare`.
+        searches: the learning rates that were tried; the chosen one is shown beside its method, with a star where no
+            rate reached the forgetting that was asked for.
+    """
+    means = summary(table)
+    found = _Cells(means)
+    bases = [str(base) for base in dict.fromkeys(table["base"])]
+    parts = []
+    if "mansu" in set(table["method"]):
+        seeds = int(means.loc[means["method"] == "mansu", "seeds"].max())
+        parts.append(_mansu(found, bases, seeds))
+        parts.append(_quantizers(found, bases, table))
+    rates = _rates(searches)
+    parts += [_methods(found, base, table, rates) for base in bases]
+    return "\n\n".join(parts) + "\n"
+
+
+class _Cells:
+    """One number, with its interval where asked."""
+
+    def __init__(self, means: pd.DataFrame) -> None:
+        columns = means[["base", "method", "quantizer", "measure", "mean", "low", "high"]]
+        self.rows = {tuple(row[:4]): row[4:] for row in columns.itertuples(index=False)}
+
+    def __call__(self, key: tuple[str, str, str, str], decimals: int, *, interval: bool = False) -> str:
+        if key not in self.rows:
+            return "-"
+        mean, low, high = (float(value) for value in self.rows[key])
+        text = _number(mean, decimals)
+        return (
+            text if np.isnan(low) or not interval else f"{text} [{_number(low, decimals)}, {_number(high, decimals)}]"
+        )
+
+
+def _number(value: float, decimals: int) -> str:
+    rounded = round(value, decimals)
+    return f"{rounded if rounded else 0.0:.{decimals}f}"  # no "-0.0"
+
+
+def _lines(header: list[str], rows: list[list[str]]) -> str:
+    marks = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *rows))
+
+
+def _mansu(found: _Cells, bases: list[str], seeds: int) -> str:
+    title = f"MANSU, mean over {seeds} seeds [95 %]" if seeds > 1 else "MANSU, one seed [95 % over facts]"
+    rows = [
+        [name, *(found((base, "mansu", quantizer, measure), digits, interval=True) for base in bases)]
+        for name, quantizer, measure, digits in _MANSU_ROWS
+    ]
+    rows = [row for row in rows if set(row[1:]) != {"-"}]
+    return _lines([title, *(f"`{base}`" for base in bases)], rows)
+
+
+def _quantizers(found: _Cells, bases: list[str], table: pd.DataFrame) -> str:
+    names = [q for q in dict.fromkeys(table.loc[table["method"] == "mansu", "quantizer"]) if q]
+    header = ["PTQ gap of MANSU"]
+    for base in bases:
+        header += [f"`{base}`: forget MC, points", "log-odds, nats"]
+    rows = []
+    for name in names:
+        cells = [f"`{name}`"]
+        for base in bases:
+            cells.append(found((base, "mansu", name, "PTQ gap, forget MC"), 1, interval=True))
+            cells.append(found((base, "mansu", name, "PTQ gap, forget log-odds"), 2, interval=True))
+        rows.append(cells)
+    return _lines(header, rows)
+
+
+def _methods(found: _Cells, base: str, table: pd.DataFrame, rates: dict[tuple[str, str], str]) -> str:
+    titles = {"original": "un-edited", "never": "never trained"}
+    rows = []
+    for method in dict.fromkeys(table.loc[table["base"] == base, "method"]):
+        cells = [titles.get(method) or title_of(method), rates.get((base, method), "")]
+        for _, parts in _METHOD_COLUMNS:
+            cells.append(" / ".join(found((base, method, q, measure), digits) for q, measure, digits in parts))
+        rows.append(cells)
+    return _lines([f"`{base}`", "rate", *(name for name, _ in _METHOD_COLUMNS)], rows)
+
+
+def _rates(searches: pd.DataFrame | None) -> dict[tuple[str, str], str]:
+    if searches is None or not len(searches):
+        return {}
+    chosen = searches.loc[searches["chosen"].astype(bool)]
+    return {
+        (str(row["base"]), str(row["method"])): f"{row['rate']:g}{'' if row['reached'] else ' *'}"
+        for _, row in chosen.iterrows()
+    }
