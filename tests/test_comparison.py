@@ -102,9 +102,8 @@ def test_the_markdown_tables_say_what_the_table_says(result) -> None:
 
 def test_figures_are_drawn_from_the_table_alone(result) -> None:
     drawn = figures(result.table)
-    assert set(drawn) == {"pocket_gaps", "pocket_quantizers", "pocket_plane", "methods"} | (
-        {"pocket_frontier"} & set(drawn)
-    )
+    names = ("gaps", "quantizers", "plane", "frontier", "ablations", "methods")
+    assert set(drawn) == {f"pocket_{name}" for name in names}
     gap = value(result.table, "graddiff", "PTQ gap, forget MC", "nf4")
     words = [note.text for note in drawn["pocket_gaps"].layout.annotations] + [
         str(text) for trace in drawn["pocket_gaps"].data for text in (trace.text if trace.text is not None else ())

@@ -14,6 +14,8 @@ from mansu_tl.comparison.tables import BOUNDS, summary
 from mansu_tl.plots.export import write_html, write_images
 
 _CONTROLS = {"original": "un-edited", "never": "never trained"}
+_COST, _ATTACK = "held-out retain and near drop, points (mean)", "relearning excess, points"
+_LEFT = "forget MC, %"
 
 
 def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure]:
@@ -23,7 +25,8 @@ def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure
     - NAME_quantizers: MANSU's PTQ gap under every quantizer;
     - NAME_plane: accuracy against CAD, in full precision and after the first quantizer;
     - NAME_frontier: relearning excess against what retention costs;
-    - methods: all methods and properties with intervals and bounds.
+    - NAME_ablations: the same, and forget accuracy, for MANSU with one part changed;
+    - NAME_methods: all methods and properties with intervals and bounds.
 
     Args:
         table: as `compare` returns it.
@@ -40,24 +43,31 @@ def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure
             )
         mine = _gaps(part.loc[part["method"] == "mansu"], None)
         if len(mine):
+            # One line a quantizer, in one panel.
+            lines = mine.assign(method=mine["quantizer"], quantizer="MANSU")
             out[f"{stem}_quantizers"] = plots.ptq_gaps(
-                mine, chance=25.0, title=f"MANSU under every quantizer ({stem})", theme=theme
+                lines, chance=25.0, title=f"MANSU under every quantizer ({stem})", theme=theme
             )
-        plane = _plane(part, shared[:1])
+        methods = part.loc[~part["method"].isin(ABLATIONS)]
+        plane = _plane(methods, shared[:1])
         if len(plane):
             out[f"{stem}_plane"] = plots.divergence_plane(plane, theme=theme)
-        cost, attack = "held-out retain and near drop, points (mean)", "relearning excess, points"
-        points = _frontier(part, cost, attack)
+        points = _frontier(methods)
         if len(points) > 1:
             out[f"{stem}_frontier"] = plots.frontier(
-                points, cost, attack, name="method", title=f"Resistance against retention ({stem})", theme=theme
-            )
-    rows = _properties(table)
-    if len(rows):
-        out["methods"] = plots.methods_table(
-            rows, {name: (low, high) for name, (_, _, low, high) in BOUNDS.items() if name in set(rows["property"])},
-            digits={"CAD, nf4": 2}, theme=theme,
-        )  # fmt: skip
+                points, _COST, _ATTACK, name="method", group="method", default=_default(points),
+                title=f"Resistance against retention ({stem})", theme=theme,
+            )  # fmt: skip
+        parts = _frontier(part.loc[part["method"].isin(["mansu", *ABLATIONS])])
+        if len(parts) > 1:
+            out[f"{stem}_ablations"] = plots.frontier(
+                parts, _COST, [_ATTACK, _LEFT], name="method", group="method", default=_default(parts),
+                title=f"What each part of MANSU is worth ({stem})", theme=theme,
+            )  # fmt: skip
+        rows = _properties(part)
+        if len(rows):
+            bounds = {name: (low, high) for name, (_, _, low, high) in BOUNDS.items() if name in set(rows["property"])}
+            out[f"{stem}_methods"] = plots.methods_table(rows, bounds, digits={"CAD, nf4": 2}, theme=theme)
     return out
 
 
@@ -110,18 +120,24 @@ def _plane(part: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _frontier(part: pd.DataFrame, cost: str, attack: str) -> pd.DataFrame:
+def _frontier(part: pd.DataFrame) -> pd.DataFrame:
     means = summary(part).set_index(["method", "quantizer", "measure"])["mean"]
     rows = []
     for method in dict.fromkeys(part["method"]):
         names = [(method, "", f"{name} held-out cloze drop") for name in ("retain", "near")]
         held = [float(means[name]) for name in names if name in means.index]
         key = (method, "", BOUNDS["relearning excess, lr 3e-4"][1])
-        forgotten = means.get((method, "", "forget MC"))
-        # What has not forgotten has nothing to be brought back.
-        if held and key in means.index and forgotten is not None and forgotten <= 40:
-            rows.append({"method": _title(str(method)), cost: sum(held) / len(held), attack: means[key]})
+        # What was not edited has nothing to be brought back.
+        if held and key in means.index and method not in _CONTROLS:
+            forgotten = float(means[(method, "", "forget MC")])
+            row = {_COST: sum(held) / len(held), _ATTACK: float(means[key]), _LEFT: forgotten}
+            rows.append({"method": _title(str(method)), **row})
     return pd.DataFrame(rows)
+
+
+def _default(points: pd.DataFrame) -> str | None:
+    title = _title("mansu")
+    return title if title in set(points["method"]) else None
 
 
 def _properties(table: pd.DataFrame) -> pd.DataFrame:

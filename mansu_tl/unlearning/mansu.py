@@ -286,11 +286,15 @@ class _Run:
 
     def _facts(self) -> Int[Tensor, " pair"]:
         cfg, facts = self.settings, self.task.forget_pairs.fact_numbers()
-        if cfg.adversary_weight and cfg.adversary_facts >= (known := int(facts.max()) + 1):
+        if cfg.adversary_weight and self._attackers_facts(facts) >= (known := int(facts.max()) + 1):
             raise MansuError(
-                f"mansu: adversary_facts={cfg.adversary_facts} of {known} forget facts leaves none to defend; lower it"
+                f"mansu: adversary_facts={cfg.adversary_facts} of {known} forget facts leaves none to defend; lower it, "
+                "or switch the attacker off with adversary_weight=0"
             )
         return facts
+
+    def _attackers_facts(self, facts: Int[Tensor, " pair"]) -> int:
+        return self.settings.adversary_facts or max(1, (int(facts.max()) + 1) // 4)
 
     def _attack(self, values: Mapping[str, Tensor], generator: torch.Generator) -> Attacked:
         cfg = self.settings
@@ -300,7 +304,7 @@ class _Run:
             tuple(self.linear),
             self.task.forget_pairs,
             self.facts,
-            count=cfg.adversary_facts,
+            count=self._attackers_facts(self.facts),
             steps=cfg.adversary_steps,
             learning_rate=cfg.adversary_rate,
             batch=cfg.retain_batch,

@@ -20,7 +20,6 @@ _COUNTS = (
     "select_every",
     "adversary_every",
     "adversary_steps",
-    "adversary_facts",
 )
 _LIGHT: Mapping[str, Any] = MappingProxyType(
     {
@@ -76,7 +75,7 @@ class MansuSettings:
         adversary_weight: weight of the forget loss under attack (0 = off; see `adversary.py`).
         adversary_every: steps between attacks.
         adversary_steps: Adam steps of an attack.
-        adversary_facts: forget facts that the attacker trains on.
+        adversary_facts: forget facts that the attacker trains on; 0 = a quarter of them.
         adversary_rate: the attacker's learning rate.
     """
 
@@ -111,7 +110,7 @@ class MansuSettings:
     adversary_weight: float = 6.0
     adversary_every: int = 5
     adversary_steps: int = 24
-    adversary_facts: int = 12
+    adversary_facts: int = 0
     adversary_rate: float = 3e-4
 
     def __post_init__(self) -> None:
@@ -131,6 +130,8 @@ class MansuSettings:
             raise MansuError(f"mansu: budget={self.budget}; choose a share of the linear weights, at most 1")
         if not 0 <= self.discover_near < 1:
             raise MansuError(f"mansu: discover_near={self.discover_near}; choose a share in [0, 1)")
+        if self.adversary_facts < 0:
+            raise MansuError(f"mansu: adversary_facts={self.adversary_facts}; choose 0 (a quarter) or more")
         if self.fisher_budget < 0:
             raise MansuError(f"mansu: fisher_budget={self.fisher_budget} nats; choose 0 (none) or more")
         if self.fisher_budget and not self.fisher:
