@@ -153,8 +153,8 @@ class EdgeScores:
         Args:
             model: the model that was scored.
             metric: what its metric is called.
-            metric_clean, metric_corrupt: its means over the prompts, which the result does not hold; without them the
-                residual is NaN too.
+            metric_clean: its mean over the clean prompts, which the result does not hold; without it the residual is NaN.
+            metric_corrupt: the same over the corrupt prompts.
 
         Raises:
             MansuError: a result of another model, or without edge scores.

@@ -78,7 +78,12 @@ class PromptPairs:
         """Pairs from token ids; without `lengths` and masks there is no padding.
 
         Args:
-            clean, corrupt: [pair, pos]. answers: [pair]. distractors: [pair, option] or [pair].
+            clean: [pair, pos].
+            corrupt: [pair, pos].
+            answers: [pair].
+            distractors: [pair, option] or [pair].
+            lengths: real tokens of each pair.
+            labels: a name for each pair.
             attention_mask: 1 on real tokens of the clean prompts, padded on the left or on the right.
             corrupt_mask: the same for the corrupt prompts, where it differs.
 
