@@ -164,7 +164,9 @@ def _command_line() -> str:
             named = parameter.opts + parameter.secondary_opts if parameter.param_type_name == "option" else [
                 (parameter.name or "").upper()
             ]  # fmt: skip
-            default = "required" if parameter.required else "" if parameter.default is None else f"`{parameter.default}`"
+            default = (
+                "required" if parameter.required else "" if parameter.default is None else f"`{parameter.default}`"
+            )
             text = (getattr(parameter, "help", "") or "").replace("|", "\\|")
             rows.append(f"| {', '.join(f'`{n}`' for n in named)} | {default} | {text} |")
         parts.append(f"## `mansu-tl {name}`\n\n{(command.help or '').strip()}\n\n" + "\n".join(rows))

@@ -17,6 +17,18 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs, Questions
 from mansu_tl.errors import MansuError
 
+__all__ = [
+    "METRICS",
+    "Accuracy",
+    "Metric",
+    "accuracy",
+    "answer_log_prob",
+    "choice_log_odds",
+    "kl_divergence",
+    "last_logits",
+    "logit_difference",
+]
+
 Metric = Callable[[Float[Tensor, "pair vocab"], PromptPairs], Float[Tensor, " pair"]]
 
 
@@ -125,3 +137,7 @@ def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, b
         log_odds=options[:, 0] - others.logsumexp(1),
         facts=questions.facts,
     )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

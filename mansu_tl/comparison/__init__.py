@@ -6,3 +6,7 @@ from mansu_tl.comparison.run import ComparisonResult, compare
 from mansu_tl.comparison.tables import properties, summary
 
 __all__ = ["Comparison", "ComparisonResult", "compare", "figures", "full", "properties", "quick", "summary"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,6 +10,7 @@ where a cosine is not (b may be close to zero).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,7 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
+from mansu_tl.notebook import Result, Table
 
 _RESAMPLES = 2000
 
@@ -49,7 +51,7 @@ class CircuitScores:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(Result):
     """CAD of one model against the original.
 
     Attributes:
@@ -110,8 +112,8 @@ class Divergence:
         low, high = self.interval
         return f"Divergence({self.label}: CAD {self.value:.3f} [{low:.3f}, {high:.3f}], mass loss {self.mass_loss:.3f})"
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self!r}</b></p>{self.edges.head(10).to_html(index=False, float_format='{:.4f}'.format)}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.edges, "scores before and after", "{:.4f}".format, rows=10),)
 
 
 def circuit_scores(

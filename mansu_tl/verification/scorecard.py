@@ -19,6 +19,7 @@ from mansu_tl.data import Questions, Task
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Accuracy, accuracy
+from mansu_tl.notebook import Result, Table
 from mansu_tl.quantization import quantize
 from mansu_tl.verification.divergence import CircuitScores, circuit_divergence, circuit_scores
 from mansu_tl.verification.intervals import interval_over_facts
@@ -62,7 +63,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Scorecard:
+class Scorecard(Result):
     """The rows, and whether all of them pass.
 
     Attributes:
@@ -110,10 +111,11 @@ class Scorecard:
     def __repr__(self) -> str:
         return f"Scorecard({self.title}: {sum(row.passed for row in self.rows)} of {len(self.rows)} rows pass)"
 
-    def _repr_html_(self) -> str:
+    def _tables(self) -> Sequence[Table]:
         frame = self.to_dataframe()
         frame["passed"] = frame["passed"].map({True: "✓ pass", False: "✗ fail"})
-        return f"<p><b>{self!r}</b></p>{frame.to_html(index=False, float_format='{:.2f}'.format, na_rep='')}"
+        # A verdict hides no row.
+        return (Table(frame, form="{:.2f}".format, rows=len(frame)),)
 
 
 def scorecard(
