@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ _LINK = re.compile(r"(!?\[[^\]]*\])\(([^)#\s]+)(#[^)\s]*)?\)")
 
 def on_config(config: Any) -> Any:
     """Put every notebook into the navigation."""
+    # A site that is served reads the sources again.
+    _tree.cache_clear()
+    _file.cache_clear()
     for section in config.nav:
         if "Tutorials" in section:
             section["Tutorials"] = [{_title(path): f"tutorials/{path.stem}.md"} for path in notebooks()]
@@ -173,6 +177,7 @@ def _command_line() -> str:
     return "\n\n".join(parts)
 
 
+@cache
 def _file(path: str) -> Path | None:
     place = ROOT.joinpath(*path.split("."))
     for file in (place / "__init__.py", place.with_suffix(".py")):
@@ -181,6 +186,7 @@ def _file(path: str) -> Path | None:
     return None
 
 
+@cache
 def _tree(package: str) -> ast.Module:
     file = _file(package)
     if file is None:

@@ -53,7 +53,7 @@ _PENALTY = 20.0
 
 
 @dataclass(frozen=True)
-class MethodResult:
+class MethodResult(Result):
     """What one method did to one model.
 
     Attributes:
@@ -71,6 +71,14 @@ class MethodResult:
     statistics: UpdateStatistics
     certificate: Certificate | None
     folder: Path | None
+
+    def __repr__(self) -> str:
+        cad = ", ".join(f"{name or 'full precision'} {value.value:.2f}" for name, value in self.divergences.items())
+        passed = sum(row.passed for row in self.card.rows)
+        return f"MethodResult({self.edit.method}: {passed} of {len(self.card.rows)} rows pass; CAD {cad})"
+
+    def _tables(self) -> Sequence[Table]:
+        return self.card._tables()
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,9 @@ class Study(Result):
                 for q in study.config.quantizers:
                     rows.append(_summary_row(Path(name).name or name, method, q, result))
         return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        return f"Study({self.folder}: {', '.join(self.results)} on {', '.join([self.config.model, *self.also])})"
 
     def _tables(self) -> Sequence[Table]:
         return (Table(self.summary(), form="{:.2f}".format, rows=24),)

@@ -49,6 +49,9 @@ class ComparisonResult(Result):
         """The tidy table."""
         return self.table
 
+    def __repr__(self) -> str:
+        return f"ComparisonResult({self.folder}: {len(self.table)} measurements, {len(self.searches)} learning rates tried)"
+
     def _tables(self) -> Sequence[Table]:
         return (Table(properties(self.table), rows=60),)
 

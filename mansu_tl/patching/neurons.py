@@ -72,6 +72,10 @@ class NeuronScores(Result):
         names: dict[str, Any] = {"positions": tuple(facts.pop("positions"))}
         return cls(**tensors, **names, **facts)
 
+    def __repr__(self) -> str:
+        layers, neurons = self.tensor.shape
+        return f"NeuronScores({layers} x {neurons} neurons, gradient at {self.at}, {self.metric})"
+
     def _tables(self) -> Sequence[Table]:
         return (Table(self.to_dataframe(), "largest |score| first", "{:.4f}".format, rows=10),)
 

@@ -105,6 +105,12 @@ class PatchingResult(Result):
             baseline=self.pair_corrupt if self.direction == "denoising" else self.pair_clean,
         )
 
+    def __repr__(self) -> str:
+        return (
+            f"PatchingResult({self.direction} {self.component}: {len(self.rows)} {self.row_axis} x {len(self.columns)} "
+            f"{self.column_axis}, {self.metric} {self.metric_corrupt:.3g} -> {self.metric_clean:.3g})"
+        )
+
     def _tables(self) -> Sequence[Table]:
         caption = f"{self.row_axis} by {self.column_axis}, 1 = the whole clean-corrupt difference"
         return (Table(self.to_dataframe(), caption, "{:.2f}".format, rows=32, index=True),)

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
@@ -129,6 +130,7 @@ def scorecard(
     title: str = "edited",
     original_scores: CircuitScores | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> Scorecard:
     """Measure an edited model against its original, in full precision and under every quantizer named.
 
@@ -138,13 +140,14 @@ def scorecard(
     Args:
         original_scores: the original's `circuit_scores` on the task's forget pairs, to reuse them.
         seed: of the bootstrap.
+        progress: show a bar over the quantizers.
     """
     limits = bounds or Bounds()
     if original_scores is None:
         original_scores = circuit_scores(model, circuit, task.forget_pairs)
     before, after = _answers(model, task), _answers(edited, task)
     rows = _forgetting(before, after, task, "", limits, seed) + _retention(before, after, "", limits, seed)
-    for name in quantizers:
+    for name in tqdm(quantizers, desc=f"scorecard {title}", unit="quantizer", disable=not progress):
         q_model, q_edited = (quantize(each, name, task.retain_text) for each in (model, edited))
         q_before, q_after = _answers(q_model, task), _answers(q_edited, task)
         rows += _forgetting(q_before, q_after, task, name, limits, seed)
