@@ -168,13 +168,21 @@ def _command_line() -> str:
             named = parameter.opts + parameter.secondary_opts if parameter.param_type_name == "option" else [
                 (parameter.name or "").upper()
             ]  # fmt: skip
-            default = (
-                "required" if parameter.required else "" if parameter.default is None else f"`{parameter.default}`"
-            )
+            default = "required" if parameter.required else _default(parameter)
             text = (getattr(parameter, "help", "") or "").replace("|", "\\|")
             rows.append(f"| {', '.join(f'`{n}`' for n in named)} | {default} | {text} |")
         parts.append(f"## `mansu-tl {name}`\n\n{(command.help or '').strip()}\n\n" + "\n".join(rows))
     return "\n\n".join(parts)
+
+
+def _default(parameter: Any) -> str:
+    if parameter.default is None:
+        return ""
+    if isinstance(parameter.default, bool):
+        if parameter.secondary_opts:
+            return f"`{(parameter.opts if parameter.default else parameter.secondary_opts)[0]}`"
+        return "on" if parameter.default else "off"
+    return f"`{parameter.default}`"
 
 
 @cache

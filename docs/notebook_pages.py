@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.DOTALL)
 # What a page can show, best first.
 _IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
 
@@ -27,13 +29,30 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
         source = _text(cell["source"])
         if cell["cell_type"] == "markdown":
             # Markdown inside a hidden answer is rendered, as Jupyter does.
-            parts.append(re.sub(r"<(details|summary)>", r'<\1 markdown="1">', source))
+            parts.append(re.sub(r"<(details|summary)>", r'<\1 markdown="1">', _with_formulas(source)))
         elif cell["cell_type"] == "code" and source.strip():
             parts.append(_fenced(source, "python"))
             for output in _joined(cell["outputs"]):
                 parts.append(_shown(output, f"{path.stem}_{number}", images))
     link = f'*The notebook itself: [{path.name}]({path.name}){{ download="{path.name}" }}*'
     return "\n\n".join([*parts[:1], link, *parts[1:]]) + "\n", images
+
+
+def _with_formulas(source: str) -> str:
+    """TeX between dollars as MathML, which browsers draw by themselves; code is left alone."""
+    pieces = _CODE.split(source)
+    for i in range(0, len(pieces), 2):
+        pieces[i] = _FORMULA.sub(lambda m: _mathml(m[1] or m[2], block=bool(m[1])), pieces[i])
+    return "".join(pieces)
+
+
+def _mathml(tex: str, block: bool) -> str:
+    from latex2mathml.converter import convert
+
+    mathml = convert(" ".join(tex.split()), display="block" if block else "inline")
+    # Marks of Markdown that are left in a formula.
+    mathml = mathml.replace("*", "&#42;").replace("_", "&#95;")
+    return f"\n\n<div>{mathml}</div>\n\n" if block else f"<span>{mathml}</span>"
 
 
 def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

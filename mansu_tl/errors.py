@@ -15,7 +15,7 @@ _SHORT_MODES = ("Context", "Minimal")
 
 
 class MansuError(ValueError):
-    """Bad input: the message is one line that names the thing, its value and the way out.
+    """Bad input, a `ValueError`: one line that names the thing, its value and the way out.
 
     IPython and Jupyter show it with the line of the cell that caused it and without the calls inside the package:
     `%tb Verbose` shows those of the last error, `%xmode Verbose` of every error from then on. The command line prints it

@@ -119,6 +119,18 @@ def test_a_notebook_becomes_a_page_with_its_outputs(hooks: ModuleType, tmp_path:
         hooks.notebook_page(path)
 
 
+def test_formulas_are_drawn_without_a_script_and_money_and_code_stay(hooks: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("latex2mathml", reason="pip install 'mansu-tl[docs]'")
+    path = tmp_path / "08_math.ipynb"
+    source = "$$a\n= \\frac{1}{2}$$\n\nand $x_1 * y$, from $5 to $10, `$PATH and $HOME`"
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": source}]}), encoding="utf-8")
+    page, _ = hooks.notebook_page(path)
+    assert page.count("<math") == 2
+    assert "<mfrac>" in page
+    assert 'display="block"' in page
+    assert "from $5 to $10, `$PATH and $HOME`" in page
+
+
 def test_the_citation_is_valid_and_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors", "type", "version", "license", "references"} <= set(citation)
@@ -158,5 +170,5 @@ def test_the_site_builds_offline_without_a_warning(tmp_path: Path, hooks: Module
     circuit = pages["reference/circuit.html"]
     assert 'id="mansu_tl.circuit.scores.EdgeScores"' in circuit
     # Axis names arrive as they were written, a single one included.
-    assert "&quot;writer reader&quot;" in circuit
-    assert "&quot; pair&quot;" in pages["reference/data.html"]
+    assert '"writer reader"' in circuit
+    assert '" pair"' in pages["reference/data.html"]
