@@ -1,13 +1,14 @@
 # Two commands do everything on a fresh machine with Python >= 3.10:
 #   make demo   sets up .venv, installs the package, runs the whole road and prints where the report is
 #   make test   the same set-up, then the checks and the tests
+# and make docs builds the documentation into site/.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # One thread each: models this small gain from a second process, not from a second thread.
 WORKERS ?= 2
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint figures docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mansu-tl demo --out runs/demo
@@ -19,6 +20,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check mansu_tl tests
 	$(BIN)/ruff check mansu_tl tests
 	$(BIN)/mypy
+
+# Offline, and any warning fails it; the variable only silences an advertisement of mkdocs-material.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,4 +40,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -82,3 +82,10 @@ __all__ = [
     "unlearn",
     "update_statistics",
 ]
+
+# What else completion offers: the rooms that hold the rest.
+_ROOMS = ("circuit", "data", "metrics", "models", "patching", "quantization", "unlearning", "verification")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS])

@@ -6,9 +6,10 @@ knowledge.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -16,6 +17,19 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Questions
 from mansu_tl.errors import MansuError
+from mansu_tl.notebook import Result, Table
+
+__all__ = [
+    "METRICS",
+    "Accuracy",
+    "Metric",
+    "accuracy",
+    "answer_log_prob",
+    "choice_log_odds",
+    "kl_divergence",
+    "last_logits",
+    "logit_difference",
+]
 
 Metric = Callable[[Float[Tensor, "pair vocab"], PromptPairs], Float[Tensor, " pair"]]
 
@@ -72,7 +86,7 @@ def last_logits(
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class Accuracy(Result):
     """How a model answers a question set, question by question.
 
     Attributes:
@@ -96,6 +110,21 @@ class Accuracy:
     def cloze_percent(self) -> float:
         """Cloze accuracy, in percent."""
         return 100 * self.cloze.double().mean().item()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a question: its fact, both verdicts, and the log-odds in nats."""
+        return pd.DataFrame(
+            {
+                "fact": self.facts,
+                "multiple_choice": self.multiple_choice.tolist(),
+                "cloze": self.cloze.tolist(),
+                "log_odds": self.log_odds.tolist(),
+            }
+        )
+
+    def _tables(self) -> Sequence[Table]:
+        frame = self.to_dataframe().sort_values("log_odds", kind="stable")
+        return (Table(frame, "lowest log-odds first", "{:.2f}".format, rows=8),)
 
     def __repr__(self) -> str:
         return f"Accuracy({len(self.facts)} questions: MC {self.mc_percent:.1f} %, cloze {self.cloze_percent:.1f} %)"
@@ -125,3 +154,7 @@ def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, b
         log_odds=options[:, 0] - others.logsumexp(1),
         facts=questions.facts,
     )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -11,7 +11,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from mansu_tl.data import PromptPairs, Task
 from mansu_tl.files import write_text
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint, load, save
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching import PatchingResult, activation_patching
 from mansu_tl.quantization import UpdateStatistics, quantize, update_statistics
 from mansu_tl.stages import Stages, task_key
@@ -52,7 +53,7 @@ _PENALTY = 20.0
 
 
 @dataclass(frozen=True)
-class MethodResult:
+class MethodResult(Result):
     """What one method did to one model.
 
     Attributes:
@@ -71,9 +72,17 @@ class MethodResult:
     certificate: Certificate | None
     folder: Path | None
 
+    def __repr__(self) -> str:
+        cad = ", ".join(f"{name or 'full precision'} {value.value:.2f}" for name, value in self.divergences.items())
+        passed = sum(row.passed for row in self.card.rows)
+        return f"MethodResult({self.edit.method}: {passed} of {len(self.card.rows)} rows pass; CAD {cad})"
+
+    def _tables(self) -> Sequence[Table]:
+        return self.card._tables()
+
 
 @dataclass(frozen=True)
-class Study:
+class Study(Result):
     """Everything that a study found on one model.
 
     Attributes:
@@ -109,10 +118,11 @@ class Study:
                     rows.append(_summary_row(Path(name).name or name, method, q, result))
         return pd.DataFrame(rows)
 
-    def _repr_html_(self) -> str:
-        return (
-            f"<p><b>Study in {self.folder}</b></p>{self.summary().to_html(index=False, float_format='{:.2f}'.format)}"
-        )
+    def __repr__(self) -> str:
+        return f"Study({self.folder}: {', '.join(self.results)} on {', '.join([self.config.model, *self.also])})"
+
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.summary(), form="{:.2f}".format, rows=24),)
 
 
 def run_study(config: StudyConfig, out: str | PathLike[str], *, progress: bool = True) -> Study:

@@ -35,3 +35,7 @@ __all__ = [
     "random_faithfulness",
     "random_mask",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -25,10 +25,11 @@ from mansu_tl.circuit.selection import greedy_mask, threshold_mask, top_mask
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import fingerprint
+from mansu_tl.notebook import Result, Table
 
 
 @dataclass(frozen=True)
-class Circuit:
+class Circuit(Result):
     """Edges chosen from a model's graph.
 
     Attributes:
@@ -238,9 +239,8 @@ class Circuit:
             f"Circuit({self.n_edges} edges, {len(self.nodes)} nodes, faithfulness {self.faithfulness:.3f}; {self.how})"
         )
 
-    def _repr_html_(self) -> str:
-        top = self.to_dataframe().head(10).to_html(index=False, float_format=lambda v: f"{v:.4f}")
-        return f"<p><b>{self!r}</b><br>largest ten by |score|:</p>{top}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "largest |score| first", "{:.4f}".format, rows=10),)
 
 
 def _require_size(scores: EdgeScores, n: int) -> None:

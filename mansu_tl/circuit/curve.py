@@ -32,6 +32,7 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.runs import metric_name
 
@@ -39,7 +40,7 @@ MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
-class FaithfulnessCurve:
+class FaithfulnessCurve(Result):
     """Faithfulness of the circuits of growing size that a method's scores give.
 
     Attributes:
@@ -143,9 +144,8 @@ class FaithfulnessCurve:
             f"{self.cmd:.3f}, {self.edges_to_reach()} of {self.n_edges} edges for 0.85)"
         )
 
-    def _repr_html_(self) -> str:
-        table = self.to_dataframe().to_html(index=False, float_format=lambda v: f"{v:.3f}")
-        return f"<p><b>{self!r}</b></p>{table}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), form="{:.3f}".format, rows=24),)
 
 
 def faithfulness_curve(

@@ -45,6 +45,7 @@ def discover_circuit(
         select: "top" takes the strongest edges, "greedy" grows the circuit from the logits.
         by: "absolute" ranks by |score|, "signed" takes what supports the answer first and what hinders it last.
         ablation: what edges outside the circuit carry; their values on the corrupt prompts where not given.
+        progress: show progress bars.
 
     Raises:
         MansuError: a target outside (0, 1], an unknown selection, pairs on which the model shows no difference, or a
@@ -58,7 +59,7 @@ def discover_circuit(
     grid = sorted({round(total ** (i / (_GRID - 1))) for i in range(_GRID)})
     below, at = 0, None
     while at is None or at - below > 1:
-        values = _faithfulness_of_sizes(model, scores, grid, pairs, select, by, ablation, metric, batch_size)
+        values = _faithfulness_of_sizes(model, scores, grid, pairs, select, by, ablation, metric, batch_size, progress)
         reached = [i for i, v in enumerate(values) if v >= faithfulness]
         if not reached:
             if at is None:
@@ -85,7 +86,8 @@ def _faithfulness_of_sizes(
     ablation: Ablation | None,
     metric: Metric,
     batch_size: int,
+    progress: bool,
 ) -> list[float]:
     groups = kv_groups(scores.writers, scores.readers)
     masks = [prune(selected_mask(scores, n, select, by), scores.writers, scores.readers, groups) for n in sizes]
-    return relative(model, torch.stack(masks).float(), pairs, ablation, metric, batch_size)
+    return relative(model, torch.stack(masks).float(), pairs, ablation, metric, batch_size, progress)

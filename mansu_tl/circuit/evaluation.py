@@ -14,6 +14,7 @@ ablated value, by default that of the corrupt prompt):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -35,6 +36,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.runs import chunks, measured, metric_name, run
 
@@ -43,7 +45,7 @@ _MASKS = 256
 
 
 @dataclass(frozen=True)
-class Minimality:
+class Minimality(Result):
     """What every edge and every node of a circuit is worth to it.
 
     Attributes:
@@ -122,9 +124,8 @@ class Minimality:
             "edges cost nothing)"
         )
 
-    def _repr_html_(self) -> str:
-        top = self.to_dataframe().head(10).to_html(index=False, float_format=lambda v: f"{v:.4f}")
-        return f"<p><b>{self!r}</b><br>the ten edges that are worth most:</p>{top}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "edges that are worth most first", "{:.4f}".format, rows=10),)
 
 
 _TENSORS = ("edge_drops", "node_drops", "mask")

@@ -17,10 +17,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
 from mansu_tl.models import ComponentMap, component_map
+from mansu_tl.notebook import Result
 
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(Result):
     """Writers, readers and the edges that exist between them.
 
     Attributes:
@@ -51,6 +52,9 @@ class Graph:
     def n_edges(self) -> int:
         """How many edges exist."""
         return int(self.exists.sum())
+
+    def __repr__(self) -> str:
+        return f"Graph({len(self.writers)} writers, {len(self.readers)} readers, {self.n_edges} edges)"
 
     def mask(self, edges: Iterable[tuple[str, str]]) -> Bool[Tensor, "writer reader"]:
         """The edges as a mask.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -9,10 +10,11 @@ import pandas as pd
 from mansu_tl.circuit.circuit import Circuit
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
+from mansu_tl.notebook import Result, Table
 
 
 @dataclass(frozen=True)
-class Conflict:
+class Conflict(Result):
     """What a forget circuit and a retain circuit share.
 
     A node is in conflict if it writes along some edge of either circuit; its score in a circuit is the sum over its
@@ -66,9 +68,8 @@ class Conflict:
             f"Jaccard {self.node_jaccard:.3f})"
         )
 
-    def _repr_html_(self) -> str:
-        top = self.to_dataframe().head(10).to_html(index=False, float_format=lambda v: f"{v:.4f}")
-        return f"<p><b>{self!r}</b><br>the ten most contested nodes:</p>{top}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "most contested nodes first", "{:.4f}".format, rows=10),)
 
 
 def conflict(forget: Circuit, retain: Circuit) -> Conflict:

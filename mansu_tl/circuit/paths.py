@@ -26,6 +26,7 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.runs import metric_name
 
@@ -33,7 +34,7 @@ DIRECTIONS = ("noising", "denoising")
 
 
 @dataclass(frozen=True)
-class PathEffects:
+class PathEffects(Result):
     """What messages along edges do to the metric.
 
     Attributes:
@@ -100,8 +101,8 @@ class PathEffects:
         how = "together" if self.together else "one by one"
         return f"PathEffects({len(self.edges)} edges {how}, {self.direction}, {self.metric})"
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self!r}</b></p>" + self.to_dataframe().to_html(index=False, float_format=lambda v: f"{v:.4f}")
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), form="{:.4f}".format),)
 
 
 def path_patching(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -20,10 +21,11 @@ from mansu_tl.circuit.graph import Graph, layer_of, reader_kind, require_names
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import fingerprint
+from mansu_tl.notebook import Result, Table
 
 
 @dataclass(frozen=True)
-class EdgeScores:
+class EdgeScores(Result):
     """How much each edge supports the answer: positive = it does.
 
     Attributes:
@@ -153,8 +155,8 @@ class EdgeScores:
         Args:
             model: the model that was scored.
             metric: what its metric is called.
-            metric_clean, metric_corrupt: its means over the prompts, which the result does not hold; without them the
-                residual is NaN too.
+            metric_clean: its mean over the clean prompts, which the result does not hold; without it the residual is NaN.
+            metric_corrupt: the same over the corrupt prompts.
 
         Raises:
             MansuError: a result of another model, or without edge scores.
@@ -193,6 +195,5 @@ class EdgeScores:
             f"{self.metric_corrupt:.3g} -> {self.metric_clean:.3g}, residual {self.residual:.2g})"
         )
 
-    def _repr_html_(self) -> str:
-        top = self.to_dataframe().head(10).to_html(index=False, float_format=lambda v: f"{v:.4f}")
-        return f"<p><b>{self!r}</b><br>largest ten by |score|:</p>{top}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "largest |score| first", "{:.4f}".format, rows=10),)

@@ -17,3 +17,7 @@ __all__ = [
     "quick",
     "summary",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from os import PathLike
@@ -23,6 +24,7 @@ from mansu_tl.comparison.tables import properties, summary
 from mansu_tl.errors import MansuError
 from mansu_tl.files import write_text, write_whole
 from mansu_tl.models import fingerprint
+from mansu_tl.notebook import Result, Table
 from mansu_tl.stages import Stages, task_key
 from mansu_tl.unlearning import Edit, unlearn
 from mansu_tl.unlearning.search import Search, search
@@ -31,7 +33,7 @@ _PACKAGES = ("mansu-tl", "torch", "transformers", "transformer-lens", "bitsandby
 
 
 @dataclass(frozen=True)
-class ComparisonResult:
+class ComparisonResult(Result):
     """What a comparison found.
 
     Attributes:
@@ -48,9 +50,11 @@ class ComparisonResult:
         """The tidy table."""
         return self.table
 
-    def _repr_html_(self) -> str:
-        shown = properties(self.table)
-        return f"<p><b>Comparison in {self.folder}</b></p>{shown.to_html(index=False)}"
+    def __repr__(self) -> str:
+        return f"ComparisonResult({self.folder}: {len(self.table)} measurements, {len(self.searches)} learning rates tried)"
+
+    def _tables(self) -> Sequence[Table]:
+        return (Table(properties(self.table), rows=60),)
 
 
 def compare(

@@ -5,3 +5,7 @@ from mansu_tl.data.positions import Positions, positions
 from mansu_tl.data.task import Questions, Sequences, Task
 
 __all__ = ["Positions", "PromptPairs", "Questions", "Sequences", "Span", "Task", "positions"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

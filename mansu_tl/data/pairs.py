@@ -26,10 +26,11 @@ from mansu_tl.data.text import (
     unpadded,
 )
 from mansu_tl.errors import MansuError
+from mansu_tl.notebook import Result
 
 
 @dataclass(frozen=True)
-class Span:
+class Span(Result):
     """A named stretch of positions in every pair, from `start` up to but not including `stop`."""
 
     name: str
@@ -38,7 +39,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class PromptPairs:
+class PromptPairs(Result):
     """Token pairs with one-token answers.
 
     Inside, prompts are always right-padded and positions count from each prompt's first token; that is what a
@@ -78,7 +79,12 @@ class PromptPairs:
         """Pairs from token ids; without `lengths` and masks there is no padding.
 
         Args:
-            clean, corrupt: [pair, pos]. answers: [pair]. distractors: [pair, option] or [pair].
+            clean: [pair, pos].
+            corrupt: [pair, pos].
+            answers: [pair].
+            distractors: [pair, option] or [pair].
+            lengths: real tokens of each pair.
+            labels: a name for each pair.
             attention_mask: 1 on real tokens of the clean prompts, padded on the left or on the right.
             corrupt_mask: the same for the corrupt prompts, where it differs.
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.errors import MansuError
+from mansu_tl.notebook import Result, Table
 
 
 @dataclass(frozen=True)
-class Sequences:
+class Sequences(Result):
     """Right-padded token sequences.
 
     Attributes:
@@ -37,9 +39,12 @@ class Sequences:
         """The same sequences on `device`."""
         return Sequences(self.tokens.to(device), self.lengths.to(device))
 
+    def __repr__(self) -> str:
+        return f"Sequences({len(self)} sequences of up to {self.tokens.shape[1]} tokens)"
+
 
 @dataclass(frozen=True)
-class Questions:
+class Questions(Result):
     """Multiple-choice questions with one-token options.
 
     Attributes:
@@ -67,9 +72,12 @@ class Questions:
         """The same questions on `device`."""
         return Questions(self.prompts.to(device), self.lengths.to(device), self.choices.to(device), self.facts)
 
+    def __repr__(self) -> str:
+        return f"Questions({len(self)} with {self.choices.shape[1]} options, {len(set(self.facts))} facts)"
+
 
 @dataclass(frozen=True)
-class Task:
+class Task(Result):
     """A forget/retain task.
 
     Attributes:
@@ -120,6 +128,10 @@ class Task:
         sets = ", ".join(f"{key} {len(value)}" for key, value in self.questions.items())
         texts = f"{len(self.forget_pairs)} forget pairs, {len(self.retain_text)} retain texts"
         return f"Task({self.name!r}: {texts}; questions: {sets})"
+
+    def _tables(self) -> Sequence[Table]:
+        rows = [{"questions": k, "number": len(v), "facts": len(set(v.facts))} for k, v in self.questions.items()]
+        return (Table(pd.DataFrame(rows)),)
 
 
 def _overlap(a: Questions, b: Questions) -> list[str]:

@@ -37,3 +37,7 @@ __all__ = [
     "rebuild",
     "save",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

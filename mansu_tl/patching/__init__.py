@@ -15,3 +15,7 @@ __all__ = [
     "neuron_attribution",
     "node_attribution",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -20,13 +20,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import NormWeights, attention_weights, component_map, norm_weights
+from mansu_tl.notebook import Result
 from mansu_tl.patching.runs import Activations, Hook, record, run
 
 KINDS = ("corrupt", "zero", "mean")
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(Result):
     """What switched-off components carry.
 
     Attributes:
@@ -36,6 +37,9 @@ class Ablation:
 
     kind: str = "corrupt"
     means: _Means | None = None
+
+    def __repr__(self) -> str:
+        return f"Ablation({self.kind})"
 
     def activations(self, model: TransformerBridge, pairs: PromptPairs) -> Activations:
         """The ablated run of some pairs: every writer at its ablated value, the streams and logits that follow.

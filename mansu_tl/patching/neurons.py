@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,11 +20,12 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, run
 
 
 @dataclass(frozen=True)
-class NeuronScores:
+class NeuronScores(Result):
     """First-order effect of restoring each MLP neuron.
 
     Attributes:
@@ -70,9 +72,12 @@ class NeuronScores:
         names: dict[str, Any] = {"positions": tuple(facts.pop("positions"))}
         return cls(**tensors, **names, **facts)
 
-    def _repr_html_(self) -> str:
-        top = self.to_dataframe().head(10).to_html(index=False, float_format="{:.4f}".format)
-        return f"<p><b>NeuronScores, {self.metric}</b><br>largest ten by |score|:</p>{top}"
+    def __repr__(self) -> str:
+        layers, neurons = self.tensor.shape
+        return f"NeuronScores({layers} x {neurons} neurons, gradient at {self.at}, {self.metric})"
+
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "largest |score| first", "{:.4f}".format, rows=10),)
 
 
 def neuron_attribution(

@@ -7,6 +7,7 @@ pattern that a patched query or key gives exactly, and multiplies its change wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,12 +25,13 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import ComponentMap, component_map
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.patterns import key_position_effects, patched_pattern_effects
 from mansu_tl.patching.runs import Hook, check, chunks, heads_last, keep, measured, metric_name, run
 
 
 @dataclass(frozen=True)
-class NodeScores:
+class NodeScores(Result):
     """First-order effect of restoring each node.
 
     Attributes:
@@ -85,11 +87,10 @@ class NodeScores:
         how = f"at the {self.at}" + (", QK fix" if self.qk_fix else "")
         return f"NodeScores({len(self.writers)} nodes, gradient {how}, {self.metric})"
 
-    def _repr_html_(self) -> str:
+    def _tables(self) -> Sequence[Table]:
         frame = self.to_dataframe()
-        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index[:10]
-        table = frame.loc[order].to_html(index=False, float_format="{:.4f}".format)
-        return f"<p><b>{self!r}</b><br>largest ten by |score|:</p>{table}"
+        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
+        return (Table(frame.loc[order], "largest |score| first", "{:.4f}".format, rows=10),)
 
 
 def node_attribution(

@@ -26,6 +26,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.cells import TITLES, Cells, require
 from mansu_tl.patching.resume import Base, record_base
@@ -33,7 +34,7 @@ from mansu_tl.patching.runs import Activations, check, chunks, measured, metric_
 
 
 @dataclass(frozen=True)
-class PatchingResult:
+class PatchingResult(Result):
     """An activation-patching sweep.
 
     Attributes:
@@ -104,8 +105,15 @@ class PatchingResult:
             baseline=self.pair_corrupt if self.direction == "denoising" else self.pair_clean,
         )
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self.component}, {self.direction}</b></p>{self.to_dataframe().to_html(float_format='{:.2f}'.format)}"
+    def __repr__(self) -> str:
+        return (
+            f"PatchingResult({self.direction} {self.component}: {len(self.rows)} {self.row_axis} x {len(self.columns)} "
+            f"{self.column_axis}, {self.metric} {self.metric_corrupt:.3g} -> {self.metric_clean:.3g})"
+        )
+
+    def _tables(self) -> Sequence[Table]:
+        caption = f"{self.row_axis} by {self.column_axis}, 1 = the whole clean-corrupt difference"
+        return (Table(self.to_dataframe(), caption, "{:.2f}".format, rows=32, index=True),)
 
 
 def activation_patching(

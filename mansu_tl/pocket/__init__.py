@@ -8,3 +8,7 @@ from mansu_tl.pocket.task import pocket_task
 from mansu_tl.pocket.world import Fact, World, build_world
 
 __all__ = ["CHECKPOINTS", "Fact", "World", "build_world", "checkpoint_folder", "pocket_task"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -38,3 +38,7 @@ __all__ = [
     "quantizers",
     "update_statistics",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

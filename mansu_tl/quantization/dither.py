@@ -25,6 +25,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import linear_weights, parameters
 from mansu_tl.models.four_bit import require_dense
+from mansu_tl.notebook import Result, Table
 from mansu_tl.quantization.grid import Grid
 from mansu_tl.quantization.registry import grid_of
 from mansu_tl.quantization.statistics import position_edges, rest_positions
@@ -35,7 +36,7 @@ _NOISES = ("signs", "normal")
 
 
 @dataclass(frozen=True)
-class Dither:
+class Dither(Result):
     """Random updates d beside their realised changes dQ = Q(w + d) - Q(w), over all quantized matrices of a model.
 
     Attributes:
@@ -119,9 +120,8 @@ class Dither:
             f"residence {', '.join(f'{value:g}' for value in self.residence.tolist())})"
         )
 
-    def _repr_html_(self) -> str:
-        table = self.to_dataframe().to_html(index=False, float_format="{:.4g}".format, na_rep="")
-        return f"<p><b>{self!r}</b></p>{table}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), rows=24),)
 
 
 @torch.no_grad()

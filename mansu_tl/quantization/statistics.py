@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import linear_weights, parameters
+from mansu_tl.notebook import Result, Table
 from mansu_tl.quantization.grid import Encoded, Grid
 from mansu_tl.quantization.registry import grid_of
 from mansu_tl.quantization.twin import orient
@@ -26,7 +28,7 @@ _POSITIONS = 41  # odd, so that a code's value lies in the middle of a bin
 
 
 @dataclass(frozen=True)
-class UpdateStatistics:
+class UpdateStatistics(Result):
     """An update d = w' - w beside its realised change dQ = Q(w') - Q(w), matrix by matrix.
 
     Rounding is nearly unbiased on ordinary weights (it acts as dither: about |d| / width of the codes change, each by a
@@ -142,8 +144,9 @@ class UpdateStatistics:
             f"cosine {total.cosine:.3g}, projection {total.projection:.3g})"
         )
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self!r}</b></p>{self.to_dataframe().to_html(index=False, float_format=lambda v: f'{v:.4g}')}"
+    def _tables(self) -> Sequence[Table]:
+        frame = self.to_dataframe()
+        return (Table(pd.concat([frame.iloc[-1:], frame.iloc[:-1]]), "the total, then by matrix"),)
 
 
 def update_statistics(

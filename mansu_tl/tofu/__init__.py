@@ -5,3 +5,7 @@ from mansu_tl.tofu.evaluate import SetScores, TofuScores, evaluate_tofu
 from mansu_tl.tofu.task import tofu_task
 
 __all__ = ["Item", "SetScores", "Tofu", "TofuScores", "evaluate_tofu", "read_tofu", "tofu_task"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

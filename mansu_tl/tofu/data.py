@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mansu_tl.errors import MansuError
+from mansu_tl.notebook import Result
 
 PER_AUTHOR = 20
 _FILES = ("forget10", "retain90", "forget10_perturbed", "retain_perturbed")
@@ -40,7 +41,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Tofu:
+class Tofu(Result):
     """The files of one folder.
 
     Attributes:

@@ -20,6 +20,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models.copies import duplicate
 from mansu_tl.models.four_bit import settle
+from mansu_tl.notebook import Result, Table
 from mansu_tl.tofu.data import Item, Tofu, prompt
 from mansu_tl.tofu.metrics import (
     answer_likelihoods,
@@ -57,7 +58,7 @@ class SetScores:
 
 
 @dataclass(frozen=True)
-class TofuScores:
+class TofuScores(Result):
     """What TOFU says about a model.
 
     Attributes:
@@ -150,9 +151,9 @@ class TofuScores:
             f"{forget.rouge.mean():.3f}; retain utility {self.retain_utility:.3f})"
         )
 
-    def _repr_html_(self) -> str:
-        table = self.to_dataframe().pivot(index="set", columns="measure", values="value")
-        return f"<p><b>{self!r}</b></p>{table.to_html(float_format='{:.3f}'.format, na_rep='')}"
+    def _tables(self) -> Sequence[Table]:
+        frame = self.to_dataframe().pivot(index="set", columns="measure", values="value")
+        return (Table(frame, form="{:.3f}".format, index=True),)
 
 
 def evaluate_tofu(

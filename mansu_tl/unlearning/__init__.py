@@ -6,3 +6,7 @@ from mansu_tl.unlearning.registry import method_title, methods, settings_of, unl
 from mansu_tl.unlearning.training import TrainingSettings
 
 __all__ = ["Edit", "MansuSettings", "TrainingSettings", "method_title", "methods", "settings_of", "unlearn"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

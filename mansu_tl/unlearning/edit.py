@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -17,10 +17,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import fingerprint, linear_weights, parameters, rebuild
+from mansu_tl.notebook import Result, Table
 
 
 @dataclass(frozen=True)
-class Edit:
+class Edit(Result):
     """A sparse change of HF parameters.
 
     Attributes:
@@ -155,5 +156,5 @@ class Edit:
     def __repr__(self) -> str:
         return f"Edit({self.method!r}: {self.n_weights} weights in {len(self.indices)} parameters)"
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self!r}</b></p>{self.to_dataframe().to_html(index=False, float_format='{:.4g}'.format)}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "by parameter"),)

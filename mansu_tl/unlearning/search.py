@@ -18,6 +18,7 @@ from mansu_tl.data import Task
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import accuracy
+from mansu_tl.notebook import Result, Table
 from mansu_tl.unlearning.registry import method_title, unlearn
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
@@ -49,7 +50,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Result):
     """What a search found.
 
     Attributes:
@@ -110,8 +111,8 @@ class Search:
             f"({best.forget:.1f}), kept sets {-best.drop:+.1f} points)"
         )
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self!r}</b></p>{self.to_dataframe().to_html(index=False, float_format='{:.4g}'.format)}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "by learning rate"),)
 
 
 def search(

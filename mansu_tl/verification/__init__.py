@@ -45,3 +45,7 @@ __all__ = [
     "scorecard",
     "unrelated_attack",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

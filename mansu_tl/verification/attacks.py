@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.errors import MansuError
+from mansu_tl.notebook import Result
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(Result):
     """Text to fine-tune on, and questions about facts that are not in it.
 
     Attributes:

@@ -11,9 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors, write_text
 from mansu_tl.models import LinearWeight
+from mansu_tl.notebook import Result, Table
 from mansu_tl.verification.library_codes import LibraryQuantizer, library_codes, library_quantizer
 from mansu_tl.verification.saved_model import SavedModel, bits, same_bits
 
@@ -72,7 +72,7 @@ class CertificateRow:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Result):
     """Which codes an edit changed, recomputed from the saved files.
 
     Attributes:
@@ -232,12 +232,13 @@ class Certificate:
             f"{self.edited_codes_changed_share:.3%} of them changed their code, {len(self.faults)} faults)"
         )
 
-    def _repr_html_(self) -> str:
-        faults = "".join(f"<li>{escape(fault)}</li>" for fault in self.faults[:10])
-        more = f"<li>and {len(self.faults) - 10} more</li>" if len(self.faults) > 10 else ""
-        claims = "".join(f"<li>{'✓' if holds else '✗'} {escape(claim)}</li>" for claim, holds in self.claims.items())
-        lists = f"<ul>{claims}</ul><ul>{faults}{more}</ul>".replace("<ul></ul>", "")
-        return f"<p><b>{escape(repr(self))}</b></p>{lists}"
+    def _notes(self) -> Sequence[Sequence[str]]:
+        more = [f"and {len(self.faults) - 10} more"] if len(self.faults) > 10 else []
+        claims = [f"{'✓' if holds else '✗'} {claim}" for claim, holds in self.claims.items()]
+        return claims, [*self.faults[:10], *more]
+
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "by matrix", rows=6),)
 
 
 def certify(

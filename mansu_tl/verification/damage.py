@@ -19,6 +19,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import last_logits
 from mansu_tl.models import attention_weights, component_map, linear_weights, mlp_weights, parameters
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import keep
 from mansu_tl.verification.intervals import interval_over_facts
 
@@ -26,7 +27,7 @@ PARTS = ("loss", "weights", "activations", "generations")
 
 
 @dataclass(frozen=True)
-class Damage:
+class Damage(Result):
     """The original against the edited model, in four tables.
 
     Attributes:
@@ -86,9 +87,12 @@ class Damage:
         same = f"{int(self.generations['same'].sum())} of {len(self.generations)} generations the same"
         return f"Damage({self.label}: loss {losses}; largest weight change {changed.max():.3f} in {worst}; {same})"
 
-    def _repr_html_(self) -> str:
-        tables = (self.loss, self.weights, self.activations, self.generations)
-        return f"<p><b>{self!r}</b></p>" + "".join(t.to_html(index=False, float_format="{:.4f}".format) for t in tables)
+    def _tables(self) -> Sequence[Table]:
+        tables = {
+            "loss, in nats": self.loss, "weights": self.weights, "activations": self.activations,
+            "generations": self.generations,
+        }  # fmt: skip
+        return [Table(frame, caption, "{:.4f}".format) for caption, frame in tables.items()]
 
 
 def damage(

@@ -14,6 +14,7 @@ positions (what was written where the subject stands counts too; UDS replaces on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -31,6 +32,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, choice_log_odds
 from mansu_tl.models import component_map
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, run
 from mansu_tl.verification.intervals import interval_over_facts
 
@@ -38,7 +40,7 @@ POSITIONS = ("all", "last")
 
 
 @dataclass(frozen=True)
-class ErasureDepth:
+class ErasureDepth(Result):
     """Drops of the metric by layer and pair, and what they come to.
 
     Attributes:
@@ -127,8 +129,8 @@ class ErasureDepth:
             f"{self.positions} positions, {self.metric})"
         )
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self!r}</b></p>{self.to_dataframe().to_html(index=False, float_format='{:.3f}'.format)}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "by layer", "{:.3f}".format, rows=40),)
 
 
 def erasure_depth(

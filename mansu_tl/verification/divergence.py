@@ -10,6 +10,7 @@ where a cosine is not (b may be close to zero).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -27,12 +28,13 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
+from mansu_tl.notebook import Result, Table
 
 _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class CircuitScores:
+class CircuitScores(Result):
     """Scores of a circuit's edges, pair by pair.
 
     Attributes:
@@ -47,9 +49,13 @@ class CircuitScores:
     readers: tuple[str, ...]
     groups: Int[Tensor, " pair"]
 
+    def __repr__(self) -> str:
+        pairs, edges = self.tensor.shape
+        return f"CircuitScores({edges} edges on {pairs} pairs, {int(self.groups.max()) + 1} facts)"
+
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(Result):
     """CAD of one model against the original.
 
     Attributes:
@@ -110,8 +116,8 @@ class Divergence:
         low, high = self.interval
         return f"Divergence({self.label}: CAD {self.value:.3f} [{low:.3f}, {high:.3f}], mass loss {self.mass_loss:.3f})"
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self!r}</b></p>{self.edges.head(10).to_html(index=False, float_format='{:.4f}'.format)}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.edges, "scores before and after", "{:.4f}".format, rows=10),)
 
 
 def circuit_scores(
@@ -122,9 +128,12 @@ def circuit_scores(
     steps: int = 5,
     metric: Metric = logit_difference,
     batch_size: int = 64,
+    progress: bool = False,
 ) -> CircuitScores:
     """EAP-IG scores of the circuit's edges on every pair; reuse them to compare one original with many models."""
-    scores = edge_attribution(model, pairs, steps=steps, metric=metric, per_pair=True, batch_size=batch_size)
+    scores = edge_attribution(
+        model, pairs, steps=steps, metric=metric, per_pair=True, batch_size=batch_size, progress=progress
+    )
     if scores.writers != circuit.writers or scores.readers != circuit.readers:
         raise MansuError("circuit: its writers and readers are not this model's; discover one on this model")
     assert scores.per_pair is not None
@@ -147,6 +156,7 @@ def circuit_divergence(
     steps: int = 5,
     metric: Metric = logit_difference,
     seed: int = 0,
+    progress: bool = False,
 ) -> Divergence:
     """CAD between two models on a circuit.
 
@@ -155,6 +165,7 @@ def circuit_divergence(
         other: the model after, or its `circuit_scores`.
         label: what `other` is, for tables and figures.
         seed: of the bootstrap.
+        progress: show progress bars.
 
     Raises:
         MansuError: the circuit has no edge, or all its scores on the original are zero.
@@ -162,7 +173,9 @@ def circuit_divergence(
     if circuit.n_edges == 0:
         raise MansuError("circuit: it has no edge, so nothing can diverge; lower the threshold or the target")
     a, b = (
-        m if isinstance(m, CircuitScores) else circuit_scores(m, circuit, pairs, steps=steps, metric=metric)
+        m
+        if isinstance(m, CircuitScores)
+        else circuit_scores(m, circuit, pairs, steps=steps, metric=metric, progress=progress)
         for m in (original, other)
     )
     mean_a, mean_b = a.tensor.double().mean(0), b.tensor.double().mean(0)

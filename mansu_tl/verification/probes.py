@@ -28,6 +28,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import component_map
 from mansu_tl.models.tree import family, submodule
+from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import keep, run
 from mansu_tl.verification.intervals import interval_over_facts
 
@@ -35,7 +36,7 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
-class Probes:
+class Probes(Result):
     """What linear probes read from each layer.
 
     Attributes:
@@ -104,8 +105,8 @@ class Probes:
             f"{100 * self.shuffled[best].double().mean():.1f} %, chance {100 * self.chance:.0f} %)"
         )
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self!r}</b></p>{self.to_dataframe().to_html(index=False, float_format='{:.2f}'.format)}"
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "by layer", "{:.2f}".format, rows=40),)
 
 
 def probe(

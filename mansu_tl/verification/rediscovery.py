@@ -10,6 +10,7 @@ which knows everything: the noise floor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,13 +27,14 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
+from mansu_tl.notebook import Result, Table
 from mansu_tl.verification.intervals import interval_over_facts
 
 ROUTES = ("every edge", "outside the old circuit", "inside the old circuit")
 
 
 @dataclass(frozen=True)
-class Rediscovery:
+class Rediscovery(Result):
     """Edge scores before, after and at the noise floor, and what each set of edges carries.
 
     Attributes:
@@ -129,9 +131,9 @@ class Rediscovery:
             f"{self.mass():.3f} (original {self.mass(0):.3f}), Jaccard {self.jaccard():.2f})"
         )
 
-    def _repr_html_(self) -> str:
-        tables = (self.to_dataframe(), self.new_edges())
-        return f"<p><b>{self!r}</b></p>" + "".join(t.to_html(index=False, float_format="{:.3f}".format) for t in tables)
+    def _tables(self) -> Sequence[Table]:
+        new = Table(self.new_edges(), "edges outside the old circuit", "{:.3f}".format)
+        return (Table(self.to_dataframe(), form="{:.3f}".format), new)
 
 
 def rediscover(

@@ -32,6 +32,7 @@ from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import accuracy, last_logits
 from mansu_tl.models import plain
 from mansu_tl.models.copies import cast
+from mansu_tl.notebook import Result, Table
 from mansu_tl.unlearning.batches import Sampler, real_targets
 from mansu_tl.verification.attacks import Attack
 from mansu_tl.verification.intervals import interval_over_facts
@@ -41,7 +42,7 @@ _MILESTONES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 @dataclass(frozen=True)
-class RelearningCurve:
+class RelearningCurve(Result):
     """What a model answers while it is fine-tuned.
 
     Attributes:
@@ -158,9 +159,9 @@ class RelearningCurve:
             f"{self.at('cloze'):.1f} %)"
         )
 
-    def _repr_html_(self) -> str:
+    def _tables(self) -> Sequence[Table]:
         frame = self.to_dataframe().drop(columns=["label", "attack", "learning_rate"])
-        return f"<p><b>{self!r}</b></p>{frame.to_html(index=False, float_format='{:.2f}'.format)}"
+        return (Table(frame, form="{:.2f}".format, rows=24),)
 
 
 def relearn(

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.notebook import Result, Table
 from mansu_tl.verification.attacks import Attack
 from mansu_tl.verification.intervals import interval_over_facts
 from mansu_tl.verification.relearning import MEASURES, RelearningCurve, measure_index, relearn
@@ -22,7 +23,7 @@ _NO_REFERENCE = ""
 
 
 @dataclass(frozen=True)
-class Relearning:
+class Relearning(Result):
     """Curves of several models under the same attacks.
 
     Attributes:
@@ -141,9 +142,8 @@ class Relearning:
             f"reference {self.reference or 'none'})"
         )
 
-    def _repr_html_(self) -> str:
-        tables = "".join(self.summary(m).to_html(index=False, float_format="{:.2f}".format) for m in MEASURES[:2])
-        return f"<p><b>{self!r}</b></p>{tables}"
+    def _tables(self) -> Sequence[Table]:
+        return [Table(self.summary(measure), measure, "{:.2f}".format, rows=24) for measure in MEASURES[:2]]
 
 
 def compare_relearning(

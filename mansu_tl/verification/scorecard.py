@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
@@ -19,6 +20,7 @@ from mansu_tl.data import Questions, Task
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Accuracy, accuracy
+from mansu_tl.notebook import Result, Table
 from mansu_tl.quantization import quantize
 from mansu_tl.verification.divergence import CircuitScores, circuit_divergence, circuit_scores
 from mansu_tl.verification.intervals import interval_over_facts
@@ -62,7 +64,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Scorecard:
+class Scorecard(Result):
     """The rows, and whether all of them pass.
 
     Attributes:
@@ -110,10 +112,11 @@ class Scorecard:
     def __repr__(self) -> str:
         return f"Scorecard({self.title}: {sum(row.passed for row in self.rows)} of {len(self.rows)} rows pass)"
 
-    def _repr_html_(self) -> str:
+    def _tables(self) -> Sequence[Table]:
         frame = self.to_dataframe()
         frame["passed"] = frame["passed"].map({True: "✓ pass", False: "✗ fail"})
-        return f"<p><b>{self!r}</b></p>{frame.to_html(index=False, float_format='{:.2f}'.format, na_rep='')}"
+        # A verdict hides no row.
+        return (Table(frame, form="{:.2f}".format, rows=len(frame)),)
 
 
 def scorecard(
@@ -127,6 +130,7 @@ def scorecard(
     title: str = "edited",
     original_scores: CircuitScores | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> Scorecard:
     """Measure an edited model against its original, in full precision and under every quantizer named.
 
@@ -136,13 +140,14 @@ def scorecard(
     Args:
         original_scores: the original's `circuit_scores` on the task's forget pairs, to reuse them.
         seed: of the bootstrap.
+        progress: show a bar over the quantizers.
     """
     limits = bounds or Bounds()
     if original_scores is None:
         original_scores = circuit_scores(model, circuit, task.forget_pairs)
     before, after = _answers(model, task), _answers(edited, task)
     rows = _forgetting(before, after, task, "", limits, seed) + _retention(before, after, "", limits, seed)
-    for name in quantizers:
+    for name in tqdm(quantizers, desc=f"scorecard {title}", unit="quantizer", disable=not progress):
         q_model, q_edited = (quantize(each, name, task.retain_text) for each in (model, edited))
         q_before, q_after = _answers(q_model, task), _answers(q_edited, task)
         rows += _forgetting(q_before, q_after, task, name, limits, seed)
