@@ -89,7 +89,9 @@ class Explorer:
         first = self.results.circuit(size).edges
         if not first:
             raise MansuError(f"explorer: no edge of the {size} strongest lies on a path; pass a larger circuit")
-        self.selection = Selection(next(iter(named)), self.results.quantizers[0], size, 0, False, first[0], "")
+        method = next(iter(named))
+        shown = pictures.telling(self.results, method, first)
+        self.selection = Selection(method, self.results.quantizers[0], size, 0, False, shown, "")
 
     @classmethod
     def of_study(cls, study: Study, task: Task | None = None, model: TransformerBridge | None = None) -> Explorer:
@@ -139,6 +141,10 @@ class Explorer:
         """Names of the weights behind the chosen item; none for the embedding."""
         return [part.name for part in parts_of(self.selection.item, self.results.model)]
 
+    def part(self) -> str | None:
+        """Name of the weights that are drawn: the chosen ones, else those with most edited; None for the embedding."""
+        return pictures.chosen_part(self.results, self.selection).name if self.parts() else None
+
     def figure(self, name: str) -> go.Figure:
         """One of `PICTURES` for what is chosen.
 
@@ -165,7 +171,7 @@ class Explorer:
             rows.append(
                 {
                     "model": self.results.title(stage),
-                    "probability of the answer": float(found.probability[pair]),
+                    "probability of the answer, %": 100 * float(found.probability[pair]),
                     "logit difference": float(found.difference[pair]),
                     "most likely token": found.likeliest[pair],
                 }

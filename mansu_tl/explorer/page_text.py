@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from mansu_tl.plots.theme import fixed
+
 if TYPE_CHECKING:
     from mansu_tl.explorer.explorer import Explorer
 
@@ -29,10 +31,10 @@ def prompts_table(explorer: Explorer) -> str:
 
 
 def answers_table(answers: pd.DataFrame) -> str:
-    """How the models answer, numbers to three digits."""
+    """How the models answer, numbers to two decimals."""
     head = "".join(f"<th>{escape(name)}</th>" for name in answers.columns)
     rows = (
-        "".join(f"<td>{escape(f'{v:.3g}' if isinstance(v, float) else str(v))}</td>" for v in row)
+        "".join(f"<td>{escape(fixed(v, 2) if isinstance(v, float) else str(v))}</td>" for v in row)
         for row in answers.itertuples(index=False)
     )
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

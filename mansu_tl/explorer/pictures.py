@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import plotly.graph_objects as go
 import torch
 
 from mansu_tl import plots
-from mansu_tl.circuit.graph import writers_behind
+from mansu_tl.circuit.graph import reader_kind, writers_behind
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer.results import ORIGINAL, Results, Stage
-from mansu_tl.explorer.selection import Item, Part, Selection, head_of, item_name, part_mask, parts_of
+from mansu_tl.explorer.selection import Edge, Item, Part, Selection, head_of, item_name, part_mask, parts_of
 from mansu_tl.models import linear_weights
 from mansu_tl.plots.stage_scores import StageScore, stage_scores
 from mansu_tl.plots.theme import fixed, theme_named
@@ -44,10 +45,10 @@ def graph(results: Results, selection: Selection) -> go.Figure:
     figure = plots.circuit_stages(
         shown,
         found,
-        title=f"Circuit of {circuit.n_edges} edges, faithfulness {fixed(circuit.faithfulness, 2)} "
-        f"({over})",
+        title=f"Circuit of {circuit.n_edges} edges, faithfulness {fixed(circuit.faithfulness, 2)} ({over})",
     )
-    figure.update_layout(height=max(560, int(figure.layout.height * 0.86)), clickmode="event")
+    figure.update_layout(height=max(560, int(figure.layout.height * 0.8)), clickmode="event")
+    figure.update_traces(cliponaxis=False, selector={"name": "nodes"})
     rings = ring_places(figure, selection.item)
     for panel in range(3):
         x, y = rings[panel]
@@ -163,13 +164,14 @@ def ruler(results: Results, selection: Selection, most: int = 24) -> go.Figure:
     grid = quantizer(selection.quantizer)
     name = part.piece.parameter
     before, after = results.matrix("", name), results.matrix(selection.method, name)
-    blocks, n_edited = _blocks(results, selection.method, part, getattr(grid, "block_size", None), before.shape[1], most)
-    title = f"{part.name}: {n_edited:,} weights edited by {results.titles[selection.method]}"
+    blocks = _blocks(results, selection.method, part, getattr(grid, "block_size", None) or before.shape[1], most)
+    count = n_edited(results, selection.method, part)
+    title = f"{part.name}: {count:,} weights edited by {results.titles[selection.method]}"
     return plots.ruler(before, after, grid, blocks=blocks, name=name, title=title)  # type: ignore[arg-type]
 
 
 def chosen_part(results: Results, selection: Selection) -> Part:
-    """The weights that the selection names, else the item's first.
+    """The weights that the selection names, else those of which the method has edited most.
 
     Raises:
         MansuError: the item has none, or none of that name.
@@ -178,7 +180,7 @@ def chosen_part(results: Results, selection: Selection) -> Part:
     if not parts:
         raise MansuError(_NO_WEIGHTS.format(item=item_name(selection.item)))
     if not selection.part:
-        return next(iter(parts.values()))
+        return max(parts.values(), key=lambda part: n_edited(results, selection.method, part))
     if selection.part not in parts:
         raise MansuError(
             f"{item_name(selection.item)}: it has no weights called {selection.part!r}; choose one of {', '.join(parts)}"
@@ -186,24 +188,34 @@ def chosen_part(results: Results, selection: Selection) -> Part:
     return parts[selection.part]
 
 
-def _blocks(
-    results: Results, method: str, part: Part, block_size: int | None, row: int, most: int
-) -> tuple[list[int], int]:
-    """The blocks that hold a part's weights, those with most edited ones, in order; and how many of the part are."""
+def n_edited(results: Results, method: str, part: Part) -> int:
+    """How many of a part's weights a method has edited."""
+    return int((part_mask(part, results.model) & results.edited(method, part.piece.parameter)).sum())
+
+
+def telling(results: Results, method: str, edges: Sequence[Edge]) -> Edge:
+    """The first of some edges that has everything to show: edited weights and an attention pattern; else the first."""
+    for edge in edges:
+        if reader_kind(edge[1]) in "qkv" and any(n_edited(results, method, p) for p in parts_of(edge, results.model)):
+            return edge
+    return edges[0]
+
+
+def _blocks(results: Results, method: str, part: Part, size: int, most: int) -> list[int]:
+    """The blocks that hold most edited weights of a part, in order; where none is edited, its first one."""
     name = part.piece.parameter
-    mine, size = part_mask(part, results.model), block_size or row
-    hits = mine & results.edited(method, name)
-    flat_mine, flat_hits = (_flat(results, name, mask) for mask in (mine, hits))
-    count = -(-len(flat_mine) // size)
-    pad = count * size - len(flat_mine)
-    own, edited = (torch.nn.functional.pad(m, (0, pad)).view(count, size).sum(1) for m in (flat_mine, flat_hits))
+    mine = part_mask(part, results.model)
+    own, edited = (_by_block(results, name, mask, size) for mask in (mine, mine & results.edited(method, name)))
     order = torch.argsort(edited, descending=True, stable=True)
-    held = [int(i) for i in order if own[i] > 0][:most]
-    return sorted(i for i in held if edited[i] > 0) or held, int(hits.sum())
+    hit = [int(i) for i in order[:most] if edited[i] > 0]
+    return sorted(hit) or [int(own.nonzero()[0])]
 
 
-def _flat(results: Results, name: str, mask: torch.Tensor) -> torch.Tensor:
-    return orient(mask, linear_weights(results.model)[name]).reshape(-1)
+def _by_block(results: Results, name: str, mask: torch.Tensor, size: int) -> torch.Tensor:
+    """How many weights of a mask lie in each block of the matrix, as the quantizer sees it."""
+    flat = orient(mask, linear_weights(results.model)[name]).reshape(-1)
+    count = -(-len(flat) // size)
+    return torch.nn.functional.pad(flat, (0, count * size - len(flat))).view(count, size).sum(1)
 
 
 def _shared(item: Item, groups: int) -> str:

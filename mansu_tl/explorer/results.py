@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, FaithfulnessCurve, edge_attribution, faithfulness_curve
-from mansu_tl.data import PromptPairs, Task
+from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import last_logits, logit_difference
 from mansu_tl.models import linear_weights, parameters
@@ -100,9 +100,7 @@ class Results:
         """Faithfulness of all sizes in the original, every other edge carrying its corrupt value."""
         return self._once(
             ("curve",),
-            lambda: faithfulness_curve(
-                self.model, self.ranking, self.pairs, self.sizes, control_seeds=_CONTROL_SEEDS
-            ),
+            lambda: faithfulness_curve(self.model, self.ranking, self.pairs, self.sizes, control_seeds=_CONTROL_SEEDS),
         )
 
     def divergence(self, stage: Stage, size: int, pair: int | None) -> Divergence:

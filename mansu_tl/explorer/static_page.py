@@ -6,7 +6,9 @@ in some sizes, and of each matrix the few blocks with most edited weights.
 
 from __future__ import annotations
 
+import gzip
 import json
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -23,8 +25,9 @@ from mansu_tl.explorer import pictures
 from mansu_tl.explorer.results import ORIGINAL, Results, Stage
 from mansu_tl.explorer.selection import Item, Selection, head_of, item_name, parts_of
 from mansu_tl.files import write_text
+from mansu_tl.plots.theme import theme_named
 
-_PAIRS, _SIZES, _BLOCKS = 8, 6, 4
+_PAIRS, _SIZES, _BLOCKS = 8, 6, 3
 _MOST_EDGES = 500  # of the largest circuit that is shown by default
 _DIGITS = 4
 
@@ -48,8 +51,9 @@ def write(
     shown_pairs = _pairs(results, selection, pairs)
     shown_sizes = _sizes(results, selection, sizes)
     data = _data(results, selection, shown_pairs, shown_sizes)
-    # "<" never appears in the JSON, so that no text can close the script element.
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    # Packed, because it says the same things many times over; and in base64 no text can close the script element.
+    packed = gzip.compress(json.dumps(data, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
+    text = b64encode(packed).decode()
     part = files("mansu_tl.explorer") / "page"
     body = (part / "page.html").read_text(encoding="utf-8")
     for name, value in (
@@ -125,19 +129,16 @@ def _data(results: Results, selection: Selection, pairs: list[int], sizes: list[
             "pair": selection.pair,
             "item": item_name(selection.item),
         },
+        "template": theme_named("light").template.to_plotly_json(),
         "graphs": graphs,
         "scatters": scatters,
         "curve": _figure(pictures.curve(results, mean)),
         "scores": scores_figures,
         "rulers": rulers,
         "attention": attention_figures,
-        "values": {
-            "|".join(stage): {item_name(i): _values(results, stage, i) for i in items} for stage in stages
-        },
+        "values": {"|".join(stage): {item_name(i): _values(results, stage, i) for i in items} for stage in stages},
         "patterns": {
-            "|".join(stage): {
-                str(pair): {h: _pattern(results, stage, pair, h) for h in heads} for pair in pairs
-            }
+            "|".join(stage): {str(pair): {h: _pattern(results, stage, pair, h) for h in heads} for pair in pairs}
             for stage in stages
         },
         "answers": {
@@ -162,6 +163,7 @@ def _rulers(results: Results, at: Selection, items: list[Item]) -> dict[str, Any
                     out[key] = _figure(pictures.ruler(results, chosen, _BLOCKS))
                 except MansuError as error:
                     out[key] = {"message": str(error)}
+                out[key]["edited"] = pictures.n_edited(results, at.method, part)
     return out
 
 
@@ -206,6 +208,15 @@ def _short(value: float) -> float:
 
 
 def _figure(figure: go.Figure) -> dict[str, Any]:
-    """A figure as plain JSON values."""
+    """A figure as plain JSON values, numbers shortened; its template is on the page once."""
     found: dict[str, Any] = json.loads(figure.to_json())
-    return {"data": found["data"], "layout": found["layout"]}
+    found["layout"].pop("template", None)
+    return _shortened({"data": found["data"], "layout": found["layout"]})
+
+
+def _shortened(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _shortened(inner) for key, inner in value.items()}
+    return [_shortened(inner) for inner in value] if isinstance(value, list) else value

@@ -111,11 +111,10 @@ class ExplorerWidget(w.VBox):  # type: ignore[misc]
                     items = [self.explorer.selection.item, *items]
                 self.controls["item"].options = [(item_name(item), item) for item in items]
             if "item" in changed:
+                self.controls["part"].value = None
                 self.controls["part"].options = self.explorer.parts()
             for name, control in self.controls.items():
-                value = getattr(self.explorer.selection, name)
-                if name != "part" or value:
-                    control.value = value
+                control.value = self.explorer.part() if name == "part" else getattr(self.explorer.selection, name)
         finally:
             self._quiet = False
 
@@ -197,5 +196,5 @@ def _controls(explorer: Explorer) -> dict[str, Any]:
         "item": w.Dropdown(
             options=[(item_name(item), item) for item in items], value=now.item, description="look at", layout=wide
         ),
-        "part": w.Dropdown(options=parts, value=parts[0] if parts else None, description="weights", layout=wide),
+        "part": w.Dropdown(options=parts, value=explorer.part(), description="weights", layout=wide),
     }

@@ -14,7 +14,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.plots.theme import new_figure, number, plain, theme_named
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_SPREAD = 0.34  # of a row, either side
+_SPREAD = 0.24  # of a row, either side
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def stage_scores(
         look,
         title or "Score at every stage",
         "Each mark is a pair; the bar is the mean over pairs, its whisker the 95 % interval over facts.",
-        height=190 + 62 * len(stages),
+        height=190 + 88 * len(stages),
     )
     shown = [plain(label) for label in labels]
     # Spread evenly within the row, the same pair at the same height in every row.
@@ -98,7 +98,7 @@ def stage_scores(
         y=list(range(len(stages))),
         mode="markers+text",
         name="mean over pairs",
-        marker={"symbol": "line-ns", "size": 34, "color": look.ink, "line": {"width": 3, "color": look.ink}},
+        marker={"symbol": "line-ns", "size": 26, "color": look.ink, "line": {"width": 3, "color": look.ink}},
         error_x={
             "type": "data",
             "symmetric": False,
@@ -120,7 +120,7 @@ def stage_scores(
     figure.update_yaxes(
         tickvals=list(range(len(stages))),
         ticktext=[plain(stage.name) for stage in stages],
-        range=[len(stages) - 0.45, -0.62],
+        range=[len(stages) - 0.55, -0.6],
         showgrid=False,
         zeroline=False,
         showline=False,

@@ -1,6 +1,11 @@
 "use strict";
-(function () {
-  const data = JSON.parse(document.getElementById("data").textContent);
+(async function () {
+  const packed = Uint8Array.from(atob(document.getElementById("data").textContent), (c) => c.charCodeAt(0));
+  if (!window.DecompressionStream) {
+    document.getElementById("hint").textContent = "This browser is too old for this page: it has no DecompressionStream.";
+    return;
+  }
+  const data = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   const state = Object.assign({ part: "" }, data.start);
   const element = (id) => document.getElementById(id);
   const items = new Map(data.items.map((item) => [item.name, item]));
@@ -15,6 +20,7 @@
   const number = (value) => Number(value.toPrecision(3)).toString().replace("-", "−");
 
   function draw(id, figure) {
+    figure.layout.template = data.template;
     Plotly.react(id, figure.data, figure.layout, config(id));
   }
 
@@ -40,7 +46,7 @@
         const place = row.insertCell();
         if (typeof cell === "number") place.className = "number";
         if (cell instanceof Node) { place.className = "words"; place.append(cell); }
-        else place.textContent = typeof cell === "number" ? number(cell) : cell;
+        else place.textContent = typeof cell === "number" ? cell.toFixed(2).replace("-", "−") : cell;
       }
     }
     return out;
@@ -71,9 +77,9 @@
         const [chance, difference, likeliest] = data.answers[stage].rows[state.pair];
         const token = document.createElement("span");
         token.textContent = likeliest;
-        return [data.answers[stage].title, chance, difference, token];
+        return [data.answers[stage].title, 100 * chance, difference, token];
       }),
-      ["clean prompt asked of", "probability of the answer", "logit difference", "most likely token"],
+      ["clean prompt asked of", "probability of the answer, %", "logit difference", "most likely token"],
     ));
   }
 
@@ -156,8 +162,9 @@
 
   function showItem() {
     const parts = items.get(state.item).parts;
-    if (!parts.includes(state.part)) state.part = parts[0] || "";
-    options(element("part"), parts.map((part) => [part, part]), state.part);
+    const edited = (part) => data.rulers[`${state.method}|${state.quantizer}|${part}`].edited;
+    if (!parts.includes(state.part)) state.part = [...parts].sort((a, b) => edited(b) - edited(a))[0] || "";
+    options(element("part"), parts.map((part) => [part, `${part}: ${edited(part)} edited`]), state.part);
     element("item").value = state.item;
     showScores();
     showAttention();
@@ -195,4 +202,5 @@
     const name = item(event.points[0].customdata);
     if (name) chooseItem(name);
   });
+  document.body.dataset.ready = "yes";
 })();
