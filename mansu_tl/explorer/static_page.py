@@ -100,7 +100,8 @@ def _data(results: Results, selection: Selection, pairs: list[int], sizes: list[
     for method in results.edits:
         stages += [(method, ""), *((method, q) for q in results.quantizers)]
     mean = replace(selection, alone=False)
-    graphs, scatters, rulers, scores_figures, attention_figures = {}, {}, {}, {}, {}
+    graphs, scatters, scores_figures, attention_figures = {}, {}, {}, {}
+    rulers: dict[str, Any] = {}
     head = next((i for i in items if head_of(i, largest.kv_groups)), None)
     for method in results.edits:
         for q in results.quantizers:

@@ -35,7 +35,7 @@ _USES = {
 }
 
 
-class ExplorerWidget(w.VBox):  # type: ignore[misc]
+class ExplorerWidget(w.VBox):
     """The explorer in a notebook.
 
     Attributes:
