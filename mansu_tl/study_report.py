@@ -29,7 +29,7 @@ def write_study_report(study: Study, *, png: bool = False) -> Path:
         plots.write_images({study.folder / "figures" / f"{name}.png": figure for name, figure in figures.items()})
     sections = [Section(heading, text, figures[name]) for name, heading, text in _TEXTS if name in figures]
     sections[0:0] = [Section("What was found", _verdict(study), table=study.summary().round(2))]
-    sections.append(Section("Every number", _TABLE_TEXT, table=_all_rows(study)))
+    sections.append(Section("Every number", _TABLE_TEXT, table=_all_rows(study), folded=True))
     return write_report(
         study.folder / "report.html",
         title=f"Unlearning {study.config.task} in {_short(study.config.model)}",
