@@ -42,8 +42,11 @@ th.number { text-align: right; }
 thead th { border-bottom: 2px solid #9aa2ac; }
 code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 footer { color: #5b6470; font-size: .86rem; padding-bottom: 40px; }
-@media print { nav, details > summary { display: none; } details::details-content { content-visibility: visible; height: auto; }
-  section { break-inside: avoid; } }
+@media print {
+  nav, details > summary { display: none; }
+  details::details-content { content-visibility: visible; height: auto; }
+  section { break-inside: avoid; }
+}
 """
 
 

@@ -17,7 +17,7 @@ from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import pictures, static_page
 from mansu_tl.explorer.results import Results
-from mansu_tl.explorer.selection import Item, Selection, item_name, parsed_item, parts_of
+from mansu_tl.explorer.selection import Item, Selection, item_name, parsed_item
 from mansu_tl.models import fingerprint, load
 from mansu_tl.quantization.registry import quantizer
 from mansu_tl.study import Study
@@ -139,7 +139,7 @@ class Explorer:
 
     def parts(self) -> list[str]:
         """Names of the weights behind the chosen item; none for the embedding."""
-        return [part.name for part in parts_of(self.selection.item, self.results.model)]
+        return [part.name for part in self.results.parts(self.selection.item)]
 
     def part(self) -> str | None:
         """Name of the weights that are drawn: the chosen ones, else those with most edited; None for the embedding."""
@@ -214,7 +214,7 @@ class Explorer:
                 raise MansuError(f"explorer: edge {item_name(new.item)} runs backwards; see items()")
         elif new.item not in (*names.writers, "logits"):
             raise MansuError(f"explorer: no node {new.item!r} in this model; see items()")
-        if new.part and new.part not in [part.name for part in parts_of(new.item, results.model)]:
+        if new.part and new.part not in [part.name for part in results.parts(new.item)]:
             raise MansuError(f"explorer: {item_name(new.item)} has no weights called {new.part!r}; see parts()")
 
     def __repr__(self) -> str:

@@ -7,17 +7,16 @@ from dataclasses import replace
 
 import plotly.graph_objects as go
 import torch
+from plotly.basedatatypes import BaseFigure
 
 from mansu_tl import plots
 from mansu_tl.circuit.graph import reader_kind, writers_behind
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer.results import ORIGINAL, Results, Stage
-from mansu_tl.explorer.selection import Edge, Item, Part, Selection, head_of, item_name, part_mask, parts_of
-from mansu_tl.models import linear_weights
+from mansu_tl.explorer.selection import Edge, Item, Part, Selection, head_of, item_name
 from mansu_tl.plots.stage_scores import StageScore, stage_scores
 from mansu_tl.plots.theme import fixed, theme_named
 from mansu_tl.quantization.registry import quantizer
-from mansu_tl.quantization.twin import orient
 from mansu_tl.verification.intervals import interval_over_facts
 
 SELECTED = "selected"
@@ -66,7 +65,7 @@ def graph(results: Results, selection: Selection) -> go.Figure:
     return figure
 
 
-def ring_places(figure: go.Figure, item: Item) -> list[tuple[list[float], list[float]]]:
+def ring_places(figure: BaseFigure, item: Item) -> list[tuple[list[float], list[float]]]:
     """Where an item is drawn in each panel of `graph`: a node at its centre, an edge at its middle."""
     out: list[tuple[list[float], list[float]]] = [([], []), ([], []), ([], [])]
     for trace in figure.data:
@@ -176,7 +175,7 @@ def chosen_part(results: Results, selection: Selection) -> Part:
     Raises:
         MansuError: the item has none, or none of that name.
     """
-    parts = {part.name: part for part in parts_of(selection.item, results.model)}
+    parts = {part.name: part for part in results.parts(selection.item)}
     if not parts:
         raise MansuError(_NO_WEIGHTS.format(item=item_name(selection.item)))
     if not selection.part:
@@ -190,32 +189,31 @@ def chosen_part(results: Results, selection: Selection) -> Part:
 
 def n_edited(results: Results, method: str, part: Part) -> int:
     """How many of a part's weights a method has edited."""
-    return int((part_mask(part, results.model) & results.edited(method, part.piece.parameter)).sum())
+    return int((results.held(part) & results.edited(method, part.piece.parameter)).sum())
 
 
 def telling(results: Results, method: str, edges: Sequence[Edge]) -> Edge:
     """The first of some edges that has everything to show: edited weights and an attention pattern; else the first."""
     for edge in edges:
-        if reader_kind(edge[1]) in "qkv" and any(n_edited(results, method, p) for p in parts_of(edge, results.model)):
+        if reader_kind(edge[1]) in "qkv" and any(n_edited(results, method, p) for p in results.parts(edge)):
             return edge
     return edges[0]
 
 
 def _blocks(results: Results, method: str, part: Part, size: int, most: int) -> list[int]:
     """The blocks that hold most edited weights of a part, in order; where none is edited, its first one."""
-    name = part.piece.parameter
-    mine = part_mask(part, results.model)
-    own, edited = (_by_block(results, name, mask, size) for mask in (mine, mine & results.edited(method, name)))
+    mine = results.held(part)
+    hits = mine & results.edited(method, part.piece.parameter)
+    own, edited = (_by_block(mask, size) for mask in (mine, hits))
     order = torch.argsort(edited, descending=True, stable=True)
     hit = [int(i) for i in order[:most] if edited[i] > 0]
     return sorted(hit) or [int(own.nonzero()[0])]
 
 
-def _by_block(results: Results, name: str, mask: torch.Tensor, size: int) -> torch.Tensor:
-    """How many weights of a mask lie in each block of the matrix, as the quantizer sees it."""
-    flat = orient(mask, linear_weights(results.model)[name]).reshape(-1)
-    count = -(-len(flat) // size)
-    return torch.nn.functional.pad(flat, (0, count * size - len(flat))).view(count, size).sum(1)
+def _by_block(mask: torch.Tensor, size: int) -> torch.Tensor:
+    """How many weights of a mask lie in each block of the matrix."""
+    count = -(-mask.numel() // size)
+    return torch.nn.functional.pad(mask.reshape(-1), (0, count * size - mask.numel())).view(count, size).sum(1)
 
 
 def _shared(item: Item, groups: int) -> str:

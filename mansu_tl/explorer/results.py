@@ -14,8 +14,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit, EdgeScores, FaithfulnessCurve, edge_attribution, faithfulness_curve
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
+from mansu_tl.explorer.selection import Item, Part, part_mask, parts_of
 from mansu_tl.metrics import last_logits, logit_difference
-from mansu_tl.models import linear_weights, parameters
+from mansu_tl.models import component_map, linear_weights, parameters
 from mansu_tl.quantization import quantize
 from mansu_tl.quantization.twin import orient
 from mansu_tl.unlearning import Edit
@@ -69,6 +70,7 @@ class Results:
     ) -> None:
         self.model, self.pairs, self.edits, self.titles = model, task.forget_pairs, dict(edits), dict(titles)
         self.quantizers, self.sizes, self.ranking = tuple(quantizers), tuple(sizes), ranking
+        self._cmap, self._linear, self._weights = component_map(model), linear_weights(model), parameters(model)
         self._calibration, self._steps = task.retain_text, steps
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._models: dict[Stage, TransformerBridge] = {}
@@ -148,19 +150,28 @@ class Results:
 
     def matrix(self, method: str, name: str) -> Float[Tensor, "out in"]:
         """A matrix of the original ("") or of an edited model, as the quantizer sees it."""
-        linear, value = linear_weights(self.model)[name], parameters(self.model)[name].detach()
+        value = self._weights[name].detach()
         if method and name in self.edits[method].indices:
             edit = self.edits[method]
             value = value.clone()
             value.view(-1)[edit.indices[name].to(value.device)] = edit.new[name].to(value)
-        return orient(value, linear)
+        return orient(value, self._linear[name])
 
-    def edited(self, method: str, name: str) -> Bool[Tensor, "rows columns"]:
-        """Which weights of a matrix, as the model stores it, a method has edited."""
-        mask = torch.zeros(parameters(self.model)[name].shape, dtype=torch.bool)
+    def parts(self, item: Item) -> tuple[Part, ...]:
+        """The weights behind an edge or node; none for the embedding and the logits."""
+        return parts_of(item, self._cmap, self._linear)
+
+    def held(self, part: Part) -> Bool[Tensor, "out in"]:
+        """Which weights of its matrix, as the quantizer sees it, belong to a part."""
+        name = part.piece.parameter
+        return orient(part_mask(part, tuple(self._weights[name].shape)), self._linear[name])
+
+    def edited(self, method: str, name: str) -> Bool[Tensor, "out in"]:
+        """Which weights of a matrix, as the quantizer sees it, a method has edited."""
+        mask = torch.zeros(self._weights[name].shape, dtype=torch.bool)
         if name in self.edits[method].indices:
             mask.view(-1)[self.edits[method].indices[name]] = True
-        return mask
+        return orient(mask, self._linear[name])
 
     def _of_circuit(self, stage: Stage, circuit: Circuit, pair: int | None) -> CircuitScores:
         rows, columns = circuit.mask.nonzero(as_tuple=True)

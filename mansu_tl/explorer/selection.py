@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.graph import reader_kind, writers_behind
 from mansu_tl.errors import MansuError
-from mansu_tl.models import ComponentMap, WeightSlice, component_map, flat_indices, linear_weights, parameters
+from mansu_tl.models import ComponentMap, WeightSlice, flat_indices
 
 Edge = tuple[str, str]
 Item = str | Edge
@@ -53,12 +53,16 @@ def item_name(item: Item) -> str:
     return item if isinstance(item, str) else f"{item[0]} → {item[1]}"
 
 
-def parts_of(item: Item, model: TransformerBridge) -> tuple[Part, ...]:
+def parts_of(item: Item, cmap: ComponentMap, linear: Container[str]) -> tuple[Part, ...]:
     """The weights behind an item: for an edge those that its reader reads with, then those that its writer writes with.
 
     The embedding and the unembedding are not quantized, so `embed` and `logits` have none; biases neither.
+
+    Args:
+        item: an edge or a node.
+        cmap: the model's components.
+        linear: names of the matrices that quantized loading quantizes.
     """
-    cmap, linear = component_map(model), linear_weights(model)
     if isinstance(item, tuple):
         names = [*_read_with(item[1]), *_written_with(item[0])]
     elif item in ("embed", "logits"):
@@ -90,9 +94,8 @@ def head_of(item: Item, kv_groups: int) -> str | None:
     return item if "H" in item else None
 
 
-def part_mask(part: Part, model: TransformerBridge) -> Bool[Tensor, "rows columns"]:
-    """Which weights of its matrix, as the model stores it, belong to a part."""
-    shape = parameters(model)[part.piece.parameter].shape
+def part_mask(part: Part, shape: tuple[int, ...]) -> Bool[Tensor, "rows columns"]:
+    """Which weights of its matrix, of this shape as the model stores it, belong to a part."""
     mask = torch.zeros(shape, dtype=torch.bool)
     mask.view(-1)[flat_indices(part.piece, shape)] = True
     return mask

@@ -23,7 +23,7 @@ from plotly.offline import get_plotlyjs
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import pictures
 from mansu_tl.explorer.results import ORIGINAL, Results, Stage
-from mansu_tl.explorer.selection import Item, Selection, head_of, item_name, parts_of
+from mansu_tl.explorer.selection import Item, Selection, head_of, item_name
 from mansu_tl.files import write_text
 from mansu_tl.plots.theme import theme_named
 
@@ -156,7 +156,7 @@ def _rulers(results: Results, at: Selection, items: list[Item]) -> dict[str, Any
     """One ruler for each part of each item, or why there is none."""
     out: dict[str, Any] = {}
     for item in items:
-        for part in parts_of(item, results.model):
+        for part in results.parts(item):
             key = f"{at.method}|{at.quantizer}|{part.name}"
             if key not in out:
                 try:
@@ -184,7 +184,7 @@ def _item(results: Results, item: Item, kv_groups: int) -> dict[str, Any]:
         "name": item_name(item),
         "edge": list(item) if isinstance(item, tuple) else None,
         "head": head_of(item, kv_groups),
-        "parts": [part.name for part in parts_of(item, results.model)],
+        "parts": [part.name for part in results.parts(item)],
     }
 
 
