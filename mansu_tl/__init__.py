@@ -4,7 +4,10 @@ The whole road on a TransformerLens `TransformerBridge`: load a model and a task
 quantize it, and measure what is left.
 """
 
+from __future__ import annotations
+
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from mansu_tl import plots
 from mansu_tl.circuit import (
@@ -34,6 +37,9 @@ from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, MansuSettings, methods, unlearn
 from mansu_tl.verification import Certificate, Divergence, Scorecard, certify, circuit_divergence, scorecard
 
+if TYPE_CHECKING:
+    from mansu_tl.explorer import explore
+
 __version__ = version("mansu-tl")
 
 __all__ = [
@@ -62,6 +68,7 @@ __all__ = [
     "conflict",
     "discover_circuit",
     "edge_attribution",
+    "explore",
     "faithfulness",
     "faithfulness_curve",
     "load",
@@ -89,3 +96,12 @@ _ROOMS = ("circuit", "data", "metrics", "models", "patching", "quantization", "u
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *_ROOMS])
+
+
+def __getattr__(name: str) -> Any:
+    # The explorer draws in widgets and is asked for in notebooks only.
+    if name == "explore":
+        from mansu_tl.explorer import explore
+
+        return explore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: #1b1f24; font: 16px/1.55 Inter, "Helvetica Neue", Arial, "Liberation Sans",
   "DejaVu Sans", sans-serif; }
-header, main, footer { max-width: 1080px; margin: 0 auto; padding: 0 20px; }
+header, main, footer { max-width: 1280px; margin: 0 auto; padding: 0 20px; }
 header { padding-top: 36px; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 12px; }
 h2 { font-size: 1.3rem; line-height: 1.25; margin: 0 0 8px; }
@@ -33,14 +33,20 @@ a { color: #0072b2; }
 section { border-top: 1px solid #e3e6ea; padding: 28px 0 16px; }
 .wide { overflow-x: auto; }
 .figure { min-width: 640px; }
-table { border-collapse: collapse; font-size: .86rem; margin: 4px 0 16px; }
+table { border-collapse: collapse; font-size: .82rem; margin: 4px 0 16px; }
 th, td { padding: 5px 12px 5px 0; text-align: left; border-bottom: 1px solid #e3e6ea; vertical-align: top; }
+td:first-child { white-space: nowrap; }
+details > summary { cursor: pointer; color: #0072b2; margin: 0 0 10px; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number { text-align: right; }
 thead th { border-bottom: 2px solid #9aa2ac; }
 code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 footer { color: #5b6470; font-size: .86rem; padding-bottom: 40px; }
-@media print { nav { display: none; } section { break-inside: avoid; } }
+@media print {
+  nav, details > summary { display: none; }
+  details::details-content { content-visibility: visible; height: auto; }
+  section { break-inside: avoid; }
+}
 """
 
 
@@ -53,12 +59,14 @@ class Section:
         text: plain text, two sentences; an empty line starts a new paragraph.
         figure: drawn under the text.
         table: shown under the text, below the figure if there is one.
+        folded: the table opens when it is clicked, or printed.
     """
 
     heading: str
     text: str
     figure: go.Figure | None = None
     table: pd.DataFrame | None = None
+    folded: bool = False
 
 
 def write_report(
@@ -127,7 +135,9 @@ def _section(number: int, section: Section) -> str:
     if section.figure is not None:
         parts.append(_figure(number, section.heading, section.figure))
     if section.table is not None:
-        parts.append(f'<div class="wide">{_table(section.table)}</div>')
+        table = f'<div class="wide">{_table(section.table)}</div>'
+        count = f"{len(section.table):,} rows"
+        parts.append(f"<details><summary>Show {count}</summary>{table}</details>" if section.folded else table)
     return f'<section id="part-{number}">\n{"".join(parts)}\n</section>\n'
 
 

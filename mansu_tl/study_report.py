@@ -9,10 +9,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl import plots
+from mansu_tl.quantization import AsymmetricGrid, Grid, quantizer
+from mansu_tl.quantization.twin import orient
 from mansu_tl.report import Section, write_report
-from mansu_tl.study import Study
+from mansu_tl.study import MethodResult, Study
 from mansu_tl.unlearning import method_title
 from mansu_tl.verification import Bounds, Divergence
+from mansu_tl.verification.saved_model import SavedModel
 
 
 def write_study_report(study: Study, *, png: bool = False) -> Path:
@@ -26,7 +29,7 @@ def write_study_report(study: Study, *, png: bool = False) -> Path:
         plots.write_images({study.folder / "figures" / f"{name}.png": figure for name, figure in figures.items()})
     sections = [Section(heading, text, figures[name]) for name, heading, text in _TEXTS if name in figures]
     sections[0:0] = [Section("What was found", _verdict(study), table=study.summary().round(2))]
-    sections.append(Section("Every number", _TABLE_TEXT, table=_all_rows(study)))
+    sections.append(Section("Every number", _TABLE_TEXT, table=_all_rows(study), folded=True))
     return write_report(
         study.folder / "report.html",
         title=f"Unlearning {study.config.task} in {_short(study.config.model)}",
@@ -46,6 +49,11 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
         "circuit": plots.circuit(study.circuit, title=f"The forget circuit of {_short(study.config.model)}"),
         "patching": plots.patching(study.patching),
         "edge_matrix": plots.edge_matrix(study.scores),
+        "circuit_stages": plots.circuit_stages(
+            study.circuit,
+            {d.label: d for d in (mansu.divergences[""], mansu.divergences[first])},
+            title=f"What became of the circuit: {mansu.card.title}",
+        ),
         "divergence": plots.circuit_divergence(_divergences(study), study.references, bound=Bounds().divergence),
         "edges_before_after": plots.divergence_scatter(
             mansu.divergences[first], title=f"Every edge of the circuit: {mansu.divergences[first].label}"
@@ -66,7 +74,25 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
     figures["scorecard"] = plots.scorecard(list(cards.values()) if len(cards) > 1 else next(iter(cards.values())))
     if mansu.certificate is not None:
         figures["certificate"] = plots.certificate(mansu.certificate)
+    on_ruler = _ruler(study, mansu)
+    if on_ruler is not None:
+        figures["ruler"] = on_ruler
     return figures
+
+
+def _ruler(study: Study, result: MethodResult) -> go.Figure | None:
+    """The matrix with most edited weights, as the saved folders hold it; None where nothing was saved or has a ruler."""
+    name = max(result.edit.indices, key=lambda n: len(result.edit.indices[n]), default=None)
+    grids = (quantizer(q) for q in study.config.quantizers)
+    # An asymmetric grid's codes lie elsewhere in every block.
+    grid = next((g for g in grids if isinstance(g, Grid) and not isinstance(g, AsymmetricGrid)), None)
+    if result.folder is None or name is None or grid is None:
+        return None
+    before, after = (SavedModel(folder) for folder in (study.folder / "model" / "original", result.folder))
+    if name not in before.linear:
+        return None
+    old, new = (orient(model.tensor(name), before.linear[name]) for model in (before, after))
+    return plots.ruler(old, new, grid, name=name.removesuffix(".weight"))
 
 
 _TEXTS = (
@@ -86,12 +112,18 @@ _TEXTS = (
      "CAD compares the circuit's edge scores before and after: 0 is an intact mechanism, 1 is none left, above 1 is an "
      "inverted one. The hatched bars are the references: quantization alone, a filter on the output, and a model that "
      "never learnt the facts."),
+    ("circuit_stages", "What became of the circuit",
+     "The same edges in the original, after the edit, and after quantization, in one layout and with one scale of widths. "
+     "What has gone thin is gone; what has turned orange with a ring now works against the answer."),
     ("edges_before_after", "Edge by edge",
      "Each mark is one edge of the circuit, its score in the original model across and in the edited, quantized model "
      "up. Marks on the diagonal are untouched, marks on the horizontal line are gone."),
     ("bins_mansu", "Large enough to count",
      "Each edited weight's change is compared with the width of its quantization bin, and the share whose code changed "
      "is drawn over it. MANSU's floor makes every edited weight cross into another code."),
+    ("ruler", "The weights on the quantizer's ruler",
+     "The matrix with most edited weights, as the saved models hold it: every edited weight is followed from where it was to "
+     "where it is and on to the code that it is rounded to. The slider steps from block to block."),
     ("bins_baseline", "Too small to count",
      "The same picture for a gradient baseline on the same base: almost every update is far smaller than a bin. On weights "
      "that rest on the quantizer's own grid such an update is rounded away whole, so the original model returns."),

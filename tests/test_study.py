@@ -18,11 +18,13 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.cli import main
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
+from mansu_tl.explorer import Explorer
 from mansu_tl.models import parameters
 from mansu_tl.study import run_study
 from mansu_tl.study_report import study_figures, write_study_report
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import Scorecard
+from tests.browser import opened
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K"
 
@@ -100,10 +102,35 @@ def test_the_report_opens_alone_and_says_what_is_in_the_study(study) -> None:
     page = path.read_text(encoding="utf-8")
     assert page.count("plotly.js v") == 1
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']https?:", page)
-    for name in study_figures(study):
-        assert name
+    figures = study_figures(study)
+    assert {"circuit_stages", "edges_before_after", "divergence", "ruler", "certificate", "scorecard"} <= set(figures)
+    assert figures["ruler"].data
+    assert page.count('class="plotly-graph-div"') == len(figures)
     assert f"{study.circuit.n_edges} of {int(study.scores.exists.sum())} edges" in page
     assert study.environment["versions"]["transformer-lens"] in page
+
+
+def test_the_report_opens_in_a_browser_without_a_network_or_a_complaint(study) -> None:
+    with opened(write_study_report(study)) as tab:
+        plots = len(study_figures(study))
+        tab.page.wait_for_function(
+            "n => document.querySelectorAll('.plotly-graph-div .main-svg').length >= n", arg=plots
+        )
+        trace = tab.page.evaluate(
+            "document.querySelector('#figure-3').data.findIndex(t => t.customdata && t.customdata.length)"
+        )
+        assert re.search(r"score [−]?\d", tab.hover("#figure-3", trace, 0))
+        assert (tab.errors, tab.dialogs, tab.requests) == ([], [], [])
+
+
+def test_a_finished_study_can_be_explored(study) -> None:
+    explorer = Explorer.of_study(study)
+    assert list(explorer.results.edits) == ["mansu", "graddiff"]
+    circuit = explorer.results.circuit(explorer.selection.size)
+    assert circuit.edges == study.circuit.edges
+    assert circuit.faithfulness == pytest.approx(study.circuit.faithfulness, abs=1e-5)
+    found = explorer.results.divergence(("mansu", "nf4"), explorer.selection.size, None)
+    assert found.value == pytest.approx(study.results["mansu"].divergences["nf4"].value, abs=1e-4)
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

@@ -1,0 +1,219 @@
+"""What the explorer shows, computed when it is first asked for and then kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.circuit import Circuit, EdgeScores, FaithfulnessCurve, edge_attribution, faithfulness_curve
+from mansu_tl.data import Task
+from mansu_tl.errors import MansuError
+from mansu_tl.explorer.selection import Item, Part, part_mask, parts_of
+from mansu_tl.metrics import last_logits, logit_difference
+from mansu_tl.models import component_map, linear_weights, parameters
+from mansu_tl.quantization import quantize
+from mansu_tl.quantization.twin import orient
+from mansu_tl.unlearning import Edit
+from mansu_tl.verification import CircuitScores, Divergence, circuit_divergence
+
+Stage = tuple[str, str]  # method and quantizer; "" = not edited, not quantized
+ORIGINAL: Stage = ("", "")
+_KEPT_MODELS = 4
+_CONTROL_SEEDS = 3
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How one model answers the clean prompts.
+
+    Attributes:
+        probability: of the answer, over the whole vocabulary.
+        difference: logit of the answer minus that of the corrupt prompt's answer, in nats.
+        likeliest: the most likely next token.
+    """
+
+    probability: Float[Tensor, " pair"]
+    difference: Float[Tensor, " pair"]
+    likeliest: tuple[str, ...]
+
+
+class Results:
+    """Results on one model and its edits, each computed once.
+
+    Attributes:
+        model: before any edit.
+        pairs: the forget pairs, which everything is measured on.
+        edits: by name.
+        titles: how each edit is written.
+        quantizers: names.
+        ranking: the scores that circuits are selected by.
+        sizes: of the circuits that can be chosen, in edges selected, ascending.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        task: Task,
+        edits: Mapping[str, Edit],
+        titles: Mapping[str, str],
+        quantizers: Sequence[str],
+        sizes: Sequence[int],
+        ranking: EdgeScores,
+        steps: int,
+    ) -> None:
+        self.model, self.pairs, self.edits, self.titles = model, task.forget_pairs, dict(edits), dict(titles)
+        self.quantizers, self.sizes, self.ranking = tuple(quantizers), tuple(sizes), ranking
+        self._cmap, self._linear, self._weights = component_map(model), linear_weights(model), parameters(model)
+        self._calibration, self._steps = task.retain_text, steps
+        self._kept: dict[tuple[Any, ...], Any] = {}
+        self._models: dict[Stage, TransformerBridge] = {}
+
+    def title(self, stage: Stage) -> str:
+        """A stage as it is written."""
+        if stage == ORIGINAL:
+            return "original"
+        return ", ".join(part for part in (self.titles[stage[0]], stage[1]) if part)
+
+    def scores(self, stage: Stage) -> Float[Tensor, "pair writer reader"]:
+        """EAP-IG scores of every edge on every pair, in one model."""
+
+        def make() -> Tensor:
+            scored = edge_attribution(self._model(stage), self.pairs, steps=self._steps, per_pair=True)
+            assert scored.per_pair is not None
+            return scored.per_pair
+
+        return self._once(("scores", stage), make)
+
+    def circuit(self, size: int) -> Circuit:
+        """The circuit of that many edges of largest |score|, with its measured faithfulness."""
+        if size not in self.sizes:
+            raise MansuError(f"explorer: size {size}; choose one of {', '.join(map(str, self.sizes))}")
+        curve = self.curve()
+        return Circuit.top(self.ranking, size, float(curve.faithfulness[curve.sizes.index(size)]))
+
+    def curve(self) -> FaithfulnessCurve:
+        """Faithfulness of all sizes in the original, every other edge carrying its corrupt value."""
+        return self._once(
+            ("curve",),
+            lambda: faithfulness_curve(self.model, self.ranking, self.pairs, self.sizes, control_seeds=_CONTROL_SEEDS),
+        )
+
+    def divergence(self, stage: Stage, size: int, pair: int | None) -> Divergence:
+        """CAD of one model against the original on the circuit of that size, over all pairs or on one."""
+
+        def make() -> Divergence:
+            circuit, pairs = self.circuit(size), self.pairs if pair is None else self.pairs[[pair]]
+            before, after = (self._of_circuit(s, circuit, pair) for s in (ORIGINAL, stage))
+            return circuit_divergence(before, after, circuit, pairs, label=self.title(stage))
+
+        return self._once(("divergence", stage, size, pair), make)
+
+    def pair_circuit(self, size: int, pair: int) -> Circuit:
+        """The circuit of that size, carrying the scores of one pair."""
+        return replace(self.circuit(size), scores=self.scores(ORIGINAL)[pair], faithfulness=float("nan"))
+
+    def answers(self, stage: Stage) -> Answers:
+        """How a model answers."""
+
+        def make() -> Answers:
+            logits = last_logits(self._model(stage), self.pairs.clean, self.pairs.lengths).cpu()
+            chance = logits.softmax(-1).gather(1, self.pairs.answers.cpu()[:, None])[:, 0]
+            likeliest = tuple(self.token(int(i)) for i in logits.argmax(-1))
+            return Answers(chance, logit_difference(logits, self.pairs.to("cpu")), likeliest)
+
+        return self._once(("answers", stage), make)
+
+    def pattern(self, stage: Stage, pair: int, head: str) -> Float[Tensor, "query key"]:
+        """What a head attends to in a pair's clean prompt."""
+        layer, _, index = head.removeprefix("L").partition("H")
+        return self._once(("patterns", stage, pair), lambda: self._patterns(stage, pair))[int(layer)][int(index)]
+
+    def tokens(self, pair: int, corrupt: bool = False) -> list[str]:
+        """A pair's prompt, token by token."""
+        row = (self.pairs.corrupt if corrupt else self.pairs.clean)[pair, : int(self.pairs.lengths[pair])]
+        return [self.token(i) for i in row.tolist()]
+
+    def token(self, i: int) -> str:
+        """One token, with the spaces that belong to it."""
+        return self.model.tokenizer.decode([i])
+
+    def label(self, pair: int) -> str:
+        """A pair's name, or its number."""
+        return self.pairs.labels[pair] if self.pairs.labels else f"pair {pair}"
+
+    def matrix(self, method: str, name: str) -> Float[Tensor, "out in"]:
+        """A matrix of the original ("") or of an edited model, as the quantizer sees it."""
+        value = self._weights[name].detach()
+        if method and name in self.edits[method].indices:
+            edit = self.edits[method]
+            value = value.clone()
+            value.view(-1)[edit.indices[name].to(value.device)] = edit.new[name].to(value)
+        return orient(value, self._linear[name])
+
+    def parts(self, item: Item) -> tuple[Part, ...]:
+        """The weights behind an edge or node; none for the embedding and the logits."""
+        return parts_of(item, self._cmap, self._linear)
+
+    def held(self, part: Part) -> Bool[Tensor, "out in"]:
+        """Which weights of its matrix, as the quantizer sees it, belong to a part."""
+        name = part.piece.parameter
+        return orient(part_mask(part, tuple(self._weights[name].shape)), self._linear[name])
+
+    def edited(self, method: str, name: str) -> Bool[Tensor, "out in"]:
+        """Which weights of a matrix, as the quantizer sees it, a method has edited."""
+        mask = torch.zeros(self._weights[name].shape, dtype=torch.bool)
+        if name in self.edits[method].indices:
+            mask.view(-1)[self.edits[method].indices[name]] = True
+        return orient(mask, self._linear[name])
+
+    def _of_circuit(self, stage: Stage, circuit: Circuit, pair: int | None) -> CircuitScores:
+        rows, columns = circuit.mask.nonzero(as_tuple=True)
+        chosen = self.scores(stage)[:, rows, columns]
+        groups = self.pairs.fact_numbers()
+        if pair is not None:
+            chosen, groups = chosen[[pair]], torch.zeros(1, dtype=torch.long)
+        writers = tuple(circuit.writers[i] for i in rows.tolist())
+        return CircuitScores(chosen, writers, tuple(circuit.readers[i] for i in columns.tolist()), groups)
+
+    @torch.no_grad()
+    def _patterns(self, stage: Stage, pair: int) -> list[Tensor]:
+        model = self._model(stage)
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Callable[..., None]:
+            def hook(pattern: Tensor, hook: object) -> None:
+                kept[layer] = pattern[0].detach().float().cpu()
+
+            return hook
+
+        layers = int(model.cfg.n_layers)
+        hooks = [(f"blocks.{i}.attn.hook_pattern", keep(i)) for i in range(layers)]
+        with model.hooks(fwd_hooks=hooks):
+            model(self.pairs.clean[[pair], : int(self.pairs.lengths[pair])])
+        return [kept[i] for i in range(layers)]
+
+    def _model(self, stage: Stage) -> TransformerBridge:
+        """The model of a stage; the last few are kept, since an edit of a large one takes time."""
+        if stage == ORIGINAL:
+            return self.model
+        if stage not in self._models:
+            method, quantizer = stage
+            if quantizer:
+                self._models[stage] = quantize(self._model((method, "")), quantizer, self._calibration)
+            else:
+                self._models[stage] = self.edits[method].apply(self.model)
+            while len(self._models) > _KEPT_MODELS:
+                del self._models[next(iter(self._models))]
+        return self._models[stage]
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
