@@ -107,6 +107,12 @@ def test_a_task_file_becomes_the_sets_it_names(tmp_path: Path) -> None:
         ([pair("forget", 3, anser="w3")], "line 1: unknown key 'anser'"),
         ([{"set": "forget", "clean": "w3"}], "line 1: 'answer' is missing"),
         ([pair("forget", 3), pair("forget", 4, distractors=["w1"]), pair("retain", 5)], "line 2: distractors"),
+        (
+            [pair("forget", 3, distractors="w1"), pair("retain", 5)],
+            "line 1: distractors 'w1'; give a list of at least one",
+        ),
+        ([pair("forget", 3), pair("forget", 4, clean="w3 w4 w5 w6 w7"), pair("retain", 5)], "line 2: clean has"),
+        ([pair("forget", 3), pair("forget", 4, answer="w7 w8"), pair("retain", 5)], "line 2: answer 'w7 w8' continues"),
         ([pair("forget", 3), pair("retain", 4, corrupt="w4")], "clean has 4 tokens, corrupt 2"),
     ],
 )

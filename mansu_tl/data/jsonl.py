@@ -122,6 +122,7 @@ def _pairs(
         [row["distractors"] for row in rows],
         prepend_bos,
         labels=[f"{_fact(row)} / line {row['line']}" for row in rows],
+        names=[f"{source}, line {row['line']}" for row in rows],
     )
 
 
@@ -140,9 +141,9 @@ def _same_width(rows: list[dict[str, Any]], source: Path) -> None:
             or len(row["distractors"]) != len(rows[0]["distractors"])
             or not row["distractors"]
         ):
+            first = "at least one" if row is rows[0] else f"as many as line {rows[0]['line']} has, at least one"
             raise MansuError(
-                f"{source}, line {row['line']}: distractors {row['distractors']!r}; give a list of as many as line "
-                f"{rows[0]['line']} has, at least one"
+                f"{source}, line {row['line']}: distractors {row['distractors']!r}; give a list of {first}"
             )
 
 

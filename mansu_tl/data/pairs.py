@@ -139,6 +139,7 @@ class PromptPairs(Result):
         prepend_bos: bool | None = None,
         labels: Sequence[str] = (),
         spans: Mapping[str, Sequence[str | tuple[str, str]]] | None = None,
+        names: Sequence[str] = (),
     ) -> PromptPairs:
         """Pairs from text; an answer must be one token when it continues its prompt.
 
@@ -147,6 +148,7 @@ class PromptPairs(Result):
             prepend_bos: put a BOS token in front (never a second one); None = what the family does, for a bare
                 tokenizer yes if it has one.
             spans: by name, per pair the piece of the prompt that it covers, or (piece of clean, piece of corrupt).
+            names: what errors call each pair; "pair 0" and so on without.
 
         Raises:
             MansuError: lists of unequal length, clean and corrupt of different token lengths (both token lists are
@@ -169,18 +171,19 @@ class PromptPairs(Result):
         answer_ids: list[int] = []
         distractor_ids: list[list[int]] = []
         for i, (a, b, answer, wrong) in enumerate(zip(clean, corrupt, answers, distractors, strict=True)):
+            name = names[i] if names else f"pair {i}"
             ids_a, ids_b = encode(tokenizer, a, wanted), encode(tokenizer, b, wanted)
             if len(ids_a) != len(ids_b):
                 raise MansuError(
-                    f"pair {i}: clean has {len(ids_a)} tokens, corrupt {len(ids_b)}: "
+                    f"{name}: clean has {len(ids_a)} tokens, corrupt {len(ids_b)}: "
                     f"{side_by_side(tokenizer, ids_a, ids_b)}; "
                     "choose a counterfactual of equal token length"
                 )
             options = [wrong] if isinstance(wrong, str) else list(wrong)
             rows.append(ids_a)
             others.append(ids_b)
-            answer_ids.append(single_token(tokenizer, a, answer, f"pair {i}: answer"))
-            distractor_ids.append([single_token(tokenizer, a, w, f"pair {i}: distractor") for w in options])
+            answer_ids.append(single_token(tokenizer, a, answer, f"{name}: answer"))
+            distractor_ids.append([single_token(tokenizer, a, w, f"{name}: distractor") for w in options])
         widths = {len(row) for row in distractor_ids}
         if len(widths) != 1:
             raise MansuError(f"prompt pairs: pairs have {sorted(widths)} distractors; give every pair the same number")
