@@ -379,6 +379,10 @@ _COMPARED = {
 }
 
 
+def _compared(table: pd.DataFrame, name: str, theme: str) -> go.Figure:
+    return comparison_figures(table, theme=theme)[name]
+
+
 def _comparison(path: Path) -> Iterator[Picture]:
     # An empty quantizer is full precision, an empty number none.
     numbers = {key: ["", "NaN"] for key in ("value", "low", "high", "control")}
@@ -390,5 +394,5 @@ def _comparison(path: Path) -> Iterator[Picture]:
             _COMPARED[kind],
             f"{COMPARE}/{path.name}",
             _COMPARE,
-            lambda theme, name=name: comparison_figures(table, theme=theme)[name],
+            partial(_compared, table, name),
         )
