@@ -105,7 +105,7 @@ class _Study:
         yield (
             "circuit_all", "scores.safetensors",
             "Every edge of the model: the 60 strongest stand out, the others are a faint layer bundled by where they go.",
-            lambda t: plots.circuit(self._everything(), theme=t),
+            lambda t: plots.circuit(self._everything(), title=f"Every edge of {self.facts['model']}", theme=t),
         )  # fmt: skip
         yield (
             "circuit_stages", f"circuit.safetensors, {mine}/cad_full.safetensors, {mine}/cad_{self.first}.safetensors",
@@ -301,7 +301,9 @@ class _Study:
 
     def _ruler(self, theme: str) -> go.Figure:
         tensors, facts = load_tensors(self.folder / "ruled.safetensors", "Ruled")
-        return plots.ruler(tensors["before"], tensors["after"], grid_of(facts["grid"]), name=facts["name"], theme=theme)
+        before, after = tensors["before"], tensors["after"]
+        name = f"{facts['name']}, its {len(before)} most edited rows"
+        return plots.ruler(before, after, grid_of(facts["grid"]), name=name, theme=theme)
 
     def _bins(self, part: str, title: str, theme: str) -> go.Figure:
         statistics = UpdateStatistics.load(self.folder / part / "updates.safetensors")

@@ -35,7 +35,9 @@ def circuit_layers(circuit: CircuitLike, *, title: str | None = None, theme: str
     grouped = summed_by_layer(frame)
     writers = tuple(dict.fromkeys(_part(name) for name in circuit.writers))
     edges = list(zip(grouped["writer"], grouped["reader"], strict=True))
-    placement = place(writers, edges, 1)
+    # In four columns of which the heads take the second, so that they stand beside the trunk and their inputs close by.
+    spare = [f"L0H{i}" for i in range(1, 4)]
+    placement = place((*writers, *spare), edges, 1, dict.fromkeys((w for w in writers if w.endswith("H0")), 1))
     figure = new_figure(
         look,
         title or f"{circuit.n_edges} edges, layer by layer",

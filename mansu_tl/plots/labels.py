@@ -8,7 +8,9 @@ import plotly.graph_objects as go
 
 from mansu_tl.plots.theme import Theme, plain
 
-_CHARACTER, _LINE, _GAP, _MARK = 6.0, 15.0, 9.0, 5.0  # pixels
+_CHARACTER, _LINE, _MARK = 6.0, 15.0, 5.0  # pixels
+# Right above first: there a line that leaves a point to the right or upward is not run over.
+_PLACES = (("left", 6, 10), ("left", 9, 0), ("right", -6, 10), ("right", -9, 0), ("left", 6, -10), ("right", -6, -10))
 _LONGEST = 34
 _Box = tuple[float, float, float, float]
 
@@ -23,7 +25,7 @@ def label_points(
     look: Theme,
     col: int = 1,
 ) -> None:
-    """Write names right of, left of, above or below their points; those that would lie on another are left out.
+    """Write names right or left of their points, above, beside or below; those that would lie on another are left out.
 
     Args:
         names: plain text, the most important first.
@@ -38,8 +40,8 @@ def label_points(
     for i, ((px, py), name) in enumerate(zip(points, names, strict=True)):
         text = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
         wide = len(text) * _CHARACTER
-        for anchor, dx, dy in (("left", _GAP, 0), ("right", -_GAP, 0), ("center", 0, 14), ("center", 0, -14)):
-            left = px + dx - {"left": 0, "right": wide, "center": wide / 2}[anchor]
+        for anchor, dx, dy in _PLACES:
+            left = px + dx - (wide if anchor == "right" else 0)
             box = (left, py + dy - _LINE / 2, left + wide, py + dy + _LINE / 2)
             others = [other for j, other in enumerate(taken) if j != i]
             if box[0] < 0 or box[2] > width or any(_overlap(box, other) for other in others):
