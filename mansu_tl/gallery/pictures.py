@@ -22,15 +22,7 @@ from mansu_tl.patching.nodes import NodeScores
 from mansu_tl.quantization import UpdateStatistics, grid_of
 from mansu_tl.quantization.flips import predicted_flips
 from mansu_tl.unlearning import MansuSettings
-from mansu_tl.verification import (
-    Bounds,
-    Certificate,
-    Divergence,
-    ErasureDepth,
-    Probes,
-    Relearning,
-    Scorecard,
-)
+from mansu_tl.verification import Bounds, Certificate, Divergence, ErasureDepth, Probes, Relearning, Scorecard
 
 RESULTS, TABLES, COMPARE = "results", "tables", "compare"
 _RUN = "mansu-tl demo && mansu-tl figures --results runs/demo"
@@ -292,8 +284,8 @@ class _Study:
         return plots.attention_patterns(patterns, facts["tokens"], heads, theme=theme)
 
     def _scatter(self, theme: str) -> go.Figure:
-        exact = PatchingResult.load(self.folder / "heads.safetensors")
-        return plots.attribution_scatter(NodeScores.load(self.folder / "nodes_linear.safetensors"), exact, theme=theme)
+        nodes, heads = self.folder / "nodes_linear.safetensors", self.folder / "heads.safetensors"
+        return plots.attribution_scatter(NodeScores.load(nodes), PatchingResult.load(heads), theme=theme)
 
     def _faithfulness(self, theme: str) -> go.Figure:
         curve = FaithfulnessCurve.load(self.folder / "curve.safetensors")
