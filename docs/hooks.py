@@ -57,9 +57,10 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Expand the markers of a page."""
-    return expand(markdown)
+def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
+    """Expand the markers of a page; its links to the repository become links within the site, as README's."""
+    relink = page is not None and page.file.src_uri != "index.md" and "/" not in page.file.src_uri
+    return expand(relinked(markdown, "../") if relink else markdown)
 
 
 def notebooks() -> list[Path]:
@@ -74,16 +75,31 @@ def _title(notebook: Path) -> str:
 
 def landing_page() -> str:
     """README, with links to files of the repository turned to pages, or to plain text where there is no page."""
+    return relinked((ROOT / "README.md").read_text(encoding="utf-8"))
 
-    def relinked(match: re.Match[str]) -> str:
+
+def relinked(markdown: str, up: str = "") -> str:
+    """Links to the repository's figures, notebooks and pages as the site has them, the others as plain text.
+
+    Args:
+        up: what leads from the page to the repository's root.
+    """
+
+    def changed(match: re.Match[str]) -> str:
         text, target = match[1], match[2]
-        if re.match(r"[a-z]+:", target) or target.startswith("figures/"):
+        inside = target.startswith(up) and not re.match(r"[a-z]+:", target)
+        if not inside:
             return match[0]
+        target = target.removeprefix(up)
+        if target.startswith("figures/") and target.endswith(".png"):
+            return f"{text}({target})"
         if target.startswith("notebooks/") and target.endswith(".ipynb") and (ROOT / target).is_file():
             return f"{text}(tutorials/{Path(target).stem}.md)"
+        if target.startswith("docs/") and target.endswith(".md"):
+            return f"{text}({target.removeprefix('docs/')})"
         return text.removeprefix("!").strip("[]")
 
-    return _LINK.sub(relinked, (ROOT / "README.md").read_text(encoding="utf-8"))
+    return _LINK.sub(changed, markdown)
 
 
 def expand(markdown: str) -> str:

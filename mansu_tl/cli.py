@@ -1,4 +1,4 @@
-"""The command line: `mansu-tl demo`, `mansu-tl run`, `mansu-tl report`, `mansu-tl compare`."""
+"""The command line: `mansu-tl demo`, `mansu-tl run`, `mansu-tl report`, `mansu-tl compare`, `mansu-tl figures`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mansu_tl.comparison import compare as run_comparison
 from mansu_tl.comparison import full, properties, quick
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
+from mansu_tl.gallery import collect, write_gallery
 from mansu_tl.study import Study, run_study
 from mansu_tl.study_report import write_study_report
 from mansu_tl.unlearning import MansuSettings
@@ -121,6 +122,28 @@ def compare(
     if share == (1, 1):
         typer.echo(properties(result.table).set_index(["base", "method"]).T.to_string())
         typer.echo(f"tables and figures: {result.folder}")
+
+
+@app.command()
+def figures(
+    folder: Annotated[
+        Path, typer.Option(help="The gallery: pictures, and the result files they are drawn from.")
+    ] = Path("figures"),
+    results: Annotated[
+        Path | None,
+        typer.Option(help="First store what the pictures need of this results folder (loads its models; minutes)."),
+    ] = None,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="Write PNGs (needs Chromium).")] = True,
+    dark: Annotated[bool, typer.Option("--dark", help="Also dark PNGs.")] = False,
+    svg: Annotated[bool, typer.Option("--svg", help="Also SVGs.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Also pages that can be zoomed, 5 MB each.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the gallery from its committed result files; no model is run."""
+    if results is not None:
+        collect(results, folder / "results", progress=not quiet)
+    written = write_gallery(folder, images=png, dark=dark, svg=svg, html=html, progress=not quiet)
+    typer.echo(f"{len(written)} files in {folder}; {folder / 'README.md'} lists the pictures")
 
 
 def _finish(study: Study, png: bool) -> None:

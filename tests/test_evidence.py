@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mansu_tl.comparison import figures, markdown, properties
+from mansu_tl.comparison import markdown, properties
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE = ROOT / "figures" / "compare"
@@ -49,8 +49,3 @@ def test_a_page_quotes_the_tables_and_nothing_else(page) -> None:
     lines = quoted((ROOT / page).read_text(encoding="utf-8"))
     assert len(lines) > 20
     assert [line for line in lines if line not in tables] == []
-
-
-def test_the_committed_pictures_are_those_of_the_table(measures) -> None:
-    drawn = {f"{name}.png" for name in figures(measures)}
-    assert drawn == {path.name for path in COMPARE.glob("*.png")}

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plotly.subplots import make_subplots
 
 from mansu_tl import plots
 from mansu_tl.circuit import Circuit
@@ -23,6 +25,11 @@ from mansu_tl.circuit.curve import FaithfulnessCurve
 from mansu_tl.errors import MansuError
 from mansu_tl.patching import PatchingResult
 from mansu_tl.patching.nodes import NodeScores
+from mansu_tl.plots import attention
+from mansu_tl.plots.circuit_look import FAINT
+from mansu_tl.plots.labels import label_points
+from mansu_tl.plots.layered import bundled, path, place
+from mansu_tl.plots.ordering import crossings, untangled
 from mansu_tl.plots.series import series_styles
 from mansu_tl.plots.theme import fixed, number, theme_named
 from mansu_tl.quantization.flips import predicted_flips
@@ -183,6 +190,7 @@ def all_figures(name: str, theme: str) -> dict[str, go.Figure]:
             methods_of(name).replace("CAD", name).replace("pocket", name), {name: (0, 1)}, **look
         ),
         "ruler": plots.ruler(*weights_of(), grid_of("nf4"), name=name, **look),
+        "circuit_layers": plots.circuit_layers(circuit, **look),
         "circuit_stages": plots.circuit_stages(circuit, {name: divergence}, **look),
         "node_scores": plots.node_scores(replace(nodes_of(name), writers=(name, *nodes_of().writers[1:])), **look),
         "head_scores": plots.head_scores(nodes_of(name), **look),
@@ -226,8 +234,8 @@ def test_themes_differ_and_every_figure_has_a_title_and_a_height() -> None:
 def test_figures_can_be_drawn(tmp_path: Any) -> None:
     figures = all_figures("model", "light")
     chosen = {tmp_path / f"{name}.png": figures[name] for name in ("ruler", "circuit_stages", "relearning")}
-    for path in plots.write_images(chosen, scale=1):
-        assert path.stat().st_size > 8000
+    for written in plots.write_images(chosen, scale=1):
+        assert written.stat().st_size > 8000
 
 
 def test_styles_differ_in_colour_and_mark_and_references_are_grey() -> None:
@@ -720,3 +728,138 @@ def test_attention_patterns_are_the_tensor_and_leave_out_the_future() -> None:
         plots.attention_patterns(patterns, list("abc"))
     with pytest.raises(MansuError, match="3 heads, 1 names"):
         plots.attention_patterns(patterns, list("abcd"), ["a"])
+
+
+# --- large circuits ---
+
+
+def test_a_large_circuit_keeps_its_strongest_edges_in_front_and_bundles_the_rest() -> None:
+    circuit = Circuit.top(scores_of(layers=4, heads=8, kv=8, tail=0.05), 400)  # near-equal edges
+    frame = circuit.to_dataframe()
+    for options, most in (({}, 60), ({"emphasis": 10}, 10), ({"emphasis": 0}, 0), ({"emphasis": 999}, len(frame))):
+        figure = plots.circuit(circuit, **options)
+        lines = [t for t in figure.data if t.mode == "lines" and t.legendgroup in ("q", "k", "v", "mlp", "logits")]
+        lines = [t for t in lines if len(t.x) > 1]
+        front = sum(list(t.x).count(None) for t in lines if t.line.width > FAINT)
+        assert front == min(most, len(frame))
+        assert sum(list(t.x).count(None) for t in lines) == len(frame)
+        weaker = [t.name for t in figure.data if t.legendgroup == "faint"]
+        if front == len(frame):
+            assert not weaker
+        else:
+            sizes = frame["score"].abs().sort_values(ascending=False)
+            share = 100 * sizes.iloc[front:].sum() / sizes.sum()
+            assert weaker == [f"{len(frame) - front} edges, {share:.0f} % of all |score|"]
+    with pytest.raises(MansuError, match="emphasis=-1"):
+        plots.circuit(circuit, emphasis=-1)
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (8, 4), (6, 1)])
+def test_bundled_edges_rise_together_from_their_writer_to_their_reader(heads: int, kv: int) -> None:
+    circuit = circuit_of(200, layers=4, heads=heads, kv=kv)
+    placement = place(circuit.writers, circuit.edges, heads // kv)
+    gutters: dict[str, set[float]] = {}
+    for writer, reader in circuit.edges:
+        (xs, ys), (direct_x, direct_y) = bundled(placement, writer, reader), path(placement, writer, reader)
+        assert (np.diff(ys) >= 0).all()
+        assert (xs[0], ys[0]) == pytest.approx((direct_x[0], direct_y[0]), abs=1e-3)
+        assert (xs[-1], ys[-1]) == pytest.approx((direct_x[-1], direct_y[-1]), abs=1e-3)
+        if (xs, ys) != (direct_x, direct_y):
+            gutters.setdefault(reader, set()).add(xs[len(xs) // 2])
+    assert gutters
+    assert all(len(found) == 1 for found in gutters.values())
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (8, 4), (6, 1)])
+def test_heads_are_ordered_so_that_fewer_edges_cross(heads: int, kv: int) -> None:
+    circuit = circuit_of(60, layers=3, heads=heads, kv=kv)
+    groups = heads // kv
+    columns = untangled(circuit.writers, circuit.edges, groups)
+    assert columns == untangled(circuit.writers, circuit.edges, groups)
+    before, after = (crossings(circuit.writers, circuit.edges, groups, order) for order in (None, columns))
+    assert after < before
+    for layer in range(3):
+        mine = [columns[f"L{layer}H{head}"] for head in range(heads)]
+        assert sorted(mine) == list(range(heads))
+        for group in range(kv):
+            block = mine[group * groups : (group + 1) * groups]
+            assert max(block) - min(block) == groups - 1
+    drawn = {
+        d[0]: x
+        for t in plots.circuit(circuit).data
+        if t.name == "nodes"
+        for d, x in zip(t.customdata, t.x, strict=True)
+    }
+    assert all(x == columns[name] for name, x in drawn.items() if "H" in name)
+    plain_order = plots.circuit(circuit, untangle=False)
+    drawn = {d[0]: x for t in plain_order.data if t.name == "nodes" for d, x in zip(t.customdata, t.x, strict=True)}
+    assert all(x == int(name.partition("H")[2]) for name, x in drawn.items() if "H" in name)
+
+
+def test_crossings_of_two_edges() -> None:
+    writers = ("embed", "L0H0", "L0H1", "MLP0", "L1H0", "L1H1", "MLP1")
+    apart = [("L0H0", "L1H0.q"), ("L0H1", "L1H1.q")]
+    across = [("L0H0", "L1H1.q"), ("L0H1", "L1H0.q")]
+    ends = [("L1H0", "logits"), ("L1H1", "logits")]  # else no head of layer 1 is drawn
+    assert crossings(writers, apart + ends, 1) == 0
+    assert crossings(writers, across + ends, 1) == 1
+    columns = untangled(writers, across + ends, 1)
+    assert crossings(writers, across + ends, 1, columns) == 0
+
+
+def test_layers_add_up_a_circuits_edges() -> None:
+    circuit = circuit_of(90)
+    frame = circuit.to_dataframe()
+    figure = plots.circuit_layers(circuit)
+    shown = {pair: score for pair, (score, _, _) in edge_points(figure, "x").items()}
+    assert sum(shown.values()) == pytest.approx(frame["score"].sum(), abs=1e-4)
+    wanted: dict[tuple[str, str], float] = {}
+    for row in frame.itertuples():
+        writer = re.sub(r"H\d+", "H0", row.writer)
+        reader = re.sub(r"(H|KV)\d+", r"\g<1>0", row.reader)
+        wanted[writer, reader] = wanted.get((writer, reader), 0.0) + row.score
+    assert shown == pytest.approx(wanted, abs=1e-5)
+    labels = [text for t in figure.data if t.name == "nodes" for text in t.text]
+    assert "heads" in labels
+    with pytest.raises(MansuError, match="no edge to draw"):
+        plots.circuit_layers(circuit - circuit)
+
+
+def test_labels_do_not_lie_on_points_or_each_other() -> None:
+    figure = make_subplots(rows=1, cols=1)
+    xs, ys = [0.0, 0.5, 0.5, 0.5, 1.0], [0.0, 0.5, 0.5, 0.501, 1.0]
+    label_points(figure, xs, ys, ["a", "b", "c" * 60, "d", EVIL], [[0, 1], [0, 1]], (800, 300), theme_named("light"))
+    texts = [a.text for a in figure.layout.annotations]
+    assert texts[0] == "a"
+    assert len(texts) == len(set(texts)) < 6
+    assert not any("<" in text for text in texts)
+    assert figure.layout.annotations[-1].xanchor == "right"  # at the right edge
+
+
+def test_methods_table_is_as_wide_as_its_words() -> None:
+    rows = methods_of()
+    assert plots.methods_table(rows).layout.width is None
+    names = [f"relearning excess under condition {i}" for i in range(14)]
+    wide = pd.concat([rows[rows["property"] == "CAD"].assign(property=name) for name in names])
+    figure = plots.methods_table(wide)
+    table = figure.data[0]
+    assert figure.layout.width == int(sum(table.columnwidth)) + 32 > 1000
+    for text, width in zip(table.header["values"], table.columnwidth, strict=True):
+        longest = max(len(word) for word in re.sub(r"</?b>", "", text).split("<br>"))
+        assert width >= 7 * longest
+    one = rows[(rows["seed"] == 0) | (rows["method"] == "MANSU")]
+    assert "Mean over 1 to 5 seeds" in plots.methods_table(one).layout.title.text
+
+
+def test_attention_view_falls_back_to_plotly_and_uses_circuitsvis(monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = torch.eye(2)[None]
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    assert isinstance(plots.attention_view(patterns, ["a", "b"]), go.Figure)
+    asked: dict[str, Any] = {}
+    fake = SimpleNamespace(attention_patterns=lambda **given: asked.update(given) or "widget")
+    monkeypatch.setattr(attention, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "import_module", lambda name: {"circuitsvis.attention": fake}[name])
+    assert plots.attention_view(patterns, ["a", "b"]) == "widget"
+    assert asked["tokens"] == ["a", "b"]
+    assert asked["attention_head_names"] == ["H0"]
+    assert torch.equal(asked["attention"], patterns)

@@ -1,7 +1,8 @@
 """Figures: result objects in, plotly figures out; nothing is computed here but where things are drawn."""
 
-from mansu_tl.plots.attention import attention_patterns
+from mansu_tl.plots.attention import attention_patterns, attention_view
 from mansu_tl.plots.circuit_graph import circuit
+from mansu_tl.plots.circuit_layers import circuit_layers
 from mansu_tl.plots.circuit_stages import circuit_stages
 from mansu_tl.plots.curves import faithfulness_curves
 from mansu_tl.plots.dither import dither
@@ -22,11 +23,13 @@ from mansu_tl.plots.tables import certificate, scorecard
 
 __all__ = [
     "attention_patterns",
+    "attention_view",
     "attribution_scatter",
     "bins",
     "certificate",
     "circuit",
     "circuit_divergence",
+    "circuit_layers",
     "circuit_stages",
     "dither",
     "divergence_by_layer",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import plotly.graph_objects as go
 from jaxtyping import Float
@@ -14,6 +17,39 @@ from mansu_tl.errors import MansuError
 from mansu_tl.plots.theme import plain, styled, theme_named
 
 _ACROSS = 4
+
+
+def attention_view(
+    patterns: Float[Tensor, "head query key"],
+    tokens: Sequence[str],
+    heads: Sequence[str] | None = None,
+    *,
+    title: str | None = None,
+    theme: str = "light",
+) -> Any:
+    """Show attention patterns in a notebook: CircuitsVis's widget where it is installed, else `attention_patterns`.
+
+    CircuitsVis (`pip install circuitsvis`) loads its script from the net and has no title or theme; `attention_patterns`
+    does without and can be saved.
+
+    Args:
+        patterns: attention probabilities of one prompt.
+        tokens: the prompt's tokens.
+        heads: their names; numbered where not given.
+        title: plain text, of the figure.
+        theme: "light" or "dark", of the figure.
+
+    Raises:
+        MansuError: as `attention_patterns`.
+    """
+    figure = attention_patterns(patterns, tokens, heads, title=title, theme=theme)
+    if find_spec("circuitsvis") is None:
+        return figure
+    widgets = import_module("circuitsvis.attention")
+    names = [f"H{i}" for i in range(len(patterns))] if heads is None else list(heads)
+    return widgets.attention_patterns(
+        tokens=list(tokens), attention=patterns.detach().float().cpu(), attention_head_names=names
+    )
 
 
 def attention_patterns(

@@ -4,52 +4,74 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl.circuit.graph import reader_kind, writers_behind
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.layered import MLP_COLUMN, Placement, path, place
+from mansu_tl.plots.circuit_look import (
+    DASHES,
+    FAINT,
+    KINDS,
+    WIDTHS,
+    draw_legend,
+    edge_colour,
+    emphasised,
+    width_classes,
+)
+from mansu_tl.plots.layered import MLP_COLUMN, Placement, bundled, path, place
+from mansu_tl.plots.ordering import untangled
 from mansu_tl.plots.protocols import CircuitLike
 from mansu_tl.plots.theme import Theme, new_figure, number, plain, theme_named
 
-_WIDTHS = (1.1, 1.6, 2.4, 4.2, 7.0)
-_OPACITIES = (0.6, 0.7, 0.8, 0.9, 0.95)
-_KINDS = {"q": "query (q)", "k": "key (k)", "v": "value (v)", "mlp": "MLP", "logits": "logits"}
-_DASHES = {"q": "dot", "k": "dash", "v": "solid", "mlp": "solid", "logits": "solid"}
-_SOFT = ("q", "k", "v")
 _LABELLED_HEADS = 16
-_CROWD = 120  # edges from which on the thin ones fade, so that the wide ones stay readable
+_FAINT_OPACITIES = (0.22, 0.5)  # of many and of few
+_OPACITIES = (0.75, 0.8, 0.85, 0.9, 0.95)
 _Where = dict[str, int]  # row and column of a panel
 
 
 def circuit(
-    circuit: CircuitLike, reference: CircuitLike | None = None, *, title: str | None = None, theme: str = "light"
+    circuit: CircuitLike,
+    reference: CircuitLike | None = None,
+    *,
+    emphasis: int | None = None,
+    untangle: bool = True,
+    title: str | None = None,
+    theme: str = "light",
 ) -> go.Figure:
-    """Draw a circuit, layers upward: `embed` at the bottom, heads from left to right, then the MLP, `logits` on top.
+    """Draw a circuit, layers upward: `embed` at the bottom, heads side by side, then the MLP, `logits` on top.
 
     Width grows with |score| in five classes, each half as wide in score as the next; blue supports the answer, orange
     with a ring at mid-edge opposes it; q is dotted, k dashed, v solid in the paler hue, MLP and logits solid in the
-    darker. Parts without an edge are not drawn. A KV head that several query heads share is a bar under them.
+    darker. Parts without an edge are not drawn. A KV head that several query heads share is a bar under them. Of a
+    large circuit the strongest edges stand out and the others are a faint layer, bundled by where they go; the hover
+    texts have the numbers of all.
 
     Args:
         circuit: what to draw.
         reference: another circuit of the same graph; its edges that `circuit` lacks are drawn in grey, and its scores
             are in the hover texts.
+        emphasis: how many of the strongest edges stand out; by default all of up to 120, the 60 strongest of more.
+        untangle: order the heads of a layer so that few of the strong edges cross (up to 16 heads a layer, whose names
+            stand on them); else by number.
         title: plain text; by default the number of edges and the faithfulness.
         theme: "light" or "dark".
 
     Raises:
-        MansuError: the circuit has no edge, or the reference belongs to another graph.
+        MansuError: the circuit has no edge, a negative emphasis, or the reference belongs to another graph.
     """
+    if emphasis is not None and emphasis < 0:
+        raise MansuError(f"circuit: emphasis={emphasis}; give the number of edges that stand out, 0 or more")
     look = theme_named(theme)
     frame = circuit.to_dataframe()
     if frame.empty:
         raise MansuError("circuit: it has no edge to draw; select more edges or lower the faithfulness target")
     missing = _missing(circuit, reference)
     edges = [(str(w), str(r)) for part in (frame, missing) for w, r in zip(part["writer"], part["reader"], strict=True)]
-    placement = place(circuit.writers, edges, circuit.kv_groups)
+    columns = _columns(circuit, frame[emphasised(frame, emphasis)]) if untangle else None
+    placement = place(circuit.writers, edges, circuit.kv_groups, columns)
     faithful = "" if math.isnan(circuit.faithfulness) else f", faithfulness {circuit.faithfulness:.2f}"
     figure = new_figure(
         look,
@@ -60,8 +82,8 @@ def circuit(
     top = float(frame["score"].abs().max())
     if reference is not None:
         _ghosts(figure, missing, placement, look)
-    draw_panel(figure, frame, placement, circuit.kv_groups, top, look, beside=reference)
-    draw_legend(figure, frame, top, look, ghosts=len(missing))
+    draw_panel(figure, frame, placement, circuit.kv_groups, top, look, beside=reference, emphasis=emphasis)
+    draw_legend(figure, frame, top, look, ghosts=len(missing), emphasis=emphasis)
     return figure
 
 
@@ -74,6 +96,8 @@ def draw_panel(
     look: Theme,
     *,
     beside: CircuitLike | None = None,
+    emphasis: int | None = None,
+    labels: Mapping[str, str] | None = None,
     panel: int = 1,
     panels: int = 1,
 ) -> None:
@@ -83,15 +107,27 @@ def draw_panel(
         frame: its edges, with columns writer, reader and score.
         top: the |score| that the widest edges stand for.
         beside: another circuit whose scores are added to the hover texts.
+        emphasis: how many edges stand out.
+        labels: texts of nodes, where they are not those of their names.
         panel: number of the panel, from 1.
         panels: how many there are, side by side.
     """
     where: _Where = {} if panels == 1 else {"row": 1, "col": panel}
     _bands(figure, placement, look, panel)
-    _edges(figure, frame, placement, top, look, where)
-    _middles(figure, frame, beside, placement, top, look, where)
-    _nodes(figure, frame, placement, kv_groups, look, panels, where)
+    strong = emphasised(frame, emphasis)
+    _faint(figure, frame[~strong], placement, look, where)
+    _edges(figure, frame[strong], placement, top, look, where)
+    _middles(figure, frame, strong, beside, placement, top, look, where)
+    _nodes(figure, frame, placement, kv_groups, look, panels, where, labels or {})
     _axes(figure, placement, panels, where)
+
+
+def _columns(circuit: CircuitLike, frame: pd.DataFrame) -> dict[str, int] | None:
+    """Columns that keep the given edges apart; None where heads are told apart by their column alone."""
+    if frame.empty or sum(name.startswith("L0H") for name in circuit.writers) > _LABELLED_HEADS:
+        return None
+    edges = list(zip(frame["writer"].astype(str), frame["reader"].astype(str), strict=True))
+    return untangled(circuit.writers, edges, circuit.kv_groups)
 
 
 def _missing(circuit: CircuitLike, reference: CircuitLike | None) -> pd.DataFrame:
@@ -106,43 +142,55 @@ def _missing(circuit: CircuitLike, reference: CircuitLike | None) -> pd.DataFram
     return other[lacks]
 
 
-def _classes(frame: pd.DataFrame, top: float) -> tuple[list[int], list[float]]:
-    """The width class of each edge, and the lower ends of the classes, for a largest |score| of `top`."""
-    size = frame["score"].abs()
-    floors = [0.0, *(top / 2**i for i in range(len(_WIDTHS) - 1, 0, -1))]
-    return [sum(value > floor for floor in floors[1:]) for value in size], floors
-
-
-def _colour(look: Theme, kind: str, positive: bool) -> str:
-    if positive:
-        return look.positive_soft if kind in _SOFT else look.positive
-    return look.negative_soft if kind in _SOFT else look.negative
-
-
 def _edges(
     figure: go.Figure, frame: pd.DataFrame, placement: Placement, top: float, look: Theme, where: _Where
 ) -> None:
     """One trace for each width class, sign and kind; the widest last, so that they lie on top."""
     groups: dict[tuple[int, str, bool], tuple[list[float | None], list[float | None]]] = defaultdict(lambda: ([], []))
-    rows = zip(frame["writer"], frame["reader"], frame["score"].astype(float), _classes(frame, top)[0], strict=True)
+    rows = zip(
+        frame["writer"], frame["reader"], frame["score"].astype(float), width_classes(frame, top)[0], strict=True
+    )
     for writer, reader, score, size in rows:
         xs, ys = path(placement, str(writer), str(reader))
         all_x, all_y = groups[size, reader_kind(str(reader)), score >= 0]
         all_x += [*xs, None]
         all_y += [*ys, None]
-    fade = min(1.0, math.sqrt(_CROWD / len(frame)))
     for (size, kind, positive), (xs_all, ys_all) in sorted(groups.items()):
-        line = {"width": _WIDTHS[size], "color": _colour(look, kind, positive), "dash": _DASHES[kind]}
+        line = {"width": WIDTHS[size], "color": edge_colour(look, kind, positive), "dash": DASHES[kind]}
         figure.add_scatter(
             x=xs_all,
             y=ys_all,
             mode="lines",
             line=line,
-            opacity=_OPACITIES[size] * (fade if size < 2 else 1),
+            opacity=_OPACITIES[size],
             hoverinfo="skip",
             legendgroup=kind,
             showlegend=False,
-            name=_KINDS[kind],
+            name=KINDS[kind],
+            **where,
+        )
+
+
+def _faint(figure: go.Figure, frame: pd.DataFrame, placement: Placement, look: Theme, where: _Where) -> None:
+    """The edges that do not stand out: thin, pale and in bundles, under the others; one trace a kind and sign."""
+    groups: dict[tuple[str, bool], tuple[list[float | None], list[float | None]]] = defaultdict(lambda: ([], []))
+    for writer, reader, score in zip(frame["writer"], frame["reader"], frame["score"].astype(float), strict=True):
+        xs, ys = bundled(placement, str(writer), str(reader))
+        all_x, all_y = groups[reader_kind(str(reader)), score >= 0]
+        all_x += [*xs, None]
+        all_y += [*ys, None]
+    many, few = _FAINT_OPACITIES
+    for (kind, positive), (xs_all, ys_all) in sorted(groups.items()):
+        figure.add_scatter(
+            x=xs_all,
+            y=ys_all,
+            mode="lines",
+            line={"width": FAINT, "color": edge_colour(look, kind, positive), "dash": DASHES[kind]},
+            opacity=max(many, min(few, 60 / len(frame))),
+            hoverinfo="skip",
+            legendgroup=kind,
+            showlegend=False,
+            name=KINDS[kind],
             **where,
         )
 
@@ -170,45 +218,45 @@ def _ghosts(figure: go.Figure, missing: pd.DataFrame, placement: Placement, look
 def _middles(
     figure: go.Figure,
     frame: pd.DataFrame,
+    strong: pd.Series,
     reference: CircuitLike | None,
     placement: Placement,
     top: float,
     look: Theme,
     where: _Where,
 ) -> None:
-    """Hover points at mid-edge, carrying the numbers; rings where the score is negative."""
+    """Hover points on every edge, carrying the numbers; rings where a strong one's score is negative."""
     others: dict[tuple[str, str], float] = {}
     if reference is not None:
         table = reference.to_dataframe()
         pairs = zip(table["writer"], table["reader"], strict=True)
         others = dict(zip(pairs, table["score"].astype(float), strict=True))
-    parts: dict[str, list[tuple[float, float, float, int, list[object]]]] = defaultdict(list)
+    parts: dict[str, list[tuple[float, float, bool, int, list[object]]]] = defaultdict(list)
     names = zip(frame["writer"].astype(str), frame["reader"].astype(str), strict=True)
-    rows = zip(names, frame["score"].astype(float), _classes(frame, top)[0], strict=True)
-    for (writer, reader), score, size in rows:
-        xs, ys = path(placement, writer, reader)
+    rows = zip(names, frame["score"].astype(float), width_classes(frame, top)[0], strong, strict=True)
+    for (writer, reader), score, size, front in rows:
+        xs, ys = (path if front else bundled)(placement, writer, reader)
         beside = "" if reference is None else f"<br>in the reference: {number(others.get((writer, reader), math.nan))}"
         verb = "supports" if score >= 0 else "opposes"
         text = f"{plain(writer)} → {plain(reader)}<br>score {number(score)} ({verb} the answer){beside}"
-        at = len(xs) // 2
-        parts[reader_kind(reader)].append((xs[at], ys[at], score, size, [writer, reader, score, text]))
-    small = max(0.7, min(1.0, math.sqrt(_CROWD / len(frame))))
+        at = len(xs) // (2 if front else 5)  # where a bundled edge is still on its own
+        parts[reader_kind(reader)].append((xs[at], ys[at], front and score < 0, size, [writer, reader, score, text]))
     for kind, points in parts.items():
-        ring = _colour(look, kind, False)
+        ring = edge_colour(look, kind, False)
         figure.add_scatter(
             x=[p[0] for p in points],
             y=[p[1] for p in points],
             mode="markers",
             marker={
-                "size": [(4 + p[3]) * (1 if p[3] else small) if p[2] < 0 else 9 for p in points],
-                "color": [look.paper if p[2] < 0 else "rgba(0,0,0,0)" for p in points],
-                "line": {"width": [(1.5 if p[3] else small) if p[2] < 0 else 0 for p in points], "color": ring},
+                "size": [4 + p[3] if p[2] else 9 for p in points],
+                "color": [look.paper if p[2] else "rgba(0,0,0,0)" for p in points],
+                "line": {"width": [1.5 if p[2] else 0 for p in points], "color": ring},
             },
             customdata=[p[4] for p in points],
             hovertemplate="%{customdata[3]}<extra></extra>",
             legendgroup=kind,
             showlegend=False,
-            name=f"edges into {_KINDS[kind]}",
+            name=f"edges into {KINDS[kind]}",
             **where,
         )
 
@@ -221,6 +269,7 @@ def _nodes(
     look: Theme,
     panels: int,
     where: _Where,
+    labels: Mapping[str, str],
 ) -> None:
     """Bars, stubs and nodes with the sums of what enters and leaves them."""
     sent = frame.groupby("writer")["score"].sum()
@@ -251,7 +300,7 @@ def _nodes(
             name=name,
             **where,
         )
-    size = max(12, min(34, int(560 / panels / (placement.n_heads + 2))))
+    size = max(12, min(44 if labels else 34, int(560 / panels / (placement.n_heads + 2))))
     for shape, chosen in (
         ("circle", [n for n in placement.nodes if "H" in n]),
         ("square", [n for n in placement.nodes if n.startswith("MLP")]),
@@ -265,8 +314,8 @@ def _nodes(
             y=[placement.nodes[n][1] for n in chosen],
             mode="markers+text",
             marker={"symbol": shape, "size": size, "color": look.paper, "line": {"width": 1.5, "color": look.ink}},
-            text=[_node_text(n, placement.n_heads * panels) for n in chosen],
-            textfont={"size": 12 if ends_only else max(8, min(11, size // 3 + 1)), "color": look.ink},
+            text=[labels.get(n, _node_text(n, placement.n_heads * panels)) for n in chosen],
+            textfont={"size": 13 if ends_only else max(8, min(12, size // 3 + 1)), "color": look.ink},
             textposition=[
                 "bottom center" if n == "embed" else "top center" if n == "logits" else "middle center" for n in chosen
             ],
@@ -310,43 +359,6 @@ def _bands(figure: go.Figure, placement: Placement, look: Theme, panel: int) -> 
             line={"width": 0},
             fillcolor=look.band,
         )
-
-
-def draw_legend(figure: go.Figure, frame: pd.DataFrame, top: float, look: Theme, ghosts: int = 0) -> None:
-    """Entries for kinds (which switch their edges on and off), sign and width, of all edges in `frame`."""
-
-    def entry(
-        name: str, group: str, heading: str, line: dict[str, object], marker: dict[str, object] | None = None
-    ) -> None:
-        figure.add_scatter(
-            x=[None],
-            y=[None],
-            mode="lines+markers" if marker else "lines",
-            line=line,
-            marker=marker,
-            name=name,
-            legendgroup=group,
-            legendgrouptitle={"text": heading} if heading else None,
-            hoverinfo="skip",
-        )
-
-    kinds = [kind for kind in _KINDS if kind in {reader_kind(r) for r in frame["reader"]}]
-    for i, kind in enumerate(kinds):
-        line = {"width": 2.3, "dash": _DASHES[kind], "color": _colour(look, kind, True)}
-        entry(_KINDS[kind], kind, "Edge into" if i == 0 else "", line)
-    entry("supports the answer", "sign", "Sign of the score", {"width": 4, "color": look.positive})
-    if (frame["score"] < 0).any():
-        line = {"width": 4, "color": look.negative}
-        ring = {"size": 7, "color": look.paper, "line": {"width": 1.6, "color": look.negative}}
-        entry("opposes it", "sign", "", line, ring)
-    classes, floors = _classes(frame, top)
-    for i, size in enumerate(sorted(set(classes), reverse=True)):
-        upper = number(floors[size + 1] if size + 1 < len(floors) else top, 2)
-        text = f"{number(floors[size], 2)} to {upper}"
-        entry(text, "width", "|score|" if i == 0 else "", {"width": _WIDTHS[size], "color": look.ink})
-    if ghosts:
-        line = {"width": 1, "color": look.neutral}
-        entry(f"{ghosts} edges", "reference", "Only in the reference", line)
 
 
 def _axes(figure: go.Figure, placement: Placement, panels: int, where: _Where) -> None:

@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.circuit_graph import draw_legend, draw_panel
+from mansu_tl.plots.circuit_graph import draw_panel
+from mansu_tl.plots.circuit_look import draw_legend
 from mansu_tl.plots.layered import place
 from mansu_tl.plots.protocols import CircuitLike, DivergenceLike
 from mansu_tl.plots.theme import fixed, plain, styled, theme_named

@@ -25,18 +25,22 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import write_text, write_whole
 
 _FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
-_HEIGHT = 600
+_WIDTH, _HEIGHT = 1000, 600
 
 
 def write_image(
-    figure: go.Figure, path: str | PathLike[str], width: int = 1000, height: int | None = None, scale: float | int = 2
+    figure: go.Figure,
+    path: str | PathLike[str],
+    width: int | None = None,
+    height: int | None = None,
+    scale: float | int = 2,
 ) -> Path:
     """Write a figure as an image; the suffix of the path says in which format.
 
     Args:
         figure: what to write.
         path: ends in .png, .svg, .pdf, .jpg, .jpeg or .webp.
-        width: in pixels before scaling.
+        width: in pixels before scaling; by default the figure's own, else 1000.
         height: in pixels before scaling; by default the figure's own, else 600.
         scale: pixels of the image for each pixel of the figure.
 
@@ -48,7 +52,11 @@ def write_image(
 
 
 def write_png(
-    figure: go.Figure, path: str | PathLike[str], width: int = 1000, height: int | None = None, scale: float | int = 2
+    figure: go.Figure,
+    path: str | PathLike[str],
+    width: int | None = None,
+    height: int | None = None,
+    scale: float | int = 2,
 ) -> Path:
     """Write a figure as PNG; see `write_image`.
 
@@ -63,7 +71,7 @@ def write_png(
 def write_images(
     figures: Mapping[str | PathLike[str], go.Figure] | Mapping[str, go.Figure] | Mapping[Path, go.Figure],
     *,
-    width: int = 1000,
+    width: int | None = None,
     height: int | None = None,
     scale: float | int = 2,
     progress: bool = False,
@@ -87,7 +95,11 @@ def write_images(
             raise MansuError(
                 f"{Path(path)}: no image format is called {suffix!r}; end it in one of {', '.join(_FORMATS)}"
             )
-        size = {"width": width, "height": height or figure.layout.height or _HEIGHT, "scale": scale}
+        size = {
+            "width": width or figure.layout.width or _WIDTH,
+            "height": height or figure.layout.height or _HEIGHT,
+            "scale": scale,
+        }
         jobs.append((figure.to_dict(), {"format": suffix[1:], **size}))
     images = _drawn(jobs, progress) if jobs else []
     return [

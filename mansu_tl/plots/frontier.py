@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mansu_tl.errors import MansuError
+from mansu_tl.plots.labels import label_points
 from mansu_tl.plots.series import interval_of, legend_below, require_columns, series_styles, translucent
 from mansu_tl.plots.theme import Theme, plain, styled, theme_named
 
@@ -78,7 +79,7 @@ def frontier(
     groups = list(dict.fromkeys(rows[group].astype(str))) if group else ["settings"]
     looks = series_styles(groups, look)
     for col, column in enumerate(names, 1):
-        shown = rows[rows[x].notna() & rows[column].notna()]
+        shown = rows[rows[x].notna() & rows[column].notna()].reset_index(drop=True)
         if shown.empty:
             raise MansuError(f"frontier: no setting has both {x!r} and {column!r}")
         spans = [_span(shown, key, (bounds or {}).get(key)) for key in (x, column)]
@@ -110,6 +111,10 @@ def frontier(
             )
         if default is not None and default in set(shown[name].astype(str)):
             _ring(figure, shown[shown[name].astype(str) == default].iloc[0], x, column, default, look, col)
+        best = pareto(shown, x, column, higher_is_better)
+        first = pd.concat([best, shown.drop(index=best.index)])
+        across, up = (first[key].astype(float).tolist() for key in (x, column))
+        label_points(figure, across, up, first[name].astype(str).tolist(), spans, (900 / len(names), 350), look, col)
         figure.update_xaxes(title_text=plain(x), range=spans[0], zeroline=False, col=col)
         figure.update_yaxes(title_text=plain(column), range=spans[1], zeroline=False, col=col)
     legend_below(figure)

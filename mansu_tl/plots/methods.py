@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping
+from html import unescape
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.plots.series import require_columns
 from mansu_tl.plots.theme import Theme, fixed, new_figure, plain, theme_named
 
-# In pixels: a line, the font, the width of a page and of a character.
-_LINE, _FONT, _PAGE, _CHARACTER = 17, 11.5, 940, 6.6
+# In pixels: a line, the font, the width of a page, and of a character in it, plain and bold, and both paddings of a cell.
+_LINE, _FONT, _PAGE, _CHARACTER, _BOLD, _PADDING = 17, 11.5, 968, 6.3, 7.2, 18
 
 
 def methods_table(
@@ -67,26 +68,32 @@ def methods_table(
         cells = [_cell(groups.get((*key, name)), limits.get(name), places.get(name, 1)) for key in methods]
         columns.append([text for text, _ in cells])
         verdicts.append([verdict for _, verdict in cells])
-    room = max(8, int(_PAGE / (len(properties) + 1.7 + 0.75 * several) / _CHARACTER))
+    room = max(8, int((_PAGE / (len(properties) + 1.7 + 0.75 * several) - _PADDING) / _BOLD))
     header = [*(["base"] if several else []), "method", *(_header(name, limits.get(name), room) for name in properties)]
-    seeds = int(rows.groupby([*keys, "property"])["seed"].nunique().max())
+    each = sorted({int(n) for n in rows.groupby([*keys, "property"])["seed"].nunique()})
+    seeds = each[-1]
     judged = [v for column in verdicts for v in column if v is not None]
     figure = new_figure(
         look,
         title or "Methods and properties",
-        f"Mean over {seeds} seed{'s' if seeds > 1 else ''}, below it the 95 % interval"
+        f"Mean over {_seeds(each)} seed{'s' if seeds > 1 else ''}, below it the 95 % interval"
         + (" of the mean (Student's t)" if seeds > 1 else " over facts")
+        + ("; over facts where there is one seed" if seeds > 1 and 1 in each else "")
         + (f". ✓ = within the bound in the header, ✗ = not: {sum(judged)} of {len(judged)}." if judged else "."),
     )
     tall = any("<br>" in text for column in columns for text in column)
     row_height = (2 if tall else 1) * _LINE + 12
     head_height = _LINE * max(text.count("<br>") + 1 for text in header) + 14
+    widths = [
+        max(_width(name, _BOLD), *(_width(cell, _CHARACTER) for cell in column))
+        for name, column in zip(header, columns, strict=True)
+    ]
     shared = {
         "align": ["left"] * (2 if several else 1) + ["center"] * len(properties),
         "line": {"width": 1, "color": look.paper},
     }
     figure.add_table(
-        columnwidth=[*([0.75] if several else []), 1.7, *([1.0] * len(properties))],
+        columnwidth=widths,
         header={
             "values": [name if name.startswith("<b>") else f"<b>{name}</b>" for name in header],
             "fill": {"color": look.grid},
@@ -107,6 +114,8 @@ def methods_table(
     figure.update_layout(
         height=figure.layout.margin.t + head_height + row_height * len(methods) + 36,
         margin={"l": 16, "r": 16, "b": 16},
+        # A page that is too narrow would cut words; the table is as wide as it has to be.
+        width=int(sum(widths)) + 32 if sum(widths) > _PAGE else None,
     )
     return figure
 
@@ -134,9 +143,21 @@ def _cell(
     return f"{fixed(mean, digits)}{sign}{below}", verdict
 
 
+def _seeds(counts: list[int]) -> str:
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _width(text: str, character: float | int) -> float:
+    """Pixels that a cell's longest line takes."""
+    lines = text.replace("<b>", "").replace("</b>", "").split("<br>")
+    return max(len(unescape(line)) for line in lines) * character + _PADDING
+
+
 def _header(name: str, bound: tuple[float | int, float | int] | None, room: int) -> str:
     """A property's name, wrapped, and what passes below it."""
-    wrapped = "<br>".join(f"<b>{plain(line)}</b>" for line in textwrap.wrap(name, room) or [name])
+    wrapped = "<br>".join(
+        f"<b>{plain(line)}</b>" for line in textwrap.wrap(name, room, break_long_words=False) or [name]
+    )
     if bound is None or all(math.isinf(end) for end in bound):
         return wrapped
     low, high = bound

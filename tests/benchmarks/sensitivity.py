@@ -1,7 +1,7 @@
 """MANSU's hyperparameters one at a time, on the validation half of `pocket`'s questions: the sensitivity figure.
 
-`python -m tests.benchmarks.sensitivity --out figures/sensitivity.csv [--full] [--part 1/2]`: about a minute a setting with
-the light settings, three with the full ones. A run that was interrupted goes on where it stopped.
+`python -m tests.benchmarks.sensitivity --out figures/tables/sensitivity.csv [--full] [--part 1/2]`: about a minute a
+setting with the light settings, three with the full ones. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KEPT = ("retain", "retain_paraphrase", "near", "near_paraphrase")
 
 
 def main(
-    out: Annotated[Path, typer.Option()] = Path("figures/sensitivity.csv"),
+    out: Annotated[Path, typer.Option()] = Path("figures/tables/sensitivity.csv"),
     full: Annotated[bool, typer.Option(help="Around the defaults instead of the light settings.")] = False,
     part: Annotated[str, typer.Option(help="i/n")] = "1/1",
 ) -> None:
