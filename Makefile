@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint figures notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mansu-tl demo --out runs/demo
@@ -17,6 +17,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check mansu_tl tests
 	$(BIN)/ruff check mansu_tl tests
 	$(BIN)/mypy
+
+# Runs every notebook from a clean kernel and stores what it shows; needs a Chromium for the images.
+notebooks: $(VENV)/.installed-test
+	$(BIN)/python -m tests.store_notebooks
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -22,8 +22,9 @@ PLOTLY = "application/vnd.plotly.v1+json"
 # Where a stored figure keeps its data: in the metadata of the output whose image stands in for it.
 FIGURE = "figure"
 TOLERANCE = 0.02
-# Points near zero are compared on the scale of their trace.
+# Points near zero are compared on the scale of their trace; numbers that are not drawn have none.
 OF_THE_LARGEST = 2e-3
+_DRAWN = ("x", "y", "z")
 _DIGITS = 5
 _NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _VOLATILE = (
@@ -117,19 +118,23 @@ def _last_place(number: str) -> float:
 def _values(old: Any, new: Any, where: str, scale: float) -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
         for key in old:
-            yield from _values(old[key], new[key], f"{where}.{key}", 0.0)
+            yield from _values(old[key], new[key], f"{where}.{key}", _largest(old[key]) if key in _DRAWN else 0.0)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        numbers = [abs(v) for v in old if isinstance(v, int | float)]
-        scale = max(numbers, default=scale)
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
             yield from _values(a, b, f"{where}[{i}]", scale)
     elif isinstance(old, str) and isinstance(new, str):
         yield from (f"{where}: {line}" for line in _text(old, new))
     elif _is_number(old) and _is_number(new):
-        if abs(old - new) > max(TOLERANCE * max(abs(old), abs(new)), OF_THE_LARGEST * scale, 1e-9):
+        if abs(old - new) > max(TOLERANCE * max(abs(old), abs(new)), OF_THE_LARGEST * scale, 1e-6):
             yield f"{where}: {new}, stored {old}"
     elif old != new:
         yield f"{where}: {str(new)[:120]}, stored {str(old)[:120]}"
+
+
+def _largest(value: Any) -> float:
+    if isinstance(value, list):
+        return max((_largest(v) for v in value), default=0.0)
+    return abs(value) if _is_number(value) else 0.0
 
 
 def _is_number(value: Any) -> bool:

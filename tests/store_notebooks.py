@@ -29,7 +29,7 @@ from tests.notebook_outputs import FIGURE, PLOTLY, figure_data, packed, widget
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 MOST_BYTES = 600_000
 _WIDTH = 960
-_SCALE = 0.9
+_SCALE = 0.8
 
 
 def run(path: Path) -> NotebookNode:
