@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # One thread each: models this small gain from a second process, not from a second thread.
 WORKERS ?= 2
 
-.PHONY: demo test lint figures docs clean
+.PHONY: demo test lint figures docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mansu-tl demo --out runs/demo
@@ -21,10 +21,18 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check mansu_tl tests
 	$(BIN)/mypy
 
+# Draws figures/ again from the result files in it; needs a Chromium for the images.
+figures: $(VENV)/.installed
+	$(BIN)/mansu-tl figures
+
 # Offline, and any warning fails it; the variable only silences an advertisement of mkdocs-material.
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Runs every notebook from a clean kernel and stores what it shows; needs a Chromium for the images.
+notebooks: $(VENV)/.installed-test
+	$(BIN)/python -m tests.store_notebooks
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

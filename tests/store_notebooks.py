@@ -1,0 +1,113 @@
+"""Run the notebooks from a clean kernel and store what they show, small enough for a repository.
+
+    python -m tests.store_notebooks [NAME ...]      # such as 02_patching; all of them where none is named
+
+Figures become PNGs and keep their data in the output's metadata, so that a test can compare them with a fresh run.
+Standard error, progress bars and times are dropped. Whoever runs a notebook gets live plotly figures as always.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import environ
+from pathlib import Path
+
+import nbformat
+import plotly.graph_objects as go
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from mansu_tl.files import write_text
+from mansu_tl.plots import write_images
+from tests.notebook_outputs import FIGURE, PLOTLY, figure_data, packed, widget
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+MOST_BYTES = 600_000
+_WIDTH = 960
+_SCALE = 0.8
+
+
+def run(path: Path) -> NotebookNode:
+    """The notebook with the outputs of a run from a clean kernel; the file stays as it is."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=900, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(FOLDER)}}
+    )
+    with _one_thread():
+        client.execute()
+    return notebook
+
+
+def store(notebook: NotebookNode) -> NotebookNode:
+    """The same notebook with outputs that are small and say nothing about the day or the machine."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = _stored(cell.outputs)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return notebook
+
+
+def main(names: Sequence[str]) -> None:
+    """Run and store the notebooks of these names."""
+    paths = [FOLDER / f"{name}.ipynb" for name in names] or sorted(FOLDER.glob("*.ipynb"))
+    for path in paths:
+        start = time.perf_counter()
+        notebook = run(path)
+        seconds = time.perf_counter() - start
+        text = nbformat.writes(store(notebook)) + "\n"
+        if len(text) > MOST_BYTES:
+            raise SystemExit(f"{path.name}: {len(text):,} bytes with its outputs, over {MOST_BYTES:,}; show less")
+        write_text(path, text)
+        print(f"{path.name}: {seconds:.0f} s, {len(text):,} bytes")
+
+
+def _stored(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:
+    text = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+    out = [nbformat.v4.new_output("stream", name="stdout", text=text)] if text else []
+    for output in outputs:
+        if output.output_type == "stream" or widget(output):
+            continue
+        if PLOTLY in output.get("data", {}):
+            figure = output.data[PLOTLY]
+            image = base64.b64encode(_png(figure)).decode()
+            metadata = {FIGURE: packed(figure_data(figure))}
+            out.append(nbformat.v4.new_output("display_data", data={"image/png": image}, metadata=metadata))
+        else:
+            out.append(output)
+    return out
+
+
+def _png(figure: dict[str, object]) -> bytes:
+    drawn = go.Figure({"data": figure["data"], "layout": figure["layout"]})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figure.png"
+        return write_images({path: drawn}, width=_WIDTH, scale=_SCALE)[0].read_bytes()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in the same order wherever the notebooks run; the kernel takes its environment from here."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: environ.get(name) for name in names}
+    environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                environ.pop(name)
+            else:
+                environ[name] = value
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
