@@ -121,6 +121,8 @@ def _plane(part: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 
 
 def _frontier(part: pd.DataFrame) -> pd.DataFrame:
+    if part.empty:
+        return part
     means = summary(part).set_index(["method", "quantizer", "measure"])["mean"]
     rows = []
     for method in dict.fromkeys(part["method"]):
