@@ -290,8 +290,9 @@ def test_an_attack_is_what_adam_does_on_the_facts_it_has(model) -> None:
 
 def test_mansu_can_defend_against_an_attacker_and_keeps_its_floor(model, task, circuit, edit) -> None:
     options = {"adversary_weight": 3.0, "adversary_steps": 2, "adversary_every": 3, "adversary_facts": 2}
-    defended = unlearn(model, task, "mansu", circuit=circuit, seed=3, **QUICK["mansu"], **options)
-    again = unlearn(model, task, "mansu", circuit=circuit, seed=3, **QUICK["mansu"], **options)
+    options = QUICK["mansu"] | options
+    defended = unlearn(model, task, "mansu", circuit=circuit, seed=3, **options)
+    again = unlearn(model, task, "mansu", circuit=circuit, seed=3, **options)
     assert all(torch.equal(defended.new[name], again.new[name]) for name in defended.new)
     assert any(not torch.equal(defended.indices[name], edit.indices[name]) for name in edit.indices)
     for name, index in defended.indices.items():

@@ -5,3 +5,7 @@ from mansu_tl.explorer.explorer import Explorer
 from mansu_tl.explorer.selection import Selection
 
 __all__ = ["Explorer", "Selection", "explore"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,3 +5,7 @@ from mansu_tl.gallery.pictures import Picture, pictures
 from mansu_tl.gallery.write import figure_data, write_gallery
 
 __all__ = ["Picture", "collect", "figure_data", "pictures", "write_gallery"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

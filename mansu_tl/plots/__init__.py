@@ -58,3 +58,7 @@ __all__ = [
     "write_images",
     "write_png",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
