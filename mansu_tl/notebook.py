@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +13,14 @@ import pandas as pd
 def four_digits(value: float) -> str:
     """A number with four significant digits."""
     return f"{value:.4g}"
+
+
+def bars(progress: bool | None) -> bool:
+    """Whether to show progress bars: as asked, and where nothing was asked, in a notebook."""
+    if progress is not None:
+        return progress
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and type(ipython.get_ipython()).__name__ == "ZMQInteractiveShell"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from nbformat import NotebookNode
 
 from mansu_tl.files import write_text
 from mansu_tl.plots import write_images
-from tests.notebook_outputs import FIGURE, PLOTLY, figure_data, packed, widget
+from tests.notebook_outputs import FIGURE, MADE_ON, PLOTLY, figure_data, packed, processor, widget
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 MOST_BYTES = 600_000
@@ -46,7 +46,7 @@ def run(path: Path) -> NotebookNode:
 
 
 def store(notebook: NotebookNode) -> NotebookNode:
-    """The same notebook with outputs that are small and say nothing about the day or the machine."""
+    """The same notebook with outputs that are small and say nothing about the day, and of the machine its processor."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
@@ -54,6 +54,7 @@ def store(notebook: NotebookNode) -> NotebookNode:
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
+        MADE_ON: processor(),
     }
     return notebook
 

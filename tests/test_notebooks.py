@@ -12,7 +12,19 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_output
 
-from tests.notebook_outputs import FIGURE, PLOTLY, differences, figure_data, packed, shown, unpacked
+from tests.notebook_outputs import (
+    ELSEWHERE,
+    FIGURE,
+    MADE_ON,
+    PLOTLY,
+    differences,
+    figure_data,
+    numbers,
+    packed,
+    processor,
+    shown,
+    unpacked,
+)
 from tests.store_notebooks import FOLDER, MOST_BYTES, run
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -32,6 +44,11 @@ def test_a_fresh_run_shows_what_is_stored(path) -> None:
         for cell, old in zip(_code(fresh), _code(stored), strict=True)
         for line in differences(shown(old), shown(cell))
     ]
+    # On another processor an edit's steps part ways (see notebook_outputs); what is stored was made on this kind.
+    if stored.metadata[MADE_ON] != processor():
+        total = sum(numbers(shown(cell)) for cell in _code(stored))
+        assert len(odd) <= ELSEWHERE * total, f"{path.name}: {len(odd)} of {total} numbers differ from what is stored"
+        return
     assert not odd, f"{path.name} does not show what is stored; if it is right, run make notebooks:\n" + "\n".join(
         odd[:20]
     )
@@ -113,6 +130,10 @@ def test_chunks_of_output_warnings_and_bars_do_not_matter() -> None:
     bar = new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0 % 0/5"})
     assert _odd([_stream("a\nb\n")], [_stream("a\n"), _stream("12 %|", "stderr"), bar, _stream("b\n")]) == []
     assert _odd([_stream("a\n")], []) == ["shows [], stored ['text']"]
+
+
+def test_numbers_are_counted() -> None:
+    assert numbers([("text", "38 edges, 1.5 %"), ("figure", {"x": [1.0, 2.0], "title": "a 3", "visible": True})]) == 5
 
 
 def _shown_figure(y, title="residual 0.43") -> NotebookNode:

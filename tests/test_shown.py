@@ -23,7 +23,7 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Conflict, Graph, PathEffects
 from mansu_tl.errors import NoEditError
 from mansu_tl.metrics import Accuracy
-from mansu_tl.notebook import Result, Table
+from mansu_tl.notebook import Result, Table, bars
 from mansu_tl.verification import Certificate, Divergence, Scorecard
 from mansu_tl.verification.certificate import CertificateRow
 from mansu_tl.verification.scorecard import Row
@@ -139,6 +139,10 @@ def test_completion_of_a_result_offers_its_public_names_only() -> None:
     assert {field.name for field in dataclasses.fields(result)} <= set(names)
     assert {"edges", "nodes", "top", "to_dataframe", "save"} <= set(names)
     assert set(names) == {name for name in object.__dir__(result) if not name.startswith("_")}
+
+
+def test_bars_are_shown_as_asked_and_in_notebooks_only() -> None:
+    assert [bars(True), bars(False), bars(None)] == [True, False, False]  # a kernel: below
 
 
 def test_completion_of_the_package_and_its_rooms_offers_public_names_only() -> None:
@@ -260,10 +264,11 @@ def test_a_real_kernel_shows_a_bar_a_table_and_a_short_error() -> None:
         "mtl.edge_attribution(model, pairs, steps=2, progress=True)",
         "mtl.Circuit.top(None, 0)",
         "mtl.load_task('nowhere')",
+        "from mansu_tl.notebook import bars\nbars(None)",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
     NotebookClient(notebook, timeout=300, kernel_name="python3", allow_errors=True).execute()
-    _, scored, bug, mistake = (cell.outputs for cell in notebook.cells)
+    _, scored, bug, mistake, asked = (cell.outputs for cell in notebook.cells)
     assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in scored)
     shown = scored[-1]["data"]["text/html"]
     assert "<b>EdgeScores</b> 343 edges" in shown
@@ -273,3 +278,4 @@ def test_a_real_kernel_shows_a_bar_a_table_and_a_short_error() -> None:
     assert lines[0].startswith("MansuError: ")
     assert lines[1] == "  Cell In[4], line 1: mtl.load_task('nowhere')"
     assert len(lines) == 3
+    assert asked[-1]["data"]["text/plain"] == "True"

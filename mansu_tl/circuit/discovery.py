@@ -14,6 +14,7 @@ from mansu_tl.circuit.selection import selected_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric, logit_difference
+from mansu_tl.notebook import bars
 from mansu_tl.patching.ablation import Ablation
 
 # Sizes tried side by side in each round of the search.
@@ -32,7 +33,7 @@ def discover_circuit(
     ablation: Ablation | None = None,
     metric: Metric = logit_difference,
     batch_size: int = 64,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Circuit:
     """The smallest top-n circuit by |EAP-IG score| whose edge-patched faithfulness reaches a target.
 
@@ -45,7 +46,7 @@ def discover_circuit(
         select: "top" takes the strongest edges, "greedy" grows the circuit from the logits.
         by: "absolute" ranks by |score|, "signed" takes what supports the answer first and what hinders it last.
         ablation: what edges outside the circuit carry; their values on the corrupt prompts where not given.
-        progress: show progress bars.
+        progress: show progress bars; None = in notebooks.
 
     Raises:
         MansuError: a target outside (0, 1], an unknown selection, pairs on which the model shows no difference, or a
@@ -54,12 +55,16 @@ def discover_circuit(
     if not 0 < faithfulness <= 1:
         raise MansuError(f"circuit: faithfulness={faithfulness}; choose a target in (0, 1]")
     if scores is None:
-        scores = edge_attribution(model, pairs, steps=steps, metric=metric, batch_size=batch_size, progress=progress)
+        scores = edge_attribution(
+            model, pairs, steps=steps, metric=metric, batch_size=batch_size, progress=bars(progress)
+        )
     total = int(scores.exists.sum())
     grid = sorted({round(total ** (i / (_GRID - 1))) for i in range(_GRID)})
     below, at = 0, None
     while at is None or at - below > 1:
-        values = _faithfulness_of_sizes(model, scores, grid, pairs, select, by, ablation, metric, batch_size, progress)
+        values = _faithfulness_of_sizes(
+            model, scores, grid, pairs, select, by, ablation, metric, batch_size, bars(progress)
+        )
         reached = [i for i, v in enumerate(values) if v >= faithfulness]
         if not reached:
             if at is None:

@@ -169,7 +169,9 @@ class _Runner:
 
     def _unlearn(self, method: str, job: Job, settings: dict[str, Any]) -> Edit:
         ground = self.ground
-        return unlearn(ground.model, ground.task, method, circuit=ground.circuit, seed=job.seed, **settings)
+        return unlearn(
+            ground.model, ground.task, method, circuit=ground.circuit, seed=job.seed, progress=False, **settings
+        )
 
     def _best_rate(self, method: str, settings: dict[str, Any]) -> float:
         result: Search = self.stages.tensor(

@@ -245,8 +245,8 @@ def attribution_scatter(
     figure = new_figure(
         look,
         title or "When can the linear estimate be trusted?",
-        f"Each point is a node: its exact effect by activation patching across, the linear estimate upright. "
-        f"{len(x)} nodes, mean error {number(error)}{together}.",
+        f"Each point is a node or an edge: its exact effect by activation patching across, the linear estimate upright. "
+        f"{len(x)} points, mean error {number(error)}{together}.",
         height=600,
     )
     low, high = min(x.min(), y.min(), 0.0), max(x.max(), y.max(), 0.0)

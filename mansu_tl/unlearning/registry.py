@@ -12,6 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
+from mansu_tl.notebook import bars
 from mansu_tl.unlearning import baselines as b
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.mansu import mansu
@@ -70,7 +71,7 @@ def unlearn(
     circuit: Circuit | None = None,
     settings: Any | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
     **overrides: Any,
 ) -> Edit:
     """Unlearn the task's forget set and return the change as an edit; the model is untouched.
@@ -80,7 +81,7 @@ def unlearn(
         circuit: restricts methods that take one (MANSU); the others train every parameter.
         settings: the method's settings; its defaults where not given.
         seed: of every random choice; the same seed gives the same edit.
-        progress: show a progress bar.
+        progress: show a progress bar; None = in notebooks.
         overrides: single settings by name, e.g. `budget=0.01`; those of the shared training loop too.
 
     Raises:
@@ -94,7 +95,7 @@ def unlearn(
         raise MansuError(f"{method}: settings are {type(base).__name__}; pass {chosen.settings.__name__}")
     final = _override(method, base, overrides)
     extra = {"circuit": circuit} if chosen.takes_circuit else {}
-    edit = chosen.run(model, task, final, seed=seed, progress=progress, **extra)
+    edit = chosen.run(model, task, final, seed=seed, progress=bars(progress), **extra)
     return replace(edit, method=method)
 
 

@@ -151,7 +151,16 @@ def search(
     trials = []
     for rate in tqdm(rates, desc=f"search {method}", unit="rate", disable=not progress):
         try:
-            edit = unlearn(model, validation, method, circuit=circuit, seed=seed, learning_rate=float(rate), **settings)
+            edit = unlearn(
+                model,
+                validation,
+                method,
+                circuit=circuit,
+                seed=seed,
+                learning_rate=float(rate),
+                progress=False,
+                **settings,
+            )
         except NoEditError as error:
             trials.append(Trial(float(rate), float("inf"), target, float("inf"), str(error)))
             continue

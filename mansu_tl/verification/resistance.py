@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
-from mansu_tl.notebook import Result, Table
+from mansu_tl.notebook import Result, Table, bars
 from mansu_tl.verification.attacks import Attack
 from mansu_tl.verification.intervals import interval_over_facts
 from mansu_tl.verification.relearning import MEASURES, RelearningCurve, measure_index, relearn
@@ -156,7 +156,7 @@ def compare_relearning(
     batch_size: int = 32,
     ask_at: Sequence[int] | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Relearning:
     """Run every attack on every model at every learning rate.
 
@@ -164,7 +164,7 @@ def compare_relearning(
         models: by label, e.g. {"edited": ..., "edited, nf4": quantize(edited), "never trained": ...}.
         attacks: from `attack_splits` and `unrelated_attack`.
         reference: the label of the never-trained model, against which the others' excess is set.
-        progress: show a progress bar over the curves.
+        progress: show a progress bar over the curves; None = in notebooks.
 
     Raises:
         MansuError: as `relearn`, or a reference that is none of the models.
@@ -173,7 +173,7 @@ def compare_relearning(
         raise MansuError(f"relearning: reference {reference!r} is none of {', '.join(models)}; add it to the models")
     jobs = [(label, attack, rate) for label in models for attack in attacks for rate in learning_rates]
     curves = []
-    for label, attack, rate in tqdm(jobs, desc="relearning", unit="curve", disable=not progress):
+    for label, attack, rate in tqdm(jobs, desc="relearning", unit="curve", disable=not bars(progress)):
         curve = relearn(
             models[label], attack, steps=steps, learning_rate=rate, batch_size=batch_size, ask_at=ask_at, seed=seed,
             label=label,

@@ -20,7 +20,7 @@ from mansu_tl.data import Questions, Task
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Accuracy, accuracy
-from mansu_tl.notebook import Result, Table
+from mansu_tl.notebook import Result, Table, bars
 from mansu_tl.quantization import quantize
 from mansu_tl.verification.divergence import CircuitScores, circuit_divergence, circuit_scores
 from mansu_tl.verification.intervals import interval_over_facts
@@ -130,7 +130,7 @@ def scorecard(
     title: str = "edited",
     original_scores: CircuitScores | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Scorecard:
     """Measure an edited model against its original, in full precision and under every quantizer named.
 
@@ -140,14 +140,14 @@ def scorecard(
     Args:
         original_scores: the original's `circuit_scores` on the task's forget pairs, to reuse them.
         seed: of the bootstrap.
-        progress: show a bar over the quantizers.
+        progress: show a bar over the quantizers; None = in notebooks.
     """
     limits = bounds or Bounds()
     if original_scores is None:
         original_scores = circuit_scores(model, circuit, task.forget_pairs)
     before, after = _answers(model, task), _answers(edited, task)
     rows = _forgetting(before, after, task, "", limits, seed) + _retention(before, after, "", limits, seed)
-    for name in tqdm(quantizers, desc=f"scorecard {title}", unit="quantizer", disable=not progress):
+    for name in tqdm(quantizers, desc=f"scorecard {title}", unit="quantizer", disable=not bars(progress)):
         q_model, q_edited = (quantize(each, name, task.retain_text) for each in (model, edited))
         q_before, q_after = _answers(q_model, task), _answers(q_edited, task)
         rows += _forgetting(q_before, q_after, task, name, limits, seed)
