@@ -354,14 +354,22 @@ def _frontier(path: Path, theme: str) -> go.Figure:
 
 
 def _sensitivity(path: Path, theme: str) -> go.Figure:
+    """What is in percent; CAD and the edited share stay in the table, on another scale."""
     frame = pd.read_csv(path)
+    frame = frame.loc[frame["measure"].isin(["forget MC, %", "kept sets, cloze points lost"])]
     varied = frame.loc[frame["hyperparameter"] != "default"]
     names = list(dict.fromkeys(varied["hyperparameter"]))
     settings = MansuSettings.light()
-    defaults = {name: str(getattr(settings, name)) for name in names}
+    defaults = {name: float(getattr(settings, name)) for name in names}
     base = frame.loc[frame["hyperparameter"] == "default"]
     rows = [base.assign(hyperparameter=name, value=value) for name, value in defaults.items()]
-    return plots.sensitivity(pd.concat([varied, *rows], ignore_index=True), defaults=defaults, theme=theme)
+    table = pd.concat([varied, *rows], ignore_index=True)
+    # Every value of the grid is a number; a word would end this.
+    table["value"] = table["value"].astype(float)
+    return plots.sensitivity(
+        table.sort_values(["hyperparameter", "value"]), defaults=defaults, bound=30.0,
+        title="How much each setting matters (light settings, pocket)", theme=theme,
+    )  # fmt: skip
 
 
 _COMPARED = {
