@@ -50,7 +50,9 @@ def main(
     circuit = mtl.discover_circuit(model, task.forget_pairs)
     target = out if n == 1 else out.with_suffix(f".{i}{out.suffix}")
     rows = pd.read_csv(target).to_dict("records") if target.is_file() else []
-    known = {(row["hyperparameter"], "None" if row["hyperparameter"] == "default" else str(row["value"])) for row in rows}
+    known = {
+        (row["hyperparameter"], "None" if row["hyperparameter"] == "default" else str(row["value"])) for row in rows
+    }
     jobs = [("", None), *((key, value) for key, values in GRID.items() for value in values)]
     for key, value in tqdm([job for k, job in enumerate(jobs) if k % n == i - 1], unit="setting"):
         if (key or "default", str(value)) in known:
