@@ -66,7 +66,17 @@ def test_the_original_knows_and_the_never_trained_model_does_not(result) -> None
     assert value(result.table, "original", "relearning MC, facts, lr 0.0003, excess over never") > 40
     codes = value(result.table, "mansu", "codes changed, % of edited", "nf4")
     assert codes == pytest.approx(100)
+    # Without the floor some edited weights keep their code.
     assert value(result.table, "mansu/no-floor", "codes changed, % of edited", "nf4") < 100
+    share = {
+        name: (
+            value(result.table, name, "edited linear weights, %"),
+            value(result.table, name, "codes changed, % of all", "nf4"),
+        )
+        for name in ("mansu", "mansu/no-floor")
+    }
+    assert share["mansu"][1] == pytest.approx(share["mansu"][0])
+    assert share["mansu/no-floor"][1] != pytest.approx(share["mansu/no-floor"][0], rel=1e-6)
 
 
 def test_the_search_used_the_validation_half_and_its_choice(result) -> None:
