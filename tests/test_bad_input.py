@@ -23,7 +23,7 @@ from mansu_tl.quantization.torchao_adapter import torchao
 from mansu_tl.stages import Stages
 from mansu_tl.unlearning import Edit, unlearn
 from mansu_tl.verification import certify
-from tests.tiny import tiny
+from tests.tiny import sliced_task, tiny
 
 QUICK = {
     "steps": 12,
@@ -49,15 +49,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task():
-    """A slice of the embedded task."""
-    full = mtl.load_task("pocket")
-    return dataclasses.replace(
-        full,
-        forget_pairs=full.forget_pairs[slice(0, 24)],
-        retain_text=full.retain_text[slice(0, 48)],
-        near_text=full.near_text[slice(0, 24)],
-        questions={name: value[slice(0, 24)] for name, value in full.questions.items()},
-    )
+    return sliced_task(24, retain=48)
 
 
 @pytest.fixture(scope="module")

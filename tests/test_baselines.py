@@ -21,6 +21,7 @@ from mansu_tl.unlearning.batches import joined
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector
 from mansu_tl.unlearning.search import Search, Trial, search
 from mansu_tl.unlearning.training import Batch, train
+from tests.tiny import sliced_task
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task():
-    full = mtl.load_task("pocket")
-    return dataclasses.replace(
-        full,
-        forget_pairs=full.forget_pairs[slice(0, 16)],
-        retain_text=full.retain_text[slice(0, 48)],
-        near_text=full.near_text[slice(0, 16)],
-        questions={k: v[slice(0, 24)] for k, v in full.questions.items()},
-    )
+    return sliced_task(16, retain=48)
 
 
 class ReachedError(Exception):

@@ -348,6 +348,20 @@ def test_frontier_joins_pareto_points_and_rings_the_default() -> None:
     assert [t.line.shape for t in fronts] == ["hv", "vh"]
 
 
+def test_a_name_lies_on_no_line_and_outside_the_ring() -> None:
+    def shifts(**options) -> list[tuple[float, float]]:
+        frame = pd.DataFrame({"setting": ["a", "b"], "x": [0.0, 10.0], "y": [5.0, 1.0]})
+        written = plots.frontier(frame, "x", "y", **options).layout.annotations
+        assert [note.text for note in written] == ["a", "b"]
+        return [(note.xshift, note.yshift) for note in written]
+
+    free = shifts()
+    assert free[0][1] > 7  # above the line that leaves "a" to the right
+    ringed = shifts(default="a")
+    assert max(abs(ringed[0][0]), abs(ringed[0][1]) - 7) >= 10
+    assert ringed[1] == free[1]
+
+
 def test_frontier_errors() -> None:
     frame = settings_of()
     for args, options, message in (

@@ -65,14 +65,17 @@ def test_a_gallery_without_images(folder: Path) -> None:
     stored = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     table = pd.read_csv(folder / "tables" / "frontier.csv")
     points = next(trace for trace in stored["frontier"] if trace["name"] == "settings")
-    assert points["numbers"]["y"][:2] == pytest.approx([len(table), table["relearn_excess_lr1e-3"].mean()])
+    assert points["numbers"]["y"][:2] == pytest.approx(
+        [len(table), table["relearning excess at lr 1e-3, points"].mean()]
+    )
 
 
 @needs_browser
 def test_a_gallery_with_images(folder: Path) -> None:
     written = write_gallery(folder, dark=True, svg=True, progress=False)
     assert {path.name for path in written} == {
-        "data.json", "README.md", "frontier.png", "frontier_dark.png", "frontier.svg"
+        "data.json", "README.md",
+        *(f"{name}{end}" for name in ("frontier", "sensitivity_attacker") for end in (".png", "_dark.png", ".svg")),
     }  # fmt: skip
     assert all(path.stat().st_size > 100 for path in written)
 

@@ -21,6 +21,7 @@ from mansu_tl.unlearning.neighbours import near_neighbours
 from mansu_tl.unlearning.objective import representation_loss
 from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, null_projector, retain_bound
 from mansu_tl.unlearning.support import choose_support
+from tests.tiny import sliced_task
 
 QUICK = {"steps": 10, "learning_rate": 0.5, "fisher_sequences": 8, "retain_batch": 8, "adversary_weight": 0.0}
 
@@ -32,14 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task():
-    full = mtl.load_task("pocket")
-    return dataclasses.replace(
-        full,
-        forget_pairs=full.forget_pairs[slice(0, 16)],
-        retain_text=full.retain_text[slice(0, 64)],
-        near_text=full.near_text[slice(0, 16)],
-        questions={k: v[slice(0, 24)] for k, v in full.questions.items()},
-    )
+    return sliced_task(16, retain=64)
 
 
 @pytest.fixture(scope="module")

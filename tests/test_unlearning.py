@@ -21,7 +21,7 @@ from mansu_tl.unlearning.candidates import circuit_weights
 from mansu_tl.unlearning.floor import Floor
 from mansu_tl.unlearning.objective import forget_loss
 from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, sequence_loss
-from tests.tiny import tiny
+from tests.tiny import sliced_task, tiny
 
 QUICK = {"mansu": {"steps": 12, "learning_rate": 0.5, "fisher_sequences": 8, "adversary_weight": 0.0}}
 
@@ -33,15 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task():
-    """A slice of the embedded task: enough to run every line, not enough to judge a method by."""
-    full = mtl.load_task("pocket")
-    return dataclasses.replace(
-        full,
-        forget_pairs=full.forget_pairs[slice(0, 24)],
-        retain_text=full.retain_text[slice(0, 48)],
-        near_text=full.near_text[slice(0, 24)],
-        questions={k: v[slice(0, 24)] for k, v in full.questions.items()},
-    )
+    return sliced_task(24, retain=48)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from mansu_tl.verification import (
     output_suppressor,
     scorecard,
 )
+from tests.tiny import sliced_task
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task():
-    full = mtl.load_task("pocket")
-    return dataclasses.replace(
-        full,
-        forget_pairs=full.forget_pairs[slice(0, 48)],
-        questions={k: v[slice(0, 48)] for k, v in full.questions.items()},
-    )
+    return sliced_task(48, questions=48)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,16 @@
-"""Tiny random HF models, one of each supported family, for tests."""
+"""Small things to test with: random HF models, one of each supported family, and slices of the embedded task."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from mansu_tl import load_task
+from mansu_tl.data import Task
 
 FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_neox", "gpt2")
 
@@ -63,4 +68,19 @@ def tiny_tokenizer(vocab_size: int = 64) -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0"
+    )
+
+
+def sliced_task(pairs: int, *, retain: int | None = None, questions: int = 24) -> Task:
+    """The first rows of the embedded task: enough to run every line, not enough to judge a method by.
+
+    `pairs` forget pairs and as many near sequences, `retain` retain sequences; without `retain` all text stays.
+    """
+    full = load_task("pocket")
+    text = {} if retain is None else {"retain_text": full.retain_text[:retain], "near_text": full.near_text[:pairs]}
+    return replace(
+        full,
+        forget_pairs=full.forget_pairs[:pairs],
+        questions={name: asked[:questions] for name, asked in full.questions.items()},
+        **text,
     )

@@ -58,8 +58,9 @@ def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure
                 points, _COST, _ATTACK, name="method", group="method", default=_default(points),
                 title=f"Resistance against retention ({stem})", theme=theme,
             )  # fmt: skip
-        parts = _frontier(part.loc[part["method"].isin(["mansu", *ABLATIONS])])
+        parts = _frontier(part.loc[part["method"].isin(["mansu", *ABLATIONS])], intervals=True)
         if len(parts) > 1:
+            parts["method"] = parts["method"].str.removeprefix("MANSU, ")
             out[f"{stem}_ablations"] = plots.frontier(
                 parts, _COST, [_ATTACK, _LEFT], name="method", group="method", default=_default(parts),
                 title=f"What each part of MANSU is worth ({stem})", theme=theme,
@@ -120,10 +121,12 @@ def _plane(part: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _frontier(part: pd.DataFrame) -> pd.DataFrame:
+def _frontier(part: pd.DataFrame, *, intervals: bool = False) -> pd.DataFrame:
+    """A point a method; intervals, over seeds or facts, where there is room for them."""
     if part.empty:
         return part
-    means = summary(part).set_index(["method", "quantizer", "measure"])["mean"]
+    found = summary(part).set_index(["method", "quantizer", "measure"])
+    means = found["mean"]
     rows = []
     for method in dict.fromkeys(part["method"]):
         names = [(method, "", f"{name} held-out cloze drop") for name in ("retain", "near")]
@@ -133,6 +136,8 @@ def _frontier(part: pd.DataFrame) -> pd.DataFrame:
         if held and key in means.index and method not in _CONTROLS:
             forgotten = float(means[(method, "", "forget MC")])
             row = {_COST: sum(held) / len(held), _ATTACK: float(means[key]), _LEFT: forgotten}
+            for name, at in ((_ATTACK, key), (_LEFT, (method, "", "forget MC"))) if intervals else ():
+                row |= {f"{name}_{end}": float(found.loc[at, end]) for end in ("low", "high")}
             rows.append({"method": _title(str(method)), **row})
     return pd.DataFrame(rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mansu_tl.comparison.plan import title_of
+from mansu_tl.comparison.plan import ABLATIONS, title_of
 from mansu_tl.comparison.tables import summary
 
 _EASY = "relearning MC, facts, lr 0.0003, excess over never"
@@ -42,10 +42,18 @@ _METHOD_COLUMNS = (
     ("NF4 codes changed, %", (("nf4", "codes changed, % of all", 1),)),
     ("depth", (("", "erasure depth", 2),)),
 )
+_CONTROL_COLUMNS = (
+    ("forget MC, %", "", "forget MC", 1),
+    ("retain cloze drop, held out", "", "retain held-out cloze drop", 2),
+    ("near log-odds drop, nats", "", "near log-odds drop", 1),
+    ("PTQ gap, NF4", "nf4", "PTQ gap, forget MC", 1),
+    ("relearning 3e-4", "", _EASY, 1),
+    ("relearning 1e-3", "", _HARD, 1),
+)
 
 
 def markdown(table: pd.DataFrame, searches: pd.DataFrame | None = None) -> str:
-    """MANSU over seeds, its PTQ gap by quantizer, and every method at its best, as Markdown.
+    """MANSU over seeds, its PTQ gap by quantizer, its controls, and every method at its best, as Markdown.
 
     Args:
         table: the tidy table of `compare`.
@@ -61,7 +69,8 @@ def markdown(table: pd.DataFrame, searches: pd.DataFrame | None = None) -> str:
         parts.append(_mansu(found, bases, seeds))
         parts.append(_quantizers(found, bases, table))
     rates = _rates(searches)
-    parts += [_methods(found, base, table, rates) for base in bases]
+    parts += [controls for base in bases if (controls := _controls(found, base, means))]
+    parts += [_methods(found, base, means, rates) for base in bases]
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,15 +126,36 @@ def _quantizers(found: _Cells, bases: list[str], table: pd.DataFrame) -> str:
     return _lines(header, rows)
 
 
-def _methods(found: _Cells, base: str, table: pd.DataFrame, rates: dict[tuple[str, str], str]) -> str:
+def _controls(found: _Cells, base: str, means: pd.DataFrame) -> str:
+    """MANSU beside itself with one part changed; "" where no part was."""
+    every = _seeds(means, base)
+    names = [name for name in ("mansu", "random-circuit", *ABLATIONS) if name in every]
+    if names in ([], ["mansu"]):
+        return ""
+    rows = []
+    for name in names:
+        cells = (found((base, name, q, measure), digits, interval=True) for _, q, measure, digits in _CONTROL_COLUMNS)
+        rows.append([title_of(name), str(every[name]), *cells])
+    header = [f"MANSU and its controls on `{base}`, mean [95 %]", "seeds", *(name for name, *_ in _CONTROL_COLUMNS)]
+    return _lines(header, rows)
+
+
+def _methods(found: _Cells, base: str, means: pd.DataFrame, rates: dict[tuple[str, str], str]) -> str:
     titles = {"original": "un-edited", "never": "never trained"}
     rows = []
-    for method in dict.fromkeys(table.loc[table["base"] == base, "method"]):
+    for method, seeds in _seeds(means, base).items():
         cells = [titles.get(method) or title_of(method), rates.get((base, method), "")]
+        cells.append("" if method in titles else str(seeds))
         for _, parts in _METHOD_COLUMNS:
             cells.append(" / ".join(found((base, method, q, measure), digits) for q, measure, digits in parts))
         rows.append(cells)
-    return _lines([f"`{base}`", "rate", *(name for name, _ in _METHOD_COLUMNS)], rows)
+    return _lines([f"`{base}`", "rate", "seeds", *(name for name, _ in _METHOD_COLUMNS)], rows)
+
+
+def _seeds(means: pd.DataFrame, base: str) -> dict[str, int]:
+    """Methods in the table's order, each with its number of seeds."""
+    part = means.loc[means["base"] == base]
+    return {str(name): int(count) for name, count in part.groupby("method", sort=False)["seeds"].max().items()}
 
 
 def _rates(searches: pd.DataFrame | None) -> dict[tuple[str, str], str]:

@@ -57,8 +57,8 @@ class Comparison:
     quantizers: tuple[str, ...] = field(default_factory=lambda: quantizers())
     control_quantizers: tuple[str, ...] = ("nf4", "int4-g64", "gptq-int4-g64")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    control_seeds: tuple[int, ...] = (0,)
-    ablation_seeds: tuple[int, ...] = (0,)
+    control_seeds: tuple[int, ...] = (0, 1, 2)
+    ablation_seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = RATES
     attack_rates: tuple[float, ...] = (3e-4, 1e-3)
     attack_steps: int = 50

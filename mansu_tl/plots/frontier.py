@@ -18,6 +18,7 @@ from mansu_tl.plots.theme import Theme, plain, styled, theme_named
 
 _COLUMNS = 3  # panels side by side
 _CLOSE = 0.09  # of an axis: values nearer to each other are drawn side by side instead of to scale
+_RING = 20  # pixels across
 _DECADES = 1.2  # spread of positive values from which on an axis is logarithmic
 
 
@@ -114,7 +115,11 @@ def frontier(
         best = pareto(shown, x, column, higher_is_better)
         first = pd.concat([best, shown.drop(index=best.index)])
         across, up = (first[key].astype(float).tolist() for key in (x, column))
-        label_points(figure, across, up, first[name].astype(str).tolist(), spans, (900 / len(names), 350), look, col)
+        size = (900 / len(names), 350.0)
+        drawn = _steps(best, x, column, higher_is_better)
+        if default is not None:
+            drawn += _ringed(shown[shown[name].astype(str) == default], x, column, spans, size)
+        label_points(figure, across, up, first[name].astype(str).tolist(), spans, size, look, col, drawn)
         figure.update_xaxes(title_text=plain(x), range=spans[0], zeroline=False, col=col)
         figure.update_yaxes(title_text=plain(column), range=spans[1], zeroline=False, col=col)
     legend_below(figure)
@@ -298,12 +303,36 @@ def _front(
         name="not beaten in both",
         legendgroup="front",
         showlegend=col == 1,
-        line={"color": look.muted, "width": 1.6, "shape": "hv" if (x in higher) == (y in higher) else "vh"},
+        line={"color": look.muted, "width": 1.6, "shape": _shape(x, y, higher)},
         customdata=[[plain(value)] for value in front[name]],
         hoverinfo="skip",
         row=1,
         col=col,
     )
+
+
+def _shape(x: str, y: str, higher: Sequence[str]) -> str:
+    return "hv" if (x in higher) == (y in higher) else "vh"
+
+
+def _steps(front: pd.DataFrame, x: str, y: str, higher: Sequence[str]) -> list[tuple[float, float, float, float]]:
+    """The stretches of the front's line, as boxes without width."""
+    points = list(zip(front[x].astype(float), front[y].astype(float), strict=True))
+    boxes = []
+    for (a, b), (c, d) in pairwise(points):
+        corner = (c, b) if _shape(x, y, higher) == "hv" else (a, d)
+        for (e, f), (g, h) in (((a, b), corner), (corner, (c, d))):
+            boxes.append((min(e, g), min(f, h), max(e, g), max(f, h)))
+    return boxes
+
+
+def _ringed(
+    rows: pd.DataFrame, x: str, y: str, spans: list[list[float]], size: tuple[float, float]
+) -> list[tuple[float, float, float, float]]:
+    """The box of the ring around the default."""
+    reach = [_RING / 2 * (end - start) / pixels for (start, end), pixels in zip(spans, size, strict=True)]
+    centres = zip(rows[x].astype(float), rows[y].astype(float), strict=True)
+    return [(a - reach[0], b - reach[1], a + reach[0], b + reach[1]) for a, b in centres]
 
 
 def _ring(figure: go.Figure, row: pd.Series, x: str, y: str, default: str, look: Theme, col: int) -> None:
@@ -314,7 +343,7 @@ def _ring(figure: go.Figure, row: pd.Series, x: str, y: str, default: str, look:
         name=f"default: {plain(default)}",
         legendgroup="default",
         showlegend=col == 1,
-        marker={"symbol": "circle-open", "size": 20, "color": look.ink, "line": {"width": 2.4, "color": look.ink}},
+        marker={"symbol": "circle-open", "size": _RING, "color": look.ink, "line": {"width": 2.4, "color": look.ink}},
         hoverinfo="skip",
         row=1,
         col=col,

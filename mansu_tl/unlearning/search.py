@@ -19,6 +19,7 @@ from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import accuracy
 from mansu_tl.notebook import Result, Table
+from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.registry import method_title, unlearn
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
@@ -146,10 +147,9 @@ def search(
     if not rates:
         raise MansuError("search: no rates; give at least one learning rate")
     method_title(method)
-    before = {name: accuracy(model, validation.questions[name]).cloze_percent for name in _kept(validation)}
-    target = 100 / validation.questions["forget"].choices.shape[1] + over_chance
     trials = []
     for rate in tqdm(rates, desc=f"search {method}", unit="rate", disable=not progress):
+        edit: Edit | NoEditError
         try:
             edit = unlearn(
                 model,
@@ -162,17 +162,34 @@ def search(
                 **settings,
             )
         except NoEditError as error:
-            trials.append(Trial(float(rate), float("inf"), target, float("inf"), str(error)))
-            continue
-        trials.append(_trial(edit.apply(model), validation, before, float(rate), target))
+            edit = error
+        trials.append(judge(model, validation, edit, float(rate), over_chance=over_chance))
     return Search(method, tuple(trials), seed)
 
 
-def _trial(edited: TransformerBridge, validation: Task, before: dict[str, float], rate: float, target: float) -> Trial:
+def judge(
+    model: TransformerBridge, validation: Task, edit: Edit | NoEditError, rate: float, *, over_chance: float = 5.0
+) -> Trial:
+    """What `search` makes of one learning rate's edit; for a search whose edits are kept or come from elsewhere.
+
+    Args:
+        edit: or the error with which the method gave none.
+        over_chance: percentage points.
+
+    Raises:
+        MansuError: an edit of another model.
+    """
+    target = 100 / validation.questions["forget"].choices.shape[1] + over_chance
+    if isinstance(edit, NoEditError):
+        return Trial(rate, float("inf"), target, float("inf"), str(edit))
+    edited = edit.apply(model)
+    lost = []
     try:
         forget = accuracy(edited, validation.questions["forget"]).mc_percent
-        lost = [old - accuracy(edited, validation.questions[name]).cloze_percent for name, old in before.items()]
-    except MansuError as error:
+        for name in _kept(validation):
+            before, after = (accuracy(one, validation.questions[name]).cloze_percent for one in (model, edited))
+            lost.append(before - after)
+    except MansuError as error:  # a model that gives no finite logits any more
         return Trial(rate, float("inf"), target, float("inf"), str(error))
     return Trial(rate, forget, target, sum(lost) / len(lost))
 

@@ -33,6 +33,14 @@ GRID: dict[str, tuple[Any, ...]] = {
     "representation_weight": (1.0, 4.0),
     "freeze_at": (0.3, 0.9),
     "retain_batch": (8, 96),
+    "forget_batch": (24, 192),
+    "margin_weight": (0.3, 3.0),
+    "band": (0.25, 1.0),
+    "select_from": (0.0, 0.5),
+    "select_every": (5, 30),
+    "fisher": (False,),
+    "fisher_sequences": (32,),
+    "projector": (True,),
 }
 _KEPT = ("retain", "retain_paraphrase", "near", "near_paraphrase")
 
@@ -49,7 +57,9 @@ def main(
     validation, _ = split_questions(task)
     circuit = mtl.discover_circuit(model, task.forget_pairs)
     target = out if n == 1 else out.with_suffix(f".{i}{out.suffix}")
-    rows = pd.read_csv(target).to_dict("records") if target.is_file() else []
+    rows = (
+        pd.read_csv(target, dtype={"value": str}, keep_default_na=False).to_dict("records") if target.is_file() else []
+    )
     known = {
         (row["hyperparameter"], "None" if row["hyperparameter"] == "default" else str(row["value"])) for row in rows
     }
