@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -16,6 +17,8 @@ from types import ModuleType
 
 import pytest
 import yaml
+
+from mansu_tl.unlearning import MansuSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
@@ -174,3 +177,13 @@ def test_the_site_builds_offline_without_a_warning(tmp_path: Path, hooks: Module
     # Axis names arrive as they were written, a single one included.
     assert '"writer reader"' in circuit
     assert '" pair"' in pages["reference/data.html"]
+
+
+def test_every_setting_of_mansu_has_its_default_and_a_reason() -> None:
+    lines = (ROOT / "docs" / "reference" / "unlearning.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    settings = MansuSettings()
+    assert [(name.strip("`"), default) for name, default, _ in cells] == [
+        (field.name, str(getattr(settings, field.name))) for field in dataclasses.fields(settings)
+    ]
+    assert all(len(reason) > 10 for _, _, reason in cells)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from mansu_tl.comparison import markdown, properties
+from tests.benchmarks import tofu
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE = ROOT / "figures" / "compare"
@@ -19,11 +20,11 @@ def measures() -> pd.DataFrame:
     return table.assign(quantizer=table["quantizer"].fillna(""))
 
 
-def quoted(text: str) -> list[str]:
+def quoted(text: str, source: str = "figures/compare/tables.md") -> list[str]:
     lines: list[str] = []
     inside = False
     for line in text.splitlines():
-        if line == "<!-- figures/compare/tables.md -->":
+        if line == f"<!-- {source} -->":
             inside = True
         elif line == "<!-- end -->":
             inside = False
@@ -49,3 +50,9 @@ def test_a_page_quotes_the_tables_and_nothing_else(page) -> None:
     lines = quoted((ROOT / page).read_text(encoding="utf-8"))
     assert len(lines) > 20
     assert [line for line in lines if line not in tables] == []
+
+
+def test_the_tofu_table_is_the_benchmarks() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "tofu.csv").fillna({"quantizer": ""})
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert quoted(page, "figures/tables/tofu.csv") == tofu.markdown(table).splitlines()

@@ -407,7 +407,7 @@ _COMPARED = {
     "quantizers": "MANSU's forget accuracy before and after every quantizer, over seeds.",
     "plane": "Forget accuracy against CAD, by method, in full precision and quantized.",
     "frontier": "Resistance to relearning against what retention costs, by method.",
-    "ablations": "MANSU with one part changed (one seed): resistance and forgetting against what retention costs.",
+    "ablations": "MANSU with one part changed: resistance and forgetting against what retention costs, with intervals over seeds.",
     "methods": "All methods, ablations and controls against all properties, with intervals over seeds and bounds.",
 }
 

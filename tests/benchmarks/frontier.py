@@ -21,19 +21,19 @@ from mansu_tl.verification import Relearning, RelearningCurve, attack_splits, co
 
 SETTINGS: tuple[tuple[str, Any], ...] = (
     ("default", ""),
+    ("adversary_weight", 2.0),
+    ("adversary_steps", 8),
     ("retain_weight", 60.0),
-    ("null_space", 0.0),
     ("fisher", False),
-    ("budget", 0.0099),
+    ("adversary_rate", 1e-3),
+    ("adversary_weight", 12.0),
+    ("adversary_facts", 4),
+    ("adversary_every", 15),
+    ("null_space", 0.0),
     ("budget", 0.04),
     ("adversary_weight", 0.0),
-    ("adversary_weight", 12.0),
-    ("adversary_steps", 8),
-    ("adversary_every", 15),
-    ("adversary_rate", 1e-3),
-    ("adversary_facts", 4),
-    ("adversary_weight", 2.0),
     ("retain_weight", 20.0),
+    ("budget", 0.0099),
 )
 _KEPT = ("retain", "retain_paraphrase", "near", "near_paraphrase")
 _RATES = {"3e-4": 3e-4, "1e-3": 1e-3}

@@ -1,6 +1,6 @@
 """TOFU on a small model: forgetting by TOFU's own measures, before and after quantization, against the retain model.
 
-    python tests/benchmarks/tofu.py --data ../shared/data/tofu --out runs/tofu --methods mansu-2,mansu-4,graddiff,npo \
+    python tests/benchmarks/tofu.py --data ../shared/data/tofu --out runs/tofu --methods mansu-4,mansu-10,graddiff,npo \
         --quantizers nf4 --seeds 0
 
 Trains the two models (about 11 minutes of one core each) or takes those already under `--out`, discovers the circuit,
@@ -30,25 +30,25 @@ from mansu_tl.unlearning import Edit, method_title
 from mansu_tl.unlearning.search import Search, judge
 from mansu_tl.verification import circuit_scores
 
-# MANSU here: no attacker; a lighter hold on what is kept than on `pocket`; and answers are pushed three nats below what
+# MANSU here: no attacker; a lighter hold on what is kept than on `pocket`; and answers are pushed five nats below what
 # prompts with invented names give, because the wording of a TOFU question names the answer by itself (with an invented
 # author the un-edited model is right in 70 %). Chosen on the validation questions; the budgets are a row each.
 MANSU: dict[str, Any] = {
-    "steps": 200,
+    "steps": 250,
     "forget_batch": 64,
     "retain_batch": 12,
     "retain_weight": 5.0,
     "near_weight": 3.0,
-    "null_space": 0.0,
+    "null_space": 0.5,
     "neuron_share": 0.5,
     "freeze_at": 0.8,
-    "margin": 3.0,
+    "margin": 5.0,
     "divergence_weight": 0.3,
     "band_weight": 0.0,
     "representation_weight": 0.0,
     "adversary_weight": 0.0,
 }
-BUDGETS = {"mansu-2": 0.0195, "mansu-4": 0.04, "mansu-10": 0.1}
+BUDGETS = {"mansu-4": 0.04, "mansu-10": 0.1}
 CIRCUIT_PAIRS = 96
 # Column, (set, measure), how it is written.
 _SHOWN = (
@@ -265,7 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], help="a setting, e.g. mansu-4.steps=300")
     parser.add_argument("--limit", type=int, default=0, help="questions of each TOFU set at most; 0 = all")
     parser.add_argument("--near", type=int, default=400, help="retain questions that count as near")
-    parser.add_argument("--per-answer", type=int, default=2, help="places of a forget answer that are unlearned")
+    parser.add_argument(
+        "--per-answer", type=int, default=2, help="words of a forget answer that are unlearned and asked"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     table = Run(options).table()
