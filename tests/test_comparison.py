@@ -103,7 +103,10 @@ def test_the_markdown_tables_say_what_the_table_says(result) -> None:
     chosen = result.searches[result.searches.chosen].iloc[0]
     assert cells[1] == f"{chosen.rate:g}" + ("" if chosen.reached else " *")
     found = [value(result.table, "graddiff", f"forget {kind}") for kind in ("MC", "cloze")]
-    assert cells[2] == f"{found[0]:.1f} / {found[1]:.1f}"
+    assert cells[2:4] == ["1", f"{found[0]:.1f} / {found[1]:.1f}"]
+    controls = text.split("| MANSU and its controls on `pocket`")[1].split("\n\n")[0]
+    line = next(line for line in controls.splitlines() if line.startswith("| MANSU, no floor |"))
+    assert line.split("|")[3].split("[")[0].strip() == f"{value(result.table, 'mansu/no-floor', 'forget MC'):.1f}"
     gap = value(result.table, "mansu", "PTQ gap, forget MC", "nf4")
     line = next(line for line in text.splitlines() if line.startswith("| `nf4` |"))
     assert line.split("|")[2].split("[")[0].strip() == f"{gap + 0.0:.1f}"

@@ -142,6 +142,7 @@ def quick(**changes: Any) -> Comparison:
         control_quantizers=("nf4", "int4-g64", "int8"),
         seeds=(0,),
         control_seeds=(0,),
+        ablation_seeds=(0,),
         rates=(),
         attack_splits=1,
         attack_rates=(3e-4,),

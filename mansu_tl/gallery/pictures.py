@@ -360,10 +360,12 @@ _FORGET, _LOST = "forget MC, %", "kept sets, cloze points lost"
 
 def _frontier(path: Path, theme: str) -> go.Figure:
     frame, cost = pd.read_csv(path, dtype={"value": str}, keep_default_na=False), "held-out retain cloze drop, points"
-    changed = frame["hyperparameter"] + " " + frame["value"]
-    frame["setting"] = frame["hyperparameter"].where(frame["hyperparameter"] == "default", changed)
+    changed = (
+        frame["hyperparameter"] + " " + frame["value"].str.removesuffix(".0").replace({"False": "off", "True": "on"})
+    )
+    frame["setting"] = changed.where(frame["hyperparameter"] != "default", "MANSU")
     return plots.frontier(
-        frame, cost, _RESISTANCE, default="default", title="Resistance against retention: the defaults and their neighbours",
+        frame, cost, _RESISTANCE, default="MANSU", title="Resistance against retention: the defaults and their neighbours",
         theme=theme,
     )  # fmt: skip
 
@@ -407,7 +409,7 @@ _COMPARED = {
     "quantizers": "MANSU's forget accuracy before and after every quantizer, over seeds.",
     "plane": "Forget accuracy against CAD, by method, in full precision and quantized.",
     "frontier": "Resistance to relearning against what retention costs, by method.",
-    "ablations": "MANSU with one part changed: resistance and forgetting against what retention costs, with intervals over seeds.",
+    "ablations": "MANSU with one part changed: resistance and forgetting against what retention costs, intervals over seeds.",
     "methods": "All methods, ablations and controls against all properties, with intervals over seeds and bounds.",
 }
 

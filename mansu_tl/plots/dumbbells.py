@@ -54,13 +54,14 @@ def ptq_gaps(
         vertical_spacing=84 / height if down > 1 else 0,
         subplot_titles=[plain(name) for name in quantizers],
     )
-    seeds = rows["seed"].nunique()
+    counts = rows.groupby("method")["seed"].nunique()
+    seeds = int(counts.max())
     styled(
         figure,
         look,
         title or "Does quantization bring it back?",
         "Ring: full precision; filled: quantized. To the right of its ring = knowledge came back; the number is the mean "
-        f"gap in points. Means over {seeds} seed{'s' if seeds > 1 else ''}"
+        f"gap in points. Means over {'up to ' if counts.min() < seeds else ''}{seeds} seed{'s' if seeds > 1 else ''}"
         + (", thin bars from the lowest to the highest." if seeds > 1 else "."),
         height=height,
     )
