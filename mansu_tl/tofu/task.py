@@ -87,7 +87,8 @@ def tofu_task(
       the first option's author, whose word is then distractor 0.
     - forget_pairs: the `per_answer` rarest places of every forget answer whose prompt says the author's name.
     - near_text: the retain questions whose words are most like a forget question's; retain_text: all others.
-    - unseen: every forget prompt with invented names in place of the author's.
+    - unseen: every forget prompt with invented names in place of the author's. The wording stays, and gives many answers
+      away by itself, so that MANSU needs a large `margin` here.
     - questions: "forget" = the forget pairs; "forget_paraphrase" = the same through the paraphrased question, the
       answer's own wording following it; "near" and "retain" = one place of every near text and of every other question
       of retain_perturbed; "retain_paraphrase" likewise through the paraphrased question.
