@@ -48,7 +48,9 @@ MANSU: dict[str, Any] = {
     "representation_weight": 0.0,
     "adversary_weight": 0.0,
 }
-BUDGETS = {"mansu-4": 0.04, "mansu-10": 0.1}
+BUDGETS = {"mansu-4": ("mansu", 0.04), "mansu-10": ("mansu", 0.1), "random-circuit-10": ("random-circuit", 0.1)}
+# Of the methods whose learning rate is searched.
+MAX_STEPS = 300
 CIRCUIT_PAIRS = 96
 # Column, (set, measure), how it is written.
 _SHOWN = (
@@ -158,6 +160,8 @@ class Run:
     def unlearned(self, method: str, seed: int) -> Iterator[tuple[str, str, str, float]]:
         """Unlearn and measure."""
         given = _settings(self.options.set, method)
+        if method not in BUDGETS:
+            given = {"max_steps": MAX_STEPS, **given}
         if method not in BUDGETS and self.options.rates and "learning_rate" not in given:
             given["learning_rate"] = self.searched(method, seed, given).best.rate
             yield "", "edit", "learning rate", given["learning_rate"]
@@ -172,7 +176,8 @@ class Run:
         if not path.is_file():
             name, circuit, settings = method, None, given
             if method in BUDGETS:
-                name, circuit, settings = "mansu", self.circuit, {**MANSU, "budget": BUDGETS[method], **given}
+                (name, budget), circuit = BUDGETS[method], self.circuit
+                settings = {**MANSU, "budget": budget, **given}
             # The forget set is whole in both tasks; they differ in the questions, which no training asks.
             edit = mtl.unlearn(self.model, self.tasks[0], name, circuit=circuit, seed=seed, progress=True, **settings)
             edit.save(path)
@@ -235,7 +240,8 @@ def markdown(table: pd.DataFrame) -> str:
 
 def _title(method: str) -> str:
     if method in BUDGETS:
-        return f"MANSU, {100 * BUDGETS[method]:.0f} % of the weights"
+        name, budget = BUDGETS[method]
+        return f"{method_title(name)}, {100 * budget:.0f} % of the weights"
     return method if method in ("un-edited", "retain model") else method_title(method)
 
 
@@ -257,11 +263,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="folder for models, edits, scores and tofu.csv")
     parser.add_argument("--models", default="", help="folder with the model folders, if not OUT/models")
     parser.add_argument(
-        "--methods", type=lambda t: t.split(","), default=[*BUDGETS, "graddiff", "npo", "simnpo", "rmu"]
+        "--methods", type=lambda t: t.split(","), default=["mansu-4", "mansu-10", "npo", "graddiff", "simnpo", "rmu"]
     )
     parser.add_argument("--quantizers", type=lambda t: t.split(","), default=["nf4"])
     parser.add_argument("--seeds", type=lambda t: [int(s) for s in t.split(",")], default=[0])
-    parser.add_argument("--rates", type=lambda t: [float(r) for r in t.split(",") if r], default=[3e-5, 1e-4, 3e-4])
+    parser.add_argument("--rates", type=lambda t: [float(r) for r in t.split(",") if r], default=[1e-3, 3e-4, 1e-4])
     parser.add_argument("--set", action="append", default=[], help="a setting, e.g. mansu-4.steps=300")
     parser.add_argument("--limit", type=int, default=0, help="questions of each TOFU set at most; 0 = all")
     parser.add_argument("--near", type=int, default=400, help="retain questions that count as near")
@@ -269,6 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--per-answer", type=int, default=2, help="words of a forget answer that are unlearned and asked"
     )
     options = parser.parse_args(arguments)
+    for name in {"mansu", "random-circuit"} & set(options.methods):
+        parser.error(
+            f"--methods {name}: its learning rate is in bins and not searched; name one of {', '.join(BUDGETS)}"
+        )
     torch.set_num_threads(1)
     table = Run(options).table()
     write_text(Path(options.out) / "tofu.csv", table.to_csv(index=False))
