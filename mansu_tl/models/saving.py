@@ -12,6 +12,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
+from mansu_tl.files import local
 from mansu_tl.models.copies import cast, plain
 from mansu_tl.models.quiet import quiet
 from mansu_tl.models.tree import Model
@@ -33,7 +34,7 @@ def save(model: Model, folder: str | PathLike[str], *, dtype: torch.dtype | None
         MansuError: the folder holds something else than a model, or cannot be written; weights of several dtypes, or
             weights that the new dtype cannot hold.
     """
-    target = Path(folder).expanduser()
+    target = local(folder)
     _require_replaceable(target)
     hf = plain(model)
     if dtype is not None:
