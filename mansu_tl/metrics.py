@@ -66,7 +66,6 @@ METRICS: dict[str, Metric] = {
 }
 
 
-@torch.no_grad()
 def last_logits(
     model: TransformerBridge | torch.nn.Module,
     tokens: Int[Tensor, "row pos"],
@@ -88,6 +87,7 @@ def last_logits(
     return torch.cat(parts)
 
 
+@torch.no_grad()
 def _last_logits(model: TransformerBridge | torch.nn.Module, rows: Sequences) -> Float[Tensor, "row vocab"]:
     """`last_logits` of one batch."""
     rows = rows.to(_device_of(model))
@@ -101,10 +101,10 @@ def _last_logits(model: TransformerBridge | torch.nn.Module, rows: Sequences) ->
         with model.hooks(fwd_hooks=[("unembed.hook_in", lambda stream, hook: cut(stream))]):
             logits = model(rows.tokens, return_type="logits")
     else:
-        head: Any = model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda module, inputs: (cut(inputs[0]),))
+        plain: Any = model
+        handle = plain.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (cut(inputs[0]),))
         try:
-            logits = model(rows.tokens, use_cache=False).logits
+            logits = plain(rows.tokens, use_cache=False).logits
         finally:
             handle.remove()
     return logits[:, 0].float().to(rows.tokens.device)

@@ -20,6 +20,7 @@ _SUFFIX = re.compile(r"(['’](s|re|ve|ll|d|m|t)|n['’]t)\b", re.IGNORECASE)
 _MARKER = re.compile(r"<[^<>\s/][^<>\s]*>$")
 _GLUED = frozenset("-‐‑–—=")
 _OPEN_ENDED = frozenset("/\\_#@")
+_CONTROL_ENDS = frozenset(">]}|")
 _QUOTES = frozenset("\"'`")
 # First and last code points of scripts that put no space between words, with their punctuation and full-width forms.
 _UNSPACED = (
@@ -36,7 +37,7 @@ def joined(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, answer_
     spaces between words, and none before punctuation that closes. True puts one in where there is none, False never.
     """
     if answer_space == "auto":
-        space = _spaced(prompt, answer, _control_tokens(tokenizer))
+        space = _spaced(prompt, answer) and not _ends_in_control_token(tokenizer, prompt)
     else:
         space = answer_space and not prompt.endswith(" ") and not answer.startswith(" ")
     return f"{prompt} {answer}" if space else prompt + answer
@@ -105,11 +106,12 @@ def require_answer_space(value: object, what: str) -> None:
         raise MansuError(f'{what}: answer_space is {value!r}; choose "auto", true or false')
 
 
-def _spaced(prompt: str, answer: str, control: tuple[str, ...]) -> bool:
+def _spaced(prompt: str, answer: str) -> bool:
+    """Whether a writer puts a space between the two."""
     last, first = prompt[-1:], answer[:1]
     if not last or not first or last.isspace() or first.isspace():
         return False
-    if prompt.endswith(control) or _MARKER.search(prompt) or last in _OPEN_ENDED or _unspaced(last):
+    if _MARKER.search(prompt) or last in _OPEN_ENDED or _unspaced(last):
         return False
     if unicodedata.category(last) in ("Ps", "Pi") or last in "<‚„" or (last in _QUOTES and _opens(prompt)):
         return False
@@ -146,10 +148,12 @@ def _unspaced(letter: str) -> bool:
     return any(low <= ord(letter) <= high for low, high in _UNSPACED)
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Added tokens that are no words: what a chat template is made of."""
+def _ends_in_control_token(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Whether a prompt ends in an added token that is no word: what chat templates are made of."""
+    if prompt[-1:] not in _CONTROL_ENDS:
+        return False  # before the added tokens are listed, of which some tokenizers have thousands
     names = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
-    return tuple(name for name in names if name and not name[-1].isalnum())
+    return prompt.endswith(tuple(name for name in names if name and name[-1] in _CONTROL_ENDS))
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -81,6 +81,16 @@ def require_questions(questions: object) -> None:
         raise MansuError(f"questions: got a {type(questions).__name__}; {_way_to(questions, 'questions')}")
 
 
+def require_sequences(text: object) -> None:
+    """Refuse anything but sequences.
+
+    Raises:
+        MansuError: something else; it says how to make sequences of it.
+    """
+    if not isinstance(text, Sequences):
+        raise MansuError(f"text: got a {type(text).__name__}; {_way_to(text, 'text')}")
+
+
 def require_task(task: object) -> None:
     """Refuse anything but a task.
 
@@ -91,9 +101,17 @@ def require_task(task: object) -> None:
         raise MansuError(f"task: got a {type(task).__name__}; {_way_to(task, 'task')}")
 
 
+_PARTS = {
+    "pairs": "task.forget_pairs",
+    "questions": 'task.questions["forget"]',
+    "text": "task.retain_text",
+    "task": "",
+}
+
+
 def _way_to(found: object, wanted: str) -> str:
     """How what was passed becomes what is wanted."""
-    part = {"pairs": "task.forget_pairs", "questions": 'task.questions["forget"]', "task": ""}[wanted]
+    part = _PARTS[wanted]
     if isinstance(found, Task):
         return f"pass {part}"
     if isinstance(found, PromptPairs | Questions | Sequences):

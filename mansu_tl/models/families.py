@@ -12,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mansu_tl.errors import MansuError
 
-
 _ROTARY = r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
 
 

@@ -32,6 +32,10 @@ def adapter_layer(model: nn.Module) -> str | None:
 def way_to_load(found: object) -> str:
     """What was passed, and how to make a hooked model of it."""
     name = type(found).__name__
+    if _is_peft(found) and not hasattr(found, "merge_and_unload"):
+        return (
+            f"a {name} carries an adapter that is no part of the weights and cannot be merged; pass a model without it"
+        )
     if _is_peft(found):
         return f"a {name} carries an adapter; {_MERGE}"
     if isinstance(found, PreTrainedModel):
