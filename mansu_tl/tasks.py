@@ -40,5 +40,5 @@ def load_task(
         return pocket_task(seed)
     if tokenizer is None:
         what = repr(fspath(source)) if isinstance(source, str | PathLike) else type(source).__name__
-        raise MansuError(f"task {what}: its texts need a tokenizer; pass tokenizer=model")
+        raise MansuError(f"task {what}: needs a tokenizer to be read; pass tokenizer=model")
     return read_task(source, tokenizer, name=name, answer_space=answer_space)

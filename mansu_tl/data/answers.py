@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from mansu_tl.data.text import encode
 from mansu_tl.errors import MansuError
 
-AnswerSpace = Literal["auto"] | bool
+if TYPE_CHECKING:
+    AnswerSpace = Literal["auto"] | bool
+else:
+    AnswerSpace = object  # anything else is told what to choose
 
 # Punctuation that stands against the word before it.
 _CLOSING = frozenset(".,:;!?%…。、，．：；！？％")

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -43,7 +43,10 @@ _TABLES = {
 }  # fmt: skip
 
 Row = dict[str, Any]
-Rows = str | PathLike[str] | pd.DataFrame | Iterable[Mapping[str, Any]]
+if TYPE_CHECKING:
+    Rows = str | PathLike[str] | pd.DataFrame | Iterable[Mapping[str, Any]]
+else:
+    Rows = object  # anything else is told what to pass
 
 
 def read_rows(source: Rows) -> tuple[str, str, list[Row]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -37,6 +38,11 @@ from mansu_tl.data.text import (
 )
 from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result
+
+if TYPE_CHECKING:
+    Texts = Iterable[str]
+else:
+    Texts = object  # anything else is told what to pass
 
 
 @dataclass(frozen=True)
@@ -164,22 +170,26 @@ class PromptPairs(Result):
                     )
         if lengths is None:
             lengths = torch.full((clean.shape[0],), clean.shape[1], dtype=torch.long, device=clean.device)
+        lengths = checked_lengths("pair", clean, lengths)
+        if lengths.device.type != "meta":
+            # Columns that hold padding only cost time, and may be more than the model has positions.
+            clean, corrupt = (tokens[:, : int(lengths.max())] for tokens in (clean, corrupt))
         return cls(clean, corrupt, answers, distractors, lengths, tuple(labels))
 
     @classmethod
     def from_text(
         cls,
         tokenizer: TextSource,
-        clean: Iterable[str],
-        corrupt: Iterable[str],
-        answers: Iterable[str],
-        distractors: Iterable[str] | Iterable[Iterable[str]],
+        clean: Texts,
+        corrupt: Texts,
+        answers: Texts,
+        distractors: Texts | Iterable[Texts],
         prepend_bos: bool | None = None,
         labels: Sequence[str] = (),
         spans: Mapping[str, Sequence[str | tuple[str, str]]] | None = None,
         names: Sequence[str] = (),
         *,
-        answer_space: AnswerSpace | Sequence[AnswerSpace] = "auto",
+        answer_space: AnswerSpace | Iterable[AnswerSpace] = "auto",
     ) -> PromptPairs:
         """Pairs from text; an answer must be one token when it continues its prompt.
 
@@ -210,7 +220,10 @@ class PromptPairs(Result):
         count = counts["clean"]
         if not count:
             raise MansuError("prompt pairs: none given; pass at least one clean/corrupt pair")
-        spaces = [answer_space] * count if isinstance(answer_space, bool | str) else list(answer_space)
+        if isinstance(answer_space, Iterable) and not isinstance(answer_space, str):
+            spaces = list(answer_space)
+        else:
+            spaces = [answer_space] * count
         if len(spaces) != count:
             raise MansuError(f"prompt pairs: {len(spaces)} values of answer_space for {count} pairs; give one for each")
         made = [
@@ -314,15 +327,15 @@ def _pair(
     tokenizer: PreTrainedTokenizerBase,
     bos: bool,
     name: str,
-    clean: str,
-    corrupt: str,
-    answer: str,
-    wrong: str | Iterable[str],
-    answer_space: AnswerSpace,
+    clean: Any,
+    corrupt: Any,
+    answer: Any,
+    wrong: Any,
+    answer_space: Any,
 ) -> _Pair:
     """One pair as tokens."""
     require_answer_space(answer_space, name)
-    options = [wrong] if isinstance(wrong, str) else list(wrong)
+    options = list(wrong) if isinstance(wrong, Iterable) and not isinstance(wrong, str) else [wrong]
     texts = (("clean", clean), ("corrupt", corrupt), ("answer", answer), *(("distractor", w) for w in options))
     for what, text in texts:
         require_text(text, f"{name}: {what}")
