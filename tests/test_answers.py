@@ -128,7 +128,7 @@ BYTES, PIECES = byte_level(), sentencepiece()
         ("\u7b54\u6848\uff1a", "Paris", "\u7b54\u6848\uff1aParis"),
         ("\u0e40\u0e21\u0e37\u0e2d\u0e07", "\u0e44\u0e17\u0e22", "\u0e40\u0e21\u0e37\u0e2d\u0e07\u0e44\u0e17\u0e22"),
         ("\uc218\ub3c4\ub294", "\uc11c\uc6b8", "\uc218\ub3c4\ub294 \uc11c\uc6b8"),
-        ("\u0421\u0442\u043e\u043b\u0438\u0446\u0430", "\u041f\u0430\u0440\u0438\u0436", "\u0421\u0442\u043e\u043b\u0438\u0446\u0430 \u041f\u0430\u0440\u0438\u0436"),
+        ("\u0433\u043e\u0440\u043e\u0434", "\u041e\u0448", "\u0433\u043e\u0440\u043e\u0434 \u041e\u0448"),
         # punctuation that closes
         ("It is over", ".", "It is over."),
         ("It is over", "...", "It is over..."),

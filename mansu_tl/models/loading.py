@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from mansu_tl.errors import MansuError
 from mansu_tl.files import local, read_text
-from mansu_tl.models.copies import boot, cast, duplicate
+from mansu_tl.models.copies import boot, cast, duplicate, forget_source_format
 from mansu_tl.models.families import Family, family_of
 from mansu_tl.models.four_bit import convert, is_four_bit, quantization_config, require_kind, stored_kind
 from mansu_tl.models.kinds import adapter_layer, way_to_load
@@ -97,6 +97,8 @@ def load(
             raise MansuError(f"{name}: {way_to_load(source)}")
         family_of(source.config, type(source).__name__, name)
         hf = duplicate(source)
+        if not is_four_bit(hf):
+            forget_source_format(hf)
         hf = hf if dtype is None else cast(hf, dtype)
         hf = convert(hf, quantized) if quantized is not None and not is_four_bit(hf) else hf
         hf = hf if device_map is None else place(name, hf, device_map)
