@@ -69,7 +69,7 @@ def read_task(
         near_text=reader.sequences([*map(reader.sentence, trained["near"])], least=2),
         unseen=reader.sequences([*map(_text, groups["unseen"])], least=1),
         questions={key: _questions(pairs) for key, pairs in asked.items()},
-        lines=Counter(f"{row['set']}, held out" if row["held_out"] else row["set"] for row in rows),
+        lines=_counted(rows),
     )
 
 
@@ -132,6 +132,13 @@ class _Reader:
 def _questions(pairs: PromptPairs) -> Questions:
     choices = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
     return Questions(pairs.clean, pairs.lengths, choices, pairs.facts)
+
+
+def _counted(rows: Sequence[Row]) -> dict[str, int]:
+    """How many rows each set has, held-out wordings apart."""
+    found = Counter(f"{row['set']}, held out" if row["held_out"] else row["set"] for row in rows)
+    order = [key for kind in (*PAIR_SETS, *TEXT_SETS) for key in (kind, f"{kind}, held out")]
+    return {key: found[key] for key in order if found[key]}
 
 
 def _text(row: Row) -> tuple[str, str]:

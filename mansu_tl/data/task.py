@@ -23,6 +23,9 @@ from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result, Table
 
 
+_HELD_OUT = ", held out"
+
+
 @dataclass(frozen=True)
 class Sequences(Result):
     """Right-padded token sequences; whatever stands behind a sequence's length is replaced by token 0.
@@ -176,10 +179,21 @@ class Task(Result):
     def __repr__(self) -> str:
         sets = ", ".join(f"{key} {len(value)}" for key, value in self.questions.items())
         texts = f"{len(self.forget_pairs)} forget pairs, {len(self.retain_text)} retain texts"
-        lines = ", ".join(f"{count} {key}" for key, count in self.lines.items())
-        read = f"; {sum(self.lines.values())} lines: {lines}" if self.lines else ""
-        return f"Task({self.name!r}: {texts}; questions: {sets}{read})"
+        return f"Task({self.name!r}: {texts}; questions: {sets}{self._read()})"
+
+    def _read(self) -> str:
+        """Every line of the file, by set."""
+        if not self.lines:
+            return ""
+        held_out = {key.removesuffix(_HELD_OUT): n for key, n in self.lines.items() if key.endswith(_HELD_OUT)}
+        names = dict.fromkeys(key.removesuffix(_HELD_OUT) for key in self.lines)
+        sets = [f"{name} {self.lines.get(name, 0)}" + _plus(held_out.get(name, 0)) for name in names]
+        return f"; {sum(self.lines.values())} lines: {', '.join(sets)}"
 
     def _tables(self) -> Sequence[Table]:
         rows = [{"questions": k, "number": len(v), "facts": len(set(v.facts))} for k, v in self.questions.items()]
         return (Table(pd.DataFrame(rows)),)
+
+
+def _plus(held_out: int) -> str:
+    return f" + {held_out} held out" if held_out else ""
