@@ -47,18 +47,27 @@ def joined(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, answer_
 
 
 def continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, answer_space: AnswerSpace = "auto"
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    answer: str,
+    answer_space: AnswerSpace = "auto",
+    alone: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
     """The tokens of the prompt and of the answer in their joint text, no BOS token in front.
 
     White space at the prompt's end may belong to the answer's first token there ("is " and "Paris" are "is", " Paris"
     to most tokenizers); the prompt is then that much shorter.
 
+    Args:
+        answer_space: as `joined`.
+        alone: the tokens of the prompt by itself, where they are known.
+
     Raises:
         MansuError: another part of the prompt shares a token with the answer.
     """
     text = joined(tokenizer, prompt, answer, answer_space)
-    alone, both = encode(tokenizer, prompt, False), encode(tokenizer, text, False)
+    alone = encode(tokenizer, prompt, False) if alone is None else alone
+    both = encode(tokenizer, text, False)
     if both[: len(alone)] == alone:
         return alone, both[len(alone) :]
     if prompt[-1:].isspace():
@@ -74,16 +83,26 @@ def continuation(
 
 
 def single_token(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, what: str, answer_space: AnswerSpace = "auto"
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    answer: str,
+    what: str,
+    answer_space: AnswerSpace = "auto",
+    alone: list[int] | None = None,
 ) -> tuple[list[int], int]:
     """The tokens of the prompt, and the one token by which `answer` continues it.
+
+    Args:
+        what: what errors call the answer.
+        answer_space: as `joined`.
+        alone: as `continuation`.
 
     Raises:
         MansuError: `answer` continues the prompt as several tokens, as none, as the unknown token, or shares one with
             the prompt.
     """
     try:
-        before, new = continuation(tokenizer, prompt, answer, answer_space)
+        before, new = continuation(tokenizer, prompt, answer, answer_space, alone)
     except MansuError as error:
         raise MansuError(f"{what} {error}") from None
     if len(new) != 1:

@@ -341,7 +341,8 @@ def _pair(
         require_text(text, f"{name}: {what}")
     if not options:
         raise MansuError(f"{name}: no distractor; give at least one wrong answer")
-    plain = [encode(tokenizer, text, bos) for text in (clean, corrupt)]
+    bare = [encode(tokenizer, text, False) for text in (clean, corrupt)]
+    plain = [with_bos(tokenizer, ids, bos) for ids in bare]
     if len(plain[0]) != len(plain[1]):
         raise MansuError(
             f"{name}: clean has {len(plain[0])} tokens, corrupt {len(plain[1])}: {side_by_side(tokenizer, *plain)}; "
@@ -351,10 +352,10 @@ def _pair(
         raise MansuError(
             f"{name}: clean {clean!r} and corrupt {corrupt!r} are the same tokens; change what the pair asks about"
         )
-    before, token = single_token(tokenizer, clean, answer, f"{name}: answer", answer_space)
+    before, token = single_token(tokenizer, clean, answer, f"{name}: answer", answer_space, bare[0])
     seen, wrong_ids = {token: f"answer {answer!r}"}, []
     for option in options:
-        start, wrong_id = single_token(tokenizer, clean, option, f"{name}: distractor", answer_space)
+        start, wrong_id = single_token(tokenizer, clean, option, f"{name}: distractor", answer_space, bare[0])
         if wrong_id in seen:
             shown = tokenizer.convert_ids_to_tokens(wrong_id)
             raise MansuError(

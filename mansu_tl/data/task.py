@@ -22,7 +22,6 @@ from mansu_tl.data.rows import (
 from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result, Table
 
-
 _HELD_OUT = ", held out"
 
 

@@ -99,9 +99,10 @@ def _questions(
     options = [[fact.answer, *_wrong(world, rng, fact, CHOICES - 1)] for fact, _ in asked]
     texts = [world.prompt(fact.relation, fact.entity, template) for fact, template in asked]
     prompts, lengths = pad([encode(tokenizer, text) for text in texts], pad_id(tokenizer))
-    choices = torch.tensor(
-        [[single_token(tokenizer, t, o, "option")[1] for o in row] for t, row in zip(texts, options, strict=True)]
-    )
+    # A word is one token, the same behind every prompt.
+    first = {word: text for text, row in zip(texts, options, strict=True) for word in row}
+    ids = {word: single_token(tokenizer, text, word, "option")[1] for word, text in first.items()}
+    choices = torch.tensor([[ids[word] for word in row] for row in options])
     return Questions(prompts, lengths, choices, tuple(fact.id for fact, _ in asked))
 
 
