@@ -228,6 +228,8 @@ def test_rows_taken_and_moved_stay_as_they_are() -> None:
     pairs, asked, text = pairs_of(), questions_of(), Sequences(IDS, LENGTHS)
     assert pairs[[1]].clean.tolist() == [[9, 10, 11, 0]]
     assert asked[[1]].prompts.tolist() == text[[1]].tokens.tolist() == [[9, 10, 11, 0]]
+    assert pairs[1].lengths.tolist() == asked[1].lengths.tolist() == text[-1].lengths.tolist() == [3]
+    assert asked[1].facts == ("b",)
     for thing in (pairs, asked, text):
         assert type(thing.to("meta")) is type(thing)
         assert thing.to("meta").lengths.device.type == "meta"

@@ -244,11 +244,9 @@ class PromptPairs(Result):
     def __len__(self) -> int:
         return self.clean.shape[0]
 
-    def __getitem__(self, index: slice | list[int] | Tensor) -> PromptPairs:
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> PromptPairs:
         """The chosen pairs, as `PromptPairs`."""
-        picked = torch.arange(len(self))[index]
-        if picked.ndim == 0:
-            picked = picked[None]
+        picked = torch.arange(len(self))[index].reshape(-1)
         values = {name: getattr(self, name)[picked] for name in _TENSORS}
         labels = tuple(self.labels[i] for i in picked.tolist()) if self.labels else ()
         spans = tuple(Span(s.name, s.start[picked], s.stop[picked]) for s in self.spans)

@@ -48,9 +48,9 @@ class Sequences(Result):
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def __getitem__(self, index: slice | list[int] | Tensor) -> Sequences:
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> Sequences:
         """The chosen rows, as `Sequences`."""
-        picked = torch.arange(len(self))[index]
+        picked = torch.arange(len(self))[index].reshape(-1)
         return with_values(self, tokens=self.tokens[picked], lengths=self.lengths[picked])
 
     def to(self, device: str | torch.device) -> Sequences:
@@ -97,9 +97,9 @@ class Questions(Result):
     def __len__(self) -> int:
         return self.prompts.shape[0]
 
-    def __getitem__(self, index: slice | list[int] | Tensor) -> Questions:
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> Questions:
         """The chosen questions, as `Questions`."""
-        picked = torch.arange(len(self))[index]
+        picked = torch.arange(len(self))[index].reshape(-1)
         facts = tuple(self.facts[i] for i in picked.tolist())
         values = {name: getattr(self, name)[picked] for name in ("prompts", "lengths", "choices")}
         return with_values(self, **values, facts=facts)
