@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mansu_tl as mtl
 from mansu_tl.data import PromptPairs
-from mansu_tl.data.answers import continuation, joined
+from mansu_tl.data.answers import joined, seam
 from mansu_tl.data.jsonl import read_task
 from mansu_tl.errors import MansuError
 from mansu_tl.tofu.tokens import answer_ids
@@ -176,7 +176,7 @@ def test_a_space_stands_where_a_writer_puts_one(prompt: str, answer: str, text: 
     ],
 )
 def test_the_answer_is_the_token_that_the_joint_text_ends_in(tokenizer, prompt: str, answer: str, spaced: bool) -> None:
-    before, new = continuation(tokenizer, prompt, answer)
+    before, new = seam(tokenizer, prompt, answer)
     text = prompt.rstrip(" ") + " " * spaced + answer.strip()
     assert [*before, *new] == tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(new).strip() == answer.strip()
@@ -194,6 +194,17 @@ def test_a_space_at_the_prompts_end_goes_to_the_answer(tokenizer) -> None:
     for part in ("clean", "corrupt", "lengths", "answers", "distractors"):
         assert torch.equal(getattr(a, part), getattr(b, part)), part
     assert tokenizer.decode(a.clean[0].tolist()).removeprefix("<s>").strip() == "the Q is"
+
+
+def test_only_one_of_the_prompts_may_end_in_a_space() -> None:
+    mixed = PromptPairs.from_text(BYTES, ["the Q is "], ["the year is"], ["Paris"], ["Rome"])
+    plain = PromptPairs.from_text(BYTES, ["the Q is"], ["the year is"], ["Paris"], ["Rome"])
+    assert torch.equal(mixed.clean, plain.clean)
+    assert torch.equal(mixed.corrupt, plain.corrupt)
+    with pytest.raises(MansuError, match="pair 0: clean has 4 tokens, corrupt 5"):
+        PromptPairs.from_text(BYTES, ["the Q is"], ["the year is\n"], ["Paris"], ["Rome"])
+    with pytest.raises(MansuError, match="clean 'the Q is ' and corrupt 'the Q is' are the same tokens"):
+        PromptPairs.from_text(BYTES, ["the Q is "], ["the Q is"], ["Paris"], ["Rome"])
 
 
 def test_spans_end_with_the_prompt_when_its_last_space_goes_to_the_answer() -> None:

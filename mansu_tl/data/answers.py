@@ -46,10 +46,11 @@ def joined(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, answer_
     return f"{prompt} {answer}" if space else prompt + answer
 
 
-def continuation(
+def seam(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     answer: str,
+    what: str = "answer",
     answer_space: AnswerSpace = "auto",
     alone: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
@@ -59,15 +60,15 @@ def continuation(
     to most tokenizers); the prompt is then that much shorter.
 
     Args:
+        what: what errors call the answer.
         answer_space: as `joined`.
         alone: the tokens of the prompt by itself, where they are known.
 
     Raises:
         MansuError: another part of the prompt shares a token with the answer.
     """
-    text = joined(tokenizer, prompt, answer, answer_space)
     alone = encode(tokenizer, prompt, False) if alone is None else alone
-    both = encode(tokenizer, text, False)
+    both = encode(tokenizer, joined(tokenizer, prompt, answer, answer_space), False)
     if both[: len(alone)] == alone:
         return alone, both[len(alone) :]
     if prompt[-1:].isspace():
@@ -77,8 +78,8 @@ def continuation(
                 return both[:cut], both[cut:]
     names = tokenizer.convert_ids_to_tokens
     raise MansuError(
-        f"{answer!r} joins the end of {prompt!r} in one token ({names(alone)} becomes {names(both)}); end the prompt "
-        "elsewhere, or set answer_space"
+        f"{what} {answer!r} joins the end of {prompt!r} in one token ({names(alone)} becomes {names(both)}); end the "
+        "prompt elsewhere, or set answer_space"
     )
 
 
@@ -90,28 +91,18 @@ def single_token(
     answer_space: AnswerSpace = "auto",
     alone: list[int] | None = None,
 ) -> tuple[list[int], int]:
-    """The tokens of the prompt, and the one token by which `answer` continues it.
-
-    Args:
-        what: what errors call the answer.
-        answer_space: as `joined`.
-        alone: as `continuation`.
+    """As `seam`, for an answer that is one token.
 
     Raises:
-        MansuError: `answer` continues the prompt as several tokens, as none, as the unknown token, or shares one with
-            the prompt.
+        MansuError: as `seam`, or `answer` continues the prompt as several tokens, as none, or as the unknown token.
     """
-    try:
-        before, new = continuation(tokenizer, prompt, answer, answer_space, alone)
-    except MansuError as error:
-        raise MansuError(f"{what} {error}") from None
+    before, new = seam(tokenizer, prompt, answer, what, answer_space, alone)
     if len(new) != 1:
         raise MansuError(
             f"{what} {answer!r} continues {prompt!r} as {len(new)} tokens {tokenizer.convert_ids_to_tokens(new)}; "
             "choose an answer that is one token"
         )
-    unknown = tokenizer.unk_token_id
-    if new[0] == unknown and answer.strip() != tokenizer.unk_token:
+    if new[0] == tokenizer.unk_token_id and answer.strip() != tokenizer.unk_token:
         raise MansuError(
             f"{what} {answer!r} is unknown to the tokenizer after {prompt!r}; choose one that it can write"
         )

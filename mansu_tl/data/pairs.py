@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mansu_tl.data.answers import AnswerSpace, continuation, require_answer_space, single_token
+from mansu_tl.data.answers import AnswerSpace, require_answer_space, seam, single_token
 from mansu_tl.data.rows import (
     checked_lengths,
     require_options,
@@ -339,21 +339,11 @@ def _pair(
         require_text(text, f"{name}: {what}")
     if not options:
         raise MansuError(f"{name}: no distractor; give at least one wrong answer")
-    bare = [encode(tokenizer, text, False) for text in (clean, corrupt)]
-    plain = [with_bos(tokenizer, ids, bos) for ids in bare]
-    if len(plain[0]) != len(plain[1]):
-        raise MansuError(
-            f"{name}: clean has {len(plain[0])} tokens, corrupt {len(plain[1])}: {side_by_side(tokenizer, *plain)}; "
-            "choose a counterfactual of equal token length"
-        )
-    if plain[0] == plain[1]:
-        raise MansuError(
-            f"{name}: clean {clean!r} and corrupt {corrupt!r} are the same tokens; change what the pair asks about"
-        )
-    before, token = single_token(tokenizer, clean, answer, f"{name}: answer", answer_space, bare[0])
+    alone = encode(tokenizer, clean, False)
+    before, token = single_token(tokenizer, clean, answer, f"{name}: answer", answer_space, alone)
     seen, wrong_ids = {token: f"answer {answer!r}"}, []
     for option in options:
-        start, wrong_id = single_token(tokenizer, clean, option, f"{name}: distractor", answer_space, bare[0])
+        start, wrong_id = single_token(tokenizer, clean, option, f"{name}: distractor", answer_space, alone)
         if wrong_id in seen:
             shown = tokenizer.convert_ids_to_tokens(wrong_id)
             raise MansuError(
@@ -365,16 +355,20 @@ def _pair(
             )
         seen[wrong_id] = f"distractor {option!r}"
         wrong_ids.append(wrong_id)
-    other = plain[1]
+    other = encode(tokenizer, corrupt, False)
     if corrupt[-1].isspace():
-        other = with_bos(tokenizer, continuation(tokenizer, corrupt, options[0], answer_space)[0], bos)
-    rows = with_bos(tokenizer, before, bos), other
+        other = seam(tokenizer, corrupt, options[0], f"{name}: distractor", answer_space, other)[0]
+    rows = [with_bos(tokenizer, ids, bos) for ids in (before, other)]
     if len(rows[0]) != len(rows[1]):
         raise MansuError(
-            f"{name}: before their answers clean has {len(rows[0])} tokens, corrupt {len(rows[1])}: "
-            f"{side_by_side(tokenizer, *rows)}; choose a counterfactual of equal token length"
+            f"{name}: clean has {len(rows[0])} tokens, corrupt {len(rows[1])}: {side_by_side(tokenizer, *rows)}; "
+            "choose a counterfactual of equal token length"
         )
-    return _Pair(*rows, token, wrong_ids)
+    if rows[0] == rows[1]:
+        raise MansuError(
+            f"{name}: clean {clean!r} and corrupt {corrupt!r} are the same tokens; change what the pair asks about"
+        )
+    return _Pair(rows[0], rows[1], token, wrong_ids)
 
 
 def _column(key: str, values: object) -> list:

@@ -114,8 +114,10 @@ def unpadded(
     """Left- or right-padded tokens as right-padded ones, cut to the longest row, and the real lengths.
 
     Raises:
-        MansuError: a mask of another shape, one with holes, or a row without a real token.
+        MansuError: no tensor, a mask of another shape, one with holes, or a row without a real token.
     """
+    if not isinstance(mask, Tensor):
+        raise MansuError(f"{what} mask: got a {type(mask).__name__}; pass a tensor of ones and zeros")
     if mask.shape != tokens.shape:
         raise MansuError(f"{what} mask: shape {tuple(mask.shape)}, the tokens have {tuple(tokens.shape)}")
     real = mask.bool()
