@@ -104,6 +104,11 @@ class Questions(Result):
         values = {name: getattr(self, name)[picked] for name in ("prompts", "lengths", "choices")}
         return with_values(self, **values, facts=facts)
 
+    @property
+    def chance(self) -> float:
+        """Multiple choice by guessing, in percent: the mean over questions of 100 / options."""
+        return 100 / self.choices.shape[1]
+
     def to(self, device: str | torch.device) -> Questions:
         """The same questions on `device`."""
         return with_values(self, **{name: getattr(self, name).to(device) for name in ("prompts", "lengths", "choices")})
