@@ -21,17 +21,18 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, discover_circuit, edge_attribution, random_faithfulness
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs, Task
+from mansu_tl.errors import MansuError
 from mansu_tl.files import write_text
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint, load, save
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching import PatchingResult, activation_patching
+from mansu_tl.processes import Processes, StageBar, cores, is_small, one_thread
 from mansu_tl.quantization import UpdateStatistics, quantize, update_statistics
 from mansu_tl.stages import Stages, task_key
 from mansu_tl.tasks import load_task
@@ -125,37 +126,67 @@ class Study(Result):
         return (Table(self.summary(), form="{:.2f}".format, rows=24),)
 
 
-def run_study(config: StudyConfig, out: str | PathLike[str], *, progress: bool = True) -> Study:
+def run_study(
+    config: StudyConfig, out: str | PathLike[str], *, progress: bool = True, workers: int | None = None
+) -> Study:
     """Run a study, or finish one that was interrupted.
+
+    A model of less than five million parameters on the CPU is computed with one thread, and the models of `also` in
+    processes beside it; the results do not depend on how many. Larger models are run one after the other.
+
+    Args:
+        progress: show progress bars.
+        workers: how many small models may be run at the same time; None = as many as there are processors.
 
     Raises:
         MansuError: the folder cannot be written to, or anything the stages refuse.
     """
+    if workers is not None and workers < 1:
+        raise MansuError(f"run_study: workers={workers}; choose at least 1")
     folder = Path(out)
     write_text(folder / "config.toml", config.to_toml())
     started, record = time.perf_counter(), folder / "environment.json"
-    study, made = _run(config, folder, progress)
-    also = {}
-    for name in config.also:
-        stem = Path(name).name or name
-        inner = StudyConfig(**{**config.__dict__, "model": name, "also": ()})
-        write_text(folder / "also" / stem / "config.toml", inner.to_toml())
-        also[stem], more = _run(inner, folder / "also" / stem, progress)
-        made += more
-    earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    environment = earlier if earlier and not made else _environment(config, time.perf_counter() - started, earlier)
-    write_text(record, json.dumps(environment, indent=2))
-    done = Study(**{**study.__dict__, "also": also, "environment": environment})
-    write_text(folder / "scores" / "summary.csv", done.summary().to_csv(index=False))
-    return done
-
-
-def _run(config: StudyConfig, folder: Path, progress: bool) -> tuple[Study, int]:
-    """One model's study, and how many stages had to be run for it."""
+    inner = {
+        folder / "also" / (Path(name).name or name): StudyConfig(**{**config.__dict__, "model": name, "also": ()})
+        for name in config.also
+    }
+    for path, each in inner.items():
+        write_text(path / "config.toml", each.to_toml())
     model = load(config.model)
+    small = is_small(model)
+    helpers = (workers or cores()) - 1 if small else 0
+    with one_thread(small):
+        done: dict[Path, tuple[Study, int]] = {}
+        with Processes(inner, helpers, progress) as others:
+            study, made = run_model(config, folder, StageBar(config, progress, others.check), model)
+            while (unclaimed := others.claim()) is not None:
+                each = inner[unclaimed]
+                done[unclaimed] = run_model(each, unclaimed, StageBar(each, progress, others.check))
+            others.wait()
+        for path, each in inner.items():
+            if path not in done:
+                done[path] = run_model(each, path, StageBar(each, False))
+        made += others.made + sum(more for _, more in done.values())
+        also = {path.name: done[path][0] for path in inner}
+        earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        environment = (
+            earlier
+            if earlier and not made
+            else _environment(config, time.perf_counter() - started, earlier, others.peak_memory_gb)
+        )
+    write_text(record, json.dumps(environment, indent=2))
+    whole = Study(**{**study.__dict__, "also": also, "environment": environment})
+    write_text(folder / "scores" / "summary.csv", whole.summary().to_csv(index=False))
+    return whole
+
+
+def run_model(
+    config: StudyConfig, folder: Path, bar: StageBar, model: TransformerBridge | None = None
+) -> tuple[Study, int]:
+    """One model's study without `also`, and how many stages had to be run for it; the model is loaded if not given."""
+    model = load(config.model) if model is None else model
     task = load_task(config.task, tokenizer=model)
     stages = Stages(folder, {"model": fingerprint(model), "task": task_key(task), "seed": config.seed})
-    bar = tqdm(total=3 + len(config.methods), desc=Path(config.model).name, unit="stage", disable=not progress)
     with bar:
         pairs = task.forget_pairs
         asked = {"steps": config.steps, "faithfulness": config.faithfulness}
@@ -178,7 +209,7 @@ def _run(config: StudyConfig, folder: Path, progress: bool) -> tuple[Study, int]
         results = {}
         for method in config.methods:
             bar.set_postfix_str(method)
-            results[method] = _method(config, model, task, circuit, before, method, stages, progress)
+            results[method] = _method(config, model, task, circuit, before, method, stages, bar.shown)
             bar.update()
     return Study(config, folder, scores, circuit, random, patching, results, references, {}, {}), stages.made
 
@@ -315,10 +346,14 @@ def _sweep(model: TransformerBridge, pairs: PromptPairs, most: int = 48) -> Patc
     return activation_patching(model, alike[slice(0, most)], tokens=words)
 
 
-def _environment(config: StudyConfig, seconds: float, earlier: Mapping[str, Any]) -> dict[str, Any]:
+def peak_memory_gb() -> float:
+    """The most memory that this process has had, in GB."""
     # Linux counts ru_maxrss in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _environment(config: StudyConfig, seconds: float, earlier: Mapping[str, Any], others_gb: float) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "seed": config.seed,
@@ -327,7 +362,8 @@ def _environment(config: StudyConfig, seconds: float, earlier: Mapping[str, Any]
         "machine": platform.machine(),
         # A run that was interrupted counts all its parts.
         "seconds": round(seconds + earlier.get("seconds", 0.0), 1),
-        "peak_memory_gb": round(max(peak, earlier.get("peak_memory_gb", 0.0)), 2),
+        # Processes that ran beside it count in full, whether or not all were at their peak at once.
+        "peak_memory_gb": round(max(peak_memory_gb() + others_gb, earlier.get("peak_memory_gb", 0.0)), 2),
         "config": {k: v for k, v in asdict(config).items() if k != "settings"},
     }
 
