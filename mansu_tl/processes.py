@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,21 +51,34 @@ def one_thread(wanted: bool = True) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One model's study, to be done.
+
+    Attributes:
+        name: how the model is called.
+        folder: where its results go.
+        config: what is run; its `also` is empty or left to the caller.
+    """
+
+    name: str
+    folder: Path
+    config: StudyConfig
+
+
 class StageBar:
     """A bar over the stages of one model's study, which also tells another how far it is.
 
     Args:
-        config: the study.
+        job: the study.
         shown: draw it.
         tell: is called with the number of finished stages and what comes next.
     """
 
-    def __init__(
-        self, config: StudyConfig, shown: bool, tell: Callable[[int, str], object] = lambda done, text: None
-    ) -> None:
+    def __init__(self, job: Job, shown: bool, tell: Callable[[int, str], object] = lambda done, text: None) -> None:
         # Circuit, sweep, references, and one a method.
-        total = 3 + len(config.methods)
-        self._bar = tqdm(total=total, desc=Path(config.model).name, unit="stage", disable=not shown)
+        total = 3 + len(job.config.methods)
+        self._bar = tqdm(total=total, desc=job.name, unit="stage", disable=not shown)
         self.shown = shown
         self._tell, self._done, self._text = tell, 0, ""
 
@@ -95,18 +108,18 @@ class Processes:
     the processes that still run; what they finished is on disk.
 
     Args:
-        studies: config by results folder.
+        jobs: the studies.
         helpers: how many processes may run at the same time; 0 leaves everything to the caller.
         progress: draw a bar for each study.
     """
 
-    def __init__(self, studies: Mapping[Path, StudyConfig], helpers: int, progress: bool) -> None:
+    def __init__(self, jobs: Sequence[Job], helpers: int, progress: bool) -> None:
         self.made, self.peak_memory_gb = 0, 0.0
-        self._studies, self._waiting, self._progress = dict(studies), list(studies), progress
+        self._waiting, self._progress = list(jobs), progress
         self._lock, self._stopped = threading.Lock(), False
         self._running: list[subprocess.Popen[str]] = []
         self._failed: Exception | None = None
-        helpers = min(helpers, len(self._studies))
+        helpers = min(helpers, len(self._waiting))
         self._threads = [
             threading.Thread(target=self._help, name="mansu_tl-study", daemon=True) for _ in range(helpers)
         ]
@@ -129,8 +142,8 @@ class Processes:
         for thread in self._threads:
             thread.join()
 
-    def claim(self) -> Path | None:
-        """The folder of a study that nobody has begun, now the caller's to do; None where there is none left."""
+    def claim(self) -> Job | None:
+        """A study that nobody has begun, now the caller's to do; None where there is none left."""
         with self._lock:
             return self._waiting.pop(0) if self._waiting and not self._stopped else None
 
@@ -158,12 +171,12 @@ class Processes:
 
     def _help(self) -> None:
         try:
-            while self._failed is None and (folder := self.claim()) is not None:
-                self._process(folder, self._studies[folder])
+            while self._failed is None and (job := self.claim()) is not None:
+                self._process(job)
         except Exception as error:
             self._failed = error
 
-    def _process(self, folder: Path, config: StudyConfig) -> None:
+    def _process(self, job: Job) -> None:
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
             with self._lock:
                 if self._stopped:
@@ -171,29 +184,30 @@ class Processes:
                 process = _start(said)
                 self._running.append(process)
             try:
-                answer = self._follow(process, folder, config)
+                answer = self._follow(process, job)
             finally:
                 with self._lock:
                     self._running.remove(process)
             if self._stopped:
                 return
             if "refused" in answer:
-                raise getattr(errors, answer["kind"])(f"{config.model}: {answer['refused']}")
+                raise getattr(errors, answer["kind"])(f"{job.name}: {answer['refused']}")
             if "made" not in answer:
                 said.seek(0)
-                raise _death(config.model, process.returncode, said.read())
+                raise _death(job.name, process.returncode, said.read())
             with self._lock:
                 self.made += answer["made"]
                 self.peak_memory_gb += answer["peak_memory_gb"]
 
-    def _follow(self, process: subprocess.Popen[str], folder: Path, config: StudyConfig) -> dict[str, Any]:
+    def _follow(self, process: subprocess.Popen[str], job: Job) -> dict[str, Any]:
         """Draw how far a process is until it ends; what it said last."""
         assert process.stdin is not None
         assert process.stdout is not None
         answer: dict[str, Any] = {}
-        with process, StageBar(config, self._progress) as bar:
+        with process, StageBar(job, self._progress) as bar:
             try:
-                process.stdin.write(json.dumps({"folder": str(folder), "config": asdict(config)}))
+                asked = {"name": job.name, "folder": str(job.folder), "config": asdict(job.config)}
+                process.stdin.write(json.dumps(asked))
                 process.stdin.close()
             except BrokenPipeError:  # it is dead; its status says more
                 return answer

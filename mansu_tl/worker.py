@@ -14,7 +14,8 @@ from typing import Any
 
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
-from mansu_tl.processes import StageBar, one_thread
+from mansu_tl.locks import one_writer
+from mansu_tl.processes import Job, StageBar, one_thread
 from mansu_tl.study import peak_memory_gb, run_model
 
 
@@ -35,10 +36,10 @@ def main() -> int:
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in asked["config"].items()
         }
-        config, folder = StudyConfig(**values), Path(asked["folder"])
-        with one_thread(), StageBar(config, False, lambda done, text: say(done=done, next=text)) as bar:
-            _, made = run_model(config, folder, bar)
-        say(made=made, peak_memory_gb=peak_memory_gb())
+        job = Job(asked["name"], Path(asked["folder"]), StudyConfig(**values))
+        with one_thread(), one_writer(job.folder):
+            _, stages = run_model(job, StageBar(job, False, lambda done, text: say(done=done, next=text)))
+        say(made=stages.made, peak_memory_gb=peak_memory_gb())
     except MansuError as error:
         say(kind=type(error).__name__, refused=str(error))
         return 2

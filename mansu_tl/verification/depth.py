@@ -30,11 +30,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Metric, choice_log_odds
 from mansu_tl.models import component_map
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, run
-from mansu_tl.verification.intervals import interval_over_facts
 
 POSITIONS = ("all", "last")
 

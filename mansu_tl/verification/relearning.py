@@ -29,13 +29,13 @@ from transformers import PreTrainedModel
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import accuracy, last_logits
 from mansu_tl.models import plain
 from mansu_tl.models.copies import cast
 from mansu_tl.notebook import Result, Table
 from mansu_tl.unlearning.batches import Sampler, real_targets
 from mansu_tl.verification.attacks import Attack
-from mansu_tl.verification.intervals import interval_over_facts
 
 MEASURES = ("multiple_choice", "cloze", "log_odds")
 _MILESTONES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)

@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences, Task
+from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, linear_weights, parameters, plain
 from mansu_tl.unlearning.batches import Values
@@ -27,7 +28,7 @@ from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
 
 @dataclass(frozen=True)
-class RmuSettings:
+class RmuSettings(Digested):
     """Settings of RMU.
 
     Attributes:
