@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -36,7 +36,7 @@ from mansu_tl.names import short_names
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching import PatchingResult, activation_patching
 from mansu_tl.processes import Job, Processes, StageBar, cores, is_small, one_thread
-from mansu_tl.quantization import UpdateStatistics, quantize, update_statistics
+from mansu_tl.quantization import UpdateStatistics, update_statistics
 from mansu_tl.stages import Stages
 from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, method_flags, method_title, settings_of, unlearn
@@ -52,6 +52,7 @@ from mansu_tl.verification import (
     require_known,
     scorecard,
 )
+from mansu_tl.verification.controls import Controls, under
 from mansu_tl.verification.saved_model import SavedModel
 
 _PACKAGES = ("mansu-tl", "torch", "transformers", "transformer-lens", "bitsandbytes", "safetensors", "plotly")
@@ -256,9 +257,10 @@ class _Ground:
         return {"model": fingerprint(self.model), "task": self.task.digest(), "circuit": self.circuit.digest()}
 
     @cached_property
-    def before(self) -> CircuitScores:
-        """The circuit's scores on the original."""
-        return circuit_scores(self.model, self.circuit, self.task.forget_pairs, steps=self.config.steps)
+    def controls(self) -> Controls:
+        """What the original says; measured when first asked for."""
+        scores = circuit_scores(self.model, self.circuit, self.task.forget_pairs, steps=self.config.steps)
+        return Controls(self.model, self.task, self.circuit, scores)
 
     def result(self, method: str) -> MethodResult:
         """One method's edit and everything measured about it."""
@@ -281,6 +283,7 @@ class _Ground:
         )
         edited, mark = edit.apply(self.model), {**self.marks, "edit": edit.digest(), "seed": config.seed}
         title = f"{method_title(method)} on {self.name}"
+        scored = cache(partial(self._scored, edited))
         card = self.stages.tensor(
             f"scores/{method}/scorecard",
             Scorecard,
@@ -292,7 +295,8 @@ class _Ground:
                 self.circuit,
                 quantizers=config.quantizers,
                 title=title,
-                original_scores=self.before,
+                controls=self.controls,
+                edited_scores={name: scored(name) for name in config.quantizers},
                 seed=config.seed,
             ),
         )
@@ -304,7 +308,7 @@ class _Ground:
                 f"scores/{method}/cad_{name or 'full'}",
                 Divergence,
                 {**mark, "quantizer": name, "steps": config.steps, "label": label},
-                partial(self._diverged, edited, name, label),
+                partial(self._diverged, scored, name, label),
             )
         statistics = update_statistics(self.model, edited, config.quantizers[0])
         write_text(self.stages.folder / f"scores/{method}/updates.csv", statistics.to_dataframe().to_csv(index=False))
@@ -332,10 +336,15 @@ class _Ground:
                 return found
         raise MansuError(f"{saved}: something else keeps writing into it; give another results folder")
 
-    def _diverged(self, edited: TransformerBridge, quantizer: str, label: str) -> Divergence:
-        other = quantize(edited, quantizer, self.task.retain_text) if quantizer else edited
+    def _scored(self, edited: TransformerBridge, quantizer: str) -> CircuitScores:
+        other = under(edited, self.task, quantizer)
+        return circuit_scores(other, self.circuit, self.task.forget_pairs, steps=self.config.steps)
+
+    def _diverged(self, scored: Callable[[str], CircuitScores], quantizer: str, label: str) -> Divergence:
         pairs, seed = self.task.forget_pairs, self.config.seed
-        return circuit_divergence(self.before, other, self.circuit, pairs, label=label, seed=seed)
+        return circuit_divergence(
+            self.controls.scores(), scored(quantizer), self.circuit, pairs, label=label, seed=seed
+        )
 
     def references(self) -> dict[str, Divergence]:
         """CAD of the un-edited model quantized, of the output suppressor, and of the never-trained model."""
@@ -347,14 +356,16 @@ class _Ground:
                 f"scores/references/{name}",
                 Divergence,
                 {**mark, "title": title, **extra},
-                lambda: circuit_divergence(self.before, other(), self.circuit, pairs, label=title, seed=config.seed),
+                lambda: circuit_divergence(
+                    self.controls.scores(), other(), self.circuit, pairs, label=title, seed=config.seed
+                ),
             )
 
         filtered = output_suppressor(logit_difference, _PENALTY)
         for q in config.quantizers:
-            twin = partial(self._twin_scores, q)
-            add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, partial(twin, logit_difference))
-            add(f"suppressor_{q}", f"output suppressor, {q}", {"penalty": _PENALTY}, partial(twin, filtered))
+            add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, lambda q=q: self.controls.scores(q))
+            suppressed = partial(self._twin_scores, q, filtered)
+            add(f"suppressor_{q}", f"output suppressor, {q}", {"penalty": _PENALTY}, suppressed)
         if config.never:
             never = load(config.never)
             scored = partial(circuit_scores, never, self.circuit, pairs, steps=config.steps)
@@ -362,7 +373,7 @@ class _Ground:
         return out
 
     def _twin_scores(self, quantizer: str, metric: Metric) -> CircuitScores:
-        twin = quantize(self.model, quantizer, self.task.retain_text)
+        twin = under(self.model, self.task, quantizer)
         return circuit_scores(twin, self.circuit, self.task.forget_pairs, steps=self.config.steps, metric=metric)
 
 

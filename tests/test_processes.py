@@ -29,7 +29,7 @@ CONFIG = StudyConfig(
     also=("pocket-fp",),
     faithfulness=0.6,
     steps=1,
-    settings={"graddiff": {"max_steps": 3, "check_every": 2, "stop_at": 0.0}},
+    settings={"graddiff": {"max_steps": 3, "check_every": 2, "stop_over_chance": -100.0}},
 )
 
 
@@ -78,7 +78,7 @@ Path("begun").open("a").write("once ")
 import mansu_tl as mtl
 config = mtl.StudyConfig(
     methods=("graddiff",), also=("pocket-fp",), faithfulness=0.6, steps=1,
-    settings={"graddiff": {"max_steps": 3, "check_every": 2, "stop_at": 0.0}},
+    settings={"graddiff": {"max_steps": 3, "check_every": 2, "stop_over_chance": -100.0}},
 )
 print(mtl.run_study(config, "out", progress=False, workers=2))
 """
@@ -93,9 +93,6 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     script = tmp_path / "scripts" / "script.py"
     script.parent.mkdir()
     script.write_text(SCRIPT)
-    if sys.version_info >= (3, 11):
-        # A file in the current folder that the process must not take for Python's own.
-        (tmp_path / "copy.py").write_text("raise RuntimeError('not me')")
     done = subprocess.run(
         [sys.executable, "scripts/script.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
