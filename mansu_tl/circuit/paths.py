@@ -28,7 +28,7 @@ from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import metric_name
+from mansu_tl.patching.runs import check, metric_name
 
 DIRECTIONS = ("noising", "denoising")
 
@@ -135,6 +135,7 @@ def path_patching(
         raise MansuError(
             f"path patching: denoising mends the corrupt run, {ablation.kind} ablation has none; use direction='noising'"
         )
+    check(model, pairs)
     named = tuple((writer, reader) for writer, reader in edges)
     if not named:
         raise MansuError("path patching: no edges given; name at least one, such as ('embed', 'logits')")

@@ -16,9 +16,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.fit import require_fit, require_pairs
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric
 from mansu_tl.models import component_map
+from mansu_tl.models.kinds import require_bridge
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 
@@ -117,18 +119,17 @@ def check(model: TransformerBridge, pairs: PromptPairs) -> None:
     """Refuse what would give wrong scores silently.
 
     Raises:
-        MansuError: the model is in training mode, or the pairs are on another device than the model.
+        MansuError: no hooked model or no pairs, a model in training mode, pairs on another device than the model, tokens
+            that it has no embedding for, or prompts longer than it has positions.
     """
+    require_bridge(model)
+    require_pairs(pairs)
     if model.original_model.training:
         raise MansuError("model: it is in training mode, so dropout would change the scores; call model.eval() first")
     device = next(model.original_model.parameters()).device
     if pairs.clean.device.type != device.type:
         raise MansuError(f"pairs are on {pairs.clean.device}, the model is on {device}; use pairs.to({str(device)!r})")
-    top = int(max(pairs.clean.max(), pairs.corrupt.max(), pairs.answers.max(), pairs.distractors.max()))
-    if top >= model.cfg.d_vocab:
-        raise MansuError(
-            f"pairs hold token {top}, the model's vocabulary ends at {model.cfg.d_vocab - 1}; use its own tokenizer"
-        )
+    require_fit(model, pairs)
 
 
 def measured(metric: Metric, logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:

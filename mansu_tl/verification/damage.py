@@ -14,12 +14,15 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Sequences
+from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import last_logits
 from mansu_tl.models import attention_weights, component_map, linear_weights, mlp_weights, parameters
+from mansu_tl.models.kinds import require_bridge
+from mansu_tl.models.limits import most_positions
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import keep
 
@@ -118,6 +121,11 @@ def damage(
         MansuError: no text, sequences of fewer than two tokens, models of different shape, or prompts without a
             tokenizer to read and write them.
     """
+    for model in (original, edited):
+        require_bridge(model)
+    for text in (*texts.values(), *([prompts] if isinstance(prompts, Sequences) else [])):
+        require_sequences(text)
+        require_fit(original, text)
     if not texts or any(len(text) == 0 for text in texts.values()):
         raise MansuError(f"damage: text sets {sorted(texts)}, at least one of them has to be there and none empty")
     for name, text in texts.items():
@@ -275,6 +283,12 @@ def _generations(
         asked = prompts
     else:
         asked = Sequences(*pad([encode(original, prompt) for prompt in prompts], pad_id(tokenizer)))
+    positions, longest = most_positions(original), int(asked.lengths.max()) + max_new_tokens - 1
+    if positions is not None and longest > positions:
+        raise MansuError(
+            f"damage: max_new_tokens={max_new_tokens} behind a prompt of {int(asked.lengths.max())} tokens, the model has "
+            f"{positions} positions; write fewer or shorten the prompt"
+        )
     eos = tokenizer.eos_token_id
     written = [greedy(model, asked, max_new_tokens, eos) for model in (original, edited)]
     rows = []

@@ -163,6 +163,8 @@ def erasure_depth(
     """
     if positions not in POSITIONS:
         raise MansuError(f"depth: unknown positions {positions!r}; choose all or last")
+    for model in (original, edited, never):
+        check(model, pairs)
     layers = component_map(original).n_layers
     for name, other in (("edited", edited), ("never", never)):
         shape, wanted = ((m.cfg.n_layers, m.cfg.d_model) for m in (other, original))
@@ -171,8 +173,6 @@ def erasure_depth(
                 f"depth: the {name} model has {shape[0]} layers of width {shape[1]}, the original {wanted[0]} of "
                 f"{wanted[1]}; compare models of one shape"
             )
-        check(other, pairs)
-    check(original, pairs)
     hooks = [*(f"blocks.{i}.hook_in" for i in range(1, layers)), "ln_final.hook_in"]
     clean, drops = torch.empty(len(pairs)), torch.empty(2, layers, len(pairs))
     batches = list(chunks(pairs, batch_size))

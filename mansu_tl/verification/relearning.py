@@ -27,6 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
+from mansu_tl.data.fit import require_fit
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
@@ -204,6 +205,7 @@ def relearn(
             f"attack {attack.name!r}: {len(attack.text)} sequences, {len(attack.questions)} questions; give some"
         )
     hf = cast(plain(model), torch.float32)
+    require_fit(hf, attack.text)
     device = next(hf.parameters()).device
     text = attack.text.to(device)
     hf.requires_grad_(True)

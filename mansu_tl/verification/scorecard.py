@@ -18,10 +18,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
+from mansu_tl.data.fit import require_task
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Accuracy
+from mansu_tl.models.kinds import require_bridge
 from mansu_tl.notebook import Result, Table, bars
 from mansu_tl.verification.controls import Controls, answers, under
 from mansu_tl.verification.divergence import CircuitScores, circuit_divergence
@@ -198,6 +200,9 @@ def scorecard(
         progress: show a bar over the quantizers; None = in notebooks.
     """
     limits = bounds or Bounds()
+    for each in (model, edited):
+        require_bridge(each)
+    require_task(task)
     known = edited_scores or {}
     control_of = Controls(model, task, circuit, original_scores) if controls is None else controls
     before, after = control_of.answers(), answers(edited, task)
