@@ -363,7 +363,7 @@ class _Ground:
 
         filtered = output_suppressor(logit_difference, _PENALTY)
         for q in config.quantizers:
-            add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, lambda q=q: self.controls.scores(q))
+            add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, partial(self._noise, q))
             suppressed = partial(self._twin_scores, q, filtered)
             add(f"suppressor_{q}", f"output suppressor, {q}", {"penalty": _PENALTY}, suppressed)
         if config.never:
@@ -371,6 +371,9 @@ class _Ground:
             scored = partial(circuit_scores, never, self.circuit, pairs, steps=config.steps)
             add("never", "never trained on it", {"never": fingerprint(never)}, scored)
         return out
+
+    def _noise(self, quantizer: str) -> CircuitScores:
+        return self.controls.scores(quantizer)
 
     def _twin_scores(self, quantizer: str, metric: Metric) -> CircuitScores:
         twin = under(self.model, self.task, quantizer)
