@@ -16,7 +16,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Questions
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
+from mansu_tl.models.state import home, require_ready
 from mansu_tl.notebook import Result, Table
 
 __all__ = [
@@ -130,6 +132,7 @@ class Accuracy(Result):
         return f"Accuracy({len(self.facts)} questions: MC {self.mc_percent:.1f} %, cloze {self.cloze_percent:.1f} %)"
 
 
+@torch_defaults()
 def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, batch_size: int = 256) -> Accuracy:
     """Multiple-choice and cloze accuracy of a model on a question set, deterministic (no sampling).
 
@@ -138,7 +141,8 @@ def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, b
     """
     if len(questions) == 0:
         raise MansuError("accuracy: the question set is empty; pass at least one question")
-    device = next(model.parameters()).device
+    device = home(model)
+    require_ready(model, questions.prompts)
     logits = last_logits(model, questions.prompts.to(device), questions.lengths.to(device), batch_size).cpu()
     if not torch.isfinite(logits).all():
         bad = int((~torch.isfinite(logits).all(-1)).nonzero()[0])

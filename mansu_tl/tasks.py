@@ -7,10 +7,12 @@ from os import PathLike
 from mansu_tl.data import Task
 from mansu_tl.data.jsonl import read_task
 from mansu_tl.data.text import TextSource
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.pocket import pocket_task
 
 
+@torch_defaults()
 def load_task(source: str | PathLike[str], *, tokenizer: TextSource | None = None, seed: int = 0) -> Task:
     """The embedded task ("pocket", for any of the three embedded models), or one read from a JSON-lines file.
 

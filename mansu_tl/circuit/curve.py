@@ -29,6 +29,7 @@ from mansu_tl.circuit.graph import Graph, kv_groups, prune
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.circuit.selection import random_mask, selected_mask
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
@@ -148,6 +149,7 @@ class FaithfulnessCurve(Result):
         return (Table(self.to_dataframe(), form="{:.3f}".format, rows=24),)
 
 
+@torch_defaults()
 def faithfulness_curve(
     model: TransformerBridge,
     scores: EdgeScores,

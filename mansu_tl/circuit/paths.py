@@ -23,12 +23,13 @@ from mansu_tl.circuit.fields import require_fields, require_tensor
 from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.intervention import patch_edges
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import metric_name
+from mansu_tl.patching.runs import metric_name, prepared
 
 DIRECTIONS = ("noising", "denoising")
 
@@ -105,6 +106,7 @@ class PathEffects(Result):
         return (Table(self.to_dataframe(), form="{:.4f}".format),)
 
 
+@torch_defaults()
 def path_patching(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -138,7 +140,7 @@ def path_patching(
     named = tuple((writer, reader) for writer, reader in edges)
     if not named:
         raise MansuError("path patching: no edges given; name at least one, such as ('embed', 'logits')")
-    graph = Graph.of(model)
+    graph, pairs = Graph.of(model), prepared(model, pairs)
     picked = [graph.mask(named)] if together else [graph.mask([edge]) for edge in named]
     masks = 1 - torch.stack([torch.zeros_like(graph.exists), *picked]).float()
     other = PromptPairs(

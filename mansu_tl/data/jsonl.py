@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.task import Questions, Sequences, Task
 from mansu_tl.data.text import TextSource, encode, pad, pad_id, text_source
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 
 _PAIR_KEYS = {"set", "clean", "corrupt", "answer", "distractors", "fact", "held_out"}
@@ -32,6 +33,7 @@ _TEXT_KEYS = {"set", "text"}
 _PAIR_SETS, _TEXT_SETS = ("forget", "retain", "near"), ("text", "unseen")
 
 
+@torch_defaults()
 def read_task(
     path: str | PathLike[str], tokenizer: TextSource, *, name: str | None = None, prepend_bos: bool | None = None
 ) -> Task:

@@ -25,6 +25,7 @@ from mansu_tl.data.text import (
     text_source,
     unpadded,
 )
+from mansu_tl.defaults import moved, torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result
 
@@ -64,6 +65,7 @@ class PromptPairs(Result):
     spans: tuple[Span, ...] = ()
 
     @classmethod
+    @torch_defaults()
     def from_tokens(
         cls,
         clean: Tensor,
@@ -129,6 +131,7 @@ class PromptPairs(Result):
         return cls(clean, corrupt, answers, distractors, lengths, tuple(labels))
 
     @classmethod
+    @torch_defaults()
     def from_text(
         cls,
         tokenizer: TextSource,
@@ -200,7 +203,7 @@ class PromptPairs(Result):
 
     def __getitem__(self, index: slice | list[int] | Tensor) -> PromptPairs:
         """The chosen pairs, as `PromptPairs`."""
-        picked = torch.arange(len(self))[index]
+        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
         if picked.ndim == 0:
             picked = picked[None]
         values = {name: getattr(self, name)[picked] for name in _TENSORS}
@@ -241,8 +244,8 @@ class PromptPairs(Result):
 
     def to(self, device: str | torch.device) -> PromptPairs:
         """The same pairs with their tensors on `device`."""
-        values = {name: getattr(self, name).to(device) for name in _TENSORS}
-        spans = tuple(Span(s.name, s.start.to(device), s.stop.to(device)) for s in self.spans)
+        values = {name: moved(getattr(self, name), device) for name in _TENSORS}
+        spans = tuple(Span(s.name, moved(s.start, device), moved(s.stop, device)) for s in self.spans)
         return PromptPairs(**values, labels=self.labels, spans=spans)
 
     def __repr__(self) -> str:

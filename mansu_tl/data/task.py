@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mansu_tl.data.pairs import PromptPairs
+from mansu_tl.defaults import moved
 from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result, Table
 
@@ -32,12 +33,12 @@ class Sequences(Result):
 
     def __getitem__(self, index: slice | list[int] | Tensor) -> Sequences:
         """The chosen rows, as `Sequences`."""
-        picked = torch.arange(len(self))[index]
+        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
         return Sequences(self.tokens[picked], self.lengths[picked])
 
     def to(self, device: str | torch.device) -> Sequences:
         """The same sequences on `device`."""
-        return Sequences(self.tokens.to(device), self.lengths.to(device))
+        return Sequences(moved(self.tokens, device), moved(self.lengths, device))
 
     def __repr__(self) -> str:
         return f"Sequences({len(self)} sequences of up to {self.tokens.shape[1]} tokens)"
@@ -64,13 +65,14 @@ class Questions(Result):
 
     def __getitem__(self, index: slice | list[int] | Tensor) -> Questions:
         """The chosen questions, as `Questions`."""
-        picked = torch.arange(len(self))[index]
+        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
         facts = tuple(self.facts[i] for i in picked.tolist())
         return Questions(self.prompts[picked], self.lengths[picked], self.choices[picked], facts)
 
     def to(self, device: str | torch.device) -> Questions:
         """The same questions on `device`."""
-        return Questions(self.prompts.to(device), self.lengths.to(device), self.choices.to(device), self.facts)
+        prompts, lengths, choices = (moved(part, device) for part in (self.prompts, self.lengths, self.choices))
+        return Questions(prompts, lengths, choices, self.facts)
 
     def __repr__(self) -> str:
         return f"Questions({len(self)} with {self.choices.shape[1]} options, {len(set(self.facts))} facts)"

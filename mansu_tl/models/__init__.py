@@ -5,6 +5,7 @@ from mansu_tl.models.copies import plain, rebuild
 from mansu_tl.models.fingerprint import fingerprint
 from mansu_tl.models.loading import load
 from mansu_tl.models.saving import save
+from mansu_tl.models.state import home, require_ready
 from mansu_tl.models.tree import parameters
 from mansu_tl.models.weights import (
     AttentionWeights,
@@ -28,6 +29,7 @@ __all__ = [
     "component_map",
     "fingerprint",
     "flat_indices",
+    "home",
     "linear_weights",
     "load",
     "mlp_weights",
@@ -35,6 +37,7 @@ __all__ = [
     "parameters",
     "plain",
     "rebuild",
+    "require_ready",
     "save",
 ]
 

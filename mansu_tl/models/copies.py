@@ -14,12 +14,14 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.utilities.multi_gpu import count_unique_devices
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import packed, repack, require_dense, settle, splitter
 from mansu_tl.models.tree import Model, blank, buffers, groups, hf_of, matched, require_in_step
 
 
+@torch_defaults()
 def plain(model: Model) -> PreTrainedModel:
     """A fresh HF model of the same config with the same values in storage of its own: no bridge, eval, frozen, eager.
 
@@ -32,6 +34,7 @@ def plain(model: Model) -> PreTrainedModel:
     return _copy(model, {})
 
 
+@torch_defaults()
 def duplicate(model: Model) -> PreTrainedModel:
     """As `plain`, but 4-bit layers stay 4-bit: their packed bytes are copied.
 
@@ -41,6 +44,7 @@ def duplicate(model: Model) -> PreTrainedModel:
     return _copy(model, {})
 
 
+@torch_defaults()
 def rebuild(model: Model, values: Mapping[str, Tensor] | None = None) -> TransformerBridge:
     """A new bridge over a fresh HF model, with the named parameters replaced; the original is untouched.
 
@@ -59,6 +63,7 @@ def rebuild(model: Model, values: Mapping[str, Tensor] | None = None) -> Transfo
     return boot(fresh, None, model.config.name_or_path or "model")
 
 
+@torch_defaults()
 def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
     """A bridge around `hf`, which it takes over; frozen, in eval mode; the tokenizer object is used as it is.
 

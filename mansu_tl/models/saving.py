@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.copies import cast, plain
 from mansu_tl.models.quiet import quiet
@@ -20,6 +21,7 @@ from mansu_tl.models.tree import Model
 _OURS = frozenset((".json", ".safetensors", ".txt", ".model", ".jinja"))
 
 
+@torch_defaults()
 def save(model: Model, folder: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
     """Write a model as a folder that `AutoModelForCausalLM.from_pretrained` and `load` read.
 

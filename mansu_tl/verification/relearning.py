@@ -27,10 +27,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import accuracy, last_logits
-from mansu_tl.models import plain
+from mansu_tl.models import home, plain, require_ready
 from mansu_tl.models.copies import cast
 from mansu_tl.notebook import Result, Table
 from mansu_tl.unlearning.batches import Sampler, real_targets
@@ -164,6 +165,7 @@ class RelearningCurve(Result):
         return (Table(frame, form="{:.2f}".format, rows=24),)
 
 
+@torch_defaults()
 def relearn(
     model: TransformerBridge | PreTrainedModel,
     attack: Attack,
@@ -203,8 +205,9 @@ def relearn(
         raise MansuError(
             f"attack {attack.name!r}: {len(attack.text)} sequences, {len(attack.questions)} questions; give some"
         )
+    require_ready(model, attack.text.tokens)
     hf = cast(plain(model), torch.float32)
-    device = next(hf.parameters()).device
+    device = home(hf)
     text = attack.text.to(device)
     hf.requires_grad_(True)
     optimizer = torch.optim.AdamW(hf.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -291,7 +294,7 @@ def _prior(hf: PreTrainedModel, attack: Attack) -> Float[Tensor, "measure questi
     questions, unseen = attack.questions, attack.unseen
     if len(unseen) == 0:
         return torch.full((len(MEASURES), len(questions)), float("nan"))
-    device = next(hf.parameters()).device
+    device = home(hf)
     logits = last_logits(hf, unseen.tokens.to(device), unseen.lengths.to(device)).cpu()
     choices, best = questions.choices.cpu(), logits.argmax(1)
     out = torch.empty(len(MEASURES), len(questions))

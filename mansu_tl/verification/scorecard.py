@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Questions, Task
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Accuracy, accuracy
@@ -119,6 +120,7 @@ class Scorecard(Result):
         return (Table(frame, form="{:.2f}".format, rows=len(frame)),)
 
 
+@torch_defaults()
 def scorecard(
     model: TransformerBridge,
     edited: TransformerBridge,
