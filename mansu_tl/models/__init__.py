@@ -1,7 +1,7 @@
 """Models: loading, saving, copies, and the map from components to slices of HF parameters."""
 
 from mansu_tl.models.components import ComponentMap, WeightSlice, component_map, flat_indices
-from mansu_tl.models.copies import plain, rebuild
+from mansu_tl.models.copies import float32_copy, plain, rebuild
 from mansu_tl.models.fingerprint import fingerprint
 from mansu_tl.models.loading import load
 from mansu_tl.models.saving import save
@@ -29,6 +29,7 @@ __all__ = [
     "component_map",
     "fingerprint",
     "flat_indices",
+    "float32_copy",
     "home",
     "linear_weights",
     "load",

@@ -34,6 +34,17 @@ def plain(model: Model) -> PreTrainedModel:
     return _copy(model, {})
 
 
+def float32_copy(model: Model) -> PreTrainedModel:
+    """As `plain`, with float32 parameters: what training works on, whatever the model is stored in.
+
+    In 16 bits an update smaller than the spacing of a weight's neighbours is lost, and Adam's epsilon is 0 in float16.
+
+    Raises:
+        MansuError: as `plain`.
+    """
+    return cast(plain(model), torch.float32)
+
+
 @torch_defaults()
 def duplicate(model: Model) -> PreTrainedModel:
     """As `plain`, but 4-bit layers stay 4-bit: their packed bytes are copied.

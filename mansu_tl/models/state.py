@@ -23,38 +23,52 @@ def home(model: nn.Module) -> torch.device:
     return next(inside.parameters()).device
 
 
-def require_ready(model: nn.Module, tokens: Int[Tensor, "row pos"] | None = None) -> None:
+def require_ready(model: nn.Module, tokens: Int[Tensor, "row pos"] | None = None, *, copied: bool = False) -> None:
     """Refuse a model that would not give its own numbers.
 
-    Hooks of a bridge are refused whatever they do. PyTorch's own forward hooks, on whatever module, may stay as long as
-    they only look: the model is run on one prompt with and without them.
+    Hooks that `add_hook` left on a bridge are refused whatever they do; those of a `with model.hooks(...)` that is still
+    open are there on purpose. PyTorch's own forward hooks, on whatever module, may stay as long as they only look: the
+    model is run on one prompt with and without them.
 
     Args:
         tokens: prompts that it is about to be run on; the first is what such hooks are tried on.
+        copied: its weights are going to be run in a copy, where no hook is: none may be there.
 
     Raises:
-        MansuError: it is in training mode, hooks were left on it, or its weights were made under `inference_mode`.
+        MansuError: it is in training mode, hooks were left on it, its weights were made under `inference_mode`, or it
+            has to be copied and is spread over several devices.
     """
     inside: nn.Module = model.original_model if isinstance(model, TransformerBridge) else model
     if inside.training:
         raise MansuError("model: it is in training mode, so dropout would change the numbers; call model.eval() first")
+    places = sorted({str(parameter.device) for parameter in inside.parameters()}) if copied else []
+    if len(places) > 1:
+        raise MansuError(
+            f"model: it is spread over {', '.join(places)}, and training works on a copy in one place; load it with "
+            "device= instead of device_map="
+        )
     if next(inside.parameters()).is_inference():
         raise MansuError(
             "model: its weights were made under torch.inference_mode(), so nothing can be differentiated through them; "
             "load it with mansu_tl.load"
         )
     if isinstance(model, TransformerBridge):
-        _require_no_hooks(model)
+        _require_no_hooks(model, -1 if copied else model.context_level)
     _require_no_torch_hooks(model, tokens)
 
 
-def _require_no_hooks(model: TransformerBridge) -> None:
-    left = [point for point in model.hook_points() if point.fwd_hooks or point.bwd_hooks]
+def _require_no_hooks(model: TransformerBridge, level: int) -> None:
+    """Refuse hooks but those of the contexts that are open, up to `level`."""
+    left = [
+        str(point.name)
+        for point in model.hook_points()
+        for handle in (*point.fwd_hooks, *point.bwd_hooks)
+        if handle.context_level is None or handle.context_level > level
+    ]
     if left:
-        count = sum(len(point.fwd_hooks) + len(point.bwd_hooks) for point in left)
         raise MansuError(
-            f"model: {'a hook is' if count == 1 else f'{count} hooks are'} left on "
-            f"{_names([str(point.name) for point in left])} and would change the numbers; call "
+            f"model: {'a hook is' if len(left) == 1 else f'{len(left)} hooks are'} left on "
+            f"{_names(list(dict.fromkeys(left)))} and would change the numbers; call "
             "model.reset_hooks(including_permanent=True) first"
         )
 

@@ -91,7 +91,7 @@ def unlearn(
         MansuError: an unknown method or setting, or a model that `require_ready` refuses.
     """
     chosen = _method(method)
-    require_ready(model, task.forget_pairs.clean)
+    require_ready(model, task.forget_pairs.clean, copied=True)
     base = settings if settings is not None else chosen.defaults()
     if not isinstance(base, chosen.settings):
         raise MansuError(f"{method}: settings are {type(base).__name__}; pass {chosen.settings.__name__}")

@@ -3,6 +3,9 @@
 The same optimizer, batch sizes, schedule and stopping rule for all of them. Following open-unlearning: AdamW, weight
 decay .01, warm-up, every parameter is trained. A method differs in its loss and learning rate, and may say which
 weights move (`only`), through which weights the model runs (`view`) and where the change may point (`project`).
+
+Training runs on a float32 copy; what it comes to is rounded to the model's own dtype once, at the end. Whether the forget
+set is at chance is asked of the model as it would be stored.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from transformers import PreTrainedModel
 from mansu_tl.data import PromptPairs, Sequences, Task
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.metrics import kl_divergence, last_logits
-from mansu_tl.models import plain
+from mansu_tl.models import float32_copy, home, plain
 from mansu_tl.unlearning.batches import Sampler, Values, last_token_logits, retain_batches, sequence_logits
 from mansu_tl.unlearning.edit import Edit
 
@@ -133,9 +136,12 @@ def train(
         MansuError: no weight may move.
         NoEditError: the loss is not finite (the learning rate is too high).
     """
-    hf = plain(model)
+    stored = plain(model)
+    dtypes = {name: value.dtype for name, value in stored.named_parameters()}
+    hf = stored if set(dtypes.values()) == {torch.float32} else float32_copy(model)
     original_values = {name: value.detach() for name, value in hf.named_parameters()}
-    free = {name: mask for name, mask in (only or {}).items() if bool(mask.any())}
+    device = home(hf)
+    free = {name: mask.to(device) for name, mask in (only or {}).items() if bool(mask.any())}
     if only is not None and not free:
         raise MansuError(f"{method}: no weight may move; widen its mask")
     values = {
@@ -144,7 +150,7 @@ def train(
     }
     moving = {name: value for name, value in values.items() if value.requires_grad}
     generator = torch.Generator().manual_seed(seed)
-    task = task.to(next(iter(values.values())).device)
+    task = task.to(device)
     draw_forget = Sampler(len(task.forget_pairs), settings.forget_batch, generator)
     draw_retain = retain_batches(task, settings.retain_batch, 0.25, generator)
     original = last_logits(hf, task.forget_pairs.clean, task.forget_pairs.lengths)
@@ -155,7 +161,7 @@ def train(
     for step in bar:
         if step % settings.check_every == 0:
             seen = view(values) if view else values
-            score = _multiple_choice(hf, seen, task.forget_pairs)
+            score = _multiple_choice(stored, _rounded(seen, dtypes), task.forget_pairs)
             history.append({"step": float(step), "forget_mc": score})
             bar.set_postfix(forget_mc=f"{score:.0f}")
             if score <= settings.stop_at:
@@ -181,7 +187,12 @@ def train(
                 if project:
                     current.copy_(start + project(name, current - start))
     recorded = {"seed": seed, "settings": asdict(settings), "steps": int(history[-1]["step"]), **(facts or {})}
-    return Edit.between(model, {k: v.detach() for k, v in moving.items()}, method, recorded, tuple(history))
+    return Edit.between(model, _rounded(moving, dtypes), method, recorded, tuple(history))
+
+
+def _rounded(values: Values, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The values as they would be stored."""
+    return {name: value.detach().to(dtypes[name]) for name, value in values.items()}
 
 
 @torch.no_grad()

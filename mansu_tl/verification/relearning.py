@@ -31,8 +31,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import accuracy, last_logits
-from mansu_tl.models import home, plain, require_ready
-from mansu_tl.models.copies import cast
+from mansu_tl.models import float32_copy, home, require_ready
 from mansu_tl.notebook import Result, Table
 from mansu_tl.unlearning.batches import Sampler, real_targets
 from mansu_tl.verification.attacks import Attack
@@ -205,8 +204,8 @@ def relearn(
         raise MansuError(
             f"attack {attack.name!r}: {len(attack.text)} sequences, {len(attack.questions)} questions; give some"
         )
-    require_ready(model, attack.text.tokens)
-    hf = cast(plain(model), torch.float32)
+    require_ready(model, attack.text.tokens, copied=True)
+    hf = float32_copy(model)
     device = home(hf)
     text = attack.text.to(device)
     hf.requires_grad_(True)
