@@ -48,6 +48,9 @@ from mansu_tl.unlearning.retain_statistics import (
 )
 from mansu_tl.unlearning.support import choose_support
 
+# Steps over which the step size rises, in runs of sixty or more.
+_WARM_UP = 10
+
 
 def mansu(
     model: TransformerBridge,
@@ -143,17 +146,21 @@ class _Run:
         optimizer = torch.optim.Adam([latent], lr=cfg.learning_rate, betas=(0.9, 0.99))
         history: list[dict[str, float]] = []
         attack: Attacked | None = None
-        freeze = int(cfg.freeze_at * cfg.steps)
+        freeze, frozen = int(cfg.freeze_at * cfg.steps), False
+        warm_up = min(_WARM_UP, max(1, cfg.steps // 6))
         bar = tqdm(range(cfg.steps), desc="mansu", unit="step", disable=not self.progress)
         for step in bar:
             left = (cfg.steps - step) / max(1, cfg.steps - freeze)
-            optimizer.param_groups[0]["lr"] = cfg.learning_rate * min(1.0, (step + 1) / 10, max(left, 0.02))
-            if step == freeze or (cfg.select_from * cfg.steps <= step < freeze and step % cfg.select_every == 0):
+            optimizer.param_groups[0]["lr"] = cfg.learning_rate * min(1.0, (step + 1) / warm_up, max(left, 0.02))
+            due = step >= cfg.select_from * cfg.steps and step % cfg.select_every == 0
+            if not frozen and (step == freeze or due):
                 kept = self._support(latent.detach(), allowed)
-                with torch.no_grad():
-                    latent.mul_(kept)
-                if step == freeze:
-                    allowed = kept
+                # Where no weight has crossed yet, nothing can be chosen: in short runs the choice waits.
+                if kept.any():
+                    with torch.no_grad():
+                        latent.mul_(kept)
+                    if step >= freeze:
+                        allowed, frozen = kept, True
             # Odd steps see the model as stored, even ones as deployed, grid by grid: all must have forgotten.
             under = step // 2 % len(floor.grids) if step % 2 == 0 and cfg.floor == "loop" else None
             change, changed = self._change(latent, allowed, under)
