@@ -465,17 +465,79 @@ def test_rebuild_refuses_values_that_do_not_fit():
             rebuild(bridge, values)
 
 
-def test_fingerprint_is_the_hash_it_says_it_is():
-    hf = tiny("gpt2").bfloat16()
+def words_of(p: torch.Tensor) -> list[int]:
+    """A bfloat16 tensor's bytes as signed 32-bit integers, by struct alone."""
+    halves = [value & 0xFFFF for value in (p.detach().float().flatten().view(torch.int32) >> 16).tolist()]
+    raw = struct.pack(f"<{len(halves)}H", *halves)
+    raw += bytes(-len(raw) % 4)
+    return list(struct.unpack(f"<{len(raw) // 4}i", raw))
+
+
+def projected(words: list[int], weights: list[list[int]]) -> list[int]:
+    """Blocks of 4096 words times eight columns of weights, in Python's own integers."""
+    out = []
+    for start in range(0, len(words), 4096):
+        block = words[start : start + 4096]
+        out += [sum(w * row[c] for w, row in zip(block, weights, strict=False)) for c in range(8)]
+    if len(out) <= 4096:
+        return out
+    raw = struct.pack(f"<{len(out)}q", *out)
+    return projected(list(struct.unpack(f"<{len(raw) // 4}i", raw)), weights)
+
+
+@pytest.mark.parametrize("options", [{}, {"vocab_size": 513, "hidden_size": 36}])
+def test_fingerprint_is_the_hash_it_says_it_is(options):
+    hf = tiny("gpt2", **options).bfloat16()
+    weights = torch.randint(-256, 257, (4096, 8), generator=torch.Generator().manual_seed(0)).tolist()
     digest = hashlib.sha256()
     for name, p in sorted(hf.named_parameters()):
         digest.update(f"{name}|torch.bfloat16|{tuple(p.shape)}|".encode())
-        halves = (p.detach().float().flatten().view(torch.int32) >> 16).tolist()  # bfloat16 = the upper half
-        digest.update(struct.pack(f"<{len(halves)}h", *halves))
+    for _, p in sorted(hf.named_parameters()):
+        values = projected(words_of(p), weights)
+        digest.update(struct.pack(f"<{len(values)}q", *values))
     assert fingerprint(hf) == digest.hexdigest()
     with torch.no_grad():
         hf.transformer.h[1].mlp.c_fc.weight[3, 4] *= -1
     assert fingerprint(hf) != digest.hexdigest()
+
+
+def test_a_tensor_of_many_blocks_is_projected_again():
+    from mansu_tl.models.fingerprint import _projected, _weights
+
+    weights = _weights()
+    words = torch.randint(-(2**31), 2**31, (4096 * 600 + 77,), generator=torch.Generator().manual_seed(1)).int()
+    assert _projected(words, weights).tolist() == projected(words.tolist(), weights.tolist())
+
+
+def test_fingerprint_sees_every_change_that_people_make():
+    hf = tiny("llama", intermediate_size=47, dtype=torch.float32)
+    name, seen = "model.layers.1.mlp.up_proj.weight", [fingerprint(hf)]
+    weight = hf.get_parameter(name)
+    assert weight.numel() % 2 == 0
+
+    def swap(a, b):
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
+
+    for change in (
+        lambda w: w.neg_(),  # an even number of sign bits, all the same bit
+        lambda w: w[2].neg_(),
+        lambda w: swap(w[3], w[4]),
+        lambda w: swap(w[0, :1], w[1, :1]),
+        lambda w: w.view(torch.int32)[0, 0].bitwise_xor_(1),
+        lambda w: w.view(torch.int32)[-1, -1].bitwise_xor_(1),
+        lambda w: w.add_(0.25).sub_(0.125),
+        lambda w: w.data.mul_(2),  # autograd's version counter does not see this
+    ):
+        with torch.no_grad():
+            change(weight.data)
+        seen.append(fingerprint(hf))
+    assert len(set(seen)) == len(seen)
+    odd = tiny("llama", intermediate_size=47).bfloat16()
+    before = fingerprint(odd)
+    odd.model.layers[0].mlp.down_proj.weight.data[-1, -1] *= 2
+    assert fingerprint(odd) != before
 
 
 # ---- components ----------------------------------------------------------------------------------------------------

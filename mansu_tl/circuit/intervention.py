@@ -35,7 +35,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import ComponentMap, attention_weights, component_map, norm_weights
 from mansu_tl.patching.ablation import Ablation, normed
-from mansu_tl.patching.runs import Activations, Hook, chunks, heads_last, measured, prepared
+from mansu_tl.patching.exactness import require_exact
+from mansu_tl.patching.runs import Activations, Hook, chunks, heads_last, measured, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 256 MB).
 _ROW_ELEMENTS = 64_000_000
@@ -95,6 +96,7 @@ def patched(
     with tqdm(total=len(pairs) * len(masks), desc="edge patching", unit="run", disable=not progress) as bar:
         for where, chunk in chunks(pairs, most):
             base = _Base(model, cmap, chunk, ablation)
+            require_exact(model, f"edge patching against {ablation.kind}", partial(_unpatched, base, graph))
             off[where] = measured(metric, base.run.logits, chunk).cpu()
             for group, live in _groups(cmap, masks, graph, _ROW_ELEMENTS // len(chunk) - cost.fixed(), cost):
                 logits = _Group(base, plan(cmap, live, ablation.kind == "corrupt")).logits()
@@ -102,6 +104,14 @@ def patched(
                     out[group.start + i, where] = measured(metric, logits(i), chunk).cpu()
                 bar.update(len(chunk) * (group.stop - group.start))
     return out, off
+
+
+def _unpatched(base: _Base, graph: Graph) -> tuple[Tensor, Tensor]:
+    """The logits with every edge live, and those of the clean prompts; and the same with none and of the ablated run."""
+    every = useful(base.map, np.stack([graph.exists.numpy(), np.zeros_like(graph.exists.numpy())]).astype(np.float32))
+    logits = _Group(base, plan(base.map, every, base.ablation.kind == "corrupt")).logits()
+    clean = run(base.model, base.pairs.clean, base.pairs.lengths)
+    return torch.cat([logits(0), logits(1)]), torch.cat([clean.float(), base.run.logits])
 
 
 @dataclass(frozen=True)

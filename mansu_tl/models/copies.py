@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
+from mansu_tl.models.cache import pass_cache_on
 from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import packed, repack, require_dense, settle, splitter
 from mansu_tl.models.tree import Model, blank, buffers, groups, hf_of, matched, require_in_step
@@ -104,6 +105,7 @@ def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: s
             post_adapter_hook=prepare,
         )
     bridge.eval().requires_grad_(False)
+    pass_cache_on(bridge)
     return bridge
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -77,9 +78,9 @@ def _require_no_torch_hooks(model: nn.Module, tokens: Int[Tensor, "row pos"] | N
     found: dict[str, nn.Module] = {}
     turning: list[str] = []
     for name, module in model.named_modules():
-        if any(getattr(module, kind) for kind in _FORWARD):
+        if any(_foreign(getattr(module, kind)) for kind in _FORWARD):
             found[name] = module
-        if any(getattr(module, kind) for kind in _BACKWARD):
+        if any(_foreign(getattr(module, kind)) for kind in _BACKWARD):
             turning.append(name)
     if turning:
         raise MansuError(
@@ -107,13 +108,19 @@ def _logits(model: nn.Module, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "
     return logits
 
 
+def _foreign(hooks: dict[int, Any] | None) -> dict[int, Any]:
+    """The hooks that this package did not put there itself (see `cache.py`)."""
+    return {i: hook for i, hook in (hooks or {}).items() if not str(hook.__module__).startswith("mansu_tl.")}
+
+
 @contextmanager
 def _without_hooks(modules: list[nn.Module]) -> Iterator[None]:
-    """The same modules without PyTorch's forward hooks."""
+    """The same modules without other people's forward hooks."""
     kept = [(module, kind, module.__dict__[kind]) for module in modules for kind in _FORWARD]
     try:
-        for module, kind, _ in kept:
-            module.__dict__[kind] = OrderedDict()
+        for module, kind, hooks in kept:
+            others = _foreign(hooks)
+            module.__dict__[kind] = OrderedDict((i, hook) for i, hook in hooks.items() if i not in others)
         yield
     finally:
         for module, kind, hooks in kept:

@@ -21,6 +21,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models.families import Family, family_of
 
 _WRAPPED = "_original_component"
+_NAMES = "_mansu_tl_parameter_names"
 
 Model = TransformerBridge | PreTrainedModel
 
@@ -112,7 +113,15 @@ def parameters(model: Model) -> dict[str, Tensor]:
     Raises:
         MansuError: the bridge's weights were folded or untied (compatibility mode), or a name cannot be found.
     """
-    return matched(model, groups(blank(model)))
+    return matched(model, _names(model))
+
+
+def _names(model: Model) -> list[list[str]]:
+    """`groups` of a blank model, kept beside the model: they depend on its config alone."""
+    kept: dict[str, Any] = hf_of(model).__dict__
+    if _NAMES not in kept:
+        kept[_NAMES] = groups(blank(model))
+    return kept[_NAMES]
 
 
 def matched(model: Model, tied: list[list[str]]) -> dict[str, Tensor]:

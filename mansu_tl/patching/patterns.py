@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.models import ComponentMap
+from mansu_tl.patching.exactness import require_exact
 from mansu_tl.patching.runs import Hook, keep
 
 # Runs that share a batch when keys are patched one position at a time.
@@ -82,6 +83,22 @@ def key_position_effects(
 
 @torch.no_grad()
 def _patterns(
+    model: TransformerBridge,
+    cmap: ComponentMap,
+    tokens: Tensor,
+    base: dict[str, Tensor],
+    hooks: list[Hook],
+    copies: int,
+) -> list[Float[Tensor, "row head query key"]]:
+    def unpatched() -> tuple[Tensor, Tensor]:
+        again = _run(model, cmap, tokens, base, [], 1)
+        return torch.cat(again), torch.cat([base[f"pattern{i}"] for i in range(cmap.n_layers)])
+
+    require_exact(model, "attention patterns", unpatched)
+    return _run(model, cmap, tokens, base, hooks, copies)
+
+
+def _run(
     model: TransformerBridge,
     cmap: ComponentMap,
     tokens: Tensor,

@@ -2,7 +2,8 @@
 
 The blocks before the layer hand their input on, the recorded stream is put in front of the layer, and the recorded
 keys and values stand for the positions before the first one that is run. Under causal attention nothing there depends
-on later positions, sliding windows included, so this is the same computation and not an approximation.
+on later positions, sliding windows included, so this is the same computation and not an approximation. The first resumed
+run of a model checks that (see `exactness.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
+from mansu_tl.models.cache import cache_argument, cache_passed_on
+from mansu_tl.models.tree import hf_of
+from mansu_tl.patching.exactness import require_exact
 from mansu_tl.patching.runs import Hook, keep
 
 
@@ -56,8 +60,8 @@ def record_base(
     handle = model.blocks[0].attn.register_forward_hook(lambda module, args, out: seen.append(isinstance(out, tuple)))
     hooks = [(name, keep(kept, name)) for name in dict.fromkeys([*streams, *names])]
     try:
-        with model.hooks(fwd_hooks=[*hooks, _last_token(lengths - 1)]):
-            logits = model(tokens, return_type="logits", past_key_values=cache, use_cache=True)[:, 0]
+        with cache_passed_on(model), model.hooks(fwd_hooks=[*hooks, _last_token(lengths - 1)]):
+            logits = model(tokens, return_type="logits", **_given(model, cache))[:, 0]
     finally:
         handle.remove()
     cached: list[Any] = list(cache.layers)
@@ -88,7 +92,32 @@ def resume(
         start: the first position that is run, not past any row's last token.
         attention: what the first block's attention gives out, instead of computing it.
         cut_last_mlp: run the last block's MLP at the last token only (not where a hook looks at other positions).
+
+    Raises:
+        MansuError: with nothing patched, a resumed run of this model gives something else than `base`.
     """
+    require_exact(model, "resumed run", lambda: _unpatched(model, base))
+    return _resumed(model, base, layer, start, copies, hooks, attention, cut_last_mlp)
+
+
+def _unpatched(model: TransformerBridge, base: Base) -> tuple[Tensor, Tensor]:
+    """Resumed runs with no hook, from several layers and positions on, two copies each; and what `base` says."""
+    layers, last = len(model.blocks), int(base.lengths.min()) - 1
+    points = dict.fromkeys((layer, start) for layer in (0, layers // 2, layers) for start in (last, last // 2))
+    runs = [_resumed(model, base, layer, start, 2, [], None, True) for layer, start in points]
+    return torch.cat(runs), base.logits.expand(2 * len(runs), -1, -1)
+
+
+def _resumed(
+    model: TransformerBridge,
+    base: Base,
+    layer: int,
+    start: int,
+    copies: int,
+    hooks: list[Hook],
+    attention: Tensor | None,
+    cut_last_mlp: bool,
+) -> Float[Tensor, "copy row vocab"]:
     layers = len(model.blocks)
     tokens, lengths = base.tokens[:, start:].repeat(copies, 1), (base.lengths - start).repeat(copies)
     stream = base.streams[layer][:, start:].repeat(copies, 1, 1)
@@ -100,16 +129,19 @@ def resume(
     all_hooks: list[Hook] = [(name, begin), *hooks, _last_token(lengths - 1)]
     if cut_last_mlp and layer < layers:
         all_hooks.append((f"blocks.{layers - 1}.ln2.hook_in", _last_token(lengths - 1)[1]))
-    given: dict[str, Any] = {}
-    if start:
-        given = {"past_key_values": _cache(base, layer, start, copies), "use_cache": True}
+    given = _given(model, _cache(base, layer, start, copies)) if start else {}
     replaced: list[tuple[nn.Module, Callable[..., Any]]] = [(block, _hand_on) for block in model.blocks[:layer]]
     if attention is not None:
         out = (attention, None) if base.attention_tuple else attention
         replaced.append((model.blocks[layer].attn, lambda *args, **kwargs: out))
-    with _replaced(replaced), model.hooks(fwd_hooks=all_hooks):
+    with cache_passed_on(model), _replaced(replaced), model.hooks(fwd_hooks=all_hooks):
         logits = model(tokens, return_type="logits", **given)[:, 0]
     return logits.float().to(base.tokens.device).unflatten(0, (copies, -1))
+
+
+def _given(model: TransformerBridge, cache: DynamicCache) -> dict[str, Any]:
+    """A cache as an argument of the bridge."""
+    return {cache_argument(hf_of(model)): cache, "use_cache": True}
 
 
 def _hand_on(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:

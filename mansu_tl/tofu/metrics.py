@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data.text import pad
 from mansu_tl.errors import MansuError
+from mansu_tl.models.cache import cache_argument, cache_of
 
 _TOKEN = re.compile(r"[a-z0-9]+")
 
@@ -145,11 +146,11 @@ def greedy_answers(
                 tokens,
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,
+                **({} if past is None else {cache_argument(model): past}),
             )
-            tokens, past = found.logits[:, -1].argmax(-1, keepdim=True), found.past_key_values
+            tokens, past = found.logits[:, -1].argmax(-1, keepdim=True), cache_of(found)
             said = torch.cat([said, tokens], 1)
             mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], 1)
             if end is not None and bool((said == end).any(1).all()):
