@@ -35,7 +35,7 @@ _DEVICE, _IS_CPU = torch.Tensor.device.__get__, torch.Tensor.is_cpu.__get__
 _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.type_as}
 
 
-class Misplaced(RuntimeError):
+class MisplacedError(RuntimeError):
     """Tensors of two devices met."""
 
 
@@ -100,7 +100,9 @@ class _Follow(TorchDispatchMode):
         if func in _INDEXED:
             indices = [i for i in args[1] if isinstance(i, Tensor)]
             if first == _CPU and any(self.places[i] == DEVICE for i in indices):
-                raise Misplaced(f"{func}: indices should be either on cpu or on the device of the indexed tensor (cpu)")
+                raise MisplacedError(
+                    f"{func}: indices should be either on cpu or on the device of the indexed tensor (cpu)"
+                )
             given = [t for t in given if not any(t is i for i in indices)]
         lists = [arg for arg in args if isinstance(arg, list | tuple) and arg and isinstance(arg[0], Tensor)]
         listed = bool(lists) and func not in _INDEXED
@@ -110,7 +112,7 @@ class _Follow(TorchDispatchMode):
             whole = whole | {first, DEVICE}
         if len(whole) > 1 or (whole == {_CPU} and DEVICE in single and func not in _INDEXED):
             shown = ", ".join(f"{tuple(t.shape)} on {self.places[t]}" for t in given)
-            raise Misplaced(f"{func}: expected all tensors to be on the same device, but got {shown}")
+            raise MisplacedError(f"{func}: expected all tensors to be on the same device, but got {shown}")
         every = whole or single
         return DEVICE if DEVICE in every | single else _CPU if every else _EITHER
 

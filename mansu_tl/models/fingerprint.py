@@ -2,8 +2,8 @@
 
 Every tensor's bytes, read as 32-bit integers, are projected block by block onto a few seeded random integer vectors, in
 float64 and small enough to be exact: the same integers on every device, in any order of summation. What differs anywhere
-differs in the projections but for a chance of 2^-72 a block. Only these go to the CPU, where SHA-256 closes them up with names,
-dtypes and shapes. Our definition; against accident, not against forgery.
+differs in the projections but for a chance of 2^-72 a block. Only these go to the CPU, where SHA-256 closes them up with
+names, dtypes and shapes. Our definition; against accident, not against forgery.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.errors import MansuError
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
+_OWN = ("mansu_tl.", "transformer_lens.")
 _BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -60,16 +61,16 @@ def require_ready(model: nn.Module, tokens: Int[Tensor, "row pos"] | None = None
 
 def _require_no_hooks(model: TransformerBridge, level: int) -> None:
     """Refuse hooks but those of the contexts that are open, up to `level`."""
-    left = [
-        str(point.name)
+    left = {
+        id(handle): str(point.name)
         for point in model.hook_points()
         for handle in (*point.fwd_hooks, *point.bwd_hooks)
         if handle.context_level is None or handle.context_level > level
-    ]
+    }
     if left:
         raise MansuError(
             f"model: {'a hook is' if len(left) == 1 else f'{len(left)} hooks are'} left on "
-            f"{_names(list(dict.fromkeys(left)))} and would change the numbers; call "
+            f"{_names(list(dict.fromkeys(left.values())))} and would change the numbers; call "
             "model.reset_hooks(including_permanent=True) first"
         )
 
@@ -109,8 +110,8 @@ def _logits(model: nn.Module, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "
 
 
 def _foreign(hooks: dict[int, Any] | None) -> dict[int, Any]:
-    """The hooks that this package did not put there itself (see `cache.py`)."""
-    return {i: hook for i, hook in (hooks or {}).items() if not str(hook.__module__).startswith("mansu_tl.")}
+    """The hooks that neither this package (see `cache.py`) nor TransformerLens has put there itself."""
+    return {i: hook for i, hook in (hooks or {}).items() if not str(getattr(hook, "__module__", "")).startswith(_OWN)}
 
 
 @contextmanager

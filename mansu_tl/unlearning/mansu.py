@@ -279,17 +279,17 @@ class _Run:
         return self.rounded[name, under]
 
     def _forget(self, values: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        cfg, pairs = self.settings, self.task.forget_pairs[rows]
+        cfg, pairs, unknown = self.settings, self.task.forget_pairs[rows], self.unknown.of(rows)
         if cfg.representation_weight:
             logits, states = last_token_states(self.hf, values, pairs.clean, pairs.lengths)
-            away = representation_loss(states, self.unknown.state[rows], self.unknown.spread[rows])
+            away = representation_loss(states, unknown.state, unknown.spread)
         else:
             logits = last_token_logits(self.hf, values, pairs.clean, pairs.lengths)
             away = logits.new_zeros(())
         return cfg.representation_weight * away + forget_loss(
             logits,
-            self.unknown.reference[rows],
-            self.unknown.pool[rows],
+            unknown.reference,
+            unknown.pool,
             pairs.answers,
             divergence_weight=cfg.divergence_weight,
             margin=cfg.margin,

@@ -11,7 +11,7 @@ set is at chance is asked of the model as it would be stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences, Task
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.metrics import kl_divergence, last_logits
+from mansu_tl.metrics import kl_divergence
 from mansu_tl.models import float32_copy, home, plain
 from mansu_tl.unlearning.batches import Sampler, Values, last_token_logits, retain_batches, sequence_logits
 from mansu_tl.unlearning.edit import Edit
@@ -31,6 +31,8 @@ from mansu_tl.unlearning.edit import Edit
 Loss = Callable[["Batch"], Tensor]
 View = Callable[[Values], Values]
 Project = Callable[[str, Tensor], Tensor]
+# Forget prompts in a pass without gradients, and the original's logits that are kept (a quarter of a gibibyte).
+_ROWS, _MOST_KEPT = 256, 2**26
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,27 @@ class TrainingSettings:
             raise MansuError(f"training: learning_rate={self.learning_rate}; choose a finite number above 0")
 
 
+class OriginalLogits:
+    """The original model's last-token logits of forget prompts: kept where all of them fit, else computed again."""
+
+    def __init__(self, model: PreTrainedModel, values: Values, pairs: PromptPairs) -> None:
+        self._model, self._values, self._pairs = model, values, pairs
+        self._kept: Tensor | None = None
+
+    def __call__(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
+        """Those of some rows."""
+        vocab = self._model.get_output_embeddings().weight.shape[0]
+        if len(self._pairs) * vocab > _MOST_KEPT:
+            return self._run(self._pairs[rows])
+        if self._kept is None:
+            self._kept = torch.cat([self._run(part) for part in _in_batches(self._pairs)])
+        return self._kept[rows]
+
+    @torch.no_grad()
+    def _run(self, pairs: PromptPairs) -> Float[Tensor, "row vocab"]:
+        return last_token_logits(self._model, self._values, pairs.clean, pairs.lengths)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a loss sees at one step.
@@ -77,7 +100,7 @@ class Batch:
         pairs: forget pairs of this step.
         rows: their row numbers in the task.
         retain: retain sequences of this step.
-        original_logits: the original model's last-token logits of these forget prompts.
+        original_of: the original model's last-token logits of forget prompts, by row number.
     """
 
     model: PreTrainedModel
@@ -86,7 +109,12 @@ class Batch:
     pairs: PromptPairs
     rows: Int[Tensor, " row"]
     retain: Sequences
-    original_logits: Float[Tensor, "row vocab"]
+    original_of: OriginalLogits
+
+    @property
+    def original_logits(self) -> Float[Tensor, "row vocab"]:
+        """The original model's last-token logits of these forget prompts."""
+        return self.original_of(self.rows)
 
     def forget_logits(self) -> Float[Tensor, "row vocab"]:
         """Last-token logits of the forget prompts under the current values."""
@@ -153,7 +181,7 @@ def train(
     task = task.to(device)
     draw_forget = Sampler(len(task.forget_pairs), settings.forget_batch, generator)
     draw_retain = retain_batches(task, settings.retain_batch, 0.25, generator)
-    original = last_logits(hf, task.forget_pairs.clean, task.forget_pairs.lengths)
+    original = OriginalLogits(hf, original_values, task.forget_pairs)
     optimizer = torch.optim.AdamW(moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings.warmup))
     history: list[dict[str, float]] = []
@@ -169,7 +197,7 @@ def train(
                 break
         rows = draw_forget()
         seen = view(values) if view else values
-        batch = Batch(hf, seen, original_values, task.forget_pairs[rows], rows, draw_retain(), original[rows])
+        batch = Batch(hf, seen, original_values, task.forget_pairs[rows], rows, draw_retain(), original)
         value = loss(batch)
         if not torch.isfinite(value):
             raise NoEditError(
@@ -197,6 +225,14 @@ def _rounded(values: Values, dtypes: Mapping[str, torch.dtype]) -> dict[str, Ten
 
 @torch.no_grad()
 def _multiple_choice(hf: PreTrainedModel, values: Values, pairs: PromptPairs) -> float:
-    logits = last_token_logits(hf, values, pairs.clean, pairs.lengths)
-    wrong = logits.gather(1, pairs.distractors).max(1).values
-    return 100 * (logits.gather(1, pairs.answers[:, None])[:, 0] > wrong).double().mean().item()
+    right = []
+    for part in _in_batches(pairs):
+        logits = last_token_logits(hf, values, part.clean, part.lengths)
+        wrong = logits.gather(1, part.distractors).max(1).values
+        right.append(logits.gather(1, part.answers[:, None])[:, 0] > wrong)
+    return 100 * torch.cat(right).double().mean().item()
+
+
+def _in_batches(pairs: PromptPairs) -> Iterator[PromptPairs]:
+    for start in range(0, len(pairs), _ROWS):
+        yield pairs[slice(start, start + _ROWS)]

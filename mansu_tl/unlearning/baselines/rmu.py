@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences, Task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, float32_copy, home, linear_weights, parameters
-from mansu_tl.unlearning.batches import Values
+from mansu_tl.unlearning.batches import Values, run_values
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -82,6 +81,6 @@ def rmu(model: TransformerBridge, task: Task, settings: RmuSettings, *, seed: in
 
 def _hidden(hf: PreTrainedModel, values: Values, text: Sequences, layer: int) -> Float[Tensor, "token d_model"]:
     """The residual stream after `layer` layers, at every real token."""
-    out = functional_call(hf, dict(values), (text.tokens,), {"use_cache": False, "output_hidden_states": True})
+    _, states = run_values(hf, values, text.tokens, text.lengths, states=True)
     position = torch.arange(text.tokens.shape[1], device=text.tokens.device)
-    return out.hidden_states[layer][position[None] < text.lengths[:, None]].float()
+    return states[layer][position[None] < text.lengths[:, None]].float()
