@@ -109,7 +109,7 @@ class Batch:
     pairs: PromptPairs
     rows: Int[Tensor, " row"]
     retain: Sequences
-    original_of: OriginalLogits
+    original_of: Callable[[Int[Tensor, " row"]], Float[Tensor, "row vocab"]]
 
     @property
     def original_logits(self) -> Float[Tensor, "row vocab"]:
