@@ -16,9 +16,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import mansu_tl as mtl
-from mansu_tl.circuit import Circuit
-from mansu_tl.models import fingerprint, plain
-from mansu_tl.quantization import quantized_values
+from mansu_tl.circuit import Circuit, Graph, random_mask
+from mansu_tl.models import fingerprint, float32_copy, linear_weights, plain, rebuild
+from mansu_tl.quantization import inputs_of, predicted_flips, quantized_values
 from mansu_tl.quantization.dither import dither
 from mansu_tl.unlearning import Edit
 from mansu_tl.unlearning.search import judge
@@ -26,6 +26,7 @@ from mansu_tl.verification import (
     attack_splits,
     certify,
     circuit_scores,
+    compare_relearning,
     damage,
     erasure_depth,
     probe,
@@ -33,7 +34,8 @@ from mansu_tl.verification import (
     relearn,
     unrelated_attack,
 )
-from tests.tiny_study import crossing_edit, tiny_case
+from tests.tiny import tiny, tiny_tokenizer
+from tests.tiny_study import crossing_edit
 
 Numbers = dict[str, Tensor]
 BASELINES = tuple(name for name in mtl.methods() if name not in ("mansu", "random-circuit"))
@@ -58,18 +60,33 @@ class Case:
 
 def case(family: str = "llama", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Case:
     """A tiny random model of a family; circuit and edit are made on the CPU, the same for every device."""
-    (here, task), (other, _) = tiny_case(family), tiny_case(family, seed=1)
-    text = torch.randint(3, 60, (12, 8), generator=torch.Generator().manual_seed(0))
-    text = mtl.Sequences(text, torch.full((12,), 8))
-    near = mtl.Sequences(text.tokens[:2, :5], torch.tensor([4, 5]))
-    unseen = mtl.Sequences(torch.tensor([[1, 50, 20, 30], [1, 51, 20, 31], [1, 52, 21, 32]]), torch.full((3,), 4))
-    task = mtl.Task("tiny", task.forget_pairs, task.retain_pairs, text, near, unseen, task.questions)
-    here = mtl.load(plain(here), tokenizer=here.tokenizer, dtype=dtype)
+    tokenizer, task = tiny_tokenizer(), tiny_task()
+    here = mtl.load(tiny(family), tokenizer=tokenizer, dtype=dtype)
     circuit = Circuit.top(mtl.edge_attribution(here, task.forget_pairs, steps=1), 60)
     edit = crossing_edit(here)
-    model = mtl.load(plain(here), tokenizer=here.tokenizer, device=device)
-    never = mtl.load(plain(other), tokenizer=here.tokenizer, device=device, dtype=dtype)
+    model = mtl.load(plain(here), tokenizer=tokenizer, device=device)
+    never = mtl.load(tiny(family, seed=1), tokenizer=tokenizer, device=device, dtype=dtype)
     return Case(model, task, circuit, edit, edit.apply(model), never)
+
+
+def tiny_task() -> mtl.Task:
+    """Six pairs over three facts in two lengths, text, near text and never-seen prompts, in tokens."""
+    rows = [(fact, wording) for fact in range(3) for wording in range(2)]
+    clean = torch.tensor([[1, 5 + f, 20 + w, 30 + f, 40][: 4 + w] + [0] * (1 - w) for f, w in rows])
+    corrupt = clean.clone()
+    corrupt[:, 1] += 7
+    answers, distractors = torch.tensor([6 + f for f, _ in rows]), torch.tensor([[40 + f, 43 + f, 46] for f, _ in rows])
+    lengths, labels = torch.tensor([4 + w for _, w in rows]), [f"fact {f} / t{w}" for f, w in rows]
+    pairs = mtl.PromptPairs.from_tokens(clean, corrupt, answers, distractors, lengths, labels)
+    drawn = torch.randint(3, 60, (12, 8), generator=torch.Generator().manual_seed(0))
+    text = mtl.Sequences(drawn, torch.full((12,), 8))
+    near = mtl.Sequences(drawn[:2, :5], torch.tensor([4, 5]))
+    unseen = mtl.Sequences(torch.tensor([[1, 50, 20, 30], [1, 51, 20, 31], [1, 52, 21, 32]]), torch.full((3,), 4))
+    facts = pairs.facts
+    asked = torch.cat([answers[:, None], distractors], 1)
+    far = mtl.Questions(clean + 2, lengths, asked + 4, tuple(f"far {fact}" for fact in facts))
+    questions = {"forget": mtl.Questions(clean, lengths, asked, facts), "retain": far}
+    return mtl.Task("tiny", pairs, pairs, text, near, unseen, questions)
 
 
 def _accuracy(c: Case) -> Numbers:
@@ -205,7 +222,7 @@ def _erasure(c: Case) -> Numbers:
     text = relearn(c.edited, unrelated_attack(task), steps=1, batch_size=4)
     probes = probe(c.edited, task.questions["forget"], also_train=task.questions["retain"], folds=2, shuffles=1)
     depth = erasure_depth(c.model, c.edited, c.never, task.forget_pairs, threshold=0.0)
-    audit = damage(c.model, c.edited, {"retain": task.retain_text}, prompts=["w3 w20 w30"], max_new_tokens=2)
+    audit = damage(c.model, c.edited, {"retain": task.retain_text}, prompts=task.unseen, max_new_tokens=2)
     return {
         "relearning": curve.values[2], "prior": curve.prior[2], "loss": curve.loss, "text": text.loss,
         "probes!": probes.penalties, "depth": torch.stack([depth.never, depth.edited]),
@@ -227,4 +244,87 @@ STAGES: Mapping[str, Callable[[Case], Numbers]] = {
     "certificate": _certificate,
     "CAD and scorecard": _divergence,
     "relearning, probes, depth, damage": _erasure,
+}
+
+
+def _relearning(c: Case) -> object:
+    return relearn(c.model, attack_splits(c.task, 1, 1)[0], steps=1, batch_size=4)
+
+
+def _unlearn(method: str, **settings: object) -> Callable[[Case], object]:
+    def run(c: Case) -> object:
+        circuit = {"circuit": c.circuit} if method == "mansu" else {"stop_at": -1.0, "max_steps": 2}
+        return mtl.unlearn(c.model, c.task, method, **circuit, **settings)
+
+    return run
+
+
+def _scores(c: Case) -> mtl.EdgeScores:
+    """Scores that need no run."""
+    names = Graph.of(c.model)
+    return mtl.EdgeScores(
+        c.circuit.scores, names.writers, names.readers, names.exists, "eap", "clean", 1, "m", 1.0, 0.0, 0.0, "model"
+    )
+
+
+# Every public function that runs a model or makes one of it, by the name of the function; what it does is looked at in
+# the stages and in the tests of its room. "function: how" are further ways of one function.
+FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
+    "accuracy": lambda c: mtl.accuracy(c.model, c.task.questions["forget"]),
+    "edge_attribution": lambda c: mtl.edge_attribution(c.model, c.task.forget_pairs, steps=1),
+    "node_attribution": lambda c: mtl.node_attribution(c.model, c.task.forget_pairs, qk_fix=True),
+    "neuron_attribution": lambda c: mtl.neuron_attribution(c.model, c.task.forget_pairs),
+    "activation_patching": lambda c: mtl.activation_patching(c.model, c.task.forget_pairs, component="z"),
+    "ablation": lambda c: mtl.ablation(c.model, "mean", reference=c.task.retain_text),
+    "discover_circuit": lambda c: mtl.discover_circuit(c.model, c.task.forget_pairs, faithfulness=0.3, steps=1),
+    "faithfulness": lambda c: mtl.faithfulness(c.model, c.circuit, c.task.forget_pairs),
+    "completeness": lambda c: mtl.completeness(c.model, c.circuit, c.task.forget_pairs),
+    "minimality": lambda c: mtl.minimality(c.model, c.circuit, c.task.forget_pairs),
+    "random_faithfulness": lambda c: mtl.random_faithfulness(c.model, c.circuit, c.task.forget_pairs, seeds=1),
+    "faithfulness_curve": lambda c: mtl.faithfulness_curve(
+        c.model, _scores(c), c.task.forget_pairs, [20], control_seeds=1
+    ),
+    "patch_edges": lambda c: mtl.patch_edges(c.model, c.task.forget_pairs, c.circuit.mask[None].float()),
+    "path_patching": lambda c: mtl.path_patching(c.model, c.task.forget_pairs, c.circuit.edges[:1]),
+    "circuit_scores": lambda c: circuit_scores(c.model, c.circuit, c.task.forget_pairs, steps=1),
+    "circuit_divergence": lambda c: mtl.circuit_divergence(c.model, c.edited, c.circuit, c.task.forget_pairs, steps=1),
+    "rediscover": lambda c: rediscover(c.model, c.edited, c.circuit, c.task.forget_pairs, steps=1),
+    "scorecard": lambda c: mtl.scorecard(c.model, c.edited, c.task, c.circuit, quantizers=["nf4"]),
+    "unlearn": _unlearn("mansu", **MANSU),
+    "unlearn: projector": _unlearn("mansu", **{**MANSU, "projector": True, "leak": 0.3}),
+    "unlearn: npo": _unlearn("npo"),
+    "unlearn: rmu": _unlearn("rmu"),
+    "unlearn: sure": _unlearn("sure", share=0.3),
+    "unlearn: ste": _unlearn("ste"),
+    "unlearn: null-space": _unlearn("null-space", leak=0.3),
+    "relearn": _relearning,
+    "compare_relearning": lambda c: compare_relearning(
+        {"model": c.model}, attack_splits(c.task, 1, 1), learning_rates=(1e-3,), steps=1, batch_size=4
+    ),
+    "probe": lambda c: probe(c.model, c.task.questions["forget"], folds=2, shuffles=1),
+    "erasure_depth": lambda c: erasure_depth(c.model, c.edited, c.never, c.task.forget_pairs, threshold=0.0),
+    "damage": lambda c: damage(c.model, c.edited, {"retain": c.task.retain_text}),
+}
+# The same for those that look at weights alone: hooks that are left do not enter.
+OF_WEIGHTS: Mapping[str, Callable[[Case], object]] = {
+    "load": lambda c: mtl.load(plain(c.model)),
+    "quantize": lambda c: mtl.quantize(c.model, "nf4"),
+    "quantize: calibrated": lambda c: mtl.quantize(c.model, "gptq-int4-g64", c.task.retain_text),
+    "quantized_values": lambda c: quantized_values(c.model, "nf4-dq"),
+    "inputs_of": lambda c: inputs_of(plain(c.model), list(linear_weights(c.model))[:1], c.task.retain_text),
+    "update_statistics": lambda c: mtl.update_statistics(c.model, c.edited),
+    "predicted_flips": lambda c: predicted_flips(mtl.update_statistics(c.model, c.edited)),
+    "dither": lambda c: dither(c.model, sizes=(0.6,), residence=(0.0,)),
+    "fingerprint": lambda c: fingerprint(c.model),
+    "plain": lambda c: plain(c.model),
+    "float32_copy": lambda c: float32_copy(c.model),
+    "rebuild": lambda c: rebuild(c.model),
+    "Edit.apply": lambda c: c.edit.apply(c.model),
+    "Edit.revert": lambda c: c.edit.revert(c.edited),
+    "certify": lambda c: _certificate(c),
+    "attack_splits": lambda c: attack_splits(c.task, 1, 2)[1].text,
+    "unrelated_attack": lambda c: unrelated_attack(c.task).text,
+    "random_mask": lambda c: random_mask(Graph.of(c.model).exists, 20, 0),
+    "positions": lambda c: mtl.data.positions(c.task.forget_pairs, "end"),
+    "load_task": lambda c: mtl.load_task("pocket"),
 }
