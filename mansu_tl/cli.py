@@ -1,9 +1,12 @@
-"""The command line: `mansu-tl demo`, `mansu-tl run`, `mansu-tl report`, `mansu-tl compare`, `mansu-tl figures`."""
+"""The command line: `mansu-tl` with demo, new, check, run, report, compare and figures."""
 
 from __future__ import annotations
 
+import shlex
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +18,7 @@ from mansu_tl.comparison import full, properties, quick
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
 from mansu_tl.gallery import collect, write_gallery
+from mansu_tl.starter import write_starter
 from mansu_tl.study import Study, run_study
 from mansu_tl.study_report import write_study_report
 from mansu_tl.unlearning import MansuSettings
@@ -62,8 +66,9 @@ def demo(
     png: Png = False,
 ) -> None:
     """Run the whole road on the embedded models and write a report: about three minutes on two CPU cores."""
-    config = StudyConfig(**{**_DEMO.__dict__, "seed": seed})
-    _finish(run_study(config, out, progress=not quiet), png)
+    config = replace(_DEMO, seed=seed)
+    with _to_be_continued():
+        _finish(run_study(config, out, progress=not quiet), png)
 
 
 @app.command()
@@ -74,7 +79,20 @@ def run(
     png: Png = False,
 ) -> None:
     """Run a study of your own model and task, and write its report."""
-    _finish(run_study(StudyConfig.read(config), out, progress=not quiet), png)
+    with _to_be_continued():
+        _finish(run_study(StudyConfig.read(config), out, progress=not quiet), png)
+
+
+@app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(help="Where to write config.toml and task.jsonl.")],
+) -> None:
+    """Write a first task and config, which run as they stand, to be changed into your own."""
+    config, _ = write_starter(folder)
+    results = folder / "results"
+    typer.echo(f"written: {config} and {folder / 'task.jsonl'}; try")
+    for command in (["check", str(config)], ["run", str(config), "--out", str(results)]):
+        typer.echo("  " + shlex.join(["mansu-tl", *command]))
 
 
 @app.command()
@@ -85,7 +103,8 @@ def report(
     """Write the report of a results folder again; stages that are missing or out of date are run first."""
     if not (folder / "config.toml").is_file():
         raise MansuError(f"{folder}: no config.toml in it, so it is no results folder; give the --out of a run")
-    _finish(run_study(StudyConfig.read(folder / "config.toml"), folder, progress=False), png)
+    with _to_be_continued():
+        _finish(run_study(StudyConfig.read(folder / "config.toml"), folder, progress=False), png)
 
 
 @app.command()
@@ -118,7 +137,8 @@ def compare(
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
         raise MansuError(f"compare: part={part!r}; write it as 1/2")
     share = (int(numbers[0]), int(numbers[1]))
-    result = run_comparison(plan, out, part=share, png=png, progress=not quiet)
+    with _to_be_continued():
+        result = run_comparison(plan, out, part=share, png=png, progress=not quiet)
     if share == (1, 1):
         typer.echo(properties(result.table).set_index(["base", "method"]).T.to_string())
         typer.echo(f"tables and figures: {result.folder}")
@@ -152,12 +172,42 @@ def _finish(study: Study, png: bool) -> None:
         ["model", "method", "quantizer", "forget_MC", *_after(study), "CAD", "codes_changed", "passed"]
     ]
     typer.echo(frame.to_string(index=False, float_format=lambda v: f"{v:.2f}"))
+    for line in _failing(study):
+        typer.echo(line)
     typer.echo(f"{study.environment['seconds']} s, peak memory {study.environment['peak_memory_gb']} GB")
     typer.echo(f"report: {path}")
 
 
 def _after(study: Study) -> list[str]:
     return [f"forget_MC_{name}" for name in study.config.quantizers]
+
+
+def _failing(study: Study) -> Iterator[str]:
+    """Which rows keep each scorecard from passing, the first three in words; and what its reader has to know."""
+    notes: dict[str, None] = {}
+    for one in (study, *study.also.values()):
+        for result in one.results.values():
+            rows = result.card.failing
+            if rows:
+                more = f"; and {len(rows) - 3} more" if len(rows) > 3 else ""
+                count = f"{len(rows)} of {len(result.card.rows)}"
+                yield f"{result.card.title} fails {count} rows: {'; '.join(rows[:3])}{more}"
+            notes |= {f"note, {one.name}: {note}": None for note in result.card.notes}
+    yield from notes
+
+
+@contextmanager
+def _to_be_continued() -> Iterator[None]:
+    """Say how to go on after Ctrl-C, which typer would answer with a bare "Aborted."."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = shlex.join(["mansu-tl", *sys.argv[1:]])
+        typer.echo(
+            f"\nmansu-tl: interrupted; what is finished is kept, and the same command goes on from there:\n  {again}",
+            err=True,
+        )
+        raise typer.Exit(130) from None
 
 
 def main() -> None:
@@ -167,6 +217,3 @@ def main() -> None:
     except MansuError as error:
         typer.echo(f"mansu-tl: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("mansu-tl: interrupted; the same command continues from the last finished stage", err=True)
-        sys.exit(130)

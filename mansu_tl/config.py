@@ -11,7 +11,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
+from mansu_tl.models.loading import EMBEDDED
+from mansu_tl.names import short_names
 from mansu_tl.quantization import quantizer
 from mansu_tl.unlearning import methods, settings_of
 
@@ -22,7 +25,7 @@ else:
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(Digested):
     """What a study runs.
 
     Attributes:
@@ -60,6 +63,11 @@ class StudyConfig:
                     raise MansuError(
                         f"config: unknown method {name!r}; choose one of {', '.join(known)}{_near(name, known)}"
                     )
+        for key in ("methods", "quantizers", "also"):
+            twice = [name for name in getattr(self, key) if getattr(self, key).count(name) > 1]
+            if twice:
+                raise MansuError(f"config: {key} names {twice[0]!r} twice; name each once")
+        short_names((self.model, *self.also), "config: model and also")
         if not 0 < self.faithfulness <= 1:
             raise MansuError(f"config: faithfulness={self.faithfulness}; choose a target in (0, 1]")
         for method, values in self.settings.items():
@@ -97,6 +105,12 @@ class StudyConfig:
             else:
                 names = (*known, *methods())
                 raise MansuError(f"{source}: unknown key {key!r}; known keys are {', '.join(names)}{_near(key, names)}")
+        model = values.get("model", cls().model)
+        if "task" not in values and model not in EMBEDDED:
+            raise MansuError(
+                f"{source}: model = {model!r} without a task; the default task is that of the embedded models, so give "
+                'task = "FILE.jsonl" (mansu-tl new DIR writes one)'
+            )
         for key in ("model", "task", "never"):
             values[key] = _beside(source, values.get(key, getattr(cls(), key)))
         values["also"] = tuple(_beside(source, name) for name in values.get("also", ()))

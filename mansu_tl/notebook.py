@@ -9,6 +9,8 @@ from html import escape
 
 import pandas as pd
 
+from mansu_tl.digest import Digested
+
 
 def four_digits(value: float) -> str:
     """A number with four significant digits."""
@@ -54,7 +56,7 @@ class Table:
             return above + shown.to_html(index=self.index, float_format=self.form, na_rep="", border=0)
 
 
-class Result:
+class Result(Digested):
     """What a result is in a notebook: its `repr` as one line over small tables, and completion by public names.
 
     No colour is set anywhere, so light and dark themes use their own.

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from mansu_tl.data import Task
+from mansu_tl.digest import digest
 from mansu_tl.files import write_text
+from mansu_tl.locks import waiting_writer
 
 
 class Stages:
-    """Results on disk, each beside a key of what it was made from."""
+    """Results on disk, each beside a key of everything that it was made from.
 
-    def __init__(self, folder: Path, base: Mapping[str, Any]) -> None:
-        self.folder, self.base = folder, {**base, "version": version("mansu-tl")}
+    Args:
+        folder: where they lie.
+        base: what every stage reads; the package's version is added.
+        shared: several processes work on this folder at once; two of them do not both make a stage.
+
+    Attributes:
+        made: how many had to be made.
+    """
+
+    def __init__(self, folder: Path, base: Mapping[str, Any] | None = None, *, shared: bool = False) -> None:
+        self.folder, self.base, self.shared = folder, {**(base or {}), "version": version("mansu-tl")}, shared
         self.made = 0
+        self._asked: dict[str, str] = {}
 
     def tensor(self, name: str, kind: Any, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """A result with its own `save` and `load`."""
@@ -43,9 +54,11 @@ class Stages:
 
     def done(self, name: str, key: Mapping[str, Any]) -> bool:
         """Whether a result with this file name is there and up to date."""
-        path = self.folder / name
-        stamp = path.with_name(path.name + ".key")
-        return path.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == self._digest(key)
+        return self._is(name, self._digest(key))
+
+    def intact(self) -> bool:
+        """Whether everything asked for is still there as it was made: no other writer came between."""
+        return all(self._is(name, said) for name, said in self._asked.items())
 
     def value(self, name: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """Plain values as JSON."""
@@ -63,27 +76,25 @@ class Stages:
         read: Callable[[Path], Any],
         write: Callable[[Any, Path], object],
     ) -> Any:
-        path = self.folder / name
-        stamp = path.with_name(path.name + ".key")
-        if self.done(name, key):
-            return read(path)
-        result = make()
-        self.made += 1
-        # The key goes last: a run that is cut off in between does the stage again.
-        stamp.unlink(missing_ok=True)
-        write(result, path)
-        write_text(stamp, self._digest(key))
+        path, said = self.folder / name, self._digest(key)
+        self._asked[name] = said
+        # The second of two processes waits, and reads what the first has made.
+        with waiting_writer(self.folder / ".locks", name.replace("/", ".")) if self.shared else nullcontext():
+            if self._is(name, said):
+                return read(path)
+            result = make()
+            self.made += 1
+            # The key goes last: a run that is cut off in between does the stage again.
+            stamp = path.with_name(path.name + ".key")
+            stamp.unlink(missing_ok=True)
+            write(result, path)
+            write_text(stamp, said)
         return result
 
+    def _is(self, name: str, said: str) -> bool:
+        path = self.folder / name
+        stamp = path.with_name(path.name + ".key")
+        return path.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == said
+
     def _digest(self, key: Mapping[str, Any]) -> str:
-        return hashlib.sha256(json.dumps({**self.base, **key}, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def task_key(task: Task) -> str:
-    """A digest of everything in a task."""
-    digest = hashlib.sha256(repr(task).encode())
-    for part in (task.forget_pairs.clean, task.retain_text.tokens, task.near_text.tokens, task.unseen.tokens):
-        digest.update(part.numpy().tobytes())
-    for questions in task.questions.values():
-        digest.update(questions.prompts.numpy().tobytes() + questions.choices.numpy().tobytes())
-    return digest.hexdigest()
+        return digest({**self.base, **key})

@@ -1,7 +1,8 @@
 """The whole road as one resumable run: circuit, edits, models, certificates, scores, all in one results folder.
 
-Each stage writes its results when it is done, with a key of everything it depends on; a later run with the same key
-reads them back instead. A study may name further models (`also`) on which the same methods and questions are run.
+Each stage writes its results when it is done, with a key of everything it read; a later run with the same key reads them
+back instead. One run at a time writes into a folder. A study may name further models (`also`) on which the same methods
+and questions are run.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -28,14 +29,16 @@ from mansu_tl.circuit import Circuit, EdgeScores, discover_circuit, edge_attribu
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs, Task
 from mansu_tl.files import write_text
+from mansu_tl.locks import one_writer
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint, load, save
+from mansu_tl.names import short_names
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching import PatchingResult, activation_patching
 from mansu_tl.quantization import UpdateStatistics, quantize, update_statistics
-from mansu_tl.stages import Stages, task_key
+from mansu_tl.stages import Stages
 from mansu_tl.tasks import load_task
-from mansu_tl.unlearning import Edit, method_title, unlearn
+from mansu_tl.unlearning import Edit, method_flags, method_title, settings_of, unlearn
 from mansu_tl.verification import (
     Certificate,
     CircuitScores,
@@ -45,11 +48,15 @@ from mansu_tl.verification import (
     circuit_divergence,
     circuit_scores,
     output_suppressor,
+    require_known,
     scorecard,
 )
+from mansu_tl.verification.saved_model import SavedModel
 
 _PACKAGES = ("mansu-tl", "torch", "transformers", "transformer-lens", "bitsandbytes", "safetensors", "plotly")
 _PENALTY = 20.0
+# Passes over a folder that something else writes into, against every lock, before it is given up.
+_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Study(Result):
 
     Attributes:
         config: what was asked for.
+        name: how its model is called: the last part of its path, longer where others end alike.
         folder: where the results are.
         scores: edge scores on the forget pairs.
         circuit: the forget circuit.
@@ -99,6 +107,7 @@ class Study(Result):
     """
 
     config: StudyConfig
+    name: str
     folder: Path
     scores: EdgeScores
     circuit: Circuit
@@ -112,14 +121,14 @@ class Study(Result):
     def summary(self) -> pd.DataFrame:
         """One row a model, method and quantizer: forget accuracy before and after quantization, retention, CAD."""
         rows = []
-        for name, study in {self.config.model: self, **self.also}.items():
+        for study in (self, *self.also.values()):
             for method, result in study.results.items():
                 for q in study.config.quantizers:
-                    rows.append(_summary_row(Path(name).name or name, method, q, result))
+                    rows.append(_summary_row(study.name, method, q, result))
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        return f"Study({self.folder}: {', '.join(self.results)} on {', '.join([self.config.model, *self.also])})"
+        return f"Study({self.folder}: {', '.join(self.results)} on {', '.join([self.name, *self.also])})"
 
     def _tables(self) -> Sequence[Table]:
         return (Table(self.summary(), form="{:.2f}".format, rows=24),)
@@ -129,190 +138,219 @@ def run_study(config: StudyConfig, out: str | PathLike[str], *, progress: bool =
     """Run a study, or finish one that was interrupted.
 
     Raises:
-        MansuError: the folder cannot be written to, or anything the stages refuse.
+        MansuError: another run is writing into the folder, it cannot be written to, a model that does not know what it is
+            to forget, or anything the stages refuse.
     """
     folder = Path(out)
-    write_text(folder / "config.toml", config.to_toml())
+    with one_writer(folder):
+        for _ in range(_PASSES):
+            study, intact = _pass(config, folder, progress)
+            if intact:
+                return study
+    raise MansuError(f"{folder}: something else keeps writing into it; give another results folder")
+
+
+def _pass(config: StudyConfig, folder: Path, progress: bool) -> tuple[Study, bool]:
+    """The whole study, what is there read back; and whether the folder still holds it at the end."""
+    written = config.to_toml()
+    write_text(folder / "config.toml", written)
     started, record = time.perf_counter(), folder / "environment.json"
-    study, made = _run(config, folder, progress)
-    also = {}
-    for name in config.also:
-        stem = Path(name).name or name
-        inner = StudyConfig(**{**config.__dict__, "model": name, "also": ()})
-        write_text(folder / "also" / stem / "config.toml", inner.to_toml())
-        also[stem], more = _run(inner, folder / "also" / stem, progress)
-        made += more
+    names = short_names((config.model, *config.also), "config: model and also")
+    study, stages = _run(config, names[config.model], folder, progress)
+    also, every = {}, [stages]
+    for source in config.also:
+        name = names[source]
+        inner = replace(config, model=source, also=())
+        write_text(folder / "also" / name / "config.toml", inner.to_toml())
+        also[name], stages = _run(inner, name, folder / "also" / name, progress)
+        every.append(stages)
     earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    made = sum(stages.made for stages in every)
     environment = earlier if earlier and not made else _environment(config, time.perf_counter() - started, earlier)
     write_text(record, json.dumps(environment, indent=2))
-    done = Study(**{**study.__dict__, "also": also, "environment": environment})
+    done = replace(study, also=also, environment=environment)
     write_text(folder / "scores" / "summary.csv", done.summary().to_csv(index=False))
-    return done
+    same = (folder / "config.toml").read_text(encoding="utf-8") == written
+    return done, same and all(stages.intact() for stages in every)
 
 
-def _run(config: StudyConfig, folder: Path, progress: bool) -> tuple[Study, int]:
-    """One model's study, and how many stages had to be run for it."""
+def _run(config: StudyConfig, name: str, folder: Path, progress: bool) -> tuple[Study, Stages]:
+    """One model's study, and the stages behind it."""
     model = load(config.model)
     task = load_task(config.task, tokenizer=model)
-    stages = Stages(folder, {"model": fingerprint(model), "task": task_key(task), "seed": config.seed})
-    bar = tqdm(total=3 + len(config.methods), desc=Path(config.model).name, unit="stage", disable=not progress)
+    require_known(model, task)
+    stages, marks = Stages(folder), {"model": fingerprint(model), "pairs": task.forget_pairs.digest()}
+    bar = tqdm(total=3 + len(config.methods), desc=name, unit="stage", disable=not progress)
     with bar:
-        pairs = task.forget_pairs
-        asked = {"steps": config.steps, "faithfulness": config.faithfulness}
+        pairs, steps = task.forget_pairs, config.steps
         scores = stages.tensor(
-            "circuit/scores", EdgeScores, asked, lambda: edge_attribution(model, pairs, steps=config.steps)
+            "circuit/scores", EdgeScores, {**marks, "steps": steps}, lambda: edge_attribution(model, pairs, steps=steps)
         )
         circuit = stages.tensor(
             "circuit/circuit",
             Circuit,
-            asked,
+            {**marks, "scores": scores.digest(), "faithfulness": config.faithfulness},
             lambda: discover_circuit(model, pairs, scores=scores, faithfulness=config.faithfulness),
         )
-        random = stages.value("circuit/random", asked, lambda: random_faithfulness(model, circuit, pairs))
+        random = stages.value(
+            "circuit/random", {**marks, "circuit": circuit.digest()}, lambda: random_faithfulness(model, circuit, pairs)
+        )
         bar.update()
-        patching = stages.tensor("circuit/patching", PatchingResult, {}, partial(_sweep, model, pairs))
+        alike, words = _wording(model, pairs)
+        patching = stages.tensor(
+            "circuit/patching",
+            PatchingResult,
+            {**marks, "words": words},
+            lambda: activation_patching(model, alike, tokens=words),
+        )
         bar.update()
-        before = circuit_scores(model, circuit, pairs, steps=config.steps)
-        references = _references(config, model, circuit, task, before, stages)
+        ground = _Ground(config, name, model, task, circuit, stages, progress)
+        references = ground.references()
         bar.update()
         results = {}
         for method in config.methods:
             bar.set_postfix_str(method)
-            results[method] = _method(config, model, task, circuit, before, method, stages, progress)
+            results[method] = ground.result(method)
             bar.update()
-    return Study(config, folder, scores, circuit, random, patching, results, references, {}, {}), stages.made
+    return Study(config, name, folder, scores, circuit, random, patching, results, references, {}, {}), stages
 
 
-def _method(
-    config: StudyConfig,
-    model: TransformerBridge,
-    task: Task,
-    circuit: Circuit,
-    before: CircuitScores,
-    method: str,
-    stages: Stages,
-    progress: bool,
-) -> MethodResult:
-    settings = dict(config.settings.get(method, {}))
-    key = {"settings": settings, "circuit": [list(edge) for edge in circuit.edges] if method == "mansu" else []}
-    edit = stages.tensor(
-        f"edits/{method}/edit",
-        Edit,
-        key,
-        lambda: unlearn(model, task, method, circuit=circuit, seed=config.seed, progress=progress, **settings),
-    )
-    edited = edit.apply(model)
-    key = {**key, "quantizers": list(config.quantizers), "edges": [list(edge) for edge in circuit.edges]}
-    card = stages.tensor(
-        f"scores/{method}/scorecard",
-        Scorecard,
-        key,
-        lambda: scorecard(
-            model,
-            edited,
-            task,
-            circuit,
-            quantizers=config.quantizers,
-            title=f"{method_title(method)} on {Path(config.model).name}",
-            original_scores=before,
-            seed=config.seed,
-        ),
-    )
-    write_text(stages.folder / f"scores/{method}/scorecard.csv", card.to_dataframe().to_csv(index=False))
-    divergences = {}
-    for name in ("", *config.quantizers):
-        label = f"{method_title(method)}, {name or 'full precision'}"
-        divergences[name] = stages.tensor(
-            f"scores/{method}/cad_{name or 'full'}",
-            Divergence,
-            key,
-            partial(_diverged, before, edited, name, circuit, task, label, config),
+@dataclass(frozen=True)
+class _Ground:
+    """What all methods of one study are run on and measured against."""
+
+    config: StudyConfig
+    name: str
+    model: TransformerBridge
+    task: Task
+    circuit: Circuit
+    stages: Stages
+    progress: bool
+
+    @cached_property
+    def marks(self) -> dict[str, str]:
+        """Digests of what every measurement reads."""
+        return {"model": fingerprint(self.model), "task": self.task.digest(), "circuit": self.circuit.digest()}
+
+    @cached_property
+    def before(self) -> CircuitScores:
+        """The circuit's scores on the original."""
+        return circuit_scores(self.model, self.circuit, self.task.forget_pairs, steps=self.config.steps)
+
+    def result(self, method: str) -> MethodResult:
+        """One method's edit and everything measured about it."""
+        config, given = self.config, dict(self.config.settings.get(method, {}))
+        flags = method_flags(method)
+        edit = self.stages.tensor(
+            f"edits/{method}/edit",
+            Edit,
+            {
+                "method": method,
+                "settings": settings_of(method, given).digest(),
+                "model": self.marks["model"],
+                "task": self.marks["task"],
+                "circuit": self.marks["circuit"] if flags.takes_circuit else "",
+                "seed": config.seed,
+            },
+            lambda: unlearn(
+                self.model, self.task, method, circuit=self.circuit, seed=config.seed, progress=self.progress, **given
+            ),
         )
-    statistics = update_statistics(model, edited, config.quantizers[0])
-    write_text(stages.folder / f"scores/{method}/updates.csv", statistics.to_dataframe().to_csv(index=False))
-    certificate, saved = None, None
-    if method == "mansu":
-        saved = stages.folder / "model" / method
-        certificate = _certified(config, model, edited, edit, stages, saved, key)
-    return MethodResult(edit, card, divergences, statistics, certificate, saved)
+        edited, mark = edit.apply(self.model), {**self.marks, "edit": edit.digest(), "seed": config.seed}
+        title = f"{method_title(method)} on {self.name}"
+        card = self.stages.tensor(
+            f"scores/{method}/scorecard",
+            Scorecard,
+            {**mark, "quantizers": config.quantizers, "steps": config.steps, "title": title},
+            lambda: scorecard(
+                self.model,
+                edited,
+                self.task,
+                self.circuit,
+                quantizers=config.quantizers,
+                title=title,
+                original_scores=self.before,
+                seed=config.seed,
+            ),
+        )
+        write_text(self.stages.folder / f"scores/{method}/scorecard.csv", card.to_dataframe().to_csv(index=False))
+        divergences = {}
+        for name in ("", *config.quantizers):
+            label = f"{method_title(method)}, {name or 'full precision'}"
+            divergences[name] = self.stages.tensor(
+                f"scores/{method}/cad_{name or 'full'}",
+                Divergence,
+                {**mark, "quantizer": name, "steps": config.steps, "label": label},
+                partial(self._diverged, edited, name, label),
+            )
+        statistics = update_statistics(self.model, edited, config.quantizers[0])
+        write_text(self.stages.folder / f"scores/{method}/updates.csv", statistics.to_dataframe().to_csv(index=False))
+        certificate, saved = None, None
+        if flags.claims_floor:
+            saved = self.stages.folder / "model" / method
+            certificate = self.stages.json(
+                f"edits/{method}/certificate", Certificate, mark, partial(self._certified, edited, edit, saved)
+            )
+        return MethodResult(edit, card, divergences, statistics, certificate, saved)
 
-
-def _certified(
-    config: StudyConfig,
-    model: TransformerBridge,
-    edited: TransformerBridge,
-    edit: Edit,
-    stages: Stages,
-    saved: Path,
-    key: Mapping[str, Any],
-) -> Certificate:
-    original = stages.folder / "model" / "original"
-
-    def make() -> Certificate:
-        save(model, original)
-        save(edited, saved)
+    def _certified(self, edited: TransformerBridge, edit: Edit, saved: Path) -> Certificate:
+        original = self.stages.folder / "model" / "original"
         grid = edit.facts["settings"]["quantizer"].split("+")[0]
-        return certify_in_fresh_process(original, saved, edit.indices, quantizer=grid)
+        for _ in range(_PASSES):
+            save(self.model, original)
+            save(edited, saved)
+            written = [SavedModel(folder).digest() for folder in (original, saved)]
+            found = certify_in_fresh_process(original, saved, edit.indices, quantizer=grid)
+            if (
+                written
+                == [found.original_digest, found.edited_digest]
+                == [SavedModel(folder).digest() for folder in (original, saved)]
+            ):
+                return found
+        raise MansuError(f"{saved}: something else keeps writing into it; give another results folder")
 
-    return stages.json("model/certificate", Certificate, key, make)
+    def _diverged(self, edited: TransformerBridge, quantizer: str, label: str) -> Divergence:
+        other = quantize(edited, quantizer, self.task.retain_text) if quantizer else edited
+        pairs, seed = self.task.forget_pairs, self.config.seed
+        return circuit_divergence(self.before, other, self.circuit, pairs, label=label, seed=seed)
 
+    def references(self) -> dict[str, Divergence]:
+        """CAD of the un-edited model quantized, of the output suppressor, and of the never-trained model."""
+        config, pairs, out = self.config, self.task.forget_pairs, {}
+        mark = {**self.marks, "steps": config.steps, "seed": config.seed}
 
-def _references(
-    config: StudyConfig, model: TransformerBridge, circuit: Circuit, task: Task, before: CircuitScores, stages: Stages
-) -> dict[str, Divergence]:
-    pairs, out = task.forget_pairs, {}
-    key = {"edges": [list(edge) for edge in circuit.edges], "steps": config.steps}
+        def add(name: str, title: str, extra: Mapping[str, Any], other: Callable[[], CircuitScores]) -> None:
+            out[title] = self.stages.tensor(
+                f"scores/references/{name}",
+                Divergence,
+                {**mark, "title": title, **extra},
+                lambda: circuit_divergence(self.before, other(), self.circuit, pairs, label=title, seed=config.seed),
+            )
 
-    def add(name: str, title: str, extra: Mapping[str, Any], other: Callable[[], CircuitScores]) -> None:
-        out[title] = stages.tensor(
-            f"scores/references/{name}",
-            Divergence,
-            {**key, **extra},
-            lambda: circuit_divergence(before, other(), circuit, pairs, label=title, seed=config.seed),
-        )
+        filtered = output_suppressor(logit_difference, _PENALTY)
+        for q in config.quantizers:
+            twin = partial(self._twin_scores, q)
+            add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, partial(twin, logit_difference))
+            add(f"suppressor_{q}", f"output suppressor, {q}", {"penalty": _PENALTY}, partial(twin, filtered))
+        if config.never:
+            never = load(config.never)
+            scored = partial(circuit_scores, never, self.circuit, pairs, steps=config.steps)
+            add("never", "never trained on it", {"never": fingerprint(never)}, scored)
+        return out
 
-    filtered = output_suppressor(logit_difference, _PENALTY)
-    for q in config.quantizers:
-        twin = partial(_twin_scores, model, q, circuit, task, config.steps)
-        add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, partial(twin, logit_difference))
-        add(f"suppressor_{q}", f"output suppressor, {q}", {"penalty": _PENALTY}, partial(twin, filtered))
-    if config.never:
-        never = load(config.never)
-        scored = partial(circuit_scores, never, circuit, pairs, steps=config.steps)
-        add("never", "never trained on it", {"never": fingerprint(never)}, scored)
-    return out
-
-
-def _twin_scores(
-    model: TransformerBridge, name: str, circuit: Circuit, task: Task, steps: int, metric: Metric
-) -> CircuitScores:
-    twin = quantize(model, name, task.retain_text)
-    return circuit_scores(twin, circuit, task.forget_pairs, steps=steps, metric=metric)
-
-
-def _diverged(
-    before: CircuitScores,
-    edited: TransformerBridge,
-    name: str,
-    circuit: Circuit,
-    task: Task,
-    label: str,
-    config: StudyConfig,
-) -> Divergence:
-    other = quantize(edited, name, task.retain_text) if name else edited
-    return circuit_divergence(
-        before, other, circuit, task.forget_pairs, label=label, steps=config.steps, seed=config.seed
-    )
+    def _twin_scores(self, quantizer: str, metric: Metric) -> CircuitScores:
+        twin = quantize(self.model, quantizer, self.task.retain_text)
+        return circuit_scores(twin, self.circuit, self.task.forget_pairs, steps=self.config.steps, metric=metric)
 
 
-def _sweep(model: TransformerBridge, pairs: PromptPairs, most: int = 48) -> PatchingResult:
-    """The residual stream over layers and positions, on at most `most` pairs of the commonest wording."""
+def _wording(model: TransformerBridge, pairs: PromptPairs, most: int = 48) -> tuple[PromptPairs, list[str]]:
+    """At most `most` pairs of the commonest wording, and what stands at their positions."""
     alike, constant = pairs.one_wording()
     words = [
         model.tokenizer.decode([token]).strip() or "_" if same else "(subject)"
         for token, same in zip(alike.clean[0].tolist(), constant.tolist(), strict=True)
     ]
-    return activation_patching(model, alike[slice(0, most)], tokens=words)
+    return alike[slice(0, most)], words
 
 
 def _environment(config: StudyConfig, seconds: float, earlier: Mapping[str, Any]) -> dict[str, Any]:

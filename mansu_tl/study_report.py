@@ -13,7 +13,7 @@ from mansu_tl.quantization import AsymmetricGrid, Grid, quantizer
 from mansu_tl.quantization.twin import orient
 from mansu_tl.report import Section, write_report
 from mansu_tl.study import MethodResult, Study
-from mansu_tl.unlearning import method_title
+from mansu_tl.unlearning import headline, method_title
 from mansu_tl.verification import Bounds, Divergence
 from mansu_tl.verification.saved_model import SavedModel
 
@@ -32,7 +32,7 @@ def write_study_report(study: Study, *, png: bool = False) -> Path:
     sections.append(Section("Every number", _TABLE_TEXT, table=_all_rows(study), folded=True))
     return write_report(
         study.folder / "report.html",
-        title=f"Unlearning {study.config.task} in {_short(study.config.model)}",
+        title=f"Unlearning {study.config.task} in {study.name}",
         sections=sections,
         environment=study.environment,
     )
@@ -42,11 +42,12 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
     """Every figure of a study by name, in the report's order."""
     cards = {method: result.card for method, result in study.results.items()}
     first = study.config.quantizers[0]
-    mansu = study.results.get("mansu", next(iter(study.results.values())))
-    baseline = next((r for m, r in study.results.items() if m != "mansu"), None)
+    main = headline(study.results)
+    mansu = study.results[main]
+    baseline = next((r for m, r in study.results.items() if m != main), None)
     figures = {
         "ptq_gap": plots.ptq_gap(_gap_rows(study), chance=_chance(study), measure="forget multiple choice, %"),
-        "circuit": plots.circuit(study.circuit, title=f"The forget circuit of {_short(study.config.model)}"),
+        "circuit": plots.circuit(study.circuit, title=f"The forget circuit of {study.name}"),
         "patching": plots.patching(study.patching),
         "edge_matrix": plots.edge_matrix(study.scores),
         "circuit_stages": plots.circuit_stages(
@@ -65,7 +66,7 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
             baseline.statistics, title=f"Where the updates land: {baseline.card.title}"
         )
     for name, other in study.also.items():
-        result = next((r for m, r in other.results.items() if m != "mansu"), None)
+        result = next((r for m, r in other.results.items() if m != main), None)
         if result is not None:
             figures[f"bins_{name}"] = plots.bins(
                 result.statistics, title=f"Where the updates land: {result.card.title}"
@@ -147,7 +148,7 @@ _TABLE_TEXT = (
 
 def _verdict(study: Study) -> str:
     parts = []
-    for name, one in {_short(study.config.model): study, **study.also}.items():
+    for name, one in {study.name: study, **study.also}.items():
         back = [
             f"{method_title(m)} ({r.card.value('forget MC, %'):.0f} to {r.card.value('forget MC, %', q):.0f} %)"
             for m, r in one.results.items()
@@ -170,7 +171,7 @@ def _verdict(study: Study) -> str:
 
 def _gap_rows(study: Study) -> pd.DataFrame:
     rows = []
-    for base, one in {_short(study.config.model): study, **study.also}.items():
+    for base, one in {study.name: study, **study.also}.items():
         for method, result in one.results.items():
             for q in one.config.quantizers:
                 before, after = result.card.value("forget MC, %"), result.card.value("forget MC, %", q)
@@ -200,9 +201,4 @@ def _all_rows(study: Study) -> pd.DataFrame:
 
 def _chance(study: Study) -> float:
     card = next(iter(study.results.values())).card
-    bound = next(r for r in card.rows if r.measure == "forget MC, %").bound
-    return float(bound.removeprefix("<= ")) - Bounds().forget_over_chance
-
-
-def _short(model: str) -> str:
-    return Path(model).name or model
+    return next(row.chance for row in card.rows if row.measure == "forget MC, %" and row.chance is not None)

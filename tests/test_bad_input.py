@@ -279,7 +279,7 @@ def test_an_interrupted_edit_leaves_the_model_as_it_was(model, task, circuit, mo
     untouched = fingerprint(model)
     where = f"mansu_tl.unlearning.{inside}"
     module, name = where.rsplit(".", 1)
-    options = {"circuit": circuit, **QUICK} if method == "mansu" else {"max_steps": 4, "stop_at": 0.0}
+    options = {"circuit": circuit, **QUICK} if method == "mansu" else {"max_steps": 4, "stop_over_chance": -100.0}
     with monkeypatch.context() as patched:
         patched.setattr(where, Interrupted(getattr(sys.modules[module], name), at=3))
         with pytest.raises(KeyboardInterrupt):

@@ -234,7 +234,11 @@ def test_the_shared_loop_holds_what_may_not_move(model, task) -> None:
         ("sure", {"share": 2.0}, "share=2.0; choose a share"),
         ("null-space", {"leak": 1.5}, "leak=1.5; choose a share"),
         ("ste", {"quantizer": "gptq-int4-g64"}, "has no cells"),
-        ("ga", {"learning_rate": 1e6, "max_steps": 40, "stop_at": -1.0, "check_every": 100}, "lower learning_rate"),
+        (
+            "ga",
+            {"learning_rate": 1e6, "max_steps": 40, "stop_over_chance": -101.0, "check_every": 100},
+            "lower learning_rate",
+        ),
     ],
 )
 def test_bad_settings_are_named(model, task, method: str, settings: dict, message: str) -> None:
@@ -269,7 +273,9 @@ def test_a_search_takes_the_rate_that_forgets_and_loses_least(model, task, tmp_p
     small = dataclasses.replace(
         validation, forget_pairs=task.forget_pairs, retain_text=task.retain_text, near_text=task.near_text
     )
-    found = search(model, small, "graddiff", rates=(1e-6, 3e-4, 1e-2), max_steps=12, check_every=4, stop_at=0.0)
+    found = search(
+        model, small, "graddiff", rates=(1e-6, 3e-4, 1e-2), max_steps=12, check_every=4, stop_over_chance=-100.0
+    )
     by_rate = {trial.rate: trial for trial in found.trials}
     assert not by_rate[1e-6].reached
     assert by_rate[1e-2].drop > by_rate[3e-4].drop
@@ -277,7 +283,7 @@ def test_a_search_takes_the_rate_that_forgets_and_loses_least(model, task, tmp_p
     assert again == found
     assert found.to_dataframe()["chosen"].sum() == 1
     assert "graddiff" in repr(found)
-    broken = search(model, small, "ga", rates=(1e6,), max_steps=40, stop_at=-1.0, check_every=100)
+    broken = search(model, small, "ga", rates=(1e6,), max_steps=40, stop_over_chance=-101.0, check_every=100)
     with pytest.raises(MansuError, match="no learning rate of ga gave an edit"):
         _ = broken.best
     assert not broken.to_dataframe()["chosen"].any()

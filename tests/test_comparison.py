@@ -12,10 +12,10 @@ import pytest
 import mansu_tl as mtl
 from mansu_tl.cli import main
 from mansu_tl.comparison import Comparison, compare, figures, full, properties, quick, summary
-from mansu_tl.comparison.plan import ABLATIONS, SEARCHED, title_of
+from mansu_tl.comparison.plan import ABLATIONS, title_of
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
-from mansu_tl.unlearning import Edit, methods
+from mansu_tl.unlearning import Edit, method_flags, methods
 
 FAST = {
     "mansu": {"steps": 10, "learning_rate": 0.5, "fisher_sequences": 8, "adversary_weight": 0.0, "retain_batch": 8},
@@ -93,7 +93,7 @@ def test_tables_are_written_as_csv_and_parquet_and_agree(result) -> None:
         assert list(csv.columns) == list(parquet.columns)
         assert len(csv) == len(parquet)
     assert len(json.loads((result.folder / "environment.json").read_text())) == 1
-    assert not list(result.folder.rglob(".*.csv.*"))
+    assert [path for path in result.folder.rglob(".*.csv.*") if path.suffix != ".lock"] == []
 
 
 def test_the_markdown_tables_say_what_the_table_says(result) -> None:
@@ -143,6 +143,41 @@ def test_a_finished_run_does_nothing_and_parts_share_the_work(result, monkeypatc
     assert len(lines) == 1
 
 
+def test_models_of_one_name_are_kept_apart(tmp_path) -> None:
+    model = mtl.load("pocket")
+    for folder in ("a", "b"):
+        mtl.save(model, tmp_path / folder / "final")
+    plan = dataclasses.replace(
+        PLAN, bases=tuple(str(tmp_path / name / "final") for name in "ab"), methods=("graddiff",), never="", rates=()
+    )
+    found = compare(plan, tmp_path / "out", progress=False)
+    assert set(found.table["base"]) == {"a-final", "b-final"}
+    assert {path.name for path in (tmp_path / "out" / "jobs").iterdir()} >= {"a-final", "b-final"}
+    twice = dataclasses.replace(plan, bases=(str(tmp_path / "a" / "final"), f"{tmp_path}/a/../a/final"))
+    with pytest.raises(MansuError, match="is named twice"):
+        compare(twice, tmp_path / "other", progress=False)
+
+
+def test_another_plan_is_refused_while_a_part_is_at_work(tmp_path, monkeypatch) -> None:
+    from mansu_tl.comparison import run
+
+    plan = dataclasses.replace(PLAN, methods=("graddiff",), never="", rates=())
+    held: list[str] = []
+
+    def cut_in(*args, **rest):
+        for other, part in ((dataclasses.replace(plan, attack_steps=4), (2, 2)), (plan, (2, 2))):
+            try:
+                compare(other, tmp_path, part=part, progress=False)
+            except MansuError as error:
+                held.append(str(error))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "unlearn", cut_in)
+    with pytest.raises(KeyboardInterrupt):
+        compare(plan, tmp_path, part=(1, 2), progress=False)
+    assert len(held) == 1 and "part-1-of-2 of another plan is at work there" in held[0]
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
     from mansu_tl.comparison import run
 
@@ -178,15 +213,71 @@ def test_means_and_intervals_by_hand() -> None:
     assert row["high"] == pytest.approx(24 + half)
     one = summary(pd.DataFrame(rows[:1])).iloc[0]
     assert (one["low"], one["high"]) == (1.0, 2.0)
-    assert properties(pd.DataFrame(rows)).iloc[0]["forget MC"].endswith("pass")
-    rows[0]["value"] = 90.0
-    assert properties(pd.DataFrame(rows)).iloc[0]["forget MC"].endswith("fail")
+
+
+def rows_of(measure: str, values: tuple[float, ...], quantizer: str = "", **others: float) -> list[dict[str, object]]:
+    known = {"low": 1.0, "high": 60.0, "control": 100.0} | others
+    return [
+        {
+            "base": "b",
+            "method": "mansu",
+            "seed": seed,
+            "quantizer": quantizer,
+            "measure": measure,
+            "value": value,
+            **known,
+        }
+        for seed, value in enumerate(values)
+    ]
+
+
+def guessing(percent: float) -> dict[str, object]:
+    row = rows_of("forget MC, chance", (percent,))[0]
+    return row | {"method": "original", "low": np.nan, "high": np.nan, "control": np.nan}
+
+
+def mark(rows: list[dict[str, object]], name: str) -> str:
+    table = properties(pd.DataFrame(rows))
+    return str(table.loc[table["method"] == "MANSU", name].item())
+
+
+@pytest.mark.parametrize(
+    ("percent", "values", "verdict"),
+    [
+        (25.0, (20.0, 24.0, 28.0), "pass"),
+        (25.0, (20.0, 24.0, 90.0), "fail"),
+        (50.0, (48.0, 52.0, 50.0), "pass"),
+        (50.0, (0.0, 0.0, 0.0), "fail: inverted, guessing gives 50"),
+        (50.0, (30.0, 44.0, 46.0), "pass"),  # [18, 62]: as far as three seeds can tell, chance
+        (5.0, (0.0, 0.0, 0.0), "pass"),
+        (5.0, (20.0, 24.0, 28.0), "fail"),
+    ],
+)
+def test_forgetting_is_judged_around_what_guessing_gives(percent, values, verdict) -> None:
+    found = mark([guessing(percent), *rows_of("forget MC", values)], "forget MC")
+    assert found.partition("] ")[2] == verdict
+
+
+def test_a_table_that_does_not_say_what_guessing_gives_is_not_judged() -> None:
+    assert mark(rows_of("forget MC", (20.0, 24.0)), "forget MC").endswith("does not say what guessing gives")
+
+
+def test_nothing_is_judged_where_quantization_alone_breaks_the_model() -> None:
+    broken = rows_of("PTQ gap, forget MC", (-60.0, -58.0), "nf4", control=-87.0)
+    assert mark(broken, "PTQ gap, nf4").endswith("not judgeable: nf4 alone gives -87.00")
+    assert mark(broken, "PTQ gap, all") == "not judgeable"
+    sound = rows_of("PTQ gap, forget MC", (-2.0, -1.0), "int8", control=0.5, high=0.0)
+    both = mark([*broken, *sound], "PTQ gap, all")
+    assert both == "-1.5, worst -1.5 (int8) fail; not judgeable: nf4"  # two seeds: the interval reaches above 1
+    assert "not judgeable: nf4 alone gives 0.85" in mark(rows_of("CAD", (1.0,), "nf4", control=0.85), "CAD, nf4")
+    assert mark(rows_of("CAD", (1.0,), "nf4", control=0.01), "CAD, nf4").endswith("pass")
 
 
 def test_plans() -> None:
     plan = full()
     assert {job.method for job in plan.jobs} == {*methods(), *ABLATIONS}
-    assert set(SEARCHED) == set(methods()) - {"mansu", "random-circuit"}
+    searched = {name for name in methods() if method_flags(name).searched}
+    assert searched == set(methods()) - {"mansu", "random-circuit"}
     assert len({job.seed for job in plan.jobs if job.method == "mansu"}) >= 5
     assert plan.settings_for("mansu/no-floor") == ("mansu", {"floor": "none"})
     custom = full(settings={"mansu": {"budget": 0.01}})
@@ -197,6 +288,8 @@ def test_plans() -> None:
         ({"quantizers": ("nf5",)}, "unknown; choose"),
         ({"seeds": ()}, "seeds is empty"),
         ({"settings": {"ga": {"nonsense": 1}}}, "unknown setting"),
+        ({"methods": ("ga", "ga")}, "methods names 'ga' twice"),
+        ({"seeds": (0, 0)}, "seeds names 0 twice"),
     ):
         with pytest.raises(MansuError, match=message):
             Comparison(**changes)

@@ -15,6 +15,7 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import PromptPairs, Questions, Sequences
 from mansu_tl.errors import MansuError
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import accuracy, answer_log_prob
 from mansu_tl.models import fingerprint, parameters, plain, rebuild
 from mansu_tl.verification import (
@@ -36,7 +37,6 @@ from mansu_tl.verification import (
 )
 from mansu_tl.verification.attacks import answered
 from mansu_tl.verification.damage import greedy
-from mansu_tl.verification.intervals import interval_over_facts
 from mansu_tl.verification.probes import ridge, streams
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, tiny, tiny_tokenizer

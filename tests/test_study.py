@@ -35,7 +35,7 @@ CONFIG = StudyConfig(
     steps=2,
     settings={
         "mansu": {"steps": 12, "learning_rate": 0.5, "fisher_sequences": 8},
-        "graddiff": {"max_steps": 4, "check_every": 2, "stop_at": 0.0},
+        "graddiff": {"max_steps": 4, "check_every": 2, "stop_over_chance": -100.0},
     },
 )
 
@@ -49,7 +49,7 @@ def test_the_results_folder_holds_what_the_design_names(study) -> None:
     for name in (
         "config.toml", "environment.json", "circuit/scores.safetensors", "circuit/circuit.safetensors",
         "edits/mansu/edit.safetensors", "edits/graddiff/edit.safetensors", "scores/summary.csv",
-        "scores/mansu/scorecard.csv", "scores/mansu/updates.csv", "model/mansu/model.safetensors", "model/certificate.json",
+        "scores/mansu/scorecard.csv", "scores/mansu/updates.csv", "model/mansu/model.safetensors", "edits/mansu/certificate.json",
     ):  # fmt: skip
         assert (study.folder / name).is_file(), name
     environment = json.loads((study.folder / "environment.json").read_text())

@@ -87,7 +87,9 @@ def test_the_same_seed_gives_the_same_edit_and_another_seed_another(model, task,
 def test_baselines_lower_the_forget_answers_and_are_seeded(method: str, model, task) -> None:
     def run() -> Edit:
         rate = {"rmu": 3e-3, "suppressor": 3e-3}.get(method, 3e-4)
-        return unlearn(model, task, method, seed=1, learning_rate=rate, max_steps=12, check_every=4, stop_at=0.0)
+        return unlearn(
+            model, task, method, seed=1, learning_rate=rate, max_steps=12, check_every=4, stop_over_chance=-100.0
+        )
 
     first, second = run(), run()
     assert all(torch.equal(first.new[name], second.new[name]) for name in first.new)

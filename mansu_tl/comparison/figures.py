@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl import plots
-from mansu_tl.comparison.plan import ABLATIONS, title_of
-from mansu_tl.comparison.tables import BOUNDS, summary
+from mansu_tl.comparison.plan import ABLATIONS, CONTROLS, title_of
+from mansu_tl.comparison.tables import BOUNDS, chance, summary
 from mansu_tl.plots.export import write_html, write_images
+from mansu_tl.unlearning import headline
 
-_CONTROLS = {"original": "un-edited", "never": "never trained"}
 _COST, _ATTACK = "held-out retain and near drop, points (mean)", "relearning excess, points"
 _LEFT = "forget MC, %"
 
@@ -34,19 +35,22 @@ def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure
     """
     out: dict[str, go.Figure] = {}
     for base in dict.fromkeys(table["base"]):
-        part, stem = table.loc[table["base"] == base], Path(str(base)).name
+        part, stem = table.loc[table["base"] == base], str(base)
+        guessed = chance(part)
+        line = None if math.isnan(guessed) else guessed
         shared = _shared_quantizers(part)
         gaps = _gaps(part, shared)
         if len(gaps):
             out[f"{stem}_gaps"] = plots.ptq_gaps(
-                gaps, chance=25.0, title=f"Does quantization bring it back? ({stem})", theme=theme
+                gaps, chance=line, title=f"Does quantization bring it back? ({stem})", theme=theme
             )
-        mine = _gaps(part.loc[part["method"] == "mansu"], None)
+        main = headline(str(method) for method in dict.fromkeys(part["method"]) if method not in CONTROLS)
+        mine = _gaps(part.loc[part["method"] == main], None)
         if len(mine):
             # One line a quantizer, in one panel.
-            lines = mine.assign(method=mine["quantizer"], quantizer="MANSU")
+            lines = mine.assign(method=mine["quantizer"], quantizer=title_of(main))
             out[f"{stem}_quantizers"] = plots.ptq_gaps(
-                lines, chance=25.0, title=f"MANSU under every quantizer ({stem})", theme=theme
+                lines, chance=line, title=f"{title_of(main)} under every quantizer ({stem})", theme=theme
             )
         methods = part.loc[~part["method"].isin(ABLATIONS)]
         plane = _plane(methods, shared[:1])
@@ -55,20 +59,29 @@ def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure
         points = _frontier(methods)
         if len(points) > 1:
             out[f"{stem}_frontier"] = plots.frontier(
-                points, _COST, _ATTACK, name="method", group="method", default=_default(points),
+                points, _COST, _ATTACK, name="method", group="method", default=_default(points, main),
                 title=f"Resistance against retention ({stem})", theme=theme,
             )  # fmt: skip
-        parts = _frontier(part.loc[part["method"].isin(["mansu", *ABLATIONS])], intervals=True)
+        parts = _frontier(part.loc[part["method"].isin([main, *ABLATIONS])], intervals=True)
         if len(parts) > 1:
-            parts["method"] = parts["method"].str.removeprefix("MANSU, ")
+            parts["method"] = parts["method"].str.removeprefix(f"{title_of(main)}, ")
             out[f"{stem}_ablations"] = plots.frontier(
-                parts, _COST, [_ATTACK, _LEFT], name="method", group="method", default=_default(parts),
-                title=f"What each part of MANSU is worth ({stem})", theme=theme,
+                parts, _COST, [_ATTACK, _LEFT], name="method", group="method", default=_default(parts, main),
+                title=f"What each part of {title_of(main)} is worth ({stem})", theme=theme,
             )  # fmt: skip
         rows = _properties(part)
         if len(rows):
-            bounds = {name: (low, high) for name, (_, _, low, high) in BOUNDS.items() if name in set(rows["property"])}
-            out[f"{stem}_methods"] = plots.methods_table(rows, bounds, digits={"CAD, nf4": 2}, theme=theme)
+            shown = set(rows["property"])
+            limits = {
+                name: bound.limits(chance(part, bound.measure)) for name, bound in BOUNDS.items() if name in shown
+            }
+            out[f"{stem}_methods"] = plots.methods_table(
+                rows,
+                {name: (low, high) for name, (low, high, _) in limits.items()},
+                floors={name: floor for name, (_, _, floor) in limits.items() if math.isfinite(floor)},
+                digits={"CAD, nf4": 2},
+                theme=theme,
+            )
     return out
 
 
@@ -79,10 +92,6 @@ def write_figures(figures_by_name: Mapping[str, go.Figure], folder: Path, *, png
     return [write_html(figure, folder / f"{name}.html", name) for name, figure in figures_by_name.items()]
 
 
-def _title(method: str) -> str:
-    return _CONTROLS.get(method) or title_of(method)
-
-
 def _shared_quantizers(part: pd.DataFrame) -> list[str]:
     """Quantizers that every edited method has been measured under."""
     sets = [set(group["quantizer"]) for method, group in part.groupby("method") if method != "never"]
@@ -91,7 +100,7 @@ def _shared_quantizers(part: pd.DataFrame) -> list[str]:
 
 
 def _gaps(part: pd.DataFrame, names: list[str] | None) -> pd.DataFrame:
-    found = part.loc[(part["measure"] == "forget MC") & ~part["method"].isin([*_CONTROLS, *ABLATIONS])]
+    found = part.loc[(part["measure"] == "forget MC") & ~part["method"].isin([*CONTROLS, *ABLATIONS])]
     before = found.loc[found["quantizer"] == ""].set_index(["method", "seed"])["value"]
     after = found.loc[found["quantizer"] != ""]
     if names is not None:
@@ -99,7 +108,7 @@ def _gaps(part: pd.DataFrame, names: list[str] | None) -> pd.DataFrame:
     keys = list(zip(after["method"], after["seed"], strict=True))
     return pd.DataFrame(
         {
-            "method": [_title(method) for method in after["method"]],
+            "method": [title_of(method) for method in after["method"]],
             "quantizer": list(after["quantizer"]),
             "seed": list(after["seed"]),
             "value_before": [before[key] for key in keys],
@@ -116,7 +125,7 @@ def _plane(part: pd.DataFrame, names: list[str]) -> pd.DataFrame:
             here = means.loc[(means["method"] == method) & (means["quantizer"] == name)].set_index("measure")["mean"]
             if {"CAD", "forget MC"} <= set(here.index):
                 rows.append(
-                    {"label": _title(method), "quantizer": name, "cad": here["CAD"], "accuracy": here["forget MC"]}
+                    {"label": title_of(method), "quantizer": name, "cad": here["CAD"], "accuracy": here["forget MC"]}
                 )
     return pd.DataFrame(rows)
 
@@ -131,28 +140,28 @@ def _frontier(part: pd.DataFrame, *, intervals: bool = False) -> pd.DataFrame:
     for method in dict.fromkeys(part["method"]):
         names = [(method, "", f"{name} held-out cloze drop") for name in ("retain", "near")]
         held = [float(means[name]) for name in names if name in means.index]
-        key = (method, "", BOUNDS["relearning excess, lr 3e-4"][1])
+        key = (method, "", BOUNDS["relearning excess, lr 3e-4"].measure)
         # What was not edited has nothing to be brought back.
-        if held and key in means.index and method not in _CONTROLS:
+        if held and key in means.index and method not in CONTROLS:
             forgotten = float(means[(method, "", "forget MC")])
             row = {_COST: sum(held) / len(held), _ATTACK: float(means[key]), _LEFT: forgotten}
             for name, at in ((_ATTACK, key), (_LEFT, (method, "", "forget MC"))) if intervals else ():
                 row |= {f"{name}_{end}": float(found.loc[at, end]) for end in ("low", "high")}
-            rows.append({"method": _title(str(method)), **row})
+            rows.append({"method": title_of(str(method)), **row})
     return pd.DataFrame(rows)
 
 
-def _default(points: pd.DataFrame) -> str | None:
-    title = _title("mansu")
+def _default(points: pd.DataFrame, main: str) -> str | None:
+    title = title_of(main)
     return title if title in set(points["method"]) else None
 
 
 def _properties(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    for name, (quantizer, measure, _, _) in BOUNDS.items():
-        found = table.loc[(table["quantizer"] == quantizer) & (table["measure"] == measure)]
+    for name, bound in BOUNDS.items():
+        found = table.loc[(table["quantizer"] == bound.quantizer) & (table["measure"] == bound.measure)]
         rows.append(
-            found.assign(property=name, method=[_title(method) for method in found["method"]])[
+            found.assign(property=name, method=[title_of(method) for method in found["method"]])[
                 ["base", "method", "property", "seed", "value", "low", "high"]
             ]
         )

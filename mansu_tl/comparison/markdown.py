@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mansu_tl.comparison.plan import ABLATIONS, title_of
+from mansu_tl.comparison.plan import ABLATIONS, CONTROLS, title_of
 from mansu_tl.comparison.tables import summary
+from mansu_tl.unlearning import floored, headline, method_flags, methods
 
 _EASY = "relearning MC, facts, lr 0.0003, excess over never"
 _HARD = "relearning MC, facts, lr 0.001, excess over never"
@@ -17,20 +18,20 @@ _MANSU_ROWS = (
     ("forget MC, held-out wordings, %", "", "forget held-out MC", 1),
     ("forget cloze, held-out wordings, %", "", "forget held-out cloze", 1),
     ("retain cloze drop, points", "", "retain cloze drop", 2),
-    ("the same, held-out wordings", "", "retain held-out cloze drop", 2),
+    ("retain cloze drop, held-out wordings, points", "", "retain held-out cloze drop", 2),
     ("near cloze drop, points", "", "near cloze drop", 2),
-    ("the same, held-out wordings", "", "near held-out cloze drop", 2),
+    ("near cloze drop, held-out wordings, points", "", "near held-out cloze drop", 2),
     ("PTQ gap after NF4, forget MC, points", "nf4", "PTQ gap, forget MC", 2),
     ("PTQ gap after NF4, answer log-odds, nats", "nf4", "PTQ gap, forget log-odds", 3),
     ("CAD after NF4", "nf4", "CAD", 3),
     ("relearning on 12 facts, lr 3e-4: excess over never trained, points", "", _EASY, 1),
-    ("the same, lr 1e-3", "", _HARD, 1),
-    ("relearning after NF4, lr 3e-4", "nf4", _EASY, 1),
-    ("relearning on unrelated text, lr 3e-4", "", "relearning MC, text, lr 0.0003, excess over never", 1),
+    ("relearning on 12 facts, lr 1e-3: excess over never trained, points", "", _HARD, 1),
+    ("relearning on 12 facts after NF4, lr 3e-4, points", "nf4", _EASY, 1),
+    ("relearning on unrelated text, lr 3e-4, points", "", "relearning MC, text, lr 0.0003, excess over never", 1),
     ("edited linear weights, %", "", "edited linear weights, %", 2),
     ("NF4 codes changed, % of edited", "nf4", "codes changed, % of edited", 1),
-    ("retain loss increase, nats: measured", "", "retain increase measured, nats", 4),
-    ("the same: Fisher's bound", "", "retain increase bound, nats", 3),
+    ("retain loss increase, measured, nats", "", "retain increase measured, nats", 4),
+    ("retain loss increase, Fisher's bound, nats", "", "retain increase bound, nats", 3),
 )
 _METHOD_COLUMNS = (
     ("forget MC / cloze", (("", "forget MC", 1), ("", "forget cloze", 1))),
@@ -53,7 +54,7 @@ _CONTROL_COLUMNS = (
 
 
 def markdown(table: pd.DataFrame, searches: pd.DataFrame | None = None) -> str:
-    """MANSU over seeds, its PTQ gap by quantizer, its controls, and every method at its best, as Markdown.
+    """MANSU over seeds, its PTQ gap by quantizer, its controls, and every method at its best learning rate, as Markdown.
 
     Args:
         table: the tidy table of `compare`.
@@ -64,10 +65,12 @@ def markdown(table: pd.DataFrame, searches: pd.DataFrame | None = None) -> str:
     found = _Cells(means)
     bases = [str(base) for base in dict.fromkeys(table["base"])]
     parts = []
-    if "mansu" in set(table["method"]):
-        seeds = int(means.loc[means["method"] == "mansu", "seeds"].max())
-        parts.append(_mansu(found, bases, seeds))
-        parts.append(_quantizers(found, bases, table))
+    edited = [str(name) for name in dict.fromkeys(table["method"]) if name not in CONTROLS]
+    main = headline(edited) if edited else ""
+    if floored(main):
+        seeds = int(means.loc[means["method"] == main, "seeds"].max())
+        parts.append(_main(found, bases, main, seeds))
+        parts.append(_quantizers(found, bases, main, table))
     rates = _rates(searches)
     parts += [controls for base in bases if (controls := _controls(found, base, means))]
     parts += [_methods(found, base, means, rates) for base in bases]
@@ -101,27 +104,28 @@ def _lines(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *rows))
 
 
-def _mansu(found: _Cells, bases: list[str], seeds: int) -> str:
-    title = f"MANSU, mean over {seeds} seeds [95 %]" if seeds > 1 else "MANSU, one seed [95 % over facts]"
+def _main(found: _Cells, bases: list[str], main: str, seeds: int) -> str:
+    name = title_of(main)
+    title = f"{name}, mean over {seeds} seeds [95 %]" if seeds > 1 else f"{name}, one seed [95 % over facts]"
     rows = [
-        [name, *(found((base, "mansu", quantizer, measure), digits, interval=True) for base in bases)]
+        [name, *(found((base, main, quantizer, measure), digits, interval=True) for base in bases)]
         for name, quantizer, measure, digits in _MANSU_ROWS
     ]
     rows = [row for row in rows if set(row[1:]) != {"-"}]
     return _lines([title, *(f"`{base}`" for base in bases)], rows)
 
 
-def _quantizers(found: _Cells, bases: list[str], table: pd.DataFrame) -> str:
-    names = [q for q in dict.fromkeys(table.loc[table["method"] == "mansu", "quantizer"]) if q]
-    header = ["PTQ gap of MANSU"]
+def _quantizers(found: _Cells, bases: list[str], main: str, table: pd.DataFrame) -> str:
+    names = [q for q in dict.fromkeys(table.loc[table["method"] == main, "quantizer"]) if q]
+    header = [f"PTQ gap of {title_of(main)}"]
     for base in bases:
         header += [f"`{base}`: forget MC, points", "log-odds, nats"]
     rows = []
     for name in names:
         cells = [f"`{name}`"]
         for base in bases:
-            cells.append(found((base, "mansu", name, "PTQ gap, forget MC"), 1, interval=True))
-            cells.append(found((base, "mansu", name, "PTQ gap, forget log-odds"), 2, interval=True))
+            cells.append(found((base, main, name, "PTQ gap, forget MC"), 1, interval=True))
+            cells.append(found((base, main, name, "PTQ gap, forget log-odds"), 2, interval=True))
         rows.append(cells)
     return _lines(header, rows)
 
@@ -129,23 +133,28 @@ def _quantizers(found: _Cells, bases: list[str], table: pd.DataFrame) -> str:
 def _controls(found: _Cells, base: str, means: pd.DataFrame) -> str:
     """MANSU beside itself with one part changed; "" where no part was."""
     every = _seeds(means, base)
-    names = [name for name in ("mansu", "random-circuit", *ABLATIONS) if name in every]
-    if names in ([], ["mansu"]):
+    main = headline(name for name in every if name not in CONTROLS) if set(every) - set(CONTROLS) else ""
+    controls = [name for name in methods() if method_flags(name).control_of == main]
+    names = [name for name in (main, *controls, *ABLATIONS) if name in every]
+    if not floored(main) or names == [main]:
         return ""
     rows = []
     for name in names:
         cells = (found((base, name, q, measure), digits, interval=True) for _, q, measure, digits in _CONTROL_COLUMNS)
         rows.append([title_of(name), str(every[name]), *cells])
-    header = [f"MANSU and its controls on `{base}`, mean [95 %]", "seeds", *(name for name, *_ in _CONTROL_COLUMNS)]
+    header = [
+        f"{title_of(main)} and its controls on `{base}`, mean [95 %]",
+        "seeds",
+        *(name for name, *_ in _CONTROL_COLUMNS),
+    ]
     return _lines(header, rows)
 
 
 def _methods(found: _Cells, base: str, means: pd.DataFrame, rates: dict[tuple[str, str], str]) -> str:
-    titles = {"original": "un-edited", "never": "never trained"}
     rows = []
     for method, seeds in _seeds(means, base).items():
-        cells = [titles.get(method) or title_of(method), rates.get((base, method), "")]
-        cells.append("" if method in titles else str(seeds))
+        cells = [title_of(method), rates.get((base, method), "")]
+        cells.append("" if method in CONTROLS else str(seeds))
         for _, parts in _METHOD_COLUMNS:
             cells.append(" / ".join(found((base, method, q, measure), digits) for q, measure, digits in parts))
         rows.append(cells)

@@ -14,11 +14,12 @@ from mansu_tl.circuit import Circuit, discover_circuit
 from mansu_tl.comparison.plan import Comparison
 from mansu_tl.data import Task
 from mansu_tl.data.split import split_questions
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Accuracy, accuracy
 from mansu_tl.models import load
 from mansu_tl.quantization import quantize, quantizers, update_statistics
 from mansu_tl.tasks import load_task
-from mansu_tl.unlearning import Edit
+from mansu_tl.unlearning import Edit, floored
 from mansu_tl.verification import (
     Attack,
     CircuitScores,
@@ -33,7 +34,6 @@ from mansu_tl.verification import (
     probe,
     unrelated_attack,
 )
-from mansu_tl.verification.intervals import interval_over_facts
 
 COLUMNS = ("quantizer", "measure", "value", "low", "high", "control")
 _SETS = ("forget", "forget_paraphrase", "retain", "retain_paraphrase", "near", "near_paraphrase")
@@ -140,7 +140,7 @@ def measure(ground: Ground, edit: Edit, names: Sequence[str], *, evidence: bool)
     rows.append(("", "CAD", plain.value, *plain.interval, 0.0))
     if ground.plan.never:
         rows += _relearning(ground, edited, "")
-        if edit.method == "mansu":
+        if floored(edit.method):
             rows += _relearning(ground, ground.deployed(edited, names[0]), names[0])
         if evidence:
             rows += _evidence(ground, edited)
@@ -150,6 +150,9 @@ def measure(ground: Ground, edit: Edit, names: Sequence[str], *, evidence: bool)
 def measure_base(ground: Ground, names: Sequence[str]) -> pd.DataFrame:
     """The un-edited base, as the method "original": what every number starts from."""
     rows: list[tuple[object, ...]] = []
+    for name in ("forget", "forget_paraphrase"):
+        if name in ground.task.questions:
+            rows.append(("", f"{_words(name)} MC, chance", ground.task.questions[name].chance, NAN, NAN, NAN))
     for name in ("", *names):
         rows += _accuracies(ground.answers(""), ground.answers(name), name)
         if name:

@@ -7,28 +7,23 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
+from mansu_tl.names import short_names
 from mansu_tl.quantization import quantizer, quantizers
-from mansu_tl.unlearning import method_title, methods, settings_of
+from mansu_tl.unlearning import floored, method_flags, method_title, methods, settings_of
 from mansu_tl.unlearning.search import RATES
 
-# MANSU with one part changed: name -> (title, settings).
+# What stands in the table beside the methods, and how it is written.
+CONTROLS: Mapping[str, str] = MappingProxyType({"original": "un-edited", "never": "never trained"})
+# A method with one part changed: "method/ablation" -> (title, settings).
 ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
-    {
-        "mansu/no-circuit": ("MANSU, no circuit", {"restrict": "none"}),
-        "mansu/no-null-space": ("MANSU, no null space", {"null_space": 0.0}),
-        "mansu/no-fisher": ("MANSU, no Fisher", {"fisher": False, "fisher_budget": 0.0}),
-        "mansu/no-floor": ("MANSU, no floor", {"floor": "none"}),
-        "mansu/floor-after": ("MANSU, floor after the fact", {"floor": "after"}),
-        "mansu/no-adversary": ("MANSU, no adversary", {"adversary_weight": 0.0}),
-        "mansu/one-percent": ("MANSU, 1 % of the weights", {"budget": 0.0099}),
-    }
+    {f"{name}/{ablation}": changed for name in methods() for ablation, changed in method_flags(name).ablations.items()}
 )
-SEARCHED = tuple(name for name in methods() if name not in ("mansu", "random-circuit"))
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Digested):
     """What is compared.
 
     Attributes:
@@ -36,9 +31,9 @@ class Comparison:
         task: an embedded name or a JSON-lines file.
         never: a model that never learnt the forget facts; "" = none, then relearning has no reference.
         methods: unlearning methods, and names of `ABLATIONS`.
-        quantizers: what MANSU's models are quantized with.
+        quantizers: what the models of methods that claim the floor (MANSU) are quantized with.
         control_quantizers: what the other methods' and ablations' models are quantized with.
-        seeds: of MANSU.
+        seeds: of those methods.
         control_seeds: of the other methods.
         ablation_seeds: of the ablations, which run on the first base only.
         rates: learning rates that every baseline is tried at on the validation split; () = its default.
@@ -78,6 +73,21 @@ class Comparison:
                 method_title(name)
         for name, values in self.settings.items():
             settings_of(name, dict(values))
+        for key in ("methods", "quantizers", "control_quantizers", "seeds", "control_seeds", "ablation_seeds"):
+            twice = [value for value in getattr(self, key) if getattr(self, key).count(value) > 1]
+            if twice:
+                raise MansuError(f"compare: {key} names {twice[0]!r} twice; name each once")
+        files = [Job("", method, 0).name for method in self.methods]
+        for reserved in CONTROLS:
+            if reserved in self.methods:
+                raise MansuError(f"compare: method {reserved!r} is called like a control; register it by another name")
+        if len(set(files)) < len(files):
+            raise MansuError(f"compare: two of {', '.join(self.methods)} would share their files; rename one")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """A short name for every base."""
+        return short_names(self.bases, "compare: bases")
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -93,18 +103,19 @@ class Comparison:
 
     def quantizers_of(self, method: str) -> tuple[str, ...]:
         """What a method's models are quantized with."""
-        return self.quantizers if method == "mansu" else self.control_quantizers
+        return self.quantizers if floored(method) else self.control_quantizers
 
     def settings_for(self, method: str) -> tuple[str, dict[str, Any]]:
         """The method's name in the registry, and its settings where they differ from the defaults."""
         if method in ABLATIONS:
-            return "mansu", {**self.settings.get("mansu", {}), **ABLATIONS[method][1]}
-        own = dict(self.settings.get(method, {}))
-        # The control differs from MANSU in its circuit alone.
-        return method, {**self.settings.get("mansu", {}), **own} if method == "random-circuit" else own
+            whole = method.partition("/")[0]
+            return whole, {**self.settings.get(whole, {}), **ABLATIONS[method][1]}
+        # A control differs from what it controls in its preset alone.
+        shared = self.settings.get(method_flags(method).control_of, {})
+        return method, {**shared, **self.settings.get(method, {})}
 
     def _seeds(self, method: str) -> tuple[int, ...]:
-        if method == "mansu":
+        if floored(method):
             return self.seeds
         return self.ablation_seeds if method in ABLATIONS else self.control_seeds
 
@@ -120,12 +131,12 @@ class Job:
     @property
     def name(self) -> str:
         """For file names."""
-        return f"{self.method.replace('/', '-')}/seed{self.seed}"
+        return f"{self.method.replace('/', '.')}/seed{self.seed}"
 
 
 def title_of(method: str) -> str:
-    """How a method or an ablation is written in tables and figures."""
-    return ABLATIONS[method][0] if method in ABLATIONS else method_title(method)
+    """How a method, an ablation or a control is written in tables and figures."""
+    return CONTROLS.get(method) or (ABLATIONS[method][0] if method in ABLATIONS else method_title(method))
 
 
 def full(**changes: Any) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -12,28 +13,66 @@ from scipy import stats
 from mansu_tl.comparison.plan import title_of
 
 _KEYS = ["base", "method", "quantizer", "measure"]
-_CONTROLS = MappingProxyType({"original": "un-edited", "never": "never trained"})
 # Quantizers that need no more than a measure's mean to be judged: four bits or more.
 _FEWER_BITS = ("int3-g64",)
+# What quantization alone may do to the un-edited model before nothing can be judged: points lost, and CAD.
+_CONTROL_LOSS, _CONTROL_DIVERGENCE = 10.0, 0.2
 
-# property -> (measure, bound, whether the bound is a lower one); quantizer "" unless said.
-BOUNDS: Mapping[str, tuple[str, str, float, float]] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Bound:
+    """When a property passes.
+
+    Attributes:
+        quantizer: under which it is measured; "" = full precision.
+        measure: as the tidy table calls it.
+        least, most: what the mean over seeds may be.
+        over_chance: for multiple choice, points above chance; as many below chance with the whole interval is inverted
+            knowledge, which does not pass either.
+        control: how far the control may be from 0, in the measure's unit; where it is further, nothing can be judged.
+    """
+
+    quantizer: str
+    measure: str
+    least: float = -np.inf
+    most: float = np.inf
+    over_chance: float | None = None
+    control: float = np.inf
+
+    def limits(self, chance: float) -> tuple[float, float, float]:
+        """What the mean may be at least and at most, and what the interval's upper end has to reach."""
+        if self.over_chance is None:
+            return self.least, self.most, -np.inf
+        return self.least, chance + self.over_chance, max(0.0, chance - self.over_chance)
+
+
+BOUNDS: Mapping[str, Bound] = MappingProxyType(
     {
-        "forget MC": ("", "forget MC", -np.inf, 30.0),
-        "forget cloze": ("", "forget cloze", -np.inf, 3.0),
-        "held-out forget MC": ("", "forget held-out MC", -np.inf, 30.0),
-        "held-out forget cloze": ("", "forget held-out cloze", -np.inf, 3.0),
-        "retain drop": ("", "retain cloze drop", -np.inf, 0.5),
-        "held-out retain drop": ("", "retain held-out cloze drop", -np.inf, 1.0),
-        "near drop": ("", "near cloze drop", -np.inf, 1.0),
-        "held-out near drop": ("", "near held-out cloze drop", -np.inf, 2.0),
-        "PTQ gap, nf4": ("nf4", "PTQ gap, forget MC", -np.inf, 0.0),
-        "CAD, nf4": ("nf4", "CAD", 0.95, 1.05),
-        "relearning excess, lr 3e-4": ("", "relearning MC, facts, lr 0.0003, excess over never", -np.inf, 5.0),
-        "relearning excess, lr 1e-3": ("", "relearning MC, facts, lr 0.001, excess over never", -np.inf, 10.0),
-        "edited, %": ("", "edited linear weights, %", -np.inf, 2.0),
+        "forget MC": Bound("", "forget MC", over_chance=5.0),
+        "forget cloze": Bound("", "forget cloze", most=3.0),
+        "held-out forget MC": Bound("", "forget held-out MC", over_chance=5.0),
+        "held-out forget cloze": Bound("", "forget held-out cloze", most=3.0),
+        "retain drop": Bound("", "retain cloze drop", most=0.5),
+        "held-out retain drop": Bound("", "retain held-out cloze drop", most=1.0),
+        "near drop": Bound("", "near cloze drop", most=1.0),
+        "held-out near drop": Bound("", "near held-out cloze drop", most=2.0),
+        "PTQ gap, nf4": Bound("nf4", "PTQ gap, forget MC", most=0.0, control=_CONTROL_LOSS),
+        "CAD, nf4": Bound("nf4", "CAD", least=0.95, most=1.05, control=_CONTROL_DIVERGENCE),
+        "relearning excess, lr 3e-4": Bound("", "relearning MC, facts, lr 0.0003, excess over never", most=5.0),
+        "relearning excess, lr 1e-3": Bound("", "relearning MC, facts, lr 0.001, excess over never", most=10.0),
+        "edited, %": Bound("", "edited linear weights, %", most=2.0),
     }
-)  # fmt: skip
+)
+
+
+def chance(table: pd.DataFrame, measure: str = "forget MC") -> float:
+    """Multiple choice by guessing, in percent, as the table's own questions give it; NaN where it says nothing.
+
+    Args:
+        table: the rows of one base.
+    """
+    found = table.loc[table["measure"] == f"{measure}, chance", "value"]
+    return float(found.iloc[0]) if len(found) else float("nan")
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -69,33 +108,47 @@ def properties(table: pd.DataFrame) -> pd.DataFrame:
     The PTQ gap over all quantizers of four bits or more is the mean over them; its interval's upper end is the largest.
     """
     means = summary(table)
+    parts = {str(base): table.loc[table["base"] == base] for base in dict.fromkeys(table["base"])}
     rows = []
     for (base, method), group in means.groupby(["base", "method"], sort=False):
         row: dict[str, object] = {
             "base": base,
-            "method": _CONTROLS.get(str(method)) or title_of(str(method)),
+            "method": title_of(str(method)),
             "seeds": int(group["seeds"].max()),
         }
-        for name, (quantizer, wanted, least, most) in BOUNDS.items():
-            row[name] = _cell(group, quantizer, wanted, least, most)
+        for name, bound in BOUNDS.items():
+            row[name] = _cell(group, bound, chance(parts[str(base)], bound.measure))
         gaps: pd.DataFrame = group.loc[
             (group["measure"] == "PTQ gap, forget MC") & ~group["quantizer"].isin(_FEWER_BITS)
         ]
-        if len(gaps):
-            mean, worst = gaps["mean"].mean(), gaps.sort_values("mean").iloc[-1]
-            mark = "pass" if mean <= 0 and gaps["high"].max() <= 1 else "fail"
-            row["PTQ gap, all"] = f"{mean:+.1f}, worst {worst['mean']:+.1f} ({worst['quantizer']}) {mark}"
+        broken = gaps["control"] < -_CONTROL_LOSS
+        if len(gaps) and broken.all():
+            row["PTQ gap, all"] = "not judgeable"
+        elif len(gaps):
+            judged = gaps.loc[~broken]
+            mean, worst = judged["mean"].mean(), judged.sort_values("mean").iloc[-1]
+            mark = "pass" if mean <= 0 and judged["high"].max() <= 1 else "fail"
+            rest = f"; not judgeable: {', '.join(gaps.loc[broken, 'quantizer'])}" if broken.any() else ""
+            row["PTQ gap, all"] = f"{mean:+.1f}, worst {worst['mean']:+.1f} ({worst['quantizer']}) {mark}{rest}"
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
 
-def _cell(group: pd.DataFrame, quantizer: str, wanted: str, least: float, most: float) -> str:
-    found = group.loc[(group["quantizer"] == quantizer) & (group["measure"] == wanted)]
+def _cell(group: pd.DataFrame, bound: Bound, guessed: float) -> str:
+    found = group.loc[(group["quantizer"] == bound.quantizer) & (group["measure"] == bound.measure)]
     if not len(found):
         return ""
     row = found.iloc[0]
     interval = "" if np.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    mark = "pass" if least <= round(row["mean"], 6) <= most else "fail"
+    least, most, floor = bound.limits(guessed)
+    if np.isnan(most):
+        mark = "not judgeable: the table does not say what guessing gives"
+    elif abs(row["control"]) > bound.control:
+        mark = f"not judgeable: {bound.quantizer} alone gives {row['control']:.2f}"
+    elif not np.isnan(row["high"]) and row["high"] < floor:
+        mark = f"fail: inverted, guessing gives {guessed:.0f}"
+    else:
+        mark = "pass" if least <= round(row["mean"], 6) <= most else "fail"
     return f"{row['mean']:.2f}{interval} {mark}"
 
 

@@ -218,6 +218,11 @@ class PromptPairs(Result):
             return tuple(str(i) for i in range(len(self)))
         return tuple(label.rsplit(" / ", 1)[0] for label in self.labels)
 
+    @property
+    def chance(self) -> float:
+        """Multiple choice between answer and distractors by guessing, in percent."""
+        return 100 / (1 + self.distractors.shape[1])
+
     def fact_numbers(self) -> Int[Tensor, " pair"]:
         """The facts as numbers from 0 up, in order of appearance."""
         order = {fact: i for i, fact in enumerate(dict.fromkeys(self.facts))}

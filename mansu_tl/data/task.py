@@ -69,6 +69,11 @@ class Questions(Result):
         facts = tuple(self.facts[i] for i in picked.tolist())
         return Questions(self.prompts[picked], self.lengths[picked], self.choices[picked], facts)
 
+    @property
+    def chance(self) -> float:
+        """Multiple choice by guessing, in percent: the mean over questions of 100 / options."""
+        return 100 / self.choices.shape[1]
+
     def to(self, device: str | torch.device) -> Questions:
         """The same questions on `device`."""
         prompts, lengths, choices = (moved(part, device) for part in (self.prompts, self.lengths, self.choices))

@@ -20,7 +20,7 @@ from mansu_tl.patching import activation_patching, node_attribution
 from mansu_tl.quantization import quantize
 from mansu_tl.study import MethodResult, Study, run_study
 from mansu_tl.tasks import load_task
-from mansu_tl.unlearning import method_title
+from mansu_tl.unlearning import headline, method_title
 from mansu_tl.verification import attack_splits, compare_relearning, erasure_depth, probe
 
 _PAIRS = 48
@@ -82,7 +82,8 @@ def _facts(study: Study) -> dict[str, object]:
     """Names and order, for titles."""
     config = study.config
     return {
-        "model": Path(config.model).name,
+        "model": study.name,
+        "chance": _chance(study),
         "quantizers": list(config.quantizers),
         "methods": {method: method_title(method) for method in study.results},
         "also": list(study.also),
@@ -92,6 +93,12 @@ def _facts(study: Study) -> dict[str, object]:
     }
 
 
+def _chance(study: Study) -> float:
+    """Multiple choice on the forget questions by guessing, in percent."""
+    card = next(iter(study.results.values())).card
+    return next(row.chance for row in card.rows if row.measure == "forget MC, %" and row.chance is not None)
+
+
 def _of_models(study: Study, target: Path, progress: bool) -> list[Path]:
     """What a study does not keep."""
     config = study.config
@@ -99,7 +106,7 @@ def _of_models(study: Study, target: Path, progress: bool) -> list[Path]:
     task = load_task(config.task, tokenizer=model)
     pairs = task.forget_pairs
     alike, words = _one_wording(model.tokenizer.decode, pairs)
-    result = study.results.get("mansu", next(iter(study.results.values())))
+    result = study.results[headline(study.results)]
     edited = result.edit.apply(model)
     title = method_title(result.edit.method)
     nf4 = quantize(edited, config.quantizers[0], task.retain_text)

@@ -21,7 +21,7 @@ from mansu_tl.patching import PatchingResult
 from mansu_tl.patching.nodes import NodeScores
 from mansu_tl.quantization import UpdateStatistics, grid_of
 from mansu_tl.quantization.flips import predicted_flips
-from mansu_tl.unlearning import MansuSettings
+from mansu_tl.unlearning import MansuSettings, headline
 from mansu_tl.verification import Bounds, Certificate, Divergence, ErasureDepth, Probes, Relearning, Scorecard
 
 RESULTS, TABLES, COMPARE = "results", "tables", "compare"
@@ -67,7 +67,8 @@ class _Study:
         self.facts: dict[str, Any] = json.loads((folder / "study.json").read_text(encoding="utf-8"))
         self.titles: dict[str, str] = self.facts["methods"]
         self.first: str = self.facts["quantizers"][0]
-        self.mansu = "mansu" if "mansu" in self.titles else next(iter(self.titles))
+        self.chance: float = self.facts["chance"]
+        self.mansu = headline(self.titles)
         self.baseline = next((m for m in self.titles if m != self.mansu), None)
 
     def pictures(self) -> Iterator[Picture]:
@@ -208,7 +209,7 @@ class _Study:
         yield (
             "relearning", "relearning.safetensors",
             "Fine-tuning on twelve of the facts: how much of the others comes back, beside a model that never knew them.",
-            lambda t: plots.relearning(Relearning.load(self.folder / "relearning.safetensors"), chance=25, theme=t),
+            lambda t: plots.relearning(Relearning.load(self.folder / "relearning.safetensors"), chance=self.chance, theme=t),
         )  # fmt: skip
         yield (
             "probes", "probes", "Linear probes for the answer, layer by layer, against shuffled labels.", self._probes,
@@ -265,7 +266,7 @@ class _Study:
             }
             for _, row in table.iterrows()
         ]
-        return plots.ptq_gap(pd.DataFrame(rows), chance=25, measure="forget multiple choice, %", theme=theme)
+        return plots.ptq_gap(pd.DataFrame(rows), chance=self.chance, measure="forget multiple choice, %", theme=theme)
 
     def _stages(self, theme: str) -> go.Figure:
         title = self.titles[self.mansu]

@@ -24,6 +24,7 @@ def methods_table(
     rows: pd.DataFrame,
     bounds: Mapping[str, tuple[float | int, float | int]] | None = None,
     *,
+    floors: Mapping[str, float | int] | None = None,
     digits: int | Mapping[str, int] = 1,
     title: str | None = None,
     theme: str = "light",
@@ -34,6 +35,8 @@ def methods_table(
         rows: tidy, columns method, property, seed and value; with one seed the interval is taken from the columns low
             and high where there are such. A column base groups the methods.
         bounds: by property the least and the largest value that passes (-inf and inf for none), judged on the mean.
+        floors: by property a value that the interval's upper end has to reach: an accuracy that lies clearly below it is
+            inverted knowledge.
         digits: decimals, of all properties or by property (1 where not given).
         title: plain text.
         theme: "light" or "dark".
@@ -44,9 +47,9 @@ def methods_table(
     look = theme_named(theme)
     require_columns("methods table", rows, ["method", "property", "seed", "value"])
     properties = list(dict.fromkeys(rows["property"].astype(str)))
-    limits = dict(bounds or {})
+    limits, lowest = dict(bounds or {}), dict(floors or {})
     places = dict.fromkeys(properties, digits) if isinstance(digits, int) else dict(digits)
-    unknown = [name for name in limits if name not in properties]
+    unknown = [name for name in (*limits, *lowest) if name not in properties]
     if unknown:
         raise MansuError(f"methods table: bound for {unknown[0]!r}, which is no property of the table")
     keys = ["base", "method"] if "base" in rows.columns else ["method"]
@@ -65,11 +68,17 @@ def methods_table(
         for key, group in rows.groupby([*(rows[k].astype(str) for k in keys), rows["property"].astype(str)])
     }
     for name in properties:
-        cells = [_cell(groups.get((*key, name)), limits.get(name), places.get(name, 1)) for key in methods]
+        cells = [
+            _cell(groups.get((*key, name)), limits.get(name), lowest.get(name), places.get(name, 1)) for key in methods
+        ]
         columns.append([text for text, _ in cells])
         verdicts.append([verdict for _, verdict in cells])
     room = max(8, int((_PAGE / (len(properties) + 1.7 + 0.75 * several) - _PADDING) / _BOLD))
-    header = [*(["base"] if several else []), "method", *(_header(name, limits.get(name), room) for name in properties)]
+    header = [
+        *(["base"] if several else []),
+        "method",
+        *(_header(name, limits.get(name), lowest.get(name), room) for name in properties),
+    ]
     each = sorted({int(n) for n in rows.groupby([*keys, "property"])["seed"].nunique()})
     seeds = each[-1]
     judged = [v for column in verdicts for v in column if v is not None]
@@ -121,7 +130,10 @@ def methods_table(
 
 
 def _cell(
-    group: pd.DataFrame | None, bound: tuple[float | int, float | int] | None, digits: int
+    group: pd.DataFrame | None,
+    bound: tuple[float | int, float | int] | None,
+    floor: float | int | None,
+    digits: int,
 ) -> tuple[str, bool | None]:
     """The text of a cell, and whether it passes."""
     values = np.array([]) if group is None else group["value"].to_numpy(float)
@@ -138,6 +150,8 @@ def _cell(
         ends = None
     # Rounded, so that a mean over seeds at the bound is not failed by the last bit.
     verdict = None if bound is None else bool(bound[0] <= round(mean, 6) <= bound[1])
+    if floor is not None and (mean if ends is None else ends[1]) < floor:
+        verdict = False
     sign = {True: " ✓", False: " ✗", None: ""}[verdict]
     below = "" if ends is None else f"<br>[{fixed(ends[0], digits)}, {fixed(ends[1], digits)}]"
     return f"{fixed(mean, digits)}{sign}{below}", verdict
@@ -153,7 +167,7 @@ def _width(text: str, character: float | int) -> float:
     return max(len(unescape(line)) for line in lines) * character + _PADDING
 
 
-def _header(name: str, bound: tuple[float | int, float | int] | None, room: int) -> str:
+def _header(name: str, bound: tuple[float | int, float | int] | None, floor: float | int | None, room: int) -> str:
     """A property's name, wrapped, and what passes below it."""
     wrapped = "<br>".join(
         f"<b>{plain(line)}</b>" for line in textwrap.wrap(name, room, break_long_words=False) or [name]
@@ -161,7 +175,9 @@ def _header(name: str, bound: tuple[float | int, float | int] | None, room: int)
     if bound is None or all(math.isinf(end) for end in bound):
         return wrapped
     low, high = bound
-    if math.isinf(low):
+    if floor:
+        text = f"{floor:g} to {high:g}"
+    elif math.isinf(low):
         text = f"≤ {high:g}"
     elif math.isinf(high):
         text = f"≥ {low:g}"

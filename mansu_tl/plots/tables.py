@@ -242,7 +242,8 @@ def _bound(text: object) -> str:
 
 
 def _passed(row: Any) -> bool | None:
-    return None if pd.isna(row.passed) else bool(row.passed)
+    judgeable = not str(getattr(row, "verdict", "")).startswith("not judgeable")
+    return bool(row.passed) if judgeable and not pd.isna(row.passed) else None
 
 
 def _sign(passed: bool | None) -> str:
@@ -250,7 +251,7 @@ def _sign(passed: bool | None) -> str:
 
 
 def _verdict(passed: bool | None) -> str:
-    return {True: "✓ pass", False: "✗ fail", None: "· not judged"}[passed]
+    return {True: "✓ pass", False: "✗ fail", None: "· not judgeable"}[passed]
 
 
 def _exact_share(share: float) -> str:

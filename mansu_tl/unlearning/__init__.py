@@ -2,10 +2,31 @@
 
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.mansu_settings import MansuSettings
-from mansu_tl.unlearning.registry import method_title, methods, settings_of, unlearn
+from mansu_tl.unlearning.registry import (
+    Method,
+    floored,
+    headline,
+    method_flags,
+    method_title,
+    methods,
+    settings_of,
+    unlearn,
+)
 from mansu_tl.unlearning.training import TrainingSettings
 
-__all__ = ["Edit", "MansuSettings", "TrainingSettings", "method_title", "methods", "settings_of", "unlearn"]
+__all__ = [
+    "Edit",
+    "MansuSettings",
+    "Method",
+    "TrainingSettings",
+    "floored",
+    "headline",
+    "method_flags",
+    "method_title",
+    "methods",
+    "settings_of",
+    "unlearn",
+]
 
 
 def __dir__() -> list[str]:

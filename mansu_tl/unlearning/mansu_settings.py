@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 
 RESTRICTIONS = ("circuit", "random", "none")
@@ -35,7 +36,7 @@ _LIGHT: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class MansuSettings:
+class MansuSettings(Digested):
     """Settings of MANSU; the defaults were chosen on `pocket`, seed 0, on a validation split of the questions.
 
     Attributes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
@@ -23,21 +24,50 @@ from mansu_tl.unlearning.mansu_settings import MansuSettings
 
 @dataclass(frozen=True)
 class Method:
-    """One method: what it is called in figures, its settings, its function, whether it takes a circuit, its presets."""
+    """One method.
+
+    Attributes:
+        title: what it is called in tables and figures.
+        settings: the class of its settings.
+        run: the function.
+        takes_circuit: it is restricted to a circuit; the others train every parameter.
+        claims_floor: every edited weight changes its code, which a certificate can show.
+        searched: its learning rate is searched for in comparisons, as those of published baselines are.
+        preset: settings of its own that differ from the class's defaults.
+        control_of: the method that it is a control of, whose settings it shares; "" = none.
+        ablations: by name, the title and the settings of itself with one part changed.
+    """
 
     title: str
     settings: type
     run: Callable[..., Edit]
     takes_circuit: bool = False
+    claims_floor: bool = False
+    searched: bool = True
     preset: Mapping[str, Any] = field(default_factory=dict)
+    control_of: str = ""
+    ablations: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def defaults(self) -> Any:
         """Its settings where nothing else is said."""
         return self.settings(**self.preset)
 
 
+_ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "no-circuit": ("MANSU, no circuit", {"restrict": "none"}),
+        "no-null-space": ("MANSU, no null space", {"null_space": 0.0}),
+        "no-fisher": ("MANSU, no Fisher", {"fisher": False, "fisher_budget": 0.0}),
+        "no-floor": ("MANSU, no floor", {"floor": "none"}),
+        "floor-after": ("MANSU, floor after the fact", {"floor": "after"}),
+        "no-adversary": ("MANSU, no adversary", {"adversary_weight": 0.0}),
+        "one-percent": ("MANSU, 1 % of the weights", {"budget": 0.0099}),
+    }
+)
 _METHODS = {
-    "mansu": Method("MANSU", MansuSettings, mansu, takes_circuit=True),
+    "mansu": Method(
+        "MANSU", MansuSettings, mansu, takes_circuit=True, claims_floor=True, searched=False, ablations=_ABLATIONS
+    ),
     "ga": Method("GA", b.GaSettings, b.ga),
     "ga-kl": Method("GA + KL", b.GaKlSettings, b.ga_kl),
     "graddiff": Method("GradDiff", b.GradDiffSettings, b.graddiff),
@@ -49,7 +79,14 @@ _METHODS = {
     "ste": Method("Straight-through", b.SteSettings, b.ste),
     "null-space": Method("Null space only", b.NullSpaceSettings, b.null_space),
     "random-circuit": Method(
-        "Random-circuit MANSU", MansuSettings, mansu, takes_circuit=True, preset={"restrict": "random"}
+        "Random-circuit MANSU",
+        MansuSettings,
+        mansu,
+        takes_circuit=True,
+        claims_floor=True,
+        searched=False,
+        preset={"restrict": "random"},
+        control_of="mansu",
     ),
     "suppressor": Method("Output suppressor", b.SuppressorSettings, b.suppressor),
 }
@@ -60,9 +97,29 @@ def methods() -> tuple[str, ...]:
     return tuple(_METHODS)
 
 
+def floored(name: str) -> bool:
+    """Whether a method's edits claim the floor and it is no control of another: what a comparison is about."""
+    return name in _METHODS and _METHODS[name].claims_floor and not _METHODS[name].control_of
+
+
+def headline(names: Iterable[str]) -> str:
+    """The method that a report leads with: the first of `names` that is `floored`, else the first."""
+    every = list(names)
+    return next(filter(floored, every), every[0])
+
+
 def method_title(name: str) -> str:
     """How a method is written in tables and figures."""
     return _method(name).title
+
+
+def method_flags(name: str) -> Method:
+    """What is to be known of a method: its title, and whether it takes a circuit, claims the floor, is searched.
+
+    Raises:
+        MansuError: an unknown method.
+    """
+    return _method(name)
 
 
 @torch_defaults()

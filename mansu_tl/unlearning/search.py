@@ -18,6 +18,7 @@ from mansu_tl.data import Task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import accuracy
 from mansu_tl.notebook import Result, Table
 from mansu_tl.unlearning.edit import Edit
@@ -34,7 +35,8 @@ class Trial:
     Attributes:
         rate: the learning rate.
         forget: multiple-choice accuracy on the forget questions of the validation split, in percent.
-        target: what it had to reach.
+        target: what it may be at most.
+        inverted: it lies below chance by as much, with the whole interval over facts: that is no forgetting.
         drop: cloze points lost on the kept sets of the validation split, their mean.
         note: why it gave no edit; "" where it did.
     """
@@ -44,11 +46,12 @@ class Trial:
     target: float
     drop: float
     note: str = ""
+    inverted: bool = False
 
     @property
     def reached(self) -> bool:
         """Whether it forgot."""
-        return self.forget <= self.target
+        return self.forget <= self.target and not self.inverted
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def search(
     """Try a method at several learning rates and rank them on a validation split, in full precision.
 
     The rule is the same for every method: a rate has to bring multiple-choice accuracy on the validation forget questions
-    down to chance plus `over_chance`; among those that do, the one that loses fewest cloze points on the kept sets is
+    down to chance plus `over_chance`, and not clearly as far below chance (its interval over facts has to reach up to
+    there); among those that do, the one that loses fewest cloze points on the kept sets is
     best. Quantization plays no part in it. Our definition.
 
     Args:
@@ -182,19 +186,21 @@ def judge(
     Raises:
         MansuError: an edit of another model.
     """
-    target = 100 / validation.questions["forget"].choices.shape[1] + over_chance
+    chance = validation.questions["forget"].chance
+    target = chance + over_chance
     if isinstance(edit, NoEditError):
         return Trial(rate, float("inf"), target, float("inf"), str(edit))
     edited = edit.apply(model)
     lost = []
     try:
-        forget = accuracy(edited, validation.questions["forget"]).mc_percent
+        answers = accuracy(edited, validation.questions["forget"])
         for name in _kept(validation):
             before, after = (accuracy(one, validation.questions[name]).cloze_percent for one in (model, edited))
             lost.append(before - after)
     except MansuError as error:  # a model that gives no finite logits any more
         return Trial(rate, float("inf"), target, float("inf"), str(error))
-    return Trial(rate, forget, target, sum(lost) / len(lost))
+    _, high = interval_over_facts(answers.multiple_choice.double(), answers.facts)
+    return Trial(rate, answers.mc_percent, target, sum(lost) / len(lost), inverted=100 * high < chance - over_chance)
 
 
 def _kept(task: Task) -> list[str]:

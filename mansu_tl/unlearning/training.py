@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences, Task
+from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.metrics import kl_divergence
 from mansu_tl.models import float32_copy, home, plain
@@ -36,7 +37,7 @@ _ROWS, _MOST_KEPT = 256, 2**26
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(Digested):
     """How a baseline is trained.
 
     Attributes:
@@ -46,8 +47,9 @@ class TrainingSettings:
         retain_batch: retain sequences a step, a quarter of them near facts.
         warmup: steps of linear warm-up.
         weight_decay: of AdamW (decoupled).
-        stop_at: multiple-choice accuracy on the forget pairs (percent) at which it stops; checked every `check_every`
-            steps. "Forgotten in full precision" is the state that the literature then quantizes.
+        stop_over_chance: it stops once multiple-choice accuracy on the forget pairs is no more than so many percentage points
+            above chance (100 / options); checked every `check_every` steps. "Forgotten in full precision" is the state
+            that the literature then quantizes.
         check_every: steps between checks.
     """
 
@@ -57,7 +59,7 @@ class TrainingSettings:
     retain_batch: int = 32
     warmup: int = 10
     weight_decay: float = 0.01
-    stop_at: float = 30.0
+    stop_over_chance: float = 5.0
     check_every: int = 10
 
     def __post_init__(self) -> None:
@@ -192,7 +194,7 @@ def train(
             score = _multiple_choice(stored, _rounded(seen, dtypes), task.forget_pairs)
             history.append({"step": float(step), "forget_mc": score})
             bar.set_postfix(forget_mc=f"{score:.0f}")
-            if score <= settings.stop_at:
+            if score <= task.forget_pairs.chance + settings.stop_over_chance:
                 bar.close()
                 break
         rows = draw_forget()

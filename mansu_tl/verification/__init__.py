@@ -11,6 +11,7 @@ from mansu_tl.verification.divergence import (
     circuit_scores,
     output_suppressor,
 )
+from mansu_tl.verification.knowledge import require_known
 from mansu_tl.verification.probes import Probes, probe
 from mansu_tl.verification.rediscovery import Rediscovery, rediscover
 from mansu_tl.verification.relearning import RelearningCurve, relearn
@@ -42,6 +43,7 @@ __all__ = [
     "probe",
     "rediscover",
     "relearn",
+    "require_known",
     "scorecard",
     "unrelated_attack",
 ]

@@ -20,6 +20,7 @@ from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import last_logits
 from mansu_tl.models import (
     attention_weights,
@@ -32,7 +33,6 @@ from mansu_tl.models import (
 )
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import keep
-from mansu_tl.verification.intervals import interval_over_facts
 
 PARTS = ("loss", "weights", "activations", "generations")
 

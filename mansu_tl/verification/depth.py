@@ -31,11 +31,11 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Metric, choice_log_odds
 from mansu_tl.models import component_map, home, require_ready
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, prepared, run
-from mansu_tl.verification.intervals import interval_over_facts
 
 POSITIONS = ("all", "last")
 

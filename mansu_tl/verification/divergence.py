@@ -32,6 +32,7 @@ from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.notebook import Result, Table
 
 _RESAMPLES = 2000
+_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class CircuitScores(Result):
         writers: the edges' writers.
         readers: the edges' readers.
         groups: which pairs belong together when resampling (the same fact in several wordings).
+        steps: EAP-IG steps they were taken with.
     """
 
     tensor: Float[Tensor, "pair edge"]
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     groups: Int[Tensor, " pair"]
+    steps: int = _STEPS
 
     def __repr__(self) -> str:
         pairs, edges = self.tensor.shape
@@ -127,7 +130,7 @@ def circuit_scores(
     circuit: Circuit,
     pairs: PromptPairs,
     *,
-    steps: int = 5,
+    steps: int = _STEPS,
     metric: Metric = logit_difference,
     batch_size: int = 64,
     progress: bool = False,
@@ -145,6 +148,7 @@ def circuit_scores(
         tuple(circuit.writers[i] for i in rows.tolist()),
         tuple(circuit.readers[i] for i in columns.tolist()),
         pairs.fact_numbers(),
+        steps,
     )
 
 
@@ -156,7 +160,7 @@ def circuit_divergence(
     pairs: PromptPairs,
     *,
     label: str = "edited",
-    steps: int = 5,
+    steps: int | None = None,
     metric: Metric = logit_difference,
     seed: int = 0,
     progress: bool = False,
@@ -167,18 +171,26 @@ def circuit_divergence(
         original: the model before, or its `circuit_scores`.
         other: the model after, or its `circuit_scores`.
         label: what `other` is, for tables and figures.
+        steps: EAP-IG steps; those of the scores that are given, 5 where none are.
         seed: of the bootstrap.
         progress: show progress bars.
 
     Raises:
-        MansuError: the circuit has no edge, or all its scores on the original are zero.
+        MansuError: the circuit has no edge, all its scores on the original are zero, or scores of other steps.
     """
     if circuit.n_edges == 0:
         raise MansuError("circuit: it has no edge, so nothing can diverge; lower the threshold or the target")
+    given = {m.steps for m in (original, other) if isinstance(m, CircuitScores)} | ({steps} if steps else set())
+    if len(given) > 1:
+        raise MansuError(
+            f"CAD: scores with {' and with '.join(str(n) for n in sorted(given))} EAP-IG steps cannot be compared; take "
+            "both with the same steps"
+        )
+    used = given.pop() if given else _STEPS
     a, b = (
         m
         if isinstance(m, CircuitScores)
-        else circuit_scores(m, circuit, pairs, steps=steps, metric=metric, progress=progress)
+        else circuit_scores(m, circuit, pairs, steps=used, metric=metric, progress=progress)
         for m in (original, other)
     )
     mean_a, mean_b = a.tensor.double().mean(0), b.tensor.double().mean(0)

@@ -27,11 +27,11 @@ from mansu_tl.data import Questions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.models import component_map, home, require_ready
 from mansu_tl.models.tree import family, submodule
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import keep, run
-from mansu_tl.verification.intervals import interval_over_facts
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 

@@ -27,9 +27,9 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.notebook import Result, Table
-from mansu_tl.verification.intervals import interval_over_facts
 
 ROUTES = ("every edge", "outside the old circuit", "inside the old circuit")
 

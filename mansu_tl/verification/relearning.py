@@ -30,12 +30,12 @@ from mansu_tl.data import Sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import accuracy, last_logits
 from mansu_tl.models import float32_copy, home, require_ready
 from mansu_tl.notebook import Result, Table
 from mansu_tl.unlearning.batches import Sampler, real_targets
 from mansu_tl.verification.attacks import Attack
-from mansu_tl.verification.intervals import interval_over_facts
 
 MEASURES = ("multiple_choice", "cloze", "log_odds")
 _MILESTONES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)

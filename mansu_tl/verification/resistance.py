@@ -15,9 +15,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.intervals import interval_over_facts
 from mansu_tl.notebook import Result, Table, bars
 from mansu_tl.verification.attacks import Attack
-from mansu_tl.verification.intervals import interval_over_facts
 from mansu_tl.verification.relearning import MEASURES, RelearningCurve, measure_index, relearn
 
 _NO_REFERENCE = ""

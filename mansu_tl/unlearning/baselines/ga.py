@@ -12,12 +12,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
+from mansu_tl.digest import Digested
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
 
 @dataclass(frozen=True)
-class GaSettings:
+class GaSettings(Digested):
     """Settings of gradient ascent.
 
     Attributes:
@@ -28,7 +29,7 @@ class GaSettings:
 
 
 @dataclass(frozen=True)
-class GaKlSettings:
+class GaKlSettings(Digested):
     """Settings of KL-regularised gradient ascent.
 
     Attributes:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
+from mansu_tl.digest import Digested
 from mansu_tl.models import float32_copy, home, linear_weights
 from mansu_tl.unlearning.batches import joined
 from mansu_tl.unlearning.edit import Edit
@@ -22,7 +23,7 @@ from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
 
 @dataclass(frozen=True)
-class NullSpaceSettings:
+class NullSpaceSettings(Digested):
     """Settings of null-space unlearning.
 
     Attributes:

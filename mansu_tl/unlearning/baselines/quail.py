@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
+from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
@@ -29,7 +30,7 @@ _DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class QuailSettings:
+class QuailSettings(Digested):
     """Settings of QUAIL.
 
     Attributes:

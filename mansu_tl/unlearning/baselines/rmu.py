@@ -18,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences, Task
+from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, float32_copy, home, linear_weights, parameters
 from mansu_tl.unlearning.batches import Values, run_values
@@ -26,7 +27,7 @@ from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
 
 @dataclass(frozen=True)
-class RmuSettings:
+class RmuSettings(Digested):
     """Settings of RMU.
 
     Attributes:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
+from mansu_tl.digest import Digested
 from mansu_tl.models import linear_weights, parameters
 from mansu_tl.quantization import grid_of
 from mansu_tl.quantization.twin import orient
@@ -23,7 +24,7 @@ from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
 
 @dataclass(frozen=True)
-class SteSettings:
+class SteSettings(Digested):
     """Settings of straight-through unlearning.
 
     Attributes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
+from mansu_tl.digest import Digested
 from mansu_tl.models import component_map, linear_weights, parameters
 from mansu_tl.unlearning.baselines.npo import npo_loss
 from mansu_tl.unlearning.edit import Edit
@@ -20,7 +21,7 @@ from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
 
 @dataclass(frozen=True)
-class SuppressorSettings:
+class SuppressorSettings(Digested):
     """Settings of the output suppressor.
 
     Attributes:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
+from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, float32_copy, home, linear_weights
 from mansu_tl.unlearning.batches import last_token_logits
@@ -24,7 +25,7 @@ from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
 
 @dataclass(frozen=True)
-class SureSettings:
+class SureSettings(Digested):
     """Settings of SURE.
 
     Attributes:
