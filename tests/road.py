@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit, Graph, random_mask
+from mansu_tl.explorer import Explorer
 from mansu_tl.models import fingerprint, float32_copy, linear_weights, plain, rebuild
 from mansu_tl.quantization import inputs_of, predicted_flips, quantized_values
 from mansu_tl.quantization.dither import dither
@@ -168,7 +169,7 @@ def _baselines(c: Case) -> Numbers:
     out = {}
     for name in BASELINES:
         further = {"leak": 0.3} if name == "null-space" else {"share": 0.3} if name == "sure" else {}
-        edit = mtl.unlearn(c.model, c.task, name, max_steps=3, stop_at=-1.0, learning_rate=1e-3, **further)
+        edit = mtl.unlearn(c.model, c.task, name, max_steps=3, stop_over_chance=-1e3, learning_rate=1e-3, **further)
         assert edit.n_weights
         out |= {f"{name} {key}": value for key, value in _edit(edit).items()}
     trial = judge(c.model, c.task, c.edit, 0.1)
@@ -231,6 +232,17 @@ def _erasure(c: Case) -> Numbers:
     }  # fmt: skip
 
 
+def _explorer(c: Case) -> Numbers:
+    results = Explorer(c.model, c.task, c.edit, circuit=c.circuit, steps=1).results
+    stage, name = (c.edit.method, "nf4"), next(iter(c.edit.indices))
+    parts = results.parts(("L0H0", "L1H0.q"))
+    assert bool((results.held(parts[0]) & results.edited(c.edit.method, parts[0].piece.parameter)).any())
+    return {
+        "answers": results.answers(stage).probability, "pattern": results.pattern(stage, 0, "L1H1"),
+        "matrix": results.matrix(c.edit.method, name), "scores": results.scores(stage),
+    }  # fmt: skip
+
+
 STAGES: Mapping[str, Callable[[Case], Numbers]] = {
     "accuracy": _accuracy,
     "edge scores": _edges,
@@ -244,6 +256,7 @@ STAGES: Mapping[str, Callable[[Case], Numbers]] = {
     "certificate": _certificate,
     "CAD and scorecard": _divergence,
     "relearning, probes, depth, damage": _erasure,
+    "explorer": _explorer,
 }
 
 
@@ -253,7 +266,7 @@ def _relearning(c: Case) -> object:
 
 def _unlearn(method: str, **settings: object) -> Callable[[Case], object]:
     def run(c: Case) -> object:
-        circuit = {"circuit": c.circuit} if method == "mansu" else {"stop_at": -1.0, "max_steps": 2}
+        circuit = {"circuit": c.circuit} if method == "mansu" else {"stop_over_chance": -1e3, "max_steps": 2}
         return mtl.unlearn(c.model, c.task, method, **circuit, **settings)
 
     return run
