@@ -334,7 +334,7 @@ OF_WEIGHTS: Mapping[str, Callable[[Case], object]] = {
     "rebuild": lambda c: rebuild(c.model),
     "Edit.apply": lambda c: c.edit.apply(c.model),
     "Edit.revert": lambda c: c.edit.revert(c.edited),
-    "certify": lambda c: _certificate(c),
+    "certify": lambda c: sorted(_certificate(c)),
     "attack_splits": lambda c: attack_splits(c.task, 1, 2)[1].text,
     "unrelated_attack": lambda c: unrelated_attack(c.task).text,
     "random_mask": lambda c: random_mask(Graph.of(c.model).exists, 20, 0),

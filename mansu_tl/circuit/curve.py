@@ -84,6 +84,7 @@ class FaithfulnessCurve(Result):
         """The same for every random control."""
         return [_first(self.sizes, row, target) for row in self.control]
 
+    @torch_defaults()
     def control_interval(self, level: float = 0.95) -> tuple[Float[Tensor, " size"], Float[Tensor, " size"]]:
         """Quantiles over the random seeds that hold `level` of them, at every size.
 
@@ -136,6 +137,7 @@ class FaithfulnessCurve(Result):
         require_tensor(what, "control", tensors["control"], (None, count))
         return cls(**tensors, **facts)
 
+    @torch_defaults()
     def _area(self, height: Tensor) -> float:
         return torch.trapezoid(height.double(), torch.tensor(self.shares, dtype=torch.float64)).item()
 

@@ -223,11 +223,13 @@ class PromptPairs(Result):
         """Multiple choice between answer and distractors by guessing, in percent."""
         return 100 / (1 + self.distractors.shape[1])
 
+    @torch_defaults()
     def fact_numbers(self) -> Int[Tensor, " pair"]:
         """The facts as numbers from 0 up, in order of appearance."""
         order = {fact: i for i, fact in enumerate(dict.fromkeys(self.facts))}
         return torch.tensor([order[fact] for fact in self.facts])
 
+    @torch_defaults()
     def one_wording(self) -> tuple[PromptPairs, Bool[Tensor, " pos"]]:
         """The largest group of pairs in the same words, cut to their length, and the positions that are the same in all.
 

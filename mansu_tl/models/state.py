@@ -129,5 +129,5 @@ def _without_hooks(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def _names(names: list[str]) -> str:
-    shown = ", ".join(name or "the model itself" for name in names[:3])
+    shown = ", ".join(name.replace("._original_component", "") or "the model itself" for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
