@@ -13,6 +13,7 @@ from typing import Any
 
 from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
+from mansu_tl.files import local, read_text
 from mansu_tl.models.loading import EMBEDDED
 from mansu_tl.names import short_names
 from mansu_tl.quantization import quantizer
@@ -85,13 +86,13 @@ class StudyConfig(Digested):
         """Read a TOML file; a table named after a method holds its settings. Paths are relative to the file.
 
         Raises:
-            MansuError: no such file, not TOML, an unknown key or a value of the wrong type.
+            MansuError: no such file, not TOML in UTF-8, an unknown key or a value of the wrong type.
         """
-        source = Path(path)
-        if not source.is_file():
+        source = local(path)
+        if not source.exists():
             raise MansuError(f"{source}: no such config file; write one (README shows an example)")
         try:
-            raw = tomllib.loads(source.read_text(encoding="utf-8"))
+            raw = tomllib.loads(read_text(source))
         except tomllib.TOMLDecodeError as error:
             raise MansuError(f"{source}: not TOML ({error})") from None
         known = {f.name: f for f in fields(cls) if f.name != "settings"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -15,10 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.data import PromptPairs, Questions
+from mansu_tl.data import PromptPairs, Questions, Sequences
+from mansu_tl.data.fit import require_fit, require_questions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models.state import home, require_ready
+from mansu_tl.models.kinds import way_to_load
+from mansu_tl.models.state import require_ready
 from mansu_tl.notebook import Result, Table
 
 __all__ = [
@@ -65,26 +68,57 @@ METRICS: dict[str, Metric] = {
 }
 
 
-@torch.no_grad()
 def last_logits(
     model: TransformerBridge | torch.nn.Module,
     tokens: Int[Tensor, "row pos"],
     lengths: Int[Tensor, " row"],
     batch_size: int = 256,
 ) -> Float[Tensor, "row vocab"]:
-    """Logits at the last real token of right-padded prompts, in fp32.
+    """Logits at the last real token of right-padded prompts, in fp32, on the model's device.
 
-    Works on a bridge and on a plain HF model. Padding lies to the right of the last token, so causal attention never
-    sees it.
+    Works on a bridge and on a plain HF model; only that token is unembedded. Padding lies to its right, so causal
+    attention never sees it, whatever stands there.
+
+    Raises:
+        MansuError: no language model, a token that it has no embedding for, or a prompt longer than it has positions.
     """
-    out = []
-    for start in range(0, tokens.shape[0], batch_size):
-        chunk = tokens[start : start + batch_size]
-        last = lengths[start : start + batch_size] - 1
-        result = model(chunk)
-        logits = result if isinstance(result, Tensor) else result.logits
-        out.append(logits[torch.arange(chunk.shape[0], device=chunk.device), last.to(chunk.device)].float())
-    return torch.cat(out)
+    _require_language_model(model)
+    rows = Sequences(tokens, lengths)
+    require_fit(model, rows)
+    parts = [_last_logits(model, rows[slice(i, i + batch_size)]) for i in range(0, len(rows), batch_size)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _last_logits(model: TransformerBridge | torch.nn.Module, rows: Sequences) -> Float[Tensor, "row vocab"]:
+    """`last_logits` of one batch."""
+    rows = rows.to(home(model))
+    at, last = torch.arange(len(rows), device=rows.tokens.device), rows.lengths - 1
+
+    def cut(stream: Tensor) -> Tensor:
+        # Contiguous on purpose: a strided slice turns the unembedding into one product per row.
+        return stream[at.to(stream.device), last.to(stream.device)][:, None].contiguous()
+
+    if isinstance(model, TransformerBridge):
+        with model.hooks(fwd_hooks=[("unembed.hook_in", lambda stream, hook: cut(stream))]):
+            logits = model(rows.tokens, return_type="logits")
+    else:
+        plain: Any = model
+        handle = plain.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (cut(inputs[0]),))
+        try:
+            logits = plain(rows.tokens, use_cache=False).logits
+        finally:
+            handle.remove()
+    return logits[:, 0].float().to(rows.tokens.device)
+
+
+def _require_language_model(model: object) -> None:
+    """Refuse what gives no logits: a hooked model, or any module with an output embedding, a PeftModel too, does."""
+    if isinstance(model, TransformerBridge):
+        return
+    head = getattr(model, "get_output_embeddings", lambda: None)() if isinstance(model, torch.nn.Module) else None
+    if head is None:
+        raise MansuError(f"model: {way_to_load(model)}")
 
 
 @dataclass(frozen=True)
@@ -136,27 +170,36 @@ class Accuracy(Result):
 def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, batch_size: int = 256) -> Accuracy:
     """Multiple-choice and cloze accuracy of a model on a question set, deterministic (no sampling).
 
+    Args:
+        model: a hooked model, or a plain transformers one.
+
     Raises:
-        MansuError: the set is empty, or the model's logits are not finite.
+        MansuError: the set is empty or no question set, it does not fit the model, or the model's logits are not finite.
     """
+    _require_language_model(model)
+    require_questions(questions)
     if len(questions) == 0:
         raise MansuError("accuracy: the question set is empty; pass at least one question")
-    device = home(model)
+    require_fit(model, questions)
     require_ready(model, questions.prompts)
-    logits = last_logits(model, questions.prompts.to(device), questions.lengths.to(device), batch_size).cpu()
-    if not torch.isfinite(logits).all():
-        bad = int((~torch.isfinite(logits).all(-1)).nonzero()[0])
-        raise MansuError(
-            f"accuracy: logits of question {bad} ({questions.facts[bad]}) are not finite; check the weights"
-        )
-    choices = questions.choices.cpu()
-    options = logits.gather(1, choices)
-    others = options[:, 1:]
+    right, cloze, log_odds = [], [], []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[slice(start, start + batch_size)]
+        logits = _last_logits(model, Sequences(batch.prompts, batch.lengths))
+        broken = (~torch.isfinite(logits).all(-1)).nonzero()
+        if len(broken):
+            bad = start + int(broken[0])
+            raise MansuError(
+                f"accuracy: logits of question {bad} ({questions.facts[bad]}) are not finite; check the weights"
+            )
+        choices = batch.choices.to(logits.device)
+        options = logits.gather(1, choices)
+        others = options[:, 1:]
+        right.append((options[:, 0] > others.max(1).values).cpu())
+        cloze.append((logits.argmax(1) == choices[:, 0]).cpu())
+        log_odds.append((options[:, 0] - others.logsumexp(1)).cpu())
     return Accuracy(
-        multiple_choice=options[:, 0] > others.max(1).values,
-        cloze=logits.argmax(1) == choices[:, 0],
-        log_odds=options[:, 0] - others.logsumexp(1),
-        facts=questions.facts,
+        multiple_choice=torch.cat(right), cloze=torch.cat(cloze), log_odds=torch.cat(log_odds), facts=questions.facts
     )
 
 

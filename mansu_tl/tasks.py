@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from os import PathLike
+from os import PathLike, fspath
 
 from mansu_tl.data import Task
+from mansu_tl.data.answers import AnswerSpace
 from mansu_tl.data.jsonl import read_task
+from mansu_tl.data.lines import Rows
 from mansu_tl.data.text import TextSource
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -13,18 +15,32 @@ from mansu_tl.pocket import pocket_task
 
 
 @torch_defaults()
-def load_task(source: str | PathLike[str], *, tokenizer: TextSource | None = None, seed: int = 0) -> Task:
-    """The embedded task ("pocket", for any of the three embedded models), or one read from a JSON-lines file.
+def load_task(
+    source: Rows,
+    *,
+    tokenizer: TextSource | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    answer_space: AnswerSpace = "auto",
+) -> Task:
+    """The embedded task ("pocket", for any of the three embedded models), or one read from a file or a table.
+
+    Files hold one JSON object a line (gzipped or not), or a JSON array of them; a DataFrame or a list of dicts holds the
+    same rows. What is in a row: `mansu_tl.data.lines`.
 
     Args:
-        tokenizer: the hooked model that the task is for, or its tokenizer; needed for a file.
+        tokenizer: the hooked model that the task is for, or its tokenizer; needed for a file or a table.
         seed: draws the distractors and corrupt prompts of the embedded task.
+        name: the task's name; the file's stem where not given, "rows" for a table.
+        answer_space: whether a space stands between a prompt and its answers where a row does not say: "auto" = as a
+            writer would put it, True = always, False = never.
 
     Raises:
-        MansuError: no such file, or a file without a tokenizer; see `mansu_tl.data.jsonl` for the rest.
+        MansuError: no such file, a file or table without a tokenizer, or rows that `read_task` refuses.
     """
-    if str(source) == "pocket":
+    if isinstance(source, str) and source == "pocket":
         return pocket_task(seed)
     if tokenizer is None:
-        raise MansuError(f"task {str(source)!r}: a file needs a tokenizer; pass tokenizer=model")
-    return read_task(source, tokenizer)
+        what = repr(fspath(source)) if isinstance(source, str | PathLike) else type(source).__name__
+        raise MansuError(f"task {what}: needs a tokenizer to be read; pass tokenizer=model")
+    return read_task(source, tokenizer, name=name, answer_space=answer_space)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import mansu_tl as mtl
-from mansu_tl.data import PromptPairs
+from mansu_tl.data import PromptPairs, Task
 from mansu_tl.data.jsonl import read_task
 from mansu_tl.errors import MansuError
-from tests.tiny import tiny_tokenizer
+from mansu_tl.models import fingerprint
+from tests.tiny import tiny, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -114,11 +119,346 @@ def test_a_task_file_becomes_the_sets_it_names(tmp_path: Path) -> None:
         ([pair("forget", 3), pair("forget", 4, clean="w3 w4 w5 w6 w7"), pair("retain", 5)], "line 2: clean has"),
         ([pair("forget", 3), pair("forget", 4, answer="w7 w8"), pair("retain", 5)], "line 2: answer 'w7 w8' continues"),
         ([pair("forget", 3), pair("retain", 4, corrupt="w4")], "clean has 4 tokens, corrupt 2"),
+        # every field has a type
+        ([pair("forget", 3, clean=None)], "line 1: clean is null; a forget line needs it"),
+        ([pair("forget", 3, corrupt=7)], "line 1: corrupt is 7, not text"),
+        ([pair("forget", 3, corrupt=["w3"])], r"line 1: corrupt is \['w3'\], not text"),
+        ([pair("forget", 3, answer=7)], "line 1: answer is 7, not text; write it as text, in quotes"),
+        ([pair("forget", 3, answer=True)], "line 1: answer is True, not text"),
+        ([pair("forget", 3, answer="")], r"line 1: answer is blank \(''\)"),
+        ([pair("forget", 3, clean=" ")], "line 1: clean is blank"),
+        ([pair("forget", 3, fact=None)], "line 1: fact is null; name the fact, or leave the key out"),
+        ([pair("forget", 3, fact="")], "line 1: fact is blank"),
+        ([pair("forget", 3, fact=7)], "line 1: fact is 7, not text"),
+        ([pair("forget", 3, distractors=None)], "line 1: distractors is null"),
+        ([pair("forget", 3, distractors=[])], r"line 1: distractors \[\]; give a list of at least one text"),
+        ([pair("forget", 3, distractors=["w4", 5])], "line 1: distractor 1 is 5, not text"),
+        ([pair("forget", 3, distractors=["w4", None])], "line 1: distractor 1 is None, not text"),
+        ([pair("forget", 3, distractors=["w4", ""])], "line 1: distractor 1 is blank"),
+        ([pair("forget", 3, distractors=["w4", "w4"])], "line 1: distractor 'w4' is there twice"),
+        ([pair("forget", 3, distractors=["w4", " w4"]), pair("retain", 5)], "line 1: .* are the same token 'w4'"),
+        (
+            [pair("forget", 3, distractors=["w33", "w4"]), pair("retain", 5)],
+            "line 1: .*answer 'w33' are the same token",
+        ),
+        ([pair("forget", 3, corrupt="w3 w9 w5"), pair("retain", 5)], "line 1: clean .* are the same tokens"),
+        *(
+            ([pair("forget", 3, held_out=flag)], f"line 1: held_out is {shown}")
+            for flag, shown in (
+                ("true", "'true'"),
+                ("false", "'false'"),
+                (1, "1"),
+                (0, "0"),
+                (0.0, "0.0"),
+                ("", "''"),
+                (None, "null"),
+                ([], r"\[\]"),
+            )
+        ),
+        ([pair("forget", 3, answer_space="yes")], "line 1: answer_space is 'yes'"),
+        ([pair("forget", 3, answer_space=1)], "line 1: answer_space is 1"),
+        ([{"set": "text", "text": ""}], "line 1: text is blank"),
+        ([{"set": "text", "text": 7}], "line 1: text is 7, not text"),
+        ([{"set": "text", "text": None}], "line 1: text is null; a text line needs it"),
+        ([{"set": "text", "text": "w3", "held_out": True}], "line 1: unknown key 'held_out'; known: set, text"),
+        ([{"set": "unseen"}], "line 1: 'text' is missing; a unseen line needs it"),
+        ([pair("forget", 3, text="w3")], "line 1: unknown key 'text'"),
+        ([pair("forget", 3, note=None)], "line 1: unknown key 'note'"),
+        ([{"clean": "w3"}], "line 1: set is None; choose one of forget, retain, near, text, unseen"),
+        ([{"set": ["forget"]}], r"line 1: set is \['forget'\]"),
+        ([{"set": True}], "line 1: set is True"),
+        (['["forget"]'], "set is None|no object"),
+        (["7"], "line 1: 7 is no object"),
+        (["null"], "line 1: None is no object"),
+        (['{"set": "text", "text": "w3", "text": "w4"}'], "line 1: key 'text' is there twice"),
+        ([""], "holds no row"),
+        # a fact is in one set
+        ([pair("forget", 3, fact="a"), pair("retain", 5), pair("near", 6, fact="a")], "forget and near share 1 facts"),
+        (
+            [pair("forget", 3, fact="a"), pair("retain", 5), pair("retain", 6, fact="a", held_out=True)],
+            r"forget and retain share 1 facts, e.g. 'a' \(.*line 1; .*line 3\); remove it from one",
+        ),
+        (
+            [pair("forget", 3), pair("forget", 4, fact="a", held_out=True), pair("retain", 5, fact="a")],
+            "forget and retain share 1 facts",
+        ),
+        (
+            [pair("forget", 3, fact="a"), pair("retain", 5, clean="w3 w9 w5", fact="b")],
+            "forget and retain share 1 prompts, e.g. 'w3 w9 w5'",
+        ),
     ],
 )
 def test_bad_task_files_are_refused(rows, message: str, tmp_path: Path) -> None:
     with pytest.raises(MansuError, match=message):
         read_task(write(tmp_path / "t.jsonl", rows), TOKENIZER)
+
+
+def test_the_summary_adds_up_to_the_file(tmp_path: Path) -> None:
+    rows = [
+        *(pair("forget", i, fact="a", clean=f"w{i} w9 w5") for i in range(3, 6)),
+        pair("forget", 6, fact="a", held_out=True),
+        pair("retain", 7),
+        *(pair("near", i, held_out=i > 8) for i in range(8, 11)),
+        *({"set": "text", "text": f"w{i} w3"} for i in range(20, 24)),
+        {"set": "unseen", "text": "w50 w5"},
+    ]
+    file = write(tmp_path / "t.jsonl", rows)
+    file.write_text(file.read_text().replace("\n", "\n\n  \n"))  # blank lines are no rows
+    task = read_task(file, TOKENIZER)
+    assert task.lines == {
+        "forget": 3, "forget, held out": 1, "retain": 1, "near": 1, "near, held out": 2, "text": 4, "unseen": 1,
+    }  # fmt: skip
+    assert sum(task.lines.values()) == len(rows) == 13
+    assert repr(task).endswith("; 13 lines: forget 3 + 1 held out, retain 1, near 1 + 2 held out, text 4, unseen 1)")
+    # and every line is somewhere
+    assert {key: len(value) for key, value in task.questions.items()} == {
+        "forget": 3, "forget_paraphrase": 1, "retain": 1, "near": 1, "near_paraphrase": 2,
+    }  # fmt: skip
+    assert (len(task.retain_text), len(task.near_text), len(task.unseen)) == (1 + 4, 1, 1)
+    assert task.to("cpu").lines == dataclasses.replace(task, name="x").lines == task.lines
+
+
+def test_a_task_made_by_hand_is_held_against_the_same() -> None:
+    task = mtl.load_task("pocket")
+    near = dataclasses.replace(
+        task.questions["near"], facts=task.questions["forget"].facts[:1] * len(task.questions["near"])
+    )
+    with pytest.raises(MansuError, match="task 'pocket': forget and near share 1 facts"):
+        dataclasses.replace(task, questions={**task.questions, "near": near})
+    held = dataclasses.replace(near, facts=task.questions["forget_paraphrase"].facts[:1] * len(near))
+    with pytest.raises(MansuError, match="task 'pocket': forget and retain share 1 facts"):
+        dataclasses.replace(task, questions={**task.questions, "retain_paraphrase": held})
+
+
+# Files as people save them -------------------------------------------------------------------------------------------
+
+ROWS = [pair("forget", 3), pair("forget", 4, held_out=True), pair("retain", 5), {"set": "text", "text": "w6 w7 w3"}]
+
+
+def same(task: Task, other: Task) -> bool:
+    parts = [
+        [t.forget_pairs.clean, t.retain_pairs.corrupt, t.retain_text.tokens, *(q.choices for q in t.questions.values())]
+        for t in (task, other)
+    ]
+    return task.lines == other.lines and all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Task:
+    return read_task(write(tmp_path / "plain.jsonl", ROWS), TOKENIZER)
+
+
+def text_of(rows: list[object], end: str = "\n") -> str:
+    return end.join(json.dumps(row, ensure_ascii=False) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("bom.jsonl", text_of(ROWS).encode("utf-8-sig")),
+        ("joined.jsonl", b"\n".join(text_of([row]).encode("utf-8-sig") for row in ROWS)),
+        ("crlf.jsonl", text_of(ROWS, "\r\n").encode() + b"\r\n"),
+        ("cr.jsonl", text_of(ROWS, "\r").encode()),
+        ("blank.jsonl", b"\n \n" + text_of(ROWS, "\n\t\n").encode() + b"\n\n"),
+        ("array.json", json.dumps(ROWS).encode()),
+        ("pretty.json", json.dumps(ROWS, indent=2).encode("utf-8-sig")),
+        ("task.jsonl.gz", gzip.compress(text_of(ROWS).encode())),
+        ("a \N{TEST TUBE} b \u00e9\u6771.jsonl", text_of(ROWS).encode()),
+        ("no_ending", text_of(ROWS).encode()),
+        (".hidden", text_of(ROWS).encode()),
+    ],
+)
+def test_files_are_read_as_people_save_them(plain: Task, tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    task = mtl.load_task(tmp_path / name, tokenizer=TOKENIZER)
+    assert same(task, plain)
+    assert task.name == name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+    assert same(mtl.load_task(str(tmp_path / name), tokenizer=TOKENIZER), plain)
+
+
+def test_a_home_folder_may_be_written_as_a_tilde(plain: Task, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert same(mtl.load_task("~/plain.jsonl", tokenizer=TOKENIZER), plain)
+    with pytest.raises(MansuError, match="no such user's home; write the path out"):
+        mtl.load_task("~nobody-of-this-name/t.jsonl", tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
+def test_only_line_feeds_and_carriage_returns_end_a_line(tmp_path: Path, mark: str) -> None:
+    """`str.splitlines` also ends one at these, which are legal inside a JSON string."""
+    rows = [*ROWS, {"set": "text", "text": f"w8{mark}w9"}]
+    task = read_task(write(tmp_path / "t.jsonl", [text_of([row]) for row in rows]), TOKENIZER)
+    assert sum(task.lines.values()) == len(rows)
+    assert task.retain_text.tokens[-1].tolist() == [1, 8, 9, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "u16.jsonl",
+            text_of(ROWS).encode("utf-16"),
+            "u16.jsonl: UTF-16, UTF-32 or no text at all, not UTF-8; save it",
+        ),
+        ("u16le.jsonl", text_of(ROWS).encode("utf-16-le"), "UTF-16, UTF-32 or no text at all"),
+        ("u16be.jsonl", text_of(ROWS).encode("utf-16-be"), "UTF-16, UTF-32 or no text at all"),
+        ("u32.jsonl", text_of(ROWS).encode("utf-32"), "UTF-16, UTF-32 or no text at all"),
+        (
+            "latin.jsonl",
+            text_of([*ROWS, {"set": "text", "text": "caf\u00e9"}]).encode("latin-1"),
+            r"latin.jsonl, line 5: byte 0xe9 is not UTF-8 \(Latin-1 or Windows-1252\?\); save the file as UTF-8",
+        ),
+        (
+            "bom_latin.jsonl",
+            b"\xef\xbb\xbf" + text_of([ROWS[0], {"set": "text", "text": "\u00fc"}], "\r\n").encode("latin-1"),
+            "line 2: byte 0xfc is not UTF-8",
+        ),
+        ("t.jsonl.zip", b"PK\x03\x04rest", "packed with zip; unpack it first"),
+        ("t.jsonl.bz2", b"BZh9rest", "packed with bzip2"),
+        ("t.jsonl.xz", b"\xfd7zXZ\x00", "packed with xz"),
+        ("cut.jsonl.gz", gzip.compress(text_of(ROWS).encode())[:-12], "cut.jsonl.gz: cannot be read"),
+        ("t.csv", b"set,clean\nforget,w3", r"t.csv: a table, .*load_task\(pd.read_csv\('t.csv'\), tokenizer=model\)"),
+        ("t.parquet", b"PAR1", r"load_task\(pd.read_parquet\('t.parquet'\)"),
+        ("empty.jsonl", b"", "empty.jsonl: holds no row; write one object a line"),
+        ("empty.json", b"[]", "empty.json: holds no row"),
+        ("cut.json", b"[" + text_of(ROWS, ",").encode(), "cut.json: not JSON"),
+        ("nested.json", json.dumps([ROWS]).encode(), "nested.json, row 0: .* is no object"),
+        (
+            "bad.json",
+            json.dumps([*ROWS, pair("retain", 6, answer=7)]).encode(),
+            "bad.json, row 4: answer is 7, not text",
+        ),
+        ("pretty.jsonl", json.dumps(ROWS[0], indent=2).encode(), "pretty.jsonl, line 1: not JSON"),
+        ("python.jsonl", repr(ROWS[0]).encode(), "python.jsonl, line 1: not JSON"),
+        ("deep.jsonl", b"{" + b'"a":[' * 100_000, "deep.jsonl, line 1: nested too deeply|not JSON"),
+    ],
+)
+def test_files_that_cannot_be_read_say_so_in_one_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(MansuError, match=rf"^(?=[^\n]*\Z).*({message})"):
+        mtl.load_task(tmp_path / name, tokenizer=TOKENIZER)
+
+
+def test_paths_that_are_no_file_say_so(tmp_path: Path) -> None:
+    with pytest.raises(MansuError, match=f"{tmp_path}: this is a folder; pass the file that is in it"):
+        mtl.load_task(tmp_path, tokenizer=TOKENIZER)
+    for path in ("x" * 5000, '{"set": "text"}', "a\0b"):
+        with pytest.raises(MansuError, match="no such task file"):
+            mtl.load_task(path, tokenizer=TOKENIZER)
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_tables_are_read_as_files_are(plain: Task) -> None:
+    """A list of dicts, and pandas' tables, whose empty cells fill the columns of other sets."""
+    frame = pd.DataFrame(ROWS)
+    assert frame.isna().any(axis=None)
+    whole = frame.assign(held_out=frame["held_out"].eq(True))
+    for rows in (ROWS, tuple(ROWS), iter(ROWS), whole, whole.convert_dtypes(), whole.to_dict("records")):
+        task = mtl.load_task(rows, tokenizer=TOKENIZER, name="plain")
+        assert same(task, plain)
+        assert task.name == "plain"
+    assert mtl.load_task(ROWS, tokenizer=TOKENIZER).name == "rows"
+    arrays = whole.assign(distractors=[np.array(d) if isinstance(d, list) else d for d in whole["distractors"]])
+    assert same(mtl.load_task(arrays, tokenizer=TOKENIZER), plain)
+
+
+def test_what_pandas_writes_is_read(plain: Task, tmp_path: Path) -> None:
+    """`to_json` writes null where a row's set does not have the column."""
+    frame = pd.DataFrame(ROWS)
+    whole = frame.assign(held_out=frame["held_out"].eq(True))
+    for name, table in (("null", whole), ("blank", whole.fillna({"text": "", "clean": "", "answer": ""}))):
+        file = tmp_path / f"{name}.jsonl"
+        table.to_json(file, orient="records", lines=True)
+        assert '"corrupt":null' in file.read_text()
+        assert same(read_task(file, TOKENIZER), plain)
+    packed = tmp_path / "packed.jsonl.gz"
+    frame.assign(held_out=frame["held_out"].eq(True)).to_json(packed, orient="records", lines=True)
+    assert same(read_task(packed, TOKENIZER), plain)
+
+
+@pytest.mark.parametrize(
+    ("column", "way"),
+    [("held_out", r"frame\['held_out'\].eq\(True\)"), ("fact", r"frame\['fact'\].fillna\(frame\['clean'\]\)")],
+)
+def test_an_empty_cell_of_its_own_column_is_refused_with_the_way_out(tmp_path: Path, column: str, way: str) -> None:
+    rows = [pair("forget", 3, **{column: True if column == "held_out" else "a"}), pair("forget", 4), pair("retain", 5)]
+    frame = pd.DataFrame(rows)
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    for source, name in ((tmp_path / "t.jsonl", "t.jsonl, line 2"), (frame, "row 1")):
+        with pytest.raises(MansuError, match=rf"{name}: {column} is null; .*{way}"):
+            mtl.load_task(source, tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([*ROWS, pair("retain", 6, answer=7)], "row 4: answer is 7, not text"),
+        ([*ROWS, pair("retain", 6, clean="w3 w4 w5 w6")], "row 4: clean has 5 tokens, corrupt 4"),
+        (
+            pd.DataFrame([*ROWS[:1], pair("retain", 6, answer=float("nan"))]),
+            "row 1: answer is null; a retain line needs it",
+        ),
+        (pd.DataFrame([pair("forget", 3, held_out=1.0)]), "row 0: held_out is 1.0; write true or false"),
+        (pd.DataFrame(ROWS).rename(columns={"answer": "anser"}), "row 0: unknown key 'anser'"),
+        (pd.DataFrame([{"set": "forget"}]), "row 0: 'answer' is missing"),
+        (pd.DataFrame([["a", "b"]], columns=["set", "set"]), r"columns \['set', 'set'\] have one twice"),
+        (pd.DataFrame(), "rows: holds no row"),
+        ([], "rows: holds no row"),
+        (["a line"], "row 0: 'a line' is no object"),
+        ({"set": "forget"}, "got a dict; pass a file, a DataFrame or a list of rows"),
+        (7, "got a int; pass a file, a DataFrame or a list of rows"),
+    ],
+)
+def test_bad_rows_and_tables_are_refused(rows, message: str) -> None:
+    with pytest.raises(MansuError, match=message):
+        mtl.load_task(rows, tokenizer=TOKENIZER)
+    with pytest.raises(MansuError, match="needs a tokenizer to be read; pass tokenizer=model"):
+        mtl.load_task(rows)
+
+
+def test_a_model_is_held_against_every_line(tmp_path: Path) -> None:
+    """The tokenizer of a model that knows fewer words, or has fewer positions, than the file needs."""
+    model = mtl.load(tiny("llama"), tokenizer=tiny_tokenizer(80))
+    long = " ".join(["w5"] * 64)
+    for row, message in (
+        (pair("retain", 6, answer="w70"), "t.jsonl, line 5: token 70, the model's vocabulary ends at 63"),
+        (pair("near", 6, clean=f"{long} w6", corrupt=f"{long} w7"), "line 5: 66 tokens, the model has 64 positions"),
+        ({"set": "text", "text": long}, "line 5: 65 tokens, the model has 64 positions; shorten the text"),
+        ({"set": "unseen", "text": long}, "line 5: 65 tokens, the model has 64 positions; shorten the text"),
+    ):
+        with pytest.raises(MansuError, match=message):
+            mtl.load_task(write(tmp_path / "t.jsonl", [*ROWS, row]), tokenizer=model)
+    bare = mtl.load(tiny("qwen3"), tokenizer=tiny_tokenizer())
+    with pytest.raises(MansuError, match=r"line 5: text 'w3' is 1 token\(s\) long; 2 are the least that say something"):
+        mtl.load_task(write(tmp_path / "t.jsonl", [*ROWS, {"set": "text", "text": "w3"}]), tokenizer=bare)
+
+
+def test_a_config_may_have_a_mark_a_tilde_and_another_encoding(tmp_path: Path, monkeypatch) -> None:
+    text = 'model = "pocket"\ntask = "pocket"\nseed = 3\n# caf\u00e9\n'
+    (tmp_path / "c.toml").write_bytes(text.encode("utf-8-sig"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert mtl.StudyConfig.read(tmp_path / "c.toml").seed == mtl.StudyConfig.read("~/c.toml").seed == 3
+    (tmp_path / "u.toml").write_bytes(text.encode("utf-16"))
+    with pytest.raises(MansuError, match="u.toml: UTF-16"):
+        mtl.StudyConfig.read(tmp_path / "u.toml")
+    (tmp_path / "l.toml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(MansuError, match="l.toml, line 4: byte 0xe9 is not UTF-8"):
+        mtl.StudyConfig.read(tmp_path / "l.toml")
+    with pytest.raises(MansuError, match="this is a folder"):
+        mtl.StudyConfig.read(tmp_path)
+
+
+def test_results_go_to_a_home_folder_and_to_any_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = mtl.load(tiny("llama"), tokenizer=TOKENIZER)
+    folder = mtl.save(model, "~/m \N{TEST TUBE}")
+    assert folder == tmp_path / "m \N{TEST TUBE}"
+    assert fingerprint(mtl.load("~/m \N{TEST TUBE}")) == fingerprint(mtl.load(folder)) == fingerprint(model)
+    scores = mtl.edge_attribution(model, read_task(ROWS, model).forget_pairs, steps=1)
+    assert scores.save("~/s.safetensors") == tmp_path / "s.safetensors"
+    assert torch.equal(mtl.EdgeScores.load("~/s.safetensors").tensor, scores.tensor)
 
 
 def test_tasks_by_name_and_by_file() -> None:

@@ -37,7 +37,8 @@ def changed(value: Any) -> Any:
     """The same kind of value, another one."""
     if isinstance(value, torch.Tensor):
         out = value.clone()
-        out.view(-1)[-1] = ~out.view(-1)[-1] if value.dtype == torch.bool else out.view(-1)[-1] + 1
+        # Less by one: a length may not pass the width of the tokens.
+        out.view(-1)[-1] = ~out.view(-1)[-1] if value.dtype == torch.bool else out.view(-1)[-1] - 1
         return out
     if isinstance(value, bool):
         return not value

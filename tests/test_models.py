@@ -258,10 +258,8 @@ def test_load_refuses_what_it_cannot_take(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(MansuError, match="this is a file"):
         load(tmp_path / "file")
-    for source in (3, load(tiny("llama"))):
-        with pytest.raises(
-            (MansuError, TypeError), match=r"got a (int|TransformerBridge)|source"
-        ):  # TypeError: jaxtyping
+    for source, what in ((3, "got a int"), (load(tiny("llama")), "it is hooked already; use it as it is")):
+        with pytest.raises((MansuError, TypeError), match=rf"{what}|source"):  # TypeError: jaxtyping
             load(source)
     with pytest.raises(MansuError, match="device 'warp'"):
         load(tiny("llama"), device="warp")
@@ -274,6 +272,75 @@ def test_load_refuses_what_it_cannot_take(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MansuError, match="somebody/something: no such folder, and not to be had from the hub"):
         load("somebody/something")
+
+
+@pytest.mark.parametrize(
+    ("family", "buffers"),
+    [
+        ("gpt2", {"transformer.h.{}.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(),
+                  "transformer.h.{}.attn.masked_bias": torch.tensor(-1e4)}),
+        ("gpt_neox", {"gpt_neox.layers.{}.attention.bias": torch.ones(1, 1, 8, 8).tril(),
+                      "gpt_neox.layers.{}.attention.masked_bias": torch.tensor(-1e9),
+                      "gpt_neox.layers.{}.attention.rotary_emb.inv_freq": torch.ones(1)}),
+        *((family, {"model.layers.{}.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                    "model.layers.{}.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 8, 8)})
+          for family in ("llama", "mistral", "qwen3", "gemma2", "gemma3")),
+    ],
+    ids=["gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3"],
+)  # fmt: skip
+def test_buffers_of_old_checkpoints_are_passed_over_and_weights_are_not(tmp_path, family, buffers):
+    folder = save(tiny(family), tmp_path / "m")
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    old = {name.format(i): value.clone() for name, value in buffers.items() for i in range(2)}
+    save_file(tensors | old, weights, metadata={"format": "pt"})
+    bridge = load(folder)
+    assert fingerprint(bridge) == fingerprint(tiny(family))
+    with torch.no_grad():
+        reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")(TOKENS).logits
+        torch.testing.assert_close(bridge(TOKENS, return_type="logits"), reference, rtol=0, atol=2e-6)
+    assert sorted(load_file(save(bridge, tmp_path / "again") / "model.safetensors")) == sorted(tensors)
+    name = next(iter(old)).rpartition(".")[0] + ".extra.weight"
+    save_file(tensors | old | {name: torch.zeros(2)}, weights, metadata={"format": "pt"})
+    with pytest.raises(MansuError, match=rf"unexpected weight {name.replace('.', '[.]')};"):
+        load(folder)
+
+
+def test_adapters_and_gguf_files_are_told_the_way(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    (adapter / "adapter_model.safetensors").touch()
+    way = (
+        r"adapter of some/base, no model; merge it first: peft.PeftModel.from_pretrained\(AutoModelForCausalLM."
+        r"from_pretrained\('some/base'\), '.*/adapter'\).merge_and_unload\(\), and pass what that gives"
+    )
+    with pytest.raises(MansuError, match=way):
+        load(adapter)
+    # transformers loads such a folder with its adapter in place where peft is installed, and without it elsewhere
+    both = save(tiny("llama"), tmp_path / "both")
+    (both / "adapter_config.json").write_text("{")
+    with pytest.raises(MansuError, match="this folder holds an adapter of BASE, no model; merge it first"):
+        load(both)
+    file = tmp_path / "gguf" / "tiny-Q4_K_M.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    for source in (file, file.parent, tmp_path / "gguf" / "not there.gguf"):
+        with pytest.raises(
+            MansuError, match=r"a GGUF file holds quantized weights; dequantize it first .*gguf_file='.*gguf'\)"
+        ):
+            load(source)
+
+
+def test_a_model_unpacked_from_gguf_is_saved_as_the_dense_one_it_is(tmp_path):
+    """transformers leaves the file's format in the config; a folder that says so is refused by everyone."""
+    hf = tiny("llama")
+    hf.config.quantization_config = {"quant_method": "gguf"}
+    folders = save(load(hf), tmp_path / "bridge"), save(hf, tmp_path / "plain")
+    for folder in folders:
+        assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+        assert fingerprint(load(folder)) == fingerprint(tiny("llama"))
+    assert hf.config.quantization_config  # the user's own model is never changed
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ def test_the_results_folder_holds_what_the_design_names(study) -> None:
     for name in (
         "config.toml", "environment.json", "circuit/scores.safetensors", "circuit/circuit.safetensors",
         "edits/mansu/edit.safetensors", "edits/graddiff/edit.safetensors", "scores/summary.csv",
-        "scores/mansu/scorecard.csv", "scores/mansu/updates.csv", "model/mansu/model.safetensors", "edits/mansu/certificate.json",
+        "scores/mansu/scorecard.csv", "scores/mansu/updates.csv", "model/mansu/model.safetensors",
+        "edits/mansu/certificate.json",
     ):  # fmt: skip
         assert (study.folder / name).is_file(), name
     environment = json.loads((study.folder / "environment.json").read_text())

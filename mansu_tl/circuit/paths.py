@@ -137,10 +137,11 @@ def path_patching(
         raise MansuError(
             f"path patching: denoising mends the corrupt run, {ablation.kind} ablation has none; use direction='noising'"
         )
+    pairs = prepared(model, pairs)
     named = tuple((writer, reader) for writer, reader in edges)
     if not named:
         raise MansuError("path patching: no edges given; name at least one, such as ('embed', 'logits')")
-    graph, pairs = Graph.of(model), prepared(model, pairs)
+    graph = Graph.of(model)
     picked = [graph.mask(named)] if together else [graph.mask([edge]) for edge in named]
     masks = 1 - torch.stack([torch.zeros_like(graph.exists), *picked]).float()
     other = PromptPairs(

@@ -1,158 +1,160 @@
-"""A forget/retain task from one JSON-lines file.
+"""A forget/retain task from rows: a JSON-lines file, a JSON array, a table or a list of dicts.
 
-Every line is an object with a "set":
-
-- "forget", "retain" or "near": a pair, with "clean", "corrupt", "answer", "distractors" (a list; the first one is the
-  corrupt prompt's answer), and optionally "fact" (what the pair asks, so that several wordings count once; default: the
-  clean prompt) and "held_out": true for wordings that are only evaluated, never trained on;
-- "text": "text" whose likelihood is to be kept;
-- "unseen": a "text" prompt in the forget set's form about something the model never met.
-
-A pair of the retain or near sets is also kept as text, its answer attached.
+The fields of a row are in `mansu_tl.data.lines`. A pair of the retain or near sets is also kept as text, its answer
+attached.
 """
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from mansu_tl.data.answers import AnswerSpace, joined, require_answer_space
+from mansu_tl.data.fit import require_fit
+from mansu_tl.data.lines import PAIR_SETS, TEXT_SETS, Row, Rows, read_rows
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.task import Questions, Sequences, Task
 from mansu_tl.data.text import TextSource, encode, pad, pad_id, text_source
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 
-_PAIR_KEYS = {"set", "clean", "corrupt", "answer", "distractors", "fact", "held_out"}
-_TEXT_KEYS = {"set", "text"}
-_PAIR_SETS, _TEXT_SETS = ("forget", "retain", "near"), ("text", "unseen")
-
 
 @torch_defaults()
 def read_task(
-    path: str | PathLike[str], tokenizer: TextSource, *, name: str | None = None, prepend_bos: bool | None = None
+    source: Rows,
+    tokenizer: TextSource,
+    *,
+    name: str | None = None,
+    prepend_bos: bool | None = None,
+    answer_space: AnswerSpace = "auto",
 ) -> Task:
-    """Read a task file.
+    """A task from a JSON-lines file (gzipped or not), a JSON array, a DataFrame or a list of dicts.
 
     Args:
-        name: the task's name; the file's stem where not given.
-        tokenizer: a tokenizer, or the hooked model itself.
+        tokenizer: a tokenizer, or the hooked model itself; then every row is held against the model's positions too.
+        name: the task's name; the file's stem where not given, "rows" for a table.
         prepend_bos: put a BOS token in front of every prompt and text; None = what the family does, for a bare
             tokenizer yes if it has one.
+        answer_space: whether a space stands between a prompt and its answers where a row does not say; see
+            `PromptPairs.from_text`.
 
     Raises:
-        MansuError: no such file; a line that is no such object (with its number); an empty forget or retain set; sets
-            that overlap; prompts of unequal token length; an answer of several tokens.
+        MansuError: no such file; a row that is no such object, with its line; an empty forget or retain set; a fact or
+            a prompt that is asked in the forget set and in another one; prompts of unequal token length or longer than
+            the model; an answer of several tokens.
     """
-    source = Path(path)
-    tokenizer, prepend_bos = text_source(tokenizer, prepend_bos)
-    rows = _rows(source)
-    label = name or source.stem
-    groups = {s: [row for row in rows if row["set"] == s] for s in (*_PAIR_SETS, *_TEXT_SETS)}
+    require_answer_space(answer_space, "task")
+    title, where, rows = read_rows(source)
+    reader = _Reader(tokenizer, prepend_bos, answer_space)
+    groups = {s: [row for row in rows if row["set"] == s] for s in (*PAIR_SETS, *TEXT_SETS)}
+    trained = {s: [row for row in groups[s] if not row["held_out"]] for s in PAIR_SETS}
     for needed in ("forget", "retain"):
-        if not [row for row in groups[needed] if not row.get("held_out", False)]:
-            raise MansuError(f"{source}: the {needed} set is empty; give it at least one pair that is not held out")
-    questions = {}
-    for kind in _PAIR_SETS:
+        if not trained[needed]:
+            raise MansuError(f"{where}: the {needed} set is empty; give it at least one pair that is not held out")
+    for other in ("near", "retain"):
+        _require_apart(where, groups["forget"], other, groups[other])
+    asked = {}
+    for kind in PAIR_SETS:
         for held_out in (False, True):
-            asked = [row for row in groups[kind] if row.get("held_out", False) is held_out]
-            if asked:
-                questions[f"{kind}_paraphrase" if held_out else kind] = _questions(
-                    tokenizer, asked, source, prepend_bos
-                )
-    seen = {k: [row for row in groups[k] if not row.get("held_out", False)] for k in _PAIR_SETS}
-
-    def sequences(texts: Sequence[str]) -> Sequences:
-        ids = [encode(tokenizer, text, prepend_bos) for text in texts]
-        return Sequences(*pad(ids, pad_id(tokenizer))) if ids else empty
-
-    empty = Sequences(torch.empty(0, 1, dtype=torch.long), torch.empty(0, dtype=torch.long))
-    texts = [row["text"] for row in groups["text"]]
+            chosen = [row for row in groups[kind] if row["held_out"] is held_out]
+            if chosen:
+                asked[f"{kind}_paraphrase" if held_out else kind] = reader.pairs(chosen)
     return Task(
-        name=label,
-        forget_pairs=_pairs(tokenizer, seen["forget"], source, prepend_bos),
-        retain_pairs=_pairs(tokenizer, seen["retain"], source, prepend_bos),
-        retain_text=sequences([*map(_sentence, seen["retain"]), *texts]),
-        near_text=sequences([*map(_sentence, seen["near"])]),
-        unseen=sequences([row["text"] for row in groups["unseen"]]),
-        questions=questions,
+        name=name or title,
+        forget_pairs=asked["forget"],
+        retain_pairs=asked["retain"],
+        retain_text=reader.sequences([*map(reader.sentence, trained["retain"]), *map(_text, groups["text"])], least=2),
+        near_text=reader.sequences([*map(reader.sentence, trained["near"])], least=2),
+        unseen=reader.sequences([*map(_text, groups["unseen"])], least=1),
+        questions={key: _questions(pairs) for key, pairs in asked.items()},
+        lines=_counted(rows),
     )
 
 
-def _rows(source: Path) -> list[dict[str, Any]]:
-    if not source.is_file():
-        raise MansuError(f"{source}: no such task file; give a JSON-lines file or an embedded name (pocket)")
-    rows = []
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise MansuError(f"{source}, line {number}: not JSON ({error.msg}); write one object a line") from None
-        kind = row.get("set") if isinstance(row, dict) else None
-        if kind not in (*_PAIR_SETS, *_TEXT_SETS):
-            raise MansuError(
-                f"{source}, line {number}: set is {kind!r}; choose one of {', '.join((*_PAIR_SETS, *_TEXT_SETS))}"
-            )
-        known = _PAIR_KEYS if kind in _PAIR_SETS else _TEXT_KEYS
-        needed = {"clean", "corrupt", "answer", "distractors"} if kind in _PAIR_SETS else {"text"}
-        if set(row) - known:
-            raise MansuError(
-                f"{source}, line {number}: unknown key {min(set(row) - known)!r}; known: {', '.join(sorted(known))}"
-            )
-        if needed - set(row):
-            raise MansuError(f"{source}, line {number}: {min(needed - set(row))!r} is missing; a {kind} line needs it")
-        rows.append(row | {"line": number})
-    return rows
+class _Reader:
+    """Rows as tokens."""
+
+    def __init__(self, source: TextSource, prepend_bos: bool | None, answer_space: AnswerSpace) -> None:
+        self.answer_space = answer_space
+        self.model = source if isinstance(source, TransformerBridge) else None
+        self.tokenizer: PreTrainedTokenizerBase
+        self.tokenizer, self.bos = text_source(source, prepend_bos)
+
+    def pairs(self, rows: Sequence[Row]) -> PromptPairs:
+        """Rows of one set as pairs."""
+        first = rows[0]
+        for row in rows:
+            if len(row["distractors"]) != len(first["distractors"]):
+                raise MansuError(
+                    f"{row['name']}: distractors {row['distractors']!r}, {len(first['distractors'])} at "
+                    f"{first['name']}; give every line of a set the same number"
+                )
+        pairs = PromptPairs.from_text(
+            self.tokenizer,
+            [row["clean"] for row in rows],
+            [row["corrupt"] for row in rows],
+            [row["answer"] for row in rows],
+            [row["distractors"] for row in rows],
+            self.bos,
+            labels=[f"{row['fact']} / {row['name'].rpartition(', ')[2]}" for row in rows],
+            names=[row["name"] for row in rows],
+            answer_space=[self._space(row) for row in rows],
+        )
+        if self.model is not None:
+            require_fit(self.model, pairs, [row["name"] for row in rows])
+        return pairs
+
+    def sentence(self, row: Row) -> tuple[str, str]:
+        """A pair's prompt with its answer, and the row's name."""
+        return joined(self.tokenizer, row["clean"], row["answer"], self._space(row)), row["name"]
+
+    def sequences(self, texts: Sequence[tuple[str, str]], least: int) -> Sequences:
+        """Named texts as tokens, at least `least` in each."""
+        if not texts:
+            return Sequences(torch.empty(0, 1, dtype=torch.long), torch.empty(0, dtype=torch.long))
+        ids = [encode(self.tokenizer, text, self.bos) for text, _ in texts]
+        for row, (text, name) in zip(ids, texts, strict=True):
+            if len(row) < least:
+                raise MansuError(
+                    f"{name}: text {text!r} is {len(row)} token(s) long; {least} are the least that say something"
+                )
+        sequences = Sequences(*pad(ids, pad_id(self.tokenizer)))
+        if self.model is not None:
+            require_fit(self.model, sequences, [name for _, name in texts])
+        return sequences
+
+    def _space(self, row: Row) -> AnswerSpace:
+        return row.get("answer_space", self.answer_space)
 
 
-def _pairs(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], source: Path, prepend_bos: bool
-) -> PromptPairs:
-    _same_width(rows, source)
-    return PromptPairs.from_text(
-        tokenizer,
-        [row["clean"] for row in rows],
-        [row["corrupt"] for row in rows],
-        [row["answer"] for row in rows],
-        [row["distractors"] for row in rows],
-        prepend_bos,
-        labels=[f"{_fact(row)} / line {row['line']}" for row in rows],
-        names=[f"{source}, line {row['line']}" for row in rows],
-    )
-
-
-def _questions(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], source: Path, prepend_bos: bool
-) -> Questions:
-    pairs = _pairs(tokenizer, rows, source, prepend_bos)
+def _questions(pairs: PromptPairs) -> Questions:
     choices = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
-    return Questions(pairs.clean, pairs.lengths, choices, tuple(_fact(row) for row in rows))
+    return Questions(pairs.clean, pairs.lengths, choices, pairs.facts)
 
 
-def _same_width(rows: list[dict[str, Any]], source: Path) -> None:
-    for row in rows:
-        if (
-            not isinstance(row["distractors"], list)
-            or len(row["distractors"]) != len(rows[0]["distractors"])
-            or not row["distractors"]
-        ):
-            first = "at least one" if row is rows[0] else f"as many as line {rows[0]['line']} has, at least one"
+def _counted(rows: Sequence[Row]) -> dict[str, int]:
+    """How many rows each set has, held-out wordings apart."""
+    found = Counter(f"{row['set']}, held out" if row["held_out"] else row["set"] for row in rows)
+    order = [key for kind in (*PAIR_SETS, *TEXT_SETS) for key in (kind, f"{kind}, held out")]
+    return {key: found[key] for key in order if found[key]}
+
+
+def _text(row: Row) -> tuple[str, str]:
+    return row["text"], row["name"]
+
+
+def _require_apart(where: str, forget: Sequence[Row], name: str, others: Sequence[Row]) -> None:
+    """Refuse a fact, or a prompt, that is asked in the forget set and in another one, held-out wordings included."""
+    for key, what in (("fact", "facts"), ("clean", "prompts")):
+        first = {row[key]: row for row in reversed(forget)}
+        both = {row[key]: row for row in reversed(others) if row[key] in first}
+        if both:
+            example = min(both)
             raise MansuError(
-                f"{source}, line {row['line']}: distractors {row['distractors']!r}; give a list of {first}"
+                f"{where}: forget and {name} share {len(both)} {what}, e.g. {example!r} ({first[example]['name']}; "
+                f"{both[example]['name']}); remove it from one"
             )
-
-
-def _fact(row: dict[str, Any]) -> str:
-    return str(row.get("fact", row["clean"]))
-
-
-def _sentence(row: dict[str, Any]) -> str:
-    clean, answer = row["clean"], row["answer"]
-    return clean + answer if clean.endswith(" ") or answer.startswith(" ") else f"{clean} {answer}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -11,34 +11,52 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mansu_tl.data.pairs import PromptPairs
+from mansu_tl.data.rows import (
+    checked_lengths,
+    require_options,
+    set_fields,
+    whole_numbers,
+    with_values,
+    without_padding,
+)
 from mansu_tl.defaults import moved
 from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result, Table
 
+_HELD_OUT = ", held out"
+
 
 @dataclass(frozen=True)
 class Sequences(Result):
-    """Right-padded token sequences.
+    """Right-padded token sequences; whatever stands behind a sequence's length is replaced by token 0.
 
     Attributes:
         tokens: token ids.
         lengths: real tokens of each sequence.
+
+    Raises:
+        MansuError: tensors of the wrong shape or kind, a negative id, or a length outside 1..pos.
     """
 
     tokens: Int[Tensor, "row pos"]
     lengths: Int[Tensor, " row"]
 
+    def __post_init__(self) -> None:
+        tokens = whole_numbers("sequences: tokens", self.tokens, 2)
+        lengths = checked_lengths("sequence", tokens, self.lengths)
+        set_fields(self, tokens=without_padding("sequence", "text", tokens, lengths), lengths=lengths)
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def __getitem__(self, index: slice | list[int] | Tensor) -> Sequences:
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> Sequences:
         """The chosen rows, as `Sequences`."""
-        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
-        return Sequences(self.tokens[picked], self.lengths[picked])
+        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
+        return with_values(self, tokens=self.tokens[picked], lengths=self.lengths[picked])
 
     def to(self, device: str | torch.device) -> Sequences:
         """The same sequences on `device`."""
-        return Sequences(moved(self.tokens, device), moved(self.lengths, device))
+        return with_values(self, tokens=moved(self.tokens, device), lengths=moved(self.lengths, device))
 
     def __repr__(self) -> str:
         return f"Sequences({len(self)} sequences of up to {self.tokens.shape[1]} tokens)"
@@ -49,10 +67,14 @@ class Questions(Result):
     """Multiple-choice questions with one-token options.
 
     Attributes:
-        prompts: right-padded prompts.
+        prompts: right-padded prompts; whatever stands behind a prompt's length is replaced by token 0.
         lengths: real tokens of each prompt.
         choices: the options; column 0 is the right answer. Accuracy is read from logits, so order tells nothing.
         facts: the fact each question asks for, so that intervals can be taken over facts rather than templates.
+
+    Raises:
+        MansuError: tensors of the wrong shape or kind, a negative id, a length outside 1..pos, fewer than two options,
+            an option given twice, or facts of another number.
     """
 
     prompts: Int[Tensor, "question pos"]
@@ -60,14 +82,28 @@ class Questions(Result):
     choices: Int[Tensor, "question option"]
     facts: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        prompts = whole_numbers("questions: prompts", self.prompts, 2)
+        choices = whole_numbers("questions: choices", self.choices, 2)
+        lengths, facts = checked_lengths("question", prompts, self.lengths), tuple(self.facts)
+        for what, count in (("choices", len(choices)), ("facts", len(facts))):
+            if count != len(prompts):
+                raise MansuError(f"questions: {count} {what} for {len(prompts)} prompts; give one for each")
+        if choices.device != prompts.device:
+            raise MansuError(f"questions: choices on {choices.device}, prompts on {prompts.device}; put all on one")
+        require_options("question", choices[:, 0] if choices.shape[1] else choices.sum(1), choices[:, 1:])
+        prompts = without_padding("question", "prompt", prompts, lengths)
+        set_fields(self, prompts=prompts, lengths=lengths, choices=choices, facts=facts)
+
     def __len__(self) -> int:
         return self.prompts.shape[0]
 
-    def __getitem__(self, index: slice | list[int] | Tensor) -> Questions:
+    def __getitem__(self, index: int | slice | list[int] | Tensor) -> Questions:
         """The chosen questions, as `Questions`."""
-        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index]
+        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
         facts = tuple(self.facts[i] for i in picked.tolist())
-        return Questions(self.prompts[picked], self.lengths[picked], self.choices[picked], facts)
+        values = {name: getattr(self, name)[picked] for name in ("prompts", "lengths", "choices")}
+        return with_values(self, **values, facts=facts)
 
     @property
     def chance(self) -> float:
@@ -76,8 +112,8 @@ class Questions(Result):
 
     def to(self, device: str | torch.device) -> Questions:
         """The same questions on `device`."""
-        prompts, lengths, choices = (moved(part, device) for part in (self.prompts, self.lengths, self.choices))
-        return Questions(prompts, lengths, choices, self.facts)
+        parts = ("prompts", "lengths", "choices")
+        return with_values(self, **{name: moved(getattr(self, name), device) for name in parts})
 
     def __repr__(self) -> str:
         return f"Questions({len(self)} with {self.choices.shape[1]} options, {len(set(self.facts))} facts)"
@@ -97,6 +133,12 @@ class Task(Result):
             May be empty, then the corrupt prompts stand in.
         questions: evaluation sets by name: "forget", "forget_paraphrase", "near", "near_paraphrase", "retain",
             "retain_paraphrase"; the paraphrase sets use held-out templates. "forget" and "retain" must be there.
+        lines: where the task was read from rows, how many there were by set, "forget" those that training may see and
+            "forget, held out" those that it may not; together all rows of the file.
+
+    Raises:
+        MansuError: a part of the wrong kind, an empty forget, retain or text set, or a fact that is asked in the forget
+            set and in another one, held-out wordings included.
     """
 
     name: str
@@ -106,40 +148,58 @@ class Task(Result):
     near_text: Sequences
     unseen: Sequences
     questions: Mapping[str, Questions]
+    lines: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        parts = {"forget_pairs": PromptPairs, "retain_pairs": PromptPairs, "retain_text": Sequences}
+        for key, kind in (parts | {"near_text": Sequences, "unseen": Sequences, "questions": Mapping}).items():
+            if not isinstance(getattr(self, key), kind):
+                found = type(getattr(self, key)).__name__
+                raise MansuError(f"task {self.name!r}: {key} is a {found}; give {kind.__name__}, or use load_task")
+        for key, asked in self.questions.items():
+            if not isinstance(asked, Questions):
+                raise MansuError(f"task {self.name!r}: questions[{key!r}] is a {type(asked).__name__}; give Questions")
         for key in ("forget", "retain"):
             if key not in self.questions or len(self.questions[key]) == 0:
                 raise MansuError(f"task {self.name!r}: the {key} set is empty; give it at least one question")
         if len(self.retain_text) == 0:
             raise MansuError(f"task {self.name!r}: retain_text is empty; give text whose likelihood is to be kept")
-        both = _overlap(self.questions["forget"], self.questions["retain"])
-        if both:
-            raise MansuError(
-                f"task {self.name!r}: forget and retain share {len(both)} facts, e.g. {both[0]!r}; remove it from one"
-            )
+        for other in ("near", "retain"):
+            both = sorted(self._facts("forget") & self._facts(other))
+            if both:
+                raise MansuError(
+                    f"task {self.name!r}: forget and {other} share {len(both)} facts, e.g. {both[0]!r}; remove it from one"
+                )
+
+    def _facts(self, name: str) -> set[str]:
+        """The facts that a set asks, in held-out wordings too."""
+        sets = (self.questions[key] for key in (name, f"{name}_paraphrase") if key in self.questions)
+        return {fact for questions in sets for fact in questions.facts}
 
     def to(self, device: str | torch.device) -> Task:
         """The same task with its tensors on `device`."""
-        return Task(
-            self.name,
-            self.forget_pairs.to(device),
-            self.retain_pairs.to(device),
-            self.retain_text.to(device),
-            self.near_text.to(device),
-            self.unseen.to(device),
-            {key: value.to(device) for key, value in self.questions.items()},
-        )
+        parts = ("forget_pairs", "retain_pairs", "retain_text", "near_text", "unseen")
+        moved = {key: value.to(device) for key, value in self.questions.items()}
+        return with_values(self, **{part: getattr(self, part).to(device) for part in parts}, questions=moved)
 
     def __repr__(self) -> str:
         sets = ", ".join(f"{key} {len(value)}" for key, value in self.questions.items())
         texts = f"{len(self.forget_pairs)} forget pairs, {len(self.retain_text)} retain texts"
-        return f"Task({self.name!r}: {texts}; questions: {sets})"
+        return f"Task({self.name!r}: {texts}; questions: {sets}{self._read()})"
+
+    def _read(self) -> str:
+        """Every line of the file, by set."""
+        if not self.lines:
+            return ""
+        held_out = {key.removesuffix(_HELD_OUT): n for key, n in self.lines.items() if key.endswith(_HELD_OUT)}
+        names = dict.fromkeys(key.removesuffix(_HELD_OUT) for key in self.lines)
+        sets = [f"{name} {self.lines.get(name, 0)}" + _plus(held_out.get(name, 0)) for name in names]
+        return f"; {sum(self.lines.values())} lines: {', '.join(sets)}"
 
     def _tables(self) -> Sequence[Table]:
         rows = [{"questions": k, "number": len(v), "facts": len(set(v.facts))} for k, v in self.questions.items()]
         return (Table(pd.DataFrame(rows)),)
 
 
-def _overlap(a: Questions, b: Questions) -> list[str]:
-    return sorted(set(a.facts) & set(b.facts))
+def _plus(held_out: int) -> str:
+    return f" + {held_out} held out" if held_out else ""

@@ -1,4 +1,4 @@
-"""From text to tokens: BOS, padding, one-token answers, and where a span of text lies among the tokens."""
+"""From text to tokens: BOS, padding, and where a span of text lies among the tokens."""
 
 from __future__ import annotations
 
@@ -43,26 +43,29 @@ def text_source(source: TextSource, prepend_bos: bool | None = None) -> tuple[Pr
 def encode(source: TextSource, text: str, prepend_bos: bool | None = None) -> list[int]:
     """Token ids of `text`, with one BOS token in front if the tokenizer has one and it is wanted (see `text_source`)."""
     tokenizer, wanted = text_source(source, prepend_bos)
-    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    return with_bos(tokenizer, list(tokenizer.encode(text, add_special_tokens=False)), wanted)
+
+
+def with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int], wanted: bool) -> list[int]:
+    """The ids with one BOS token in front if the tokenizer has one and it is wanted."""
     bos = tokenizer.bos_token_id
     return [int(bos), *ids] if wanted and bos is not None and ids[:1] != [int(bos)] else ids
 
 
-def single_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, what: str) -> int:
-    """The one token by which `answer` continues `prompt`; a space joins them unless either already brings it.
+def require_text(value: object, what: str) -> None:
+    """Refuse anything but text that says something.
 
     Raises:
-        MansuError: `answer` continues the prompt as several tokens, or as none.
+        MansuError: no text, blank text, or text that no file can hold (half of a surrogate pair).
     """
-    joint = prompt + answer if prompt.endswith(" ") or answer.startswith(" ") else f"{prompt} {answer}"
-    before, after = encode(tokenizer, prompt, False), encode(tokenizer, joint, False)
-    new = after[len(before) :]
-    if after[: len(before)] != before or len(new) != 1:
-        raise MansuError(
-            f"{what} {answer!r} continues {prompt!r} as {len(new)} tokens {tokenizer.convert_ids_to_tokens(new)}; "
-            "choose an answer that is one token"
-        )
-    return new[0]
+    if not isinstance(value, str):
+        raise MansuError(f"{what} is {value!r}, not text; write it as text, in quotes")
+    if not value.strip():
+        raise MansuError(f"{what} is blank ({value!r}); write what it says")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise MansuError(f"{what} {value!r} holds half a character (a lone surrogate); write the whole one") from None
 
 
 def span_of(tokenizer: PreTrainedTokenizerBase, text: str, part: str, what: str) -> tuple[int, int]:
@@ -111,8 +114,10 @@ def unpadded(
     """Left- or right-padded tokens as right-padded ones, cut to the longest row, and the real lengths.
 
     Raises:
-        MansuError: a mask of another shape, one with holes, or a row without a real token.
+        MansuError: no tensor, a mask of another shape, one with holes, or a row without a real token.
     """
+    if not isinstance(mask, Tensor):
+        raise MansuError(f"{what} mask: got a {type(mask).__name__}; pass a tensor of ones and zeros")
     if mask.shape != tokens.shape:
         raise MansuError(f"{what} mask: shape {tuple(mask.shape)}, the tokens have {tuple(tokens.shape)}")
     real = mask.bool()

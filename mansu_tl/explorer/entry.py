@@ -12,6 +12,7 @@ from mansu_tl.circuit import Circuit, EdgeScores
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer.explorer import Explorer
+from mansu_tl.models.kinds import require_bridge
 from mansu_tl.study import Study
 from mansu_tl.unlearning import Edit
 
@@ -62,6 +63,7 @@ def explore(
         if edits is not None or scores is not None or circuit is not None:
             raise MansuError("explore: a study brings its own edits, scores and circuit; leave them out")
         return ExplorerWidget(Explorer.of_study(study_or_model, task))
+    require_bridge(study_or_model)
     if task is None or edits is None:
         raise MansuError("explore: a model needs a task and edits; pass explore(model, task, unlearn(model, task))")
     return ExplorerWidget(

@@ -14,12 +14,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, edge_attribution
 from mansu_tl.data import Task
+from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import pictures, static_page
 from mansu_tl.explorer.results import Results
 from mansu_tl.explorer.selection import Item, Selection, item_name, parsed_item
 from mansu_tl.models import fingerprint, load
+from mansu_tl.models.kinds import require_bridge
 from mansu_tl.quantization.registry import quantizer
 from mansu_tl.study import Study
 from mansu_tl.tasks import load_task
@@ -66,6 +68,8 @@ class Explorer:
         Raises:
             MansuError: no edit, one for another model, no quantizer or an unknown one, or scores of another model.
         """
+        require_bridge(model)
+        require_task(task)
         named = {edits.method: edits} if isinstance(edits, Edit) else dict(edits)
         if not named:
             raise MansuError("explorer: no edit given; pass edits={'mansu': unlearn(model, task)}")

@@ -130,6 +130,15 @@ def cast(hf: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return hf
 
 
+def forget_source_format(hf: PreTrainedModel) -> None:
+    """Take the format that dense weights were unpacked from (GGUF) out of a model's config.
+
+    Else a folder saved from it says that it is packed, and nothing reads it.
+    """
+    if getattr(hf.config, "quantization_config", None) is not None:
+        del hf.config.quantization_config
+
+
 @contextmanager
 def _taken_as_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
     # TransformerLens loads a tokenizer anew from its name unless it claims to prepend BOS, and added tokens get lost.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mansu_tl.errors import MansuError
+
+_ROTARY = r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Family:
         transposed: matrices are stored [in, out] (transformers' Conv1D).
         parallel: config field that makes attention and MLP read the same stream, or None.
         refused: config fields and the values with which TransformerLens 4.3 fails or computes something else.
+        buffers: what old checkpoints hold besides weights (causal masks, rotary tables), as patterns of HF names. The
+            model makes its own, and neither transformers nor this package reads them.
     """
 
     name: str
@@ -63,11 +68,16 @@ class Family:
     transposed: bool = False
     parallel: str | None = None
     refused: tuple[tuple[str, bool], ...] = ()
+    buffers: tuple[str, ...] = (_ROTARY,)
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """The transformers class."""
         return getattr(transformers, self.architecture)
+
+    def is_old_buffer(self, name: str) -> bool:
+        """Whether a name in a checkpoint is a buffer of old versions, no weight."""
+        return any(re.search(pattern, name) for pattern in self.buffers)
 
     def fused_part(self, fused: Tensor, heads: int, part: int) -> Tensor:
         """q, k or v (0, 1, 2) of a fused matrix oriented [out, in], or of its bias."""
@@ -112,6 +122,7 @@ FAMILIES: tuple[Family, ...] = (
         eps="layer_norm_eps",
         parallel="use_parallel_residual",
         refused=(("attention_bias", False),),
+        buffers=(r"\.attention\.(masked_)?bias$", _ROTARY),
     ),
     Family(
         "gpt2",
@@ -134,6 +145,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp_width="n_inner",
         transposed=True,
         refused=(("scale_attn_weights", False), ("add_cross_attention", True)),
+        buffers=(r"\.attn\.(masked_)?bias$",),
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from importlib import resources
@@ -20,9 +21,11 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models.copies import boot, cast, duplicate
+from mansu_tl.files import local, read_text
+from mansu_tl.models.copies import boot, cast, duplicate, forget_source_format
 from mansu_tl.models.families import Family, family_of
 from mansu_tl.models.four_bit import convert, is_four_bit, quantization_config, require_kind, stored_kind
+from mansu_tl.models.kinds import adapter_layer, way_to_load
 from mansu_tl.models.placement import DeviceMap, place, require_map, require_placed
 from mansu_tl.models.quiet import quiet
 
@@ -36,6 +39,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+_ADAPTER = "adapter_config.json"
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -91,8 +95,12 @@ def load(
         raise MansuError(f"dtype {dtype}: weights need a floating dtype; pass torch.float32 or torch.bfloat16")
     if isinstance(source, PreTrainedModel):
         name = source.config.name_or_path or type(source).__name__
+        if adapter_layer(source) is not None:
+            raise MansuError(f"{name}: {way_to_load(source)}")
         family_of(source.config, type(source).__name__, name)
         hf = duplicate(source)
+        if not is_four_bit(hf):
+            forget_source_format(hf)
         hf = hf if dtype is None else cast(hf, dtype)
         hf = convert(hf, quantized) if quantized is not None and not is_four_bit(hf) else hf
         hf = hf if device_map is None else place(name, hf, device_map)
@@ -106,10 +114,10 @@ def load(
         if dtype is not None and is_four_bit(hf):
             hf = cast(hf, dtype)  # transformers leaves a packed checkpoint in its own
         tokenizer = tokenizer if tokenizer is not None else _tokenizer(name, where)
+    elif isinstance(source, TransformerBridge):
+        raise MansuError("model: it is hooked already; use it as it is, or mansu_tl.models.rebuild(model) for a copy")
     else:
-        raise MansuError(
-            f"model: got a {type(source).__name__}; pass a name, a folder, a hub id or a transformers model"
-        )
+        raise MansuError(f"model: {way_to_load(source)}")
     require_placed(name, hf)
     if quantized is not None:
         require_kind(hf, quantized, name)
@@ -164,18 +172,45 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path | str]:
                 f"embedded model {name!r}: missing from this installation ({folder}); install the package again"
             )
         return name, folder
-    folder = Path(name).expanduser()
+    folder = local(name)
     if folder.is_dir():
+        if (folder / _ADAPTER).is_file():
+            raise MansuError(f"{name}: {_merge(folder)}")
+        packed = sorted(folder.glob("*.gguf"))
+        if packed and not any(folder.glob("*.safetensors")):
+            raise MansuError(f"{name}: {_dequantize(packed[0])}")
         if not (folder / "config.json").is_file():
             raise MansuError(f"{name}: this folder has no config.json; pass a folder in Hugging Face format")
         if not any(folder.glob("*.safetensors")):
             raise MansuError(f"{name}: this folder has no .safetensors file; save the model in that format first")
         return name, folder
+    if folder.suffix.lower() == ".gguf":
+        raise MansuError(f"{name}: {_dequantize(folder)}")
     if folder.exists():
         raise MansuError(f"{name}: this is a file; pass the folder that holds it")
     if not isinstance(source, str) or not _HUB_ID.fullmatch(name):
         raise MansuError(f"{name}: no such folder; pass an existing folder, a hub id or one of {', '.join(EMBEDDED)}")
     return name, name
+
+
+def _merge(folder: Path) -> str:
+    """How an adapter's folder becomes a model."""
+    try:
+        base = json.loads(read_text(folder / _ADAPTER)).get("base_model_name_or_path") or "BASE"
+    except (MansuError, ValueError, AttributeError):
+        base = "BASE"
+    return (
+        f"this folder holds an adapter of {base}, no model; merge it first: peft.PeftModel.from_pretrained("
+        f"AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r}).merge_and_unload(), and pass what that gives"
+    )
+
+
+def _dequantize(file: Path) -> str:
+    """How a GGUF file becomes a model."""
+    return (
+        "a GGUF file holds quantized weights; dequantize it first (pip install gguf), AutoModelForCausalLM.from_pretrained("
+        f"{str(file.parent)!r}, gguf_file={file.name!r}), and pass what that gives with its tokenizer"
+    )
 
 
 def _config(name: str, where: Path | str) -> PretrainedConfig:
@@ -219,7 +254,7 @@ def _read(
         raise MansuError(f"{name}: the weights cannot be read ({_line(error)}); copy or save the model again") from None
     hf, info = loaded
     for problem in ("missing", "unexpected", "mismatched"):
-        keys = sorted(str(key) for key in info[f"{problem}_keys"])
+        keys = sorted(str(key) for key in info[f"{problem}_keys"] if not family.is_old_buffer(str(key)))
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise MansuError(f"{name}: {problem} weight {keys[0]}{more}; config and weights belong to different models")

@@ -13,7 +13,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models.copies import cast, plain
+from mansu_tl.files import local
+from mansu_tl.models.copies import cast, forget_source_format, plain
 from mansu_tl.models.quiet import quiet
 from mansu_tl.models.tree import Model
 
@@ -35,9 +36,10 @@ def save(model: Model, folder: str | PathLike[str], *, dtype: torch.dtype | None
         MansuError: the folder holds something else than a model, or cannot be written; weights of several dtypes, or
             weights that the new dtype cannot hold.
     """
-    target = Path(folder).expanduser()
+    target = local(folder)
     _require_replaceable(target)
     hf = plain(model)
+    forget_source_format(hf)
     if dtype is not None:
         hf = cast(hf, dtype)
     dtypes = sorted({str(value.dtype) for value in hf.parameters()})

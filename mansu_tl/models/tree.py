@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from mansu_tl.errors import MansuError
 from mansu_tl.models.families import Family, family_of
+from mansu_tl.models.kinds import adapter_layer, require_bridge, way_to_load
 
 _WRAPPED = "_original_component"
 _NAMES = "_mansu_tl_parameter_names"
@@ -27,9 +28,14 @@ Model = TransformerBridge | PreTrainedModel
 
 
 def hf_of(model: Model) -> PreTrainedModel:
-    """The Hugging Face model itself, wrapped by a bridge or not."""
-    if not isinstance(model, TransformerBridge):
+    """The Hugging Face model itself, wrapped by a bridge or not.
+
+    Raises:
+        MansuError: neither a hooked nor a transformers model.
+    """
+    if isinstance(model, PreTrainedModel):
         return model
+    require_bridge(model)
     inside: Any = model.original_model
     return inside
 
@@ -141,6 +147,8 @@ def matched(model: Model, tied: list[list[str]]) -> dict[str, Tensor]:
     for names in tied:
         for name in names:
             if name not in live:
+                if adapter_layer(hf_of(model)) is not None:
+                    raise MansuError(f"model: {way_to_load(hf_of(model))}")
                 raise MansuError(f"{name}: not found in this model; load it with mansu_tl.load")
             if live[name] is not live[names[0]]:
                 raise MansuError(

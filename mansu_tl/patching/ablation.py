@@ -18,9 +18,11 @@ from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import NormWeights, attention_weights, component_map, norm_weights
+from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import home, require_ready
 from mansu_tl.notebook import Result
 from mansu_tl.patching.runs import Activations, Hook, record, run
@@ -99,8 +101,12 @@ def ablation(
         if reference is not None:
             raise MansuError(f"ablation: {kind!r} uses no reference; drop it, or choose 'mean'")
         return Ablation(kind)
+    if reference is not None and not isinstance(reference, PromptPairs):
+        require_sequences(reference)
     if reference is None or len(reference) == 0:
         raise MansuError("ablation: 'mean' needs a reference to average over; pass reference=sequences or pairs")
+    require_bridge(model)
+    require_fit(model, reference)
     reference = reference.to(home(model))
     tokens = reference.clean if isinstance(reference, PromptPairs) else reference.tokens
     require_ready(model, tokens)

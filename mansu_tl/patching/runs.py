@@ -16,9 +16,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.fit import require_fit, require_pairs
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric
 from mansu_tl.models import component_map
+from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import home, require_ready
 
 Hook = tuple[str, Callable[..., Tensor | None]]
@@ -129,13 +131,12 @@ def check(model: TransformerBridge, pairs: PromptPairs) -> None:
     """Refuse pairs that would give wrong scores silently.
 
     Raises:
-        MansuError: tokens that the model does not have.
+        MansuError: no hooked model or no pairs, tokens that the model has no embedding for, or prompts longer than it has
+            positions.
     """
-    top = int(max(pairs.clean.max(), pairs.corrupt.max(), pairs.answers.max(), pairs.distractors.max()))
-    if top >= model.cfg.d_vocab:
-        raise MansuError(
-            f"pairs hold token {top}, the model's vocabulary ends at {model.cfg.d_vocab - 1}; use its own tokenizer"
-        )
+    require_bridge(model)
+    require_pairs(pairs)
+    require_fit(model, pairs)
 
 
 def measured(metric: Metric, logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:

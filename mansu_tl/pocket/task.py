@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
+from mansu_tl.data.answers import single_token
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.pocket.corpus import fact_sentences, generic_text
@@ -97,10 +98,13 @@ def _pairs(
 def _questions(
     tokenizer: PreTrainedTokenizerFast, world: World, rng: random.Random, asked: Sequence[tuple[Fact, int]]
 ) -> Questions:
-    rows = [encode(tokenizer, world.prompt(fact.relation, fact.entity, template)) for fact, template in asked]
     options = [[fact.answer, *_wrong(world, rng, fact, CHOICES - 1)] for fact, _ in asked]
-    prompts, lengths = pad(rows, pad_id(tokenizer))
-    choices = torch.tensor([tokenizer.convert_tokens_to_ids(row) for row in options])
+    texts = [world.prompt(fact.relation, fact.entity, template) for fact, template in asked]
+    prompts, lengths = pad([encode(tokenizer, text) for text in texts], pad_id(tokenizer))
+    # A word is one token, the same behind every prompt.
+    first = {word: text for text, row in zip(texts, options, strict=True) for word in row}
+    ids = {word: single_token(tokenizer, text, word, "option")[1] for word, text in first.items()}
+    choices = torch.tensor([[ids[word] for word in row] for row in options])
     return Questions(prompts, lengths, choices, tuple(fact.id for fact, _ in asked))
 
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
+from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, linear_weights
@@ -28,8 +29,10 @@ def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, bat
     Raises:
         MansuError: no text, or inputs that are not finite.
     """
+    require_sequences(text)
     if len(text) == 0:
         raise MansuError("calibration: the text is empty; pass at least one sequence, e.g. task.retain_text")
+    require_fit(model, text)
     moments: dict[str, Tensor] = {}
     magnitudes: dict[str, Tensor] = {}
     count = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mansu_tl.errors import MansuError
+from mansu_tl.files import lines_of, local, read_text
 from mansu_tl.notebook import Result
 
 PER_AUTHOR = 20
@@ -76,7 +77,7 @@ def read_tofu(folder: str | PathLike[str]) -> Tofu:
         MansuError: no such folder, a file is missing (real_authors and world_facts may be), a line is no JSON object
             with a question and an answer, or a retain question is in the forget set.
     """
-    root = Path(folder)
+    root = local(folder)
     if not root.is_dir():
         raise MansuError(f"{root}: no such folder; pass the one that holds TOFU's forget10.json")
     parts = {name: _read(root / f"{name}.json", needed=True) for name in _FILES}
@@ -99,7 +100,7 @@ def _read(path: Path, needed: bool) -> tuple[Item, ...]:
         if needed:
             raise MansuError(f"{path}: no such file; download locuslab/TOFU into this folder")
         return ()
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = lines_of(read_text(path))
     items = tuple(_item(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip())
     if not items:
         raise MansuError(f"{path}: holds no question; download it again")

@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mansu_tl.data.answers import joined
+
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 CONTEXT = 256
 VOCABULARY = 4096
@@ -49,7 +51,7 @@ def answer_ids(
         end: close the answer with the end-of-sequence token, as in training.
     """
     before = tokenizer.encode(prompt, add_special_tokens=False)
-    joint = tokenizer.encode(f"{prompt} {answer}", add_special_tokens=False)
+    joint = tokenizer.encode(joined(tokenizer, prompt, f" {answer}"), add_special_tokens=False)
     # A tokenizer that merges across the seam leaves the longest common start as the prompt.
     shared = next((i for i, (a, b) in enumerate(zip(before, joint, strict=False)) if a != b), len(before))
     head = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
+from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result
@@ -61,6 +62,7 @@ def attack_splits(
     Raises:
         MansuError: `k` leaves no fact to ask or none to train on, fewer than one split, or no such set.
     """
+    require_task(task)
     source, asked = task.questions["forget"], _asked(task, questions)
     facts = tuple(dict.fromkeys(source.facts))
     if not 1 <= k < len(facts):
@@ -89,6 +91,7 @@ def unrelated_attack(task: Task, *, questions: str = "forget") -> Attack:
     Raises:
         MansuError: no such question set.
     """
+    require_task(task)
     return _attack(task, "unrelated text", "text", task.retain_text, _asked(task, questions))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors, write_text
+from mansu_tl.files import load_tensors, local, save_tensors, write_text
 from mansu_tl.models import LinearWeight
 from mansu_tl.notebook import Result, Table
 from mansu_tl.verification.library_codes import LibraryQuantizer, library_codes, library_quantizer
@@ -206,7 +206,7 @@ class Certificate(Result):
         Raises:
             MansuError: no such file, not a certificate, or one whose verdict does not follow from its numbers.
         """
-        source = Path(path)
+        source = local(path)
         if not source.is_file():
             raise MansuError(f"{source}: no such file; save a certificate there first")
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Sequences
+from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -31,6 +32,8 @@ from mansu_tl.models import (
     parameters,
     require_ready,
 )
+from mansu_tl.models.kinds import require_bridge
+from mansu_tl.models.limits import most_positions
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import keep
 
@@ -130,6 +133,11 @@ def damage(
         MansuError: no text, sequences of fewer than two tokens, models of different shape, or prompts without a
             tokenizer to read and write them.
     """
+    for model in (original, edited):
+        require_bridge(model)
+    for text in (*texts.values(), *([prompts] if isinstance(prompts, Sequences) else [])):
+        require_sequences(text)
+        require_fit(original, text)
     if not texts or any(len(text) == 0 for text in texts.values()):
         raise MansuError(f"damage: text sets {sorted(texts)}, at least one of them has to be there and none empty")
     for name, text in texts.items():
@@ -294,6 +302,12 @@ def _generations(
         asked = prompts
     else:
         asked = Sequences(*pad([encode(original, prompt) for prompt in prompts], pad_id(tokenizer)))
+    positions, longest = most_positions(original), int(asked.lengths.max()) + max_new_tokens - 1
+    if positions is not None and longest > positions:
+        raise MansuError(
+            f"damage: max_new_tokens={max_new_tokens} behind a prompt of {int(asked.lengths.max())} tokens, the model has "
+            f"{positions} positions; write fewer or shorten the prompt"
+        )
     eos = tokenizer.eos_token_id
     written = [greedy(model, asked, max_new_tokens, eos) for model in (original, edited)]
     rows = []

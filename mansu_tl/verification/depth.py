@@ -35,7 +35,7 @@ from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Metric, choice_log_odds
 from mansu_tl.models import component_map, home, require_ready
 from mansu_tl.notebook import Result, Table
-from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, prepared, run
+from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, run
 
 POSITIONS = ("all", "last")
 
@@ -165,6 +165,9 @@ def erasure_depth(
     """
     if positions not in POSITIONS:
         raise MansuError(f"depth: unknown positions {positions!r}; choose all or last")
+    for model in (original, edited, never):
+        check(model, pairs)
+        require_ready(model, pairs.clean)
     layers = component_map(original).n_layers
     for name, other in (("edited", edited), ("never", never)):
         shape, wanted = ((m.cfg.n_layers, m.cfg.d_model) for m in (other, original))
@@ -173,9 +176,7 @@ def erasure_depth(
                 f"depth: the {name} model has {shape[0]} layers of width {shape[1]}, the original {wanted[0]} of "
                 f"{wanted[1]}; compare models of one shape"
             )
-        check(other, pairs)
-        require_ready(other, pairs.clean)
-    pairs = prepared(original, pairs)
+    pairs = pairs.to(home(original))
     hooks = [*(f"blocks.{i}.hook_in" for i in range(1, layers)), "ln_final.hook_in"]
     clean, drops = torch.empty(len(pairs)), torch.empty(2, layers, len(pairs))
     batches = list(chunks(pairs, batch_size))

@@ -24,11 +24,13 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Questions
+from mansu_tl.data.fit import require_fit, require_questions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
 from mansu_tl.models import component_map, home, require_ready
+from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.tree import family, submodule
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import keep, run
@@ -143,6 +145,10 @@ def probe(
         MansuError: fewer than 2 folds or more than there are facts, penalties that are not positive, fewer than one
             shuffle, or facts both asked and trained on.
     """
+    require_bridge(model)
+    for asked in (questions, *([] if also_train is None else [also_train])):
+        require_questions(asked)
+        require_fit(model, asked)
     names = tuple(dict.fromkeys(questions.facts))
     if not 2 <= folds <= len(names):
         raise MansuError(f"probe: folds={folds} of {len(names)} facts; choose 2..{len(names)}")

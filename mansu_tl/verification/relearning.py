@@ -27,6 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
+from mansu_tl.data.fit import require_fit
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
@@ -204,6 +205,7 @@ def relearn(
         raise MansuError(
             f"attack {attack.name!r}: {len(attack.text)} sequences, {len(attack.questions)} questions; give some"
         )
+    require_fit(model, attack.text)
     require_ready(model, attack.text.tokens, copied=True)
     hf = float32_copy(model)
     device = home(hf)

@@ -18,11 +18,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
+from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Accuracy, accuracy
+from mansu_tl.models.kinds import require_bridge
 from mansu_tl.notebook import Result, Table, bars
 from mansu_tl.quantization import quantize
 from mansu_tl.verification.divergence import CircuitScores, circuit_divergence, circuit_scores
@@ -196,6 +198,9 @@ def scorecard(
         progress: show a bar over the quantizers; None = in notebooks.
     """
     limits = bounds or Bounds()
+    for each in (model, edited):
+        require_bridge(each)
+    require_task(task)
     if original_scores is None:
         original_scores = circuit_scores(model, circuit, task.forget_pairs)
     before, after = _answers(model, task), _answers(edited, task)
