@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mansu_tl.defaults import torch_defaults
+
 _RESAMPLES = 2000
 
 
+@torch_defaults()
 def interval_over_facts(
     values: Float[Tensor, " row"], facts: Sequence[str], seed: int = 0, resamples: int = _RESAMPLES
 ) -> tuple[float, float]:

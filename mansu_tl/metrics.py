@@ -18,8 +18,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Questions, Sequences
 from mansu_tl.data.fit import require_fit, require_questions
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.kinds import way_to_load
+from mansu_tl.models.state import require_ready
 from mansu_tl.notebook import Result, Table
 
 __all__ = [
@@ -90,7 +92,7 @@ def last_logits(
 @torch.no_grad()
 def _last_logits(model: TransformerBridge | torch.nn.Module, rows: Sequences) -> Float[Tensor, "row vocab"]:
     """`last_logits` of one batch."""
-    rows = rows.to(_device_of(model))
+    rows = rows.to(home(model))
     at, last = torch.arange(len(rows), device=rows.tokens.device), rows.lengths - 1
 
     def cut(stream: Tensor) -> Tensor:
@@ -117,11 +119,6 @@ def _require_language_model(model: object) -> None:
     head = getattr(model, "get_output_embeddings", lambda: None)() if isinstance(model, torch.nn.Module) else None
     if head is None:
         raise MansuError(f"model: {way_to_load(model)}")
-
-
-def _device_of(model: TransformerBridge | torch.nn.Module) -> torch.device:
-    """Where the model takes its tokens."""
-    return next(model.parameters()).device
 
 
 @dataclass(frozen=True)
@@ -169,6 +166,7 @@ class Accuracy(Result):
         return f"Accuracy({len(self.facts)} questions: MC {self.mc_percent:.1f} %, cloze {self.cloze_percent:.1f} %)"
 
 
+@torch_defaults()
 def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, batch_size: int = 256) -> Accuracy:
     """Multiple-choice and cloze accuracy of a model on a question set, deterministic (no sampling).
 
@@ -183,6 +181,7 @@ def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, b
     if len(questions) == 0:
         raise MansuError("accuracy: the question set is empty; pass at least one question")
     require_fit(model, questions)
+    require_ready(model, questions.prompts)
     right, cloze, log_odds = [], [], []
     for start in range(0, len(questions), batch_size):
         batch = questions[slice(start, start + batch_size)]

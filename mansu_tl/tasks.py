@@ -9,10 +9,12 @@ from mansu_tl.data.answers import AnswerSpace
 from mansu_tl.data.jsonl import read_task
 from mansu_tl.data.lines import Rows
 from mansu_tl.data.text import TextSource
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.pocket import pocket_task
 
 
+@torch_defaults()
 def load_task(
     source: Rows,
     *,

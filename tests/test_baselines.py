@@ -53,7 +53,15 @@ def first_loss(monkeypatch, model, task, method: str, **settings) -> float:
     def loop(model, task, name, loss, training, **rest):
         seen.append(
             loss(
-                Batch(plain(model), {}, {}, task.forget_pairs[[0]], torch.tensor([0]), task.retain_text, before)
+                Batch(
+                    plain(model),
+                    {},
+                    {},
+                    task.forget_pairs[[0]],
+                    torch.tensor([0]),
+                    task.retain_text,
+                    lambda rows: before,
+                )
             ).item()
         )
         raise ReachedError
@@ -99,7 +107,7 @@ def test_retain_divergence_is_zero_at_the_original_and_the_kl_elsewhere(model, t
     hf, other = plain(model), plain(mtl.load("pocket-never"))
     here, there = (dict(m.named_parameters()) for m in (hf, other))
     text = task.retain_text[slice(0, 2)]
-    rest = (task.forget_pairs[[0]], torch.tensor([0]), text, torch.zeros(1, 443))
+    rest = (task.forget_pairs[[0]], torch.tensor([0]), text, lambda rows: torch.zeros(1, 443))
     assert Batch(hf, here, here, *rest).retain_divergence().item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         p, q = (m(text.tokens).logits[:, :-1].double().log_softmax(-1) for m in (hf, other))
@@ -117,7 +125,9 @@ def test_rmu_by_hand(monkeypatch, model, task) -> None:
         values = dict(hf.named_parameters())
         every = torch.arange(len(task.forget_pairs))
         seen.append(
-            loss(Batch(hf, values, values, task.forget_pairs, every, task.retain_text, torch.zeros(16, 443))).item()
+            loss(
+                Batch(hf, values, values, task.forget_pairs, every, task.retain_text, lambda rows: torch.zeros(16, 443))
+            ).item()
         )
         raise ReachedError
 
@@ -186,7 +196,9 @@ def test_straight_through_sees_the_quantized_model(monkeypatch, task) -> None:
         hf = plain(model)
         values = {n: p.detach().clone().requires_grad_() for n, p in hf.named_parameters()}
         every = torch.arange(len(task.forget_pairs))
-        batch = Batch(hf, view(values), values, task.forget_pairs, every, task.retain_text, torch.zeros(16, 443))
+        batch = Batch(
+            hf, view(values), values, task.forget_pairs, every, task.retain_text, lambda rows: torch.zeros(16, 443)
+        )
         seen["logits"] = batch.forget_logits()
         (seen["grad"],) = torch.autograd.grad(seen["logits"].sum(), values["model.layers.0.mlp.up_proj.weight"])
         raise ReachedError

@@ -230,11 +230,13 @@ def test_representation_loss_is_one_at_a_never_seen_prompt_on_average(model) -> 
     values = dict(hf.named_parameters())
     with torch.no_grad():
         _, states = last_token_states(hf, values, full.unseen.tokens[same], full.unseen.lengths[same])
-        mean, spread = (x[5:6].expand(len(same), *x.shape[1:]) for x in (unknown.state, unknown.spread))
+        here = unknown.of(torch.full((len(same),), 5))
+        mean, spread = here.state, here.spread
         assert representation_loss(states, mean, spread).item() == pytest.approx(1.0, abs=1e-3)
         assert representation_loss(mean, mean, spread).item() == 0
         logits, known = last_token_states(hf, values, full.forget_pairs.clean, full.forget_pairs.lengths)
-        assert representation_loss(known, unknown.state, unknown.spread) > 1.1
+        every = unknown.of(torch.arange(len(known)))
+        assert representation_loss(known, every.state, every.spread) > 1.1
     torch.testing.assert_close(logits[5], hf(pair.clean).logits[0, length - 1], rtol=0, atol=1e-4)
 
 

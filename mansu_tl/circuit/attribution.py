@@ -27,16 +27,18 @@ from mansu_tl.circuit.memory import plan
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.positions import Positions, positions
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map, fingerprint
 from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import check, chunks, metric_name
+from mansu_tl.patching.runs import chunks, metric_name, prepared, require_finite
 
 # steps="auto" starts here and doubles at most this often (320 steps).
 _FIRST_STEPS, _DOUBLINGS = 5, 6
 
 
+@torch_defaults()
 def edge_attribution(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -91,7 +93,7 @@ def edge_attribution(
             f"attribution: {ablation.kind} ablation has no corrupt end to take gradients at; use method='eap', "
             "at='clean'"
         )
-    check(model, pairs)
+    pairs = prepared(model, pairs)
     if data_parallel:
         distributed.require_group()
     where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
@@ -170,6 +172,7 @@ class _Job:
             by_pair = None if by_pair is None else distributed.gathered(by_pair, len(pairs))
             by_position = None if by_position is None else distributed.summed(by_position)
         tensor = total / len(pairs) * graph.exists
+        require_finite("edge scores", tensor, model)
         clean, other = (ends / len(pairs)).tolist()
         return EdgeScores(
             tensor=tensor.float(),

@@ -29,6 +29,7 @@ from mansu_tl.circuit.graph import Graph, kv_groups, prune
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.circuit.selection import random_mask, selected_mask
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
@@ -83,6 +84,7 @@ class FaithfulnessCurve(Result):
         """The same for every random control."""
         return [_first(self.sizes, row, target) for row in self.control]
 
+    @torch_defaults()
     def control_interval(self, level: float = 0.95) -> tuple[Float[Tensor, " size"], Float[Tensor, " size"]]:
         """Quantiles over the random seeds that hold `level` of them, at every size.
 
@@ -135,6 +137,7 @@ class FaithfulnessCurve(Result):
         require_tensor(what, "control", tensors["control"], (None, count))
         return cls(**tensors, **facts)
 
+    @torch_defaults()
     def _area(self, height: Tensor) -> float:
         return torch.trapezoid(height.double(), torch.tensor(self.shares, dtype=torch.float64)).item()
 
@@ -148,6 +151,7 @@ class FaithfulnessCurve(Result):
         return (Table(self.to_dataframe(), form="{:.3f}".format, rows=24),)
 
 
+@torch_defaults()
 def faithfulness_curve(
     model: TransformerBridge,
     scores: EdgeScores,

@@ -12,6 +12,7 @@ from mansu_tl.circuit.graph import kv_groups, prune
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.circuit.selection import selected_mask
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.notebook import bars
@@ -21,6 +22,7 @@ from mansu_tl.patching.ablation import Ablation
 _GRID = 16
 
 
+@torch_defaults()
 def discover_circuit(
     model: TransformerBridge,
     pairs: PromptPairs,

@@ -32,13 +32,14 @@ from mansu_tl.circuit.graph import Graph, require_names
 from mansu_tl.circuit.intervention import patched
 from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import chunks, measured, metric_name, run
+from mansu_tl.patching.runs import chunks, measured, metric_name, prepared, run
 
 # Masks that are built and patched at once when every edge is taken out in turn.
 _MASKS = 256
@@ -131,6 +132,7 @@ class Minimality(Result):
 _TENSORS = ("edge_drops", "node_drops", "mask")
 
 
+@torch_defaults()
 def faithfulness(
     model: TransformerBridge,
     circuit: Circuit,
@@ -155,6 +157,7 @@ def faithfulness(
     return relative(model, circuit.mask[None].float(), pairs, ablation, metric, batch_size)[0]
 
 
+@torch_defaults()
 def completeness(
     model: TransformerBridge,
     circuit: Circuit,
@@ -174,6 +177,7 @@ def completeness(
     return relative(model, rest[None].float(), pairs, ablation, metric, batch_size)[0]
 
 
+@torch_defaults()
 def minimality(
     model: TransformerBridge,
     circuit: Circuit,
@@ -226,6 +230,7 @@ def minimality(
     )
 
 
+@torch_defaults()
 def random_faithfulness(
     model: TransformerBridge,
     circuit: Circuit,
@@ -242,6 +247,7 @@ def random_faithfulness(
     return relative(model, masks.float(), pairs, ablation, metric, batch_size)
 
 
+@torch_defaults()
 def refreshed(model: TransformerBridge, circuit: Circuit, pairs: PromptPairs) -> Circuit:
     """The same edges with their faithfulness measured on other pairs or another model."""
     return replace(circuit, faithfulness=faithfulness(model, circuit, pairs), model=fingerprint(model))
@@ -261,7 +267,7 @@ def relative(
     Raises:
         MansuError: the model shows no difference on these pairs.
     """
-    ablation = ablation or Ablation()
+    ablation, pairs = ablation or Ablation(), prepared(model, pairs)
     values, off = patched(model, pairs, masks, ablation, metric, batch_size, progress)
     clean, ablated = clean_metric(model, pairs, metric, batch_size), off.double().mean().item()
     if abs(clean - ablated) < 1e-6:

@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import ComponentMap, component_map
 from mansu_tl.notebook import Result
@@ -40,6 +41,7 @@ class Graph(Result):
         return cls.from_map(component_map(model))
 
     @classmethod
+    @torch_defaults()
     def from_map(cls, components: ComponentMap) -> Graph:
         """The graph of a component map."""
         exists = torch.zeros(len(components.writers), len(components.readers), dtype=torch.bool)
@@ -56,6 +58,7 @@ class Graph(Result):
     def __repr__(self) -> str:
         return f"Graph({len(self.writers)} writers, {len(self.readers)} readers, {self.n_edges} edges)"
 
+    @torch_defaults()
     def mask(self, edges: Iterable[tuple[str, str]]) -> Bool[Tensor, "writer reader"]:
         """The edges as a mask.
 
@@ -101,6 +104,7 @@ def reader_kind(name: str) -> str:
     return "mlp" if suffix == "in" else suffix
 
 
+@torch_defaults()
 def prune(
     mask: Bool[Tensor, "writer reader"], writers: tuple[str, ...], readers: tuple[str, ...], kv_groups: int
 ) -> Bool[Tensor, "writer reader"]:

@@ -30,12 +30,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.sharing import LayerPlan, Plan, Reads, plan, useful
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import ComponentMap, attention_weights, component_map, norm_weights
 from mansu_tl.patching.ablation import Ablation, normed
 from mansu_tl.patching.exactness import require_exact
-from mansu_tl.patching.runs import Activations, Hook, check, chunks, heads_last, measured, run
+from mansu_tl.patching.runs import Activations, Hook, chunks, heads_last, measured, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 256 MB).
 _ROW_ELEMENTS = 64_000_000
@@ -43,6 +44,7 @@ _ROW_ELEMENTS = 64_000_000
 _SPARSE = 0.15
 
 
+@torch_defaults()
 @torch.no_grad()
 def patch_edges(
     model: TransformerBridge,
@@ -77,7 +79,7 @@ def patched(
     progress: bool = False,
 ) -> tuple[Float[Tensor, "mask pair"], Float[Tensor, " pair"]]:
     """`patch_edges`, and the metric with every edge ablated, which falls out of it."""
-    check(model, pairs)
+    pairs = prepared(model, pairs)
     graph, cmap = Graph.of(model), component_map(model)
     if tuple(masks.shape[1:]) != tuple(graph.exists.shape):
         raise MansuError(

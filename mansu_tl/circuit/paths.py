@@ -23,12 +23,13 @@ from mansu_tl.circuit.fields import require_fields, require_tensor
 from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.intervention import patch_edges
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import check, metric_name
+from mansu_tl.patching.runs import metric_name, prepared
 
 DIRECTIONS = ("noising", "denoising")
 
@@ -105,6 +106,7 @@ class PathEffects(Result):
         return (Table(self.to_dataframe(), form="{:.4f}".format),)
 
 
+@torch_defaults()
 def path_patching(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -135,7 +137,7 @@ def path_patching(
         raise MansuError(
             f"path patching: denoising mends the corrupt run, {ablation.kind} ablation has none; use direction='noising'"
         )
-    check(model, pairs)
+    pairs = prepared(model, pairs)
     named = tuple((writer, reader) for writer, reader in edges)
     if not named:
         raise MansuError("path patching: no edges given; name at least one, such as ('embed', 'logits')")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mansu_tl.circuit.graph import kv_groups, writers_behind
 from mansu_tl.circuit.scores import EdgeScores
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 
 RANKINGS = ("absolute", "signed")
@@ -27,6 +28,7 @@ def strength(scores: EdgeScores, by: str = "absolute") -> Float[Tensor, "writer 
     return scores.tensor.abs() if by == "absolute" else scores.tensor
 
 
+@torch_defaults()
 def top_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor, "writer reader"]:
     """The `n` existing edges that rank highest; ties go to the earlier edge."""
     size = strength(scores, by).masked_fill(~scores.exists, -torch.inf).flatten()
@@ -36,11 +38,13 @@ def top_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor, "
     return mask.view_as(scores.exists)
 
 
+@torch_defaults()
 def threshold_mask(scores: EdgeScores, threshold: float, by: str = "absolute") -> Bool[Tensor, "writer reader"]:
     """The existing edges whose |score| (or score) is at least `threshold`."""
     return (strength(scores, by) >= threshold) & scores.exists
 
 
+@torch_defaults()
 def greedy_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor, "writer reader"]:
     """`n` edges grown backwards from the logits, the strongest edge into what is already reached each time.
 
@@ -75,6 +79,7 @@ def greedy_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor
     return mask
 
 
+@torch_defaults()
 def selected_mask(
     scores: EdgeScores, n: int, select: str = "top", by: str = "absolute"
 ) -> Bool[Tensor, "writer reader"]:
@@ -91,6 +96,7 @@ def selected_mask(
     return top_mask(scores, n, by) if select == "top" else greedy_mask(scores, n, by)
 
 
+@torch_defaults()
 def random_mask(exists: Bool[Tensor, "writer reader"], n: int, seed: int) -> Bool[Tensor, "writer reader"]:
     """`n` existing edges drawn at random, not pruned: the control for a circuit of that size."""
     existing = exists.flatten().nonzero()[:, 0]

@@ -19,9 +19,11 @@ from mansu_tl.data.lines import PAIR_SETS, TEXT_SETS, Row, Rows, read_rows
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.task import Questions, Sequences, Task
 from mansu_tl.data.text import TextSource, encode, pad, pad_id, text_source
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 
 
+@torch_defaults()
 def read_task(
     source: Rows,
     tokenizer: TextSource,

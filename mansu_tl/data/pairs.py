@@ -36,6 +36,7 @@ from mansu_tl.data.text import (
     unpadded,
     with_bos,
 )
+from mansu_tl.defaults import moved, torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result
 
@@ -109,6 +110,7 @@ class PromptPairs(Result):
         )
 
     @classmethod
+    @torch_defaults()
     def from_tokens(
         cls,
         clean: Tensor,
@@ -177,6 +179,7 @@ class PromptPairs(Result):
         return cls(clean, corrupt, answers, distractors, lengths, tuple(labels))
 
     @classmethod
+    @torch_defaults()
     def from_text(
         cls,
         tokenizer: TextSource,
@@ -246,7 +249,7 @@ class PromptPairs(Result):
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> PromptPairs:
         """The chosen pairs, as `PromptPairs`."""
-        picked = torch.arange(len(self))[index].reshape(-1)
+        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
         values = {name: getattr(self, name)[picked] for name in _TENSORS}
         labels = tuple(self.labels[i] for i in picked.tolist()) if self.labels else ()
         spans = tuple(Span(s.name, s.start[picked], s.stop[picked]) for s in self.spans)
@@ -264,11 +267,13 @@ class PromptPairs(Result):
         """Multiple choice between answer and distractors by guessing, in percent."""
         return 100 / (1 + self.distractors.shape[1])
 
+    @torch_defaults()
     def fact_numbers(self) -> Int[Tensor, " pair"]:
         """The facts as numbers from 0 up, in order of appearance."""
         order = {fact: i for i, fact in enumerate(dict.fromkeys(self.facts))}
         return torch.tensor([order[fact] for fact in self.facts])
 
+    @torch_defaults()
     def one_wording(self) -> tuple[PromptPairs, Bool[Tensor, " pos"]]:
         """The largest group of pairs in the same words, cut to their length, and the positions that are the same in all.
 
@@ -290,8 +295,8 @@ class PromptPairs(Result):
 
     def to(self, device: str | torch.device) -> PromptPairs:
         """The same pairs with their tensors on `device`."""
-        values = {name: getattr(self, name).to(device) for name in _TENSORS}
-        spans = tuple(Span(s.name, s.start.to(device), s.stop.to(device)) for s in self.spans)
+        values = {name: moved(getattr(self, name), device) for name in _TENSORS}
+        spans = tuple(Span(s.name, moved(s.start, device), moved(s.stop, device)) for s in self.spans)
         return with_values(self, **values, spans=spans)
 
     def __repr__(self) -> str:

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mansu_tl.data.pairs import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 
 
@@ -25,6 +26,7 @@ class Positions:
     index: Int[Tensor, "pair pos"]
 
 
+@torch_defaults()
 def positions(pairs: PromptPairs, align: str = "start") -> Positions:
     """Rows for the positions of some pairs.
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 import torch
 
 from mansu_tl.data.task import Questions, Task
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 
 
+@torch_defaults()
 def split_questions(task: Task, share: float = 1 / 3, *, seed: int = 0) -> tuple[Task, Task]:
     """The task twice, with the questions of some facts in the first (validation) and of all others in the second (test).
 

@@ -19,6 +19,7 @@ from mansu_tl.data.rows import (
     with_values,
     without_padding,
 )
+from mansu_tl.defaults import moved
 from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result, Table
 
@@ -50,12 +51,12 @@ class Sequences(Result):
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Sequences:
         """The chosen rows, as `Sequences`."""
-        picked = torch.arange(len(self))[index].reshape(-1)
+        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
         return with_values(self, tokens=self.tokens[picked], lengths=self.lengths[picked])
 
     def to(self, device: str | torch.device) -> Sequences:
         """The same sequences on `device`."""
-        return with_values(self, tokens=self.tokens.to(device), lengths=self.lengths.to(device))
+        return with_values(self, tokens=moved(self.tokens, device), lengths=moved(self.lengths, device))
 
     def __repr__(self) -> str:
         return f"Sequences({len(self)} sequences of up to {self.tokens.shape[1]} tokens)"
@@ -99,7 +100,7 @@ class Questions(Result):
 
     def __getitem__(self, index: int | slice | list[int] | Tensor) -> Questions:
         """The chosen questions, as `Questions`."""
-        picked = torch.arange(len(self))[index].reshape(-1)
+        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
         facts = tuple(self.facts[i] for i in picked.tolist())
         values = {name: getattr(self, name)[picked] for name in ("prompts", "lengths", "choices")}
         return with_values(self, **values, facts=facts)
@@ -111,7 +112,8 @@ class Questions(Result):
 
     def to(self, device: str | torch.device) -> Questions:
         """The same questions on `device`."""
-        return with_values(self, **{name: getattr(self, name).to(device) for name in ("prompts", "lengths", "choices")})
+        parts = ("prompts", "lengths", "choices")
+        return with_values(self, **{name: moved(getattr(self, name), device) for name in parts})
 
     def __repr__(self) -> str:
         return f"Questions({len(self)} with {self.choices.shape[1]} options, {len(set(self.facts))} facts)"

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit, EdgeScores, edge_attribution
 from mansu_tl.data import Task
 from mansu_tl.data.fit import require_task
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import pictures, static_page
 from mansu_tl.explorer.results import Results
@@ -41,6 +42,7 @@ class Explorer:
         selection: what is chosen.
     """
 
+    @torch_defaults()
     def __init__(
         self,
         model: TransformerBridge,

@@ -16,7 +16,7 @@ from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer.selection import Item, Part, part_mask, parts_of
 from mansu_tl.metrics import last_logits, logit_difference
-from mansu_tl.models import component_map, linear_weights, parameters
+from mansu_tl.models import component_map, home, linear_weights, parameters
 from mansu_tl.quantization import quantize
 from mansu_tl.quantization.twin import orient
 from mansu_tl.unlearning import Edit
@@ -123,7 +123,9 @@ class Results:
         """How a model answers."""
 
         def make() -> Answers:
-            logits = last_logits(self._model(stage), self.pairs.clean, self.pairs.lengths).cpu()
+            model = self._model(stage)
+            pairs = self.pairs.to(home(model))
+            logits = last_logits(model, pairs.clean, pairs.lengths).cpu()
             chance = logits.softmax(-1).gather(1, self.pairs.answers.cpu()[:, None])[:, 0]
             likeliest = tuple(self.token(int(i)) for i in logits.argmax(-1))
             return Answers(chance, logit_difference(logits, self.pairs.to("cpu")), likeliest)
@@ -150,11 +152,11 @@ class Results:
 
     def matrix(self, method: str, name: str) -> Float[Tensor, "out in"]:
         """A matrix of the original ("") or of an edited model, as the quantizer sees it."""
-        value = self._weights[name].detach()
+        value = self._weights[name].detach().cpu()
         if method and name in self.edits[method].indices:
             edit = self.edits[method]
             value = value.clone()
-            value.view(-1)[edit.indices[name].to(value.device)] = edit.new[name].to(value)
+            value.view(-1)[edit.indices[name]] = edit.new[name].to(value)
         return orient(value, self._linear[name])
 
     def parts(self, item: Item) -> tuple[Part, ...]:
@@ -196,7 +198,7 @@ class Results:
         layers = int(model.cfg.n_layers)
         hooks = [(f"blocks.{i}.attn.hook_pattern", keep(i)) for i in range(layers)]
         with model.hooks(fwd_hooks=hooks):
-            model(self.pairs.clean[[pair], : int(self.pairs.lengths[pair])])
+            model(self.pairs.clean[[pair], : int(self.pairs.lengths[pair])].to(home(model)))
         return [kept[i] for i in range(layers)]
 
     def _model(self, stage: Stage) -> TransformerBridge:

@@ -15,7 +15,7 @@ from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.files import save_tensors, write_text
-from mansu_tl.models import linear_weights, load, parameters
+from mansu_tl.models import home, linear_weights, load, parameters
 from mansu_tl.patching import activation_patching, node_attribution
 from mansu_tl.quantization import quantize
 from mansu_tl.study import MethodResult, Study, run_study
@@ -117,7 +117,9 @@ def _of_models(study: Study, target: Path, progress: bool) -> list[Path]:
         edge_attribution(model, alike, steps=config.steps, per_position=True).save(target / "tokens.safetensors"),
         faithfulness_curve(model, study.scores, pairs, control_seeds=3).save(target / "curve.safetensors"),
     ]
-    _, cache = model.run_with_cache(alike.clean[:1], names_filter=lambda name: name.endswith("attn.hook_pattern"))
+    _, cache = model.run_with_cache(
+        alike.clean[:1].to(home(model)), names_filter=lambda name: name.endswith("attn.hook_pattern")
+    )
     patterns = {name.split(".")[1]: value[0] for name, value in cache.items()}
     out.append(save_tensors(target / "attention.safetensors", "Attention", patterns, {"tokens": words}))
     # The matrix with most edited weights, its most edited rows.

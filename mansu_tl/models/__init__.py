@@ -1,10 +1,11 @@
 """Models: loading, saving, copies, and the map from components to slices of HF parameters."""
 
 from mansu_tl.models.components import ComponentMap, WeightSlice, component_map, flat_indices
-from mansu_tl.models.copies import plain, rebuild
+from mansu_tl.models.copies import float32_copy, plain, rebuild
 from mansu_tl.models.fingerprint import fingerprint
 from mansu_tl.models.loading import load
 from mansu_tl.models.saving import save
+from mansu_tl.models.state import home, require_ready
 from mansu_tl.models.tree import parameters
 from mansu_tl.models.weights import (
     AttentionWeights,
@@ -28,6 +29,8 @@ __all__ = [
     "component_map",
     "fingerprint",
     "flat_indices",
+    "float32_copy",
+    "home",
     "linear_weights",
     "load",
     "mlp_weights",
@@ -35,6 +38,7 @@ __all__ = [
     "parameters",
     "plain",
     "rebuild",
+    "require_ready",
     "save",
 ]
 

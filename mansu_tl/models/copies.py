@@ -14,6 +14,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.utilities.multi_gpu import count_unique_devices
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.cache import pass_cache_on
 from mansu_tl.models.families import family_of
@@ -21,6 +22,7 @@ from mansu_tl.models.four_bit import packed, repack, require_dense, settle, spli
 from mansu_tl.models.tree import Model, blank, buffers, groups, hf_of, matched, require_in_step
 
 
+@torch_defaults()
 def plain(model: Model) -> PreTrainedModel:
     """A fresh HF model of the same config with the same values in storage of its own: no bridge, eval, frozen, eager.
 
@@ -33,6 +35,18 @@ def plain(model: Model) -> PreTrainedModel:
     return _copy(model, {})
 
 
+def float32_copy(model: Model) -> PreTrainedModel:
+    """As `plain`, with float32 parameters: what training works on, whatever the model is stored in.
+
+    In 16 bits an update smaller than the spacing of a weight's neighbours is lost, and Adam's epsilon is 0 in float16.
+
+    Raises:
+        MansuError: as `plain`.
+    """
+    return cast(plain(model), torch.float32)
+
+
+@torch_defaults()
 def duplicate(model: Model) -> PreTrainedModel:
     """As `plain`, but 4-bit layers stay 4-bit: their packed bytes are copied.
 
@@ -42,6 +56,7 @@ def duplicate(model: Model) -> PreTrainedModel:
     return _copy(model, {})
 
 
+@torch_defaults()
 def rebuild(model: Model, values: Mapping[str, Tensor] | None = None) -> TransformerBridge:
     """A new bridge over a fresh HF model, with the named parameters replaced; the original is untouched.
 
@@ -60,6 +75,7 @@ def rebuild(model: Model, values: Mapping[str, Tensor] | None = None) -> Transfo
     return boot(fresh, None, model.config.name_or_path or "model")
 
 
+@torch_defaults()
 def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
     """A bridge around `hf`, which it takes over; frozen, in eval mode; the tokenizer object is used as it is.
 

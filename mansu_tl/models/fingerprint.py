@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.models.tree import Model, parameters, quantization_state, require_in_step
 
 # |word| < 2^31, |weight| <= 2^8, 2^12 words a block: sums stay below 2^51, which float64 holds exactly.
@@ -23,6 +24,7 @@ _BLOCK, _WEIGHT, _COLUMNS = 2**12, 2**8, 8
 _CPU_WORDS, _DEVICE_WORDS = 2**20, 2**26
 
 
+@torch_defaults()
 def fingerprint(model: Model) -> str:
     """A hash (64 hex digits) over the sorted names, dtypes, shapes and bytes of a model's HF parameters.
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import local, read_text
 from mansu_tl.models.copies import boot, cast, duplicate, forget_source_format
@@ -51,6 +52,7 @@ _UNREADABLE = (
 )
 
 
+@torch_defaults()
 def load(
     source: str | os.PathLike[str] | PreTrainedModel,
     *,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import local
 from mansu_tl.models.copies import cast, forget_source_format, plain
@@ -21,6 +22,7 @@ from mansu_tl.models.tree import Model
 _OURS = frozenset((".json", ".safetensors", ".txt", ".model", ".jinja"))
 
 
+@torch_defaults()
 def save(model: Model, folder: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
     """Write a model as a folder that `AutoModelForCausalLM.from_pretrained` and `load` read.
 

@@ -19,9 +19,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import NormWeights, attention_weights, component_map, norm_weights
 from mansu_tl.models.kinds import require_bridge
+from mansu_tl.models.state import home, require_ready
 from mansu_tl.notebook import Result
 from mansu_tl.patching.runs import Activations, Hook, record, run
 
@@ -58,7 +60,9 @@ class Ablation(Result):
             z = stream.new_zeros(count, width, cmap.n_heads, cmap.d_head)
             embed = stream + _positional(model, width)
             return _assembled(model, pairs, embed, [z] * cmap.n_layers, [stream] * cmap.n_layers)
-        spread = [_spread(value, count, width) for value in (self.means.embed, *self.means.z, *self.means.mlp_out)]
+        device = pairs.clean.device
+        every = (self.means.embed, *self.means.z, *self.means.mlp_out)
+        spread = [_spread(value.to(device), count, width) for value in every]
         layers = cmap.n_layers
         return _assembled(
             model, pairs, spread[0] + _positional(model, width), spread[1 : 1 + layers], spread[1 + layers :]
@@ -72,6 +76,7 @@ class _Means:
     mlp_out: tuple[Float[Tensor, "pos d_model"], ...]
 
 
+@torch_defaults()
 def ablation(
     model: TransformerBridge,
     kind: str = "corrupt",
@@ -102,7 +107,9 @@ def ablation(
         raise MansuError("ablation: 'mean' needs a reference to average over; pass reference=sequences or pairs")
     require_bridge(model)
     require_fit(model, reference)
+    reference = reference.to(home(model))
     tokens = reference.clean if isinstance(reference, PromptPairs) else reference.tokens
+    require_ready(model, tokens)
     sums: list[Tensor] = []
     seen = torch.zeros(tokens.shape[1], device=tokens.device, dtype=torch.float64)
     for start in range(0, tokens.shape[0], batch_size):
@@ -122,7 +129,7 @@ def ablation(
         means = [s.sum(0, keepdim=True) / seen.sum().item() for s in sums]
     cmap = component_map(model)
     layers, dtype = cmap.n_layers, model.cfg.dtype
-    cast = [value.to(dtype) for value in means]
+    cast = [value.to("cpu", dtype) for value in means]
     z = tuple(value.unflatten(-1, (cmap.n_heads, cmap.d_head)) for value in cast[1 : 1 + layers])
     return Ablation("mean", _Means(cast[0], z, tuple(cast[1 + layers :])))
 

@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, positions
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map
 from mansu_tl.notebook import Result, Table
-from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, run
+from mansu_tl.patching.runs import Hook, chunks, keep, measured, metric_name, prepared, require_finite, run
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class NeuronScores(Result):
         return (Table(self.to_dataframe(), "largest |score| first", "{:.4f}".format, rows=10),)
 
 
+@torch_defaults()
 def neuron_attribution(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -108,7 +110,7 @@ def neuron_attribution(
         raise MansuError(f"attribution: unknown end {at!r}; choose at='both', 'clean' or 'corrupt'")
     if steps is not None and steps < 1:
         raise MansuError(f"attribution: steps={steps}; choose at least one, or None for the ends")
-    check(model, pairs)
+    pairs = prepared(model, pairs)
     cmap = component_map(model)
     alphas = {"both": [1.0, 0.0], "clean": [1.0], "corrupt": [0.0]}[at]
     if steps is not None:
@@ -120,12 +122,13 @@ def neuron_attribution(
     for piece, chunk in tqdm(list(chunks(pairs, batch_size)), desc="neurons", unit="batch", disable=not progress):
         values, slopes = _values_and_slopes(model, chunk, metric, alphas)
         for i in range(cmap.n_layers):
-            token = (values[0][i] - values[1][i]) * slopes[i]
+            token = (values[0][i].float() - values[1][i].float()) * slopes[i]
             score = token.sum(1).double()
             total[i] += (score if signed else score.abs()).sum(0).cpu()
             if where is not None:
                 index = where.index[piece].flatten().cpu()
                 by_position[:, i].index_add_(0, index[index >= 0], token.flatten(0, 1).double().cpu()[index >= 0])
+    require_finite("neuron scores", total, model)
     return NeuronScores(
         tensor=(total / len(pairs)).float(),
         signed=signed,
@@ -162,6 +165,6 @@ def _values_and_slopes(
             every: list[Hook] = [("blocks.0.hook_in", begin), *((hook, keep(kept, key)) for key, hook in keys.items())]
             logits = run(model, pairs.clean, pairs.lengths, every)
             value = measured(metric, logits.float(), pairs).sum()
-            grads = torch.autograd.grad(value, [kept[key] for key in keys])
-        slopes = list(grads) if not slopes else [a + b for a, b in zip(slopes, grads, strict=True)]
+            grads = [grad.float() for grad in torch.autograd.grad(value, [kept[key] for key in keys])]
+        slopes = grads if not slopes else [a + b for a, b in zip(slopes, grads, strict=True)]
     return [[end[f"h{i}"] for i in layers] for end in ends], [slope / len(alphas) for slope in slopes]

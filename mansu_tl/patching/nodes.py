@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, positions
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import ComponentMap, component_map
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.patterns import key_position_effects, patched_pattern_effects
-from mansu_tl.patching.runs import Hook, check, chunks, heads_last, keep, measured, metric_name, run
+from mansu_tl.patching.runs import Hook, chunks, heads_last, keep, measured, metric_name, prepared, require_finite, run
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class NodeScores(Result):
         return (Table(frame.loc[order], "largest |score| first", "{:.4f}".format, rows=10),)
 
 
+@torch_defaults()
 def node_attribution(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -129,7 +131,7 @@ def node_attribution(
         raise MansuError(f"attribution: steps={steps}; choose at least one, or None for one end")
     if steps is not None and qk_fix:
         raise MansuError("attribution: the QK fix is defined at one end; drop steps, or drop qk_fix")
-    check(model, pairs)
+    pairs = prepared(model, pairs)
     cmap = component_map(model)
     names = _names(cmap, qkv or qk_fix)
     where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
@@ -142,6 +144,7 @@ def node_attribution(
         if where is not None and by_position is not None:
             index = where.index[piece].flatten().cpu()
             by_position.index_add_(0, index[index >= 0], token.flatten(0, 1).double().cpu()[index >= 0])
+    require_finite("node scores", by_pair, model)
     return NodeScores(
         tensor=by_pair.mean(0).float(),
         writers=names,
@@ -187,16 +190,18 @@ def _scores(
     grads: dict[str, Tensor] = {}
     for alpha in alphas:
         for key, value in _gradients(model, pairs, metric, hooks, ends, alpha).items():
-            grads[key] = grads[key] + value / len(alphas) if key in grads else value / len(alphas)
-    parts = [_dot(grads["embed"], ends[1]["embed"] - ends[0]["embed"])[..., None]]
+            share = value.float() / len(alphas)
+            grads[key] = grads[key] + share if key in grads else share
+    parts = [_dot(grads["embed"], ends[1]["embed"].float() - ends[0]["embed"].float())[..., None]]
 
     def heads(key: str, count: int) -> Tensor:
-        change = heads_last(ends[1][key] - ends[0][key], count)
+        change = heads_last(ends[1][key].float() - ends[0][key].float(), count)
         return (heads_last(grads[key], count) * change).sum(-1)
 
     for i in range(cmap.n_layers):
         parts.append(heads(f"z{i}", cmap.n_heads))
-        parts.append(_dot(grads[f"mlp{i}"], ends[1][f"mlp{i}"] - ends[0][f"mlp{i}"])[..., None])
+        change = ends[1][f"mlp{i}"].float() - ends[0][f"mlp{i}"].float()
+        parts.append(_dot(grads[f"mlp{i}"], change)[..., None])
     sizes = {"q": cmap.n_heads, "k": cmap.n_kv_heads, "v": cmap.n_kv_heads}
     per_layer = {f"{r}{i}": heads(f"{r}{i}", sizes[r]) for i in range(cmap.n_layers) for r in ("qkv" if qkv else "")}
     joint = {key: value.sum(1) for key, value in per_layer.items()}

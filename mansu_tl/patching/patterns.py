@@ -43,7 +43,8 @@ def patched_pattern_effects(
     hooks: list[Hook] = [(f"blocks.{i}.attn.{part}.hook_out", replace(i)) for i in range(cmap.n_layers)]
     out = []
     for i, pattern in enumerate(_patterns(model, cmap, tokens, base, hooks, 1)):
-        effect = ((pattern - base[f"pattern{i}"]) * grads[f"pattern{i}"]).sum(-1).transpose(1, 2)
+        change = pattern.float() - base[f"pattern{i}"].float()
+        effect = (change * grads[f"pattern{i}"]).sum(-1).transpose(1, 2)
         effect = effect if part == "q" else effect.unflatten(-1, (cmap.n_kv_heads, -1)).sum(-1)
         out.append((effect, effect.sum(1)))
     return out
@@ -74,7 +75,7 @@ def key_position_effects(
 
         hooks: list[Hook] = [(f"blocks.{i}.attn.k.hook_out", replace(i)) for i in range(cmap.n_layers)]
         for i, patterns in enumerate(_patterns(model, cmap, tokens, base, hooks, len(places))):
-            change = patterns.unflatten(0, (len(places), -1)) - base[f"pattern{i}"]
+            change = patterns.float().unflatten(0, (len(places), -1)) - base[f"pattern{i}"].float()
             effect = (change * grads[f"pattern{i}"]).sum((-1, -2)).unflatten(-1, (cmap.n_kv_heads, -1)).sum(-1)
             out[i][:, places] = effect.transpose(0, 1).to(out[i].device)
     return out

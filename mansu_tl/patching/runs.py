@@ -21,6 +21,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric
 from mansu_tl.models import component_map
 from mansu_tl.models.kinds import require_bridge
+from mansu_tl.models.state import home, require_ready
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 
@@ -115,20 +116,26 @@ def heads_last(z: Tensor, n_heads: int) -> Float[Tensor, "pair pos head d_head"]
     return z if z.ndim == 4 else z.unflatten(-1, (n_heads, -1))
 
 
-def check(model: TransformerBridge, pairs: PromptPairs) -> None:
-    """Refuse what would give wrong scores silently.
+def prepared(model: TransformerBridge, pairs: PromptPairs) -> PromptPairs:
+    """The pairs on the model's device, once both are known to give right scores.
 
     Raises:
-        MansuError: no hooked model or no pairs, a model in training mode, pairs on another device than the model, tokens
-            that it has no embedding for, or prompts longer than it has positions.
+        MansuError: as `check`, or a model that `require_ready` refuses.
+    """
+    check(model, pairs)
+    require_ready(model, pairs.clean)
+    return pairs.to(home(model))
+
+
+def check(model: TransformerBridge, pairs: PromptPairs) -> None:
+    """Refuse pairs that would give wrong scores silently.
+
+    Raises:
+        MansuError: no hooked model or no pairs, tokens that the model has no embedding for, or prompts longer than it has
+            positions.
     """
     require_bridge(model)
     require_pairs(pairs)
-    if model.original_model.training:
-        raise MansuError("model: it is in training mode, so dropout would change the scores; call model.eval() first")
-    device = next(model.original_model.parameters()).device
-    if pairs.clean.device.type != device.type:
-        raise MansuError(f"pairs are on {pairs.clean.device}, the model is on {device}; use pairs.to({str(device)!r})")
     require_fit(model, pairs)
 
 
@@ -150,6 +157,20 @@ def measured(metric: Metric, logits: Float[Tensor, "pair vocab"], pairs: PromptP
     if logits.requires_grad and not values.requires_grad:
         raise MansuError(f"metric {name!r} does not depend on the logits; compute it from its first argument")
     return values
+
+
+def require_finite(what: str, values: Float[Tensor, "*any"], model: TransformerBridge) -> None:
+    """Refuse a result that is no number.
+
+    Raises:
+        MansuError: some of it is NaN or infinite.
+    """
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise MansuError(
+            f"{what}: {bad} of {values.numel()} are not finite, so activations or gradients overflow in "
+            f"{model.cfg.dtype}; load the model with dtype=torch.float32"
+        )
 
 
 def metric_name(metric: Metric) -> str:

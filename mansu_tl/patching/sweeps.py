@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
@@ -30,7 +31,7 @@ from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.cells import TITLES, Cells, require
 from mansu_tl.patching.resume import Base, record_base
-from mansu_tl.patching.runs import Activations, check, chunks, measured, metric_name
+from mansu_tl.patching.runs import Activations, chunks, measured, metric_name, prepared
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class PatchingResult(Result):
         return (Table(self.to_dataframe(), caption, "{:.2f}".format, rows=32, index=True),)
 
 
+@torch_defaults()
 def activation_patching(
     model: TransformerBridge,
     pairs: PromptPairs,
@@ -163,7 +165,7 @@ def activation_patching(
         raise MansuError(f"patching: mean ablation has no values for {component}; use 'zero' or 'corrupt', or patch z")
     if cells_per_batch < 1:
         raise MansuError(f"patching: cells_per_batch={cells_per_batch}; at least one cell has to run")
-    check(model, pairs)
+    pairs = prepared(model, pairs)
     width = pairs.clean.shape[1]
     if tokens is not None and "position" in by and len(tokens) != width:
         raise MansuError(f"patching: {len(tokens)} tokens for {width} positions; give one for each")

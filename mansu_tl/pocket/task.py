@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.data.answers import single_token
 from mansu_tl.data.text import encode, pad, pad_id
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.pocket.corpus import fact_sentences, generic_text
 from mansu_tl.pocket.lexicon import POTIONS
 from mansu_tl.pocket.tokens import build_tokenizer, text_ids
@@ -20,6 +21,7 @@ CHOICES = 4
 _GENERIC_TEXTS = 192
 
 
+@torch_defaults()
 def pocket_task(seed: int = 0) -> Task:
     """The embedded task over the shipped world: 48 hazard facts to forget, 304 facts to keep.
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, linear_weights
 from mansu_tl.models.tree import family
@@ -20,6 +21,7 @@ from mansu_tl.quantization.base import CalibratedQuantizer, Inputs
 _MOST_BYTES = 2**30
 
 
+@torch_defaults()
 @torch.no_grad()
 def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, batch_size: int = 32) -> dict[str, Inputs]:
     """The inputs of each named matrix over the real tokens of a text, in one pass of the model.

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import linear_weights, parameters
@@ -124,6 +125,7 @@ class Dither(Result):
         return (Table(self.to_dataframe(), rows=24),)
 
 
+@torch_defaults()
 @torch.no_grad()
 def dither(
     model: TransformerBridge | PreTrainedModel,

@@ -7,12 +7,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization.statistics import UpdateStatistics
 
 _POINTS = 64  # in each bin of update sizes, over which a prediction is averaged
 
 
+@torch_defaults()
 def predicted_flips(statistics: UpdateStatistics) -> pd.DataFrame:
     """How many codes should change, in bins of |d| / width and in all, beside how many do.
 

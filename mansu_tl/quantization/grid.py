@@ -148,6 +148,8 @@ class Grid(Quantizer):
         w: Float[Tensor, "out in"],
         codes_target: UInt8[Tensor, "out in"],
         absmax: Float32[Tensor, " block *ends"],
+        *,
+        leave_unreachable: bool = False,
     ) -> Float[Tensor, "out in"]:
         """The floor: every weight whose target code differs moves strictly into the target cell, in the dtype of `w`.
 
@@ -161,10 +163,11 @@ class Grid(Quantizer):
             w: the weights before.
             codes_target: the code each weight shall have; where it is the present code the weight stays bit-identical.
             absmax: the scales that `w` is encoded under.
+            leave_unreachable: keep a weight bit-identical whose target cell holds no value of the dtype of `w`.
 
         Raises:
             MansuError: a target that is no code of this grid, one for a weight that carries its block's absmax, or
-                a target cell that holds no value of the dtype of `w`.
+                a target cell that holds no value of the dtype of `w` (unless those are left).
         """
         if int(codes_target.max()) >= len(self.levels):
             raise MansuError(
@@ -183,8 +186,14 @@ class Grid(Quantizer):
             )
         target = codes_target.reshape(-1)[index]
         start, old = w.reshape(-1)[index], own.reshape(-1)[index]
-        placed = self._place(start, old, target, scale, index >= self._tail(w))
-        result.view(-1)[index] = placed
+        placed, lost = self._place(start, old, target, scale, index >= self._tail(w))
+        if lost.any() and not leave_unreachable:
+            smallest = float(scale[lost].abs().view(int(lost.sum()), -1).amax(1).min())
+            raise MansuError(
+                f"floor_target: {int(lost.sum())} target cells of {self.name} hold no {w.dtype} value (smallest block "
+                f"absmax {smallest:.3g}); leave those weights out or store the model in float32"
+            )
+        result.view(-1)[index] = torch.where(lost, start, placed)
         return result
 
     def _place(
@@ -194,8 +203,9 @@ class Grid(Quantizer):
         target: UInt8[Tensor, " moved"],
         scale: Float32[Tensor, " moved *ends"],
         in_tail: Bool[Tensor, " moved"],
-    ) -> Float[Tensor, " moved"]:
-        """Values inside the target cells, one bin width away from `start` where the cells allow it."""
+    ) -> tuple[Float[Tensor, " moved"], Bool[Tensor, " moved"]]:
+        """Values inside the target cells, one bin width away from `start` where the cells allow it; and which cells
+        hold no value at all."""
         dtype, tail = start.dtype, in_tail.nonzero().squeeze(1)
         s, begin = scale.double(), start.double()
         up = torch.where(target > old, 1.0, -1.0).double()
@@ -209,22 +219,18 @@ class Grid(Quantizer):
         value = torch.where(fits & ~centre_will_do, reach, inner)
 
         # The outermost codes take in everything up to the absmax, so that no step leads past it.
-        previous = torch.zeros_like(up)
+        previous, lost = torch.zeros_like(up), torch.zeros_like(up, dtype=torch.bool)
         for _ in range(_MOST_STEPS):
             code = self._code(self._prepare(value), scale, tail).long()
             direction = (target.long() - code).sign().double()
+            # Stepped past the cell from either side: there is nothing in between.
+            lost |= direction * previous < 0
+            direction = torch.where(lost, 0.0, direction)
             if not direction.any():
-                return value
-            if (direction * previous < 0).any():
-                break
+                return value, lost
             previous = torch.where(direction == 0, previous, direction)
             value = torch.where(direction == 0, value, step(value, direction))
-        lost = int((direction != 0).sum())
-        smallest = float(scale.abs().view(len(scale), -1).amax(1).min())
-        raise MansuError(
-            f"floor_target: {lost} target cells of {self.name} hold no {dtype} value (smallest block absmax "
-            f"{smallest:.3g}); leave those weights out or store the model in float32"
-        )
+        return value, lost | (direction != 0)
 
     # --- what a different rounding rule replaces -----------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import linear_weights, parameters
@@ -149,6 +150,7 @@ class UpdateStatistics(Result):
         return (Table(pd.concat([frame.iloc[-1:], frame.iloc[:-1]]), "the total, then by matrix"),)
 
 
+@torch_defaults()
 def update_statistics(
     before: TransformerBridge | PreTrainedModel,
     after: TransformerBridge | PreTrainedModel,

@@ -10,6 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, linear_weights, parameters, plain, rebuild
 from mansu_tl.models.four_bit import require_dense
@@ -18,6 +19,7 @@ from mansu_tl.quantization.calibration import calibrated_values
 from mansu_tl.quantization.registry import quantizer as quantizer_named
 
 
+@torch_defaults()
 def quantize(
     model: TransformerBridge | PreTrainedModel,
     quantizer: str | Quantizer | CalibratedQuantizer = "nf4",
@@ -46,6 +48,7 @@ def quantize(
     return rebuild(model, quantized_values(model, quantizer, calibration=calibration, progress=progress))
 
 
+@torch_defaults()
 def quantized_values(
     model: TransformerBridge | PreTrainedModel,
     quantizer: str | Quantizer | CalibratedQuantizer = "nf4",

@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mansu_tl.data.text import pad_id
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models.copies import duplicate
@@ -156,6 +157,7 @@ class TofuScores(Result):
         return (Table(frame, form="{:.3f}".format, index=True),)
 
 
+@torch_defaults()
 def evaluate_tofu(
     model: TransformerBridge | PreTrainedModel,
     tofu: Tofu,

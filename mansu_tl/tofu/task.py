@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.data.text import TextSource, pad, pad_id, text_source
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.tofu.data import Item, prompt, read_tofu
 from mansu_tl.tofu.tokens import answer_ids, text_of
@@ -68,6 +69,7 @@ class _Asked:
     label: str
 
 
+@torch_defaults()
 def tofu_task(
     folder: str | PathLike[str],
     tokenizer: TextSource,

@@ -14,26 +14,50 @@ from transformers import PreTrainedModel
 from mansu_tl.data import PromptPairs, Sequences, Task
 
 Values = Mapping[str, Tensor]
-# Numbers in the logits of one pass over never-seen prompts: a gibibyte.
-_MOST_LOGITS = 2**28
+# Numbers of one kind (logits, compared tokens) that exist at one time.
+_MOST_NUMBERS = 2**26
 
 
 def last_token_logits(
     model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
 ) -> Float[Tensor, "row vocab"]:
-    """Differentiable logits at the last real token, with `values` in place of the model's parameters."""
-    logits = functional_call(model, dict(values), (tokens,), {"use_cache": False}).logits
-    return logits[torch.arange(tokens.shape[0], device=tokens.device), lengths - 1].float()
+    """Differentiable logits at the last real token, with `values` in place of the model's parameters.
+
+    Only that token is unembedded.
+    """
+    return run_values(model, values, tokens, lengths)[0]
 
 
 def last_token_states(
     model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
 ) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row layer d_model"]]:
     """`last_token_logits`, and the residual stream behind every layer at the same token."""
-    out = functional_call(model, dict(values), (tokens,), {"use_cache": False, "output_hidden_states": True})
+    logits, hidden = run_values(model, values, tokens, lengths, states=True)
     rows = torch.arange(tokens.shape[0], device=tokens.device)
-    states = torch.stack([state[rows, lengths - 1].float() for state in out.hidden_states[1:]], 1)
-    return out.logits[rows, lengths - 1].float(), states
+    return logits, torch.stack([state[rows, lengths - 1].float() for state in hidden[1:]], 1)
+
+
+def run_values(
+    model: PreTrainedModel,
+    values: Values,
+    tokens: Int[Tensor, "row pos"],
+    lengths: Int[Tensor, " row"],
+    *,
+    states: bool = False,
+) -> tuple[Float[Tensor, "row vocab"], tuple[Float[Tensor, "row pos d_model"], ...]]:
+    """Logits at the last real token and, if asked for, the residual streams: of the embedding, then behind every layer."""
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+
+    def cut(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        # Contiguous on purpose: a strided slice turns the unembedding into one product per row.
+        return (inputs[0][rows, lengths - 1][:, None].contiguous(),)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(cut)
+    try:
+        out = functional_call(model, dict(values), (tokens,), {"use_cache": False, "output_hidden_states": states})
+    finally:
+        handle.remove()
+    return out.logits[:, 0].float(), out.hidden_states if states else ()
 
 
 def sequence_logits(
@@ -68,9 +92,10 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Ignorance:
-    """What the original model says where it knows nothing, for every forget prompt.
+    """What the original model says where it knows nothing, by the wording of the forget prompts.
 
     Attributes:
+        wording: the row below that each forget prompt has.
         reference: mean next-token distribution over never-seen prompts of the same wording (our definition).
         pool: tokens that answer any forget prompt of the same wording, as a mask.
         state: mean residual stream behind every layer over those prompts, at their last token.
@@ -78,10 +103,17 @@ class Ignorance:
             to their own mean.
     """
 
-    reference: Float[Tensor, "pair vocab"]
-    pool: Bool[Tensor, "pair vocab"]
-    state: Float[Tensor, "pair layer d_model"]
-    spread: Float[Tensor, "pair layer"]
+    wording: Int[Tensor, " pair"]
+    reference: Float[Tensor, "wording vocab"]
+    pool: Bool[Tensor, "wording vocab"]
+    state: Float[Tensor, "wording layer d_model"]
+    spread: Float[Tensor, "wording layer"]
+
+    def of(self, rows: Int[Tensor, " row"]) -> Ignorance:
+        """The same for some of the forget prompts, each with a row of its own."""
+        at = self.wording[rows]
+        every = torch.arange(len(at), device=at.device)
+        return Ignorance(every, self.reference[at], self.pool[at], self.state[at], self.spread[at])
 
 
 def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
@@ -92,13 +124,12 @@ def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
     """
     pairs = task.forget_pairs
     unseen = task.unseen if len(task.unseen) else Sequences(pairs.corrupt, pairs.lengths)
-    shared = _wording(pairs, unseen)
-    closest = (shared == shared.max(1, keepdim=True).values).float()
-    mean = closest / closest.sum(1, keepdim=True)
+    closest, wording = _closest(pairs, unseen).unique(dim=0, return_inverse=True)
+    mean = closest.float() / closest.sum(1, keepdim=True)
     values, parts = dict(model.named_parameters()), []
     vocab = model.get_output_embeddings().weight.shape[0]
-    reference = torch.zeros(len(pairs), vocab, device=mean.device)
-    rows = max(1, _MOST_LOGITS // (unseen.tokens.shape[1] * vocab))
+    reference = torch.zeros(len(closest), vocab, device=mean.device)
+    rows = max(1, _MOST_NUMBERS // vocab)
     for start in range(0, len(unseen), rows):
         part = unseen[slice(start, start + rows)]
         with torch.no_grad():
@@ -106,21 +137,21 @@ def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
         reference += mean[:, start : start + rows] @ logits.softmax(-1)
         parts.append(hidden)
     states = torch.cat(parts)
-    state = torch.einsum("pu,uld->pld", mean, states)
-    square = torch.einsum("pu,ul->pl", mean, states.square().sum(-1))
-    same = (closest[:, None] == closest[None]).all(-1)
-    answers = torch.zeros_like(reference)
+    state = torch.einsum("wu,uld->wld", mean, states)
+    square = torch.einsum("wu,ul->wl", mean, states.square().sum(-1))
+    pool = torch.zeros_like(reference, dtype=torch.bool)
     options = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
-    answers.scatter_(1, options, 1.0)
+    pool[wording[:, None].expand_as(options), options] = True
     spread = square - state.square().sum(-1)
     # A single prompt of that wording has no spread of its own: all never-seen prompts' around their mean stands in.
     common = (states - states.mean(0)).square().sum(-1).mean(0)
     spread = torch.where(closest.sum(1, keepdim=True) > 1, spread, common)
-    return Ignorance(reference, (same.float() @ answers) > 0, state, spread)
+    return Ignorance(wording, reference, pool, state, spread)
 
 
-def _wording(pairs: PromptPairs, unseen: Sequences) -> Int[Tensor, "pair unseen"]:
-    """Tokens that agree, aligned at the last real one, over the wording: where clean and corrupt do not differ."""
+def _closest(pairs: PromptPairs, unseen: Sequences) -> Bool[Tensor, "pair unseen"]:
+    """The never-seen prompts that share most tokens with each pair, aligned at the last real one, over its wording:
+    where clean and corrupt do not differ."""
     width = max(pairs.clean.shape[1], unseen.tokens.shape[1])
 
     def from_end(tokens: Tensor, lengths: Tensor, fill: int) -> Tensor:
@@ -131,7 +162,13 @@ def _wording(pairs: PromptPairs, unseen: Sequences) -> Int[Tensor, "pair unseen"
 
     clean, corrupt = from_end(pairs.clean, pairs.lengths, -1), from_end(pairs.corrupt, pairs.lengths, -1)
     other = from_end(unseen.tokens, unseen.lengths, -2)
-    return ((clean[:, None] == other[None]) & (clean == corrupt)[:, None]).sum(-1)
+    rows = max(1, _MOST_NUMBERS // max(1, other.numel()))
+    parts = []
+    for start in range(0, len(pairs), rows):
+        mine, differs = clean[start : start + rows], (clean != corrupt)[start : start + rows]
+        shared = ((mine[:, None] == other[None]) & ~differs[:, None]).sum(-1)
+        parts.append(shared == shared.max(1, keepdim=True).values)
+    return torch.cat(parts)
 
 
 def retain_batches(task: Task, batch: int, near_share: float, generator: torch.Generator) -> Callable[[], Sequences]:

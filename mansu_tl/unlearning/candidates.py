@@ -58,7 +58,7 @@ def random_weights(
 def every_weight(model: TransformerBridge) -> dict[str, Bool[Tensor, ...]]:
     """All linear weights, as masks."""
     values = parameters(model)
-    return {name: torch.ones(values[name].shape, dtype=torch.bool) for name in linear_weights(model)}
+    return {name: torch.ones_like(values[name], dtype=torch.bool) for name in linear_weights(model)}
 
 
 def _parts(circuit: Circuit) -> tuple[list[str], list[str]]:
@@ -92,6 +92,6 @@ def _masks(
     for name in names:
         for piece in cmap.slices(name):
             if piece.parameter in linear:
-                mask = masks.setdefault(piece.parameter, torch.zeros(values[piece.parameter].shape, dtype=torch.bool))
+                mask = masks.setdefault(piece.parameter, torch.zeros_like(values[piece.parameter], dtype=torch.bool))
                 mask.narrow(piece.dim, piece.start, piece.stop - piece.start).fill_(True)
     return masks

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import fingerprint, linear_weights, parameters, rebuild
@@ -43,6 +44,7 @@ class Edit(Result):
     history: tuple[Mapping[str, float], ...] = ()
 
     @classmethod
+    @torch_defaults()
     def between(
         cls,
         model: TransformerBridge,
@@ -74,6 +76,7 @@ class Edit(Result):
         edited = sum(index.numel() for name, index in self.indices.items() if name in linear)
         return edited / sum(weight.in_features * weight.out_features for weight in linear.values())
 
+    @torch_defaults()
     def apply(self, model: TransformerBridge) -> TransformerBridge:
         """A new bridge with the edit in place; `model` is untouched.
 
@@ -82,6 +85,7 @@ class Edit(Result):
         """
         return self._write(model, self.new, self.base, "the edit was made for another model")
 
+    @torch_defaults()
     def revert(self, edited: TransformerBridge) -> TransformerBridge:
         """A new bridge with the old values back: bit for bit the model that the edit was made for.
 

@@ -51,7 +51,7 @@ class Floor:
         start = 0
         for name, mask in masks.items():
             matrix = self.matrices[name]
-            free_mask = mask.clone()
+            free_mask = mask.to(matrix.device, copy=True)
             for grid in grids:
                 free_mask &= ~grid.absmax_mask(matrix)
             free = free_mask.flatten().nonzero()[:, 0]
@@ -144,14 +144,18 @@ class Floor:
         return dense.index_put((self.where[name],), change[self.spans[name]]).view(matrix.shape)
 
     def final(self, name: str, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]) -> Tensor:
-        """The edited matrix in its storage dtype, every edited weight strictly inside its target cell."""
+        """The edited matrix in its storage dtype, every edited weight strictly inside its target cell.
+
+        A weight whose target cell holds no value of that dtype keeps its own.
+        """
         matrix = self.matrices[name]
         encoded = self.grid.encode(matrix)
         codes = encoded.codes.flatten().clone()
         span, where = self.spans[name], self.where[name]
         target = self.target(latent)[span]
         codes[where] = torch.where(allowed[span], target, self.code[span]).to(codes.dtype)
-        result = self.grid.floor_target(matrix, codes.view_as(encoded.codes), encoded.absmax)
+        wanted = codes.view_as(encoded.codes)
+        result = self.grid.floor_target(matrix, wanted, encoded.absmax, leave_unreachable=True)
         moved = result != matrix
         for grid in self.grids[1:]:
             before, after = grid.encode(matrix), grid.encode(result)
@@ -160,6 +164,13 @@ class Floor:
             grown = (after.scales() != before.scales()).view(*matrix.shape, -1).any(-1)
             moved &= (after.codes != before.codes) & ~grown
         return torch.where(moved, result, matrix)
+
+    def felt(self, matrices: Mapping[str, Float[Tensor, "_ _"]], under: int | None) -> Float[Tensor, " weight"]:
+        """How far each candidate has moved in edited matrices, as stored (None) or under one grid."""
+        new = torch.cat([matrices[name].flatten()[self.where[name]].float() for name in self.spans])
+        if under is None:
+            return new - self.value
+        return self._centre(self._codes_of(new, under), under) - self._centre(self.codes[under], under)
 
     def unfloored(self, name: str, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]) -> Tensor:
         """The matrix with the updates as they are, in its storage dtype."""

@@ -20,7 +20,7 @@ from mansu_tl.circuit import Circuit, discover_circuit
 from mansu_tl.circuit.evaluation import require_graph
 from mansu_tl.data import Sequences, Task
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.models import linear_weights, plain
+from mansu_tl.models import float32_copy, home, linear_weights, parameters
 from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning.adversary import Attacked, attacked
 from mansu_tl.unlearning.batches import (
@@ -47,6 +47,9 @@ from mansu_tl.unlearning.retain_statistics import (
     sequence_loss,
 )
 from mansu_tl.unlearning.support import choose_support
+
+# Steps over which the step size rises, in runs of sixty or more.
+_WARM_UP = 10
 
 
 def mansu(
@@ -82,14 +85,15 @@ class _Run:
         self, model: TransformerBridge, task: Task, settings: MansuSettings, circuit: Circuit, seed: int, progress: bool
     ) -> None:
         self.model, self.settings, self.circuit, self.seed, self.progress = model, settings, circuit, seed, progress
-        self.hf = plain(model)
-        self.task = task.to(next(self.hf.parameters()).device)
+        self.hf = float32_copy(model)
+        self.task = task.to(home(self.hf))
         self.values = {name: value.detach() for name, value in self.hf.named_parameters()}
-        self.linear = linear_weights(model)
+        self.linear, self.stored = linear_weights(model), parameters(model)
         masks = self._candidates()
+        # Cells and codes are those of the weights as stored; the loop itself runs in float32.
         self.floor = Floor(
             [grid_of(name) for name in settings.quantizers],
-            {name: self._oriented(name, value) for name, value in self.values.items() if name in self.linear},
+            {name: self._oriented(name, self.stored[name].detach()).contiguous() for name in self.linear},
             {name: self._oriented(name, mask) for name, mask in masks.items()},
         )
         self.rounded: dict[tuple[str, int], Tensor] = {}
@@ -137,22 +141,26 @@ class _Run:
         draw_far = Sampler(len(self.task.retain_text), cfg.retain_batch, generator)
         near = self.near
         draw_near = Sampler(len(near), cfg.retain_batch, generator) if len(near) else None
-        latent = torch.zeros(floor.size, requires_grad=True)
-        allowed = torch.ones(floor.size, dtype=torch.bool)
+        latent = torch.zeros_like(floor.value, requires_grad=True)
+        allowed = torch.ones_like(floor.value, dtype=torch.bool)
         optimizer = torch.optim.Adam([latent], lr=cfg.learning_rate, betas=(0.9, 0.99))
         history: list[dict[str, float]] = []
         attack: Attacked | None = None
-        freeze = int(cfg.freeze_at * cfg.steps)
+        freeze, frozen = int(cfg.freeze_at * cfg.steps), False
+        warm_up = min(_WARM_UP, max(1, cfg.steps // 6))
         bar = tqdm(range(cfg.steps), desc="mansu", unit="step", disable=not self.progress)
         for step in bar:
             left = (cfg.steps - step) / max(1, cfg.steps - freeze)
-            optimizer.param_groups[0]["lr"] = cfg.learning_rate * min(1.0, (step + 1) / 10, max(left, 0.02))
-            if step == freeze or (cfg.select_from * cfg.steps <= step < freeze and step % cfg.select_every == 0):
+            optimizer.param_groups[0]["lr"] = cfg.learning_rate * min(1.0, (step + 1) / warm_up, max(left, 0.02))
+            due = step >= cfg.select_from * cfg.steps and step % cfg.select_every == 0
+            if not frozen and (step == freeze or due):
                 kept = self._support(latent.detach(), allowed)
-                with torch.no_grad():
-                    latent.mul_(kept)
-                if step == freeze:
-                    allowed = kept
+                # Where no weight has crossed yet, nothing can be chosen: in short runs the choice waits.
+                if kept.any():
+                    with torch.no_grad():
+                        latent.mul_(kept)
+                    if step >= freeze:
+                        allowed, frozen = kept, True
             # Odd steps see the model as stored, even ones as deployed, grid by grid: all must have forgotten.
             under = step // 2 % len(floor.grids) if step % 2 == 0 and cfg.floor == "loop" else None
             change, changed = self._change(latent, allowed, under)
@@ -169,6 +177,11 @@ class _Run:
                 # On what the deployed model feels, whichever view this step takes.
                 felt = self._change(latent, allowed, 0)[0] if cfg.floor == "loop" and under is None else change
                 loss = loss + cfg.null_space * self._leak(felt)
+            if not torch.isfinite(loss):
+                raise NoEditError(
+                    f"mansu: the loss is {loss.item()} at step {step}; lower learning_rate={cfg.learning_rate}, or check "
+                    "the model's weights"
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -192,15 +205,14 @@ class _Run:
         if cfg.floor == "after":
             latent = floor.pushed(latent * allowed)
         finish = floor.unfloored if cfg.floor == "none" else floor.final
-        values = {name: self._back(name, finish(name, latent, allowed)) for name in floor.spans}
-        edited = sum(int((value != self.values[name]).sum()) for name, value in values.items())
+        matrices = {name: finish(name, latent, allowed) for name in floor.spans}
+        edited = sum(int((matrix != floor.matrices[name]).sum()) for name, matrix in matrices.items())
         if not edited:
             raise NoEditError(
                 f"mansu: no weight left its bin in {cfg.steps} steps, or every one that did costs more than the budgets "
                 f"allow; raise steps, learning_rate (now {cfg.learning_rate} bins) or fisher_budget (now "
                 f"{cfg.fisher_budget})"
             )
-        felt = floor.plain(latent, allowed)[0] if cfg.floor == "none" else floor.realise(latent, allowed)[1]
         facts = {
             "seed": self.seed,
             "settings": asdict(cfg),
@@ -208,13 +220,15 @@ class _Run:
             "candidates": floor.size,
             "edited": edited,
             "near_rows": self.discovered,
-            **self._retain_increase(felt),
+            **self._retain_increase(matrices),
         }
+        values = {name: self._oriented(name, matrix) for name, matrix in matrices.items()}
         return Edit.between(self.model, values, "mansu", facts, tuple(history))
 
-    def _retain_increase(self, change: Tensor) -> dict[str, float]:
+    def _retain_increase(self, matrices: Mapping[str, Tensor]) -> dict[str, float]:
         """The retain loss's increase under the realised change: measured, its diagonal estimate and its bound."""
         text, under = self._sample(), None if self.settings.floor == "none" else 0
+        change = self.floor.felt(matrices, under)
         with torch.no_grad():
             before = sequence_loss(self.hf, self._values(torch.zeros_like(change), under), text).item()
             after = sequence_loss(self.hf, self._values(change, under), text).item()
@@ -254,28 +268,28 @@ class _Run:
         """All parameters: as stored (None), or with every linear weight dequantized under one grid."""
         out = dict(self.values)
         for name in self.linear if under is not None else self.floor.spans:
-            base = self.floor.matrices[name] if under is None else self._deployed(name, under)
+            base = self._oriented(name, self.values[name]) if under is None else self._deployed(name, under)
             full = base + self.floor.spread(change, name) if name in self.floor.spans else base
-            out[name] = self._back(name, full)
+            out[name] = self._oriented(name, full)
         return out
 
     def _deployed(self, name: str, under: int) -> Tensor:
         if (name, under) not in self.rounded:
-            self.rounded[name, under] = self.floor.grids[under].roundtrip(self.floor.matrices[name])
+            self.rounded[name, under] = self.floor.grids[under].roundtrip(self.floor.matrices[name].float())
         return self.rounded[name, under]
 
     def _forget(self, values: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        cfg, pairs = self.settings, self.task.forget_pairs[rows]
+        cfg, pairs, unknown = self.settings, self.task.forget_pairs[rows], self.unknown.of(rows)
         if cfg.representation_weight:
             logits, states = last_token_states(self.hf, values, pairs.clean, pairs.lengths)
-            away = representation_loss(states, self.unknown.state[rows], self.unknown.spread[rows])
+            away = representation_loss(states, unknown.state, unknown.spread)
         else:
             logits = last_token_logits(self.hf, values, pairs.clean, pairs.lengths)
             away = logits.new_zeros(())
         return cfg.representation_weight * away + forget_loss(
             logits,
-            self.unknown.reference[rows],
-            self.unknown.pool[rows],
+            unknown.reference,
+            unknown.pool,
             pairs.answers,
             divergence_weight=cfg.divergence_weight,
             margin=cfg.margin,
@@ -351,7 +365,7 @@ class _Run:
 
     def _fisher(self, names: Mapping[str, Tensor]) -> Float[Tensor, " weight"]:
         full = diagonal_fisher(self.hf, names, self._sample(), progress=self.progress)
-        out = torch.empty(self.floor.size)
+        out = torch.empty_like(self.floor.value)
         for name, span in self.floor.spans.items():
             out[span] = self._oriented(name, full[name]).flatten()[self.floor.where[name]]
         return out
@@ -362,7 +376,5 @@ class _Run:
         return self.kept_text[[i * len(self.kept_text) // count for i in range(count)]]
 
     def _oriented(self, name: str, value: Tensor) -> Tensor:
-        return value.T.contiguous() if self.linear[name].transposed else value
-
-    def _back(self, name: str, value: Tensor) -> Tensor:
+        """A matrix as stored turned to [out, in], or back."""
         return value.T if self.linear[name].transposed else value

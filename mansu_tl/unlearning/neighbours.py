@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
@@ -29,26 +31,31 @@ def near_neighbours(
     """
     if not 0 < share <= 1:
         raise MansuError(f"near neighbours: share={share}; choose a share of the retain text in (0, 1]")
-    prompts, _ = _states(model, Sequences(pairs.clean, pairs.lengths), batch_size)
-    states, real = _states(model, text, batch_size)
-    mean = torch.cat([row[keep] for row, keep in zip(states, real, strict=True)]).mean(0)
-    last = torch.stack([row[length - 1] for row, length in zip(prompts, pairs.lengths.tolist(), strict=True)])
-    wanted = normalize(last - mean, dim=-1)
-    nearness = torch.stack(
-        [(normalize(row[keep] - mean, dim=-1) @ wanted.T).max() for row, keep in zip(states, real, strict=True)]
-    )
-    return nearness.topk(max(1, round(share * len(text)))).indices
+    last = [rows[torch.arange(len(rows)), real.sum(1) - 1] for rows, real in _states(model, _clean(pairs), batch_size)]
+    total, count = torch.zeros_like(last[0][0]), 0
+    for rows, real in _states(model, text, batch_size):
+        total += rows[real].sum(0)
+        count += int(real.sum())
+    mean = total / count
+    wanted = normalize(torch.cat(last) - mean, dim=-1)
+    nearness = [
+        (normalize(row[real] - mean, dim=-1) @ wanted.T).max()
+        for batch in _states(model, text, batch_size)
+        for row, real in zip(*batch, strict=True)
+    ]
+    return torch.stack(nearness).topk(max(1, round(share * len(text)))).indices
+
+
+def _clean(pairs: PromptPairs) -> Sequences:
+    return Sequences(pairs.clean, pairs.lengths)
 
 
 def _states(
     model: PreTrainedModel, text: Sequences, batch_size: int
-) -> tuple[list[Float[Tensor, "pos d_model"]], list[Tensor]]:
-    """The residual stream at half depth of every row, and which of its positions are real."""
-    states: list[Tensor] = []
-    real: list[Tensor] = []
+) -> Iterator[tuple[Float[Tensor, "row pos d_model"], Bool[Tensor, "row pos"]]]:
+    """The residual stream at half depth, batch by batch, and which of its positions are real."""
     for start in range(0, len(text), batch_size):
         batch = text[slice(start, start + batch_size)]
-        hidden = model(batch.tokens, use_cache=False, output_hidden_states=True).hidden_states
-        states += list(hidden[len(hidden) // 2].float())
-        real += list(torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None] < batch.lengths[:, None])
-    return states, real
+        hidden = model.base_model(batch.tokens, use_cache=False, output_hidden_states=True).hidden_states
+        position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        yield hidden[len(hidden) // 2].float(), position[None] < batch.lengths[:, None]

@@ -12,7 +12,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
+from mansu_tl.models import require_ready
 from mansu_tl.notebook import bars
 from mansu_tl.unlearning import baselines as b
 from mansu_tl.unlearning.edit import Edit
@@ -120,6 +122,7 @@ def method_flags(name: str) -> Method:
     return _method(name)
 
 
+@torch_defaults()
 def unlearn(
     model: TransformerBridge,
     task: Task,
@@ -142,11 +145,10 @@ def unlearn(
         overrides: single settings by name, e.g. `budget=0.01`; those of the shared training loop too.
 
     Raises:
-        MansuError: an unknown method or setting, or a model in training mode.
+        MansuError: an unknown method or setting, or a model that `require_ready` refuses.
     """
     chosen = _method(method)
-    if model.original_model.training:
-        raise MansuError("model: it is in training mode, so dropout would enter the edit; call model.eval() first")
+    require_ready(model, task.forget_pairs.clean, copied=True)
     base = settings if settings is not None else chosen.defaults()
     if not isinstance(base, chosen.settings):
         raise MansuError(f"{method}: settings are {type(base).__name__}; pass {chosen.settings.__name__}")

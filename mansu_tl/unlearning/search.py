@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
@@ -119,6 +120,7 @@ class Search(Result):
         return (Table(self.to_dataframe(), "by learning rate"),)
 
 
+@torch_defaults()
 def search(
     model: TransformerBridge,
     validation: Task,
@@ -171,6 +173,7 @@ def search(
     return Search(method, tuple(trials), seed)
 
 
+@torch_defaults()
 def judge(
     model: TransformerBridge, validation: Task, edit: Edit | NoEditError, rate: float, *, over_chance: float = 5.0
 ) -> Trial:

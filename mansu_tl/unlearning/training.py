@@ -3,12 +3,15 @@
 The same optimizer, batch sizes, schedule and stopping rule for all of them. Following open-unlearning: AdamW, weight
 decay .01, warm-up, every parameter is trained. A method differs in its loss and learning rate, and may say which
 weights move (`only`), through which weights the model runs (`view`) and where the change may point (`project`).
+
+Training runs on a float32 copy; what it comes to is rounded to the model's own dtype once, at the end. Whether the forget
+set is at chance is asked of the model as it would be stored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,14 +24,16 @@ from transformers import PreTrainedModel
 from mansu_tl.data import PromptPairs, Sequences, Task
 from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.metrics import kl_divergence, last_logits
-from mansu_tl.models import plain
+from mansu_tl.metrics import kl_divergence
+from mansu_tl.models import float32_copy, home, plain
 from mansu_tl.unlearning.batches import Sampler, Values, last_token_logits, retain_batches, sequence_logits
 from mansu_tl.unlearning.edit import Edit
 
 Loss = Callable[["Batch"], Tensor]
 View = Callable[[Values], Values]
 Project = Callable[[str, Tensor], Tensor]
+# Forget prompts in a pass without gradients, and the original's logits that are kept (a quarter of a gibibyte).
+_ROWS, _MOST_KEPT = 256, 2**26
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,27 @@ class TrainingSettings(Digested):
             raise MansuError(f"training: learning_rate={self.learning_rate}; choose a finite number above 0")
 
 
+class OriginalLogits:
+    """The original model's last-token logits of forget prompts: kept where all of them fit, else computed again."""
+
+    def __init__(self, model: PreTrainedModel, values: Values, pairs: PromptPairs) -> None:
+        self._model, self._values, self._pairs = model, values, pairs
+        self._kept: Tensor | None = None
+
+    def __call__(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
+        """Those of some rows."""
+        vocab = self._model.get_output_embeddings().weight.shape[0]
+        if len(self._pairs) * vocab > _MOST_KEPT:
+            return self._run(self._pairs[rows])
+        if self._kept is None:
+            self._kept = torch.cat([self._run(part) for part in _in_batches(self._pairs)])
+        return self._kept[rows]
+
+    @torch.no_grad()
+    def _run(self, pairs: PromptPairs) -> Float[Tensor, "row vocab"]:
+        return last_token_logits(self._model, self._values, pairs.clean, pairs.lengths)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a loss sees at one step.
@@ -76,7 +102,7 @@ class Batch:
         pairs: forget pairs of this step.
         rows: their row numbers in the task.
         retain: retain sequences of this step.
-        original_logits: the original model's last-token logits of these forget prompts.
+        original_of: the original model's last-token logits of forget prompts, by row number.
     """
 
     model: PreTrainedModel
@@ -85,7 +111,12 @@ class Batch:
     pairs: PromptPairs
     rows: Int[Tensor, " row"]
     retain: Sequences
-    original_logits: Float[Tensor, "row vocab"]
+    original_of: Callable[[Int[Tensor, " row"]], Float[Tensor, "row vocab"]]
+
+    @property
+    def original_logits(self) -> Float[Tensor, "row vocab"]:
+        """The original model's last-token logits of these forget prompts."""
+        return self.original_of(self.rows)
 
     def forget_logits(self) -> Float[Tensor, "row vocab"]:
         """Last-token logits of the forget prompts under the current values."""
@@ -135,9 +166,12 @@ def train(
         MansuError: no weight may move.
         NoEditError: the loss is not finite (the learning rate is too high).
     """
-    hf = plain(model)
+    stored = plain(model)
+    dtypes = {name: value.dtype for name, value in stored.named_parameters()}
+    hf = stored if set(dtypes.values()) == {torch.float32} else float32_copy(model)
     original_values = {name: value.detach() for name, value in hf.named_parameters()}
-    free = {name: mask for name, mask in (only or {}).items() if bool(mask.any())}
+    device = home(hf)
+    free = {name: mask.to(device) for name, mask in (only or {}).items() if bool(mask.any())}
     if only is not None and not free:
         raise MansuError(f"{method}: no weight may move; widen its mask")
     values = {
@@ -146,10 +180,10 @@ def train(
     }
     moving = {name: value for name, value in values.items() if value.requires_grad}
     generator = torch.Generator().manual_seed(seed)
-    task = task.to(next(iter(values.values())).device)
+    task = task.to(device)
     draw_forget = Sampler(len(task.forget_pairs), settings.forget_batch, generator)
     draw_retain = retain_batches(task, settings.retain_batch, 0.25, generator)
-    original = last_logits(hf, task.forget_pairs.clean, task.forget_pairs.lengths)
+    original = OriginalLogits(hf, original_values, task.forget_pairs)
     optimizer = torch.optim.AdamW(moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings.warmup))
     history: list[dict[str, float]] = []
@@ -157,7 +191,7 @@ def train(
     for step in bar:
         if step % settings.check_every == 0:
             seen = view(values) if view else values
-            score = _multiple_choice(hf, seen, task.forget_pairs)
+            score = _multiple_choice(stored, _rounded(seen, dtypes), task.forget_pairs)
             history.append({"step": float(step), "forget_mc": score})
             bar.set_postfix(forget_mc=f"{score:.0f}")
             if score <= task.forget_pairs.chance + settings.stop_over_chance:
@@ -165,7 +199,7 @@ def train(
                 break
         rows = draw_forget()
         seen = view(values) if view else values
-        batch = Batch(hf, seen, original_values, task.forget_pairs[rows], rows, draw_retain(), original[rows])
+        batch = Batch(hf, seen, original_values, task.forget_pairs[rows], rows, draw_retain(), original)
         value = loss(batch)
         if not torch.isfinite(value):
             raise NoEditError(
@@ -183,11 +217,24 @@ def train(
                 if project:
                     current.copy_(start + project(name, current - start))
     recorded = {"seed": seed, "settings": asdict(settings), "steps": int(history[-1]["step"]), **(facts or {})}
-    return Edit.between(model, {k: v.detach() for k, v in moving.items()}, method, recorded, tuple(history))
+    return Edit.between(model, _rounded(moving, dtypes), method, recorded, tuple(history))
+
+
+def _rounded(values: Values, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The values as they would be stored."""
+    return {name: value.detach().to(dtypes[name]) for name, value in values.items()}
 
 
 @torch.no_grad()
 def _multiple_choice(hf: PreTrainedModel, values: Values, pairs: PromptPairs) -> float:
-    logits = last_token_logits(hf, values, pairs.clean, pairs.lengths)
-    wrong = logits.gather(1, pairs.distractors).max(1).values
-    return 100 * (logits.gather(1, pairs.answers[:, None])[:, 0] > wrong).double().mean().item()
+    right = []
+    for part in _in_batches(pairs):
+        logits = last_token_logits(hf, values, part.clean, part.lengths)
+        wrong = logits.gather(1, part.distractors).max(1).values
+        right.append(logits.gather(1, part.answers[:, None])[:, 0] > wrong)
+    return 100 * torch.cat(right).double().mean().item()
+
+
+def _in_batches(pairs: PromptPairs) -> Iterator[PromptPairs]:
+    for start in range(0, len(pairs), _ROWS):
+        yield pairs[slice(start, start + _ROWS)]

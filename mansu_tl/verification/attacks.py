@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.data.fit import require_task
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.notebook import Result
 
@@ -43,6 +44,7 @@ class Attack(Result):
         )
 
 
+@torch_defaults()
 def attack_splits(
     task: Task, k: int = 12, splits: int = 3, *, seed: int = 0, questions: str = "forget"
 ) -> tuple[Attack, ...]:
@@ -82,6 +84,7 @@ def attack_splits(
     return tuple(found)
 
 
+@torch_defaults()
 def unrelated_attack(task: Task, *, questions: str = "forget") -> Attack:
     """Fine-tuning on the retain text alone: does plain further training bring the forget facts back?
 

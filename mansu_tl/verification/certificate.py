@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, local, save_tensors, write_text
 from mansu_tl.models import LinearWeight
@@ -241,6 +242,7 @@ class Certificate(Result):
         return (Table(self.to_dataframe(), "by matrix", rows=6),)
 
 
+@torch_defaults()
 def certify(
     original: str | PathLike[str],
     edited: str | PathLike[str],

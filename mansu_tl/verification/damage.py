@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,11 +18,20 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.data.text import encode, pad, pad_id
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import last_logits
-from mansu_tl.models import attention_weights, component_map, linear_weights, mlp_weights, parameters
+from mansu_tl.models import (
+    attention_weights,
+    component_map,
+    home,
+    linear_weights,
+    mlp_weights,
+    parameters,
+    require_ready,
+)
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.limits import most_positions
 from mansu_tl.notebook import Result, Table
@@ -98,6 +109,7 @@ class Damage(Result):
         return [Table(frame, caption, "{:.4f}".format) for caption, frame in tables.items()]
 
 
+@torch_defaults()
 def damage(
     original: TransformerBridge,
     edited: TransformerBridge,
@@ -136,9 +148,16 @@ def damage(
         raise MansuError(
             f"damage: (layers, width, vocabulary) are {shapes[0]} and {shapes[1]}; compare models of one shape"
         )
+    for model in (original, edited):
+        require_ready(model, next(iter(texts.values())).tokens)
     losses, activations = [], []
     for name, text in texts.items():
         loss, layers = _read(original, edited, name, text, batch_size)
+        if not all(math.isfinite(value) for value in (loss["before"], loss["after"])):
+            raise MansuError(
+                f"damage: the loss on {name!r} is {loss['before']} before and {loss['after']} after the edit; check the "
+                "weights and their dtype"
+            )
         losses.append(loss)
         activations += layers
     return Damage(
@@ -157,7 +176,7 @@ def greedy(
     eos: int | None = None,
 ) -> list[list[int]]:
     """The likeliest next tokens, one after the other, up to and without `eos`; no sampling, no cache."""
-    device = next(model.original_model.parameters()).device
+    device = home(model)
     tokens = torch.nn.functional.pad(prompts.tokens.to(device), (0, max_new_tokens))
     lengths = prompts.lengths.to(device)
     rows = torch.arange(len(prompts), device=device)
@@ -171,9 +190,9 @@ def greedy(
 @torch.no_grad()
 def _read(
     original: TransformerBridge, edited: TransformerBridge, name: str, text: Sequences, batch_size: int
-) -> tuple[dict[str, object], list[dict[str, object]]]:
+) -> tuple[dict[str, Any], list[dict[str, object]]]:
     """The losses of a text set and its streams' norms."""
-    count, device = component_map(original).n_layers, next(original.original_model.parameters()).device
+    count, device = component_map(original).n_layers, home(original)
     layers = ("embed", *(f"L{i}" for i in range(count)))
     loss: tuple[list[Tensor], list[Tensor]] = ([], [])
     sums = torch.zeros(4, len(layers), dtype=torch.float64)
@@ -203,7 +222,7 @@ def _read(
 
 def _losses(
     name: str, before: Float[Tensor, " row"], after: Float[Tensor, " row"], targets: Int[Tensor, " row"]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """One row of the loss table from each sequence's summed loss."""
     total = int(targets.sum())
     rise = (after - before) / targets
@@ -225,10 +244,10 @@ def _streams(
 ) -> tuple[Float[Tensor, "row pos vocab"], Float[Tensor, "layer row pos d_model"]]:
     kept: dict[str, Tensor] = {}
     names = [*(f"blocks.{i}.hook_in" for i in range(count)), "ln_final.hook_in"]
-    home, device = batch.tokens.device, next(model.original_model.parameters()).device
+    place = batch.tokens.device
     with model.hooks(fwd_hooks=[(name, keep(kept, name)) for name in names]):
-        logits = model(batch.tokens.to(device), return_type="logits")
-    return logits.to(home).float(), torch.stack([kept[name].to(home) for name in names])
+        logits = model(batch.tokens.to(home(model)), return_type="logits")
+    return logits.to(place).float(), torch.stack([kept[name].to(place) for name in names])
 
 
 def _sequence_losses(logits: Float[Tensor, "row pos vocab"], batch: Sequences) -> Float[Tensor, " row"]:

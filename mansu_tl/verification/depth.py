@@ -28,11 +28,12 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Metric, choice_log_odds
-from mansu_tl.models import component_map
+from mansu_tl.models import component_map, home, require_ready
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, run
 
@@ -133,6 +134,7 @@ class ErasureDepth(Result):
         return (Table(self.to_dataframe(), "by layer", "{:.3f}".format, rows=40),)
 
 
+@torch_defaults()
 def erasure_depth(
     original: TransformerBridge,
     edited: TransformerBridge,
@@ -165,6 +167,7 @@ def erasure_depth(
         raise MansuError(f"depth: unknown positions {positions!r}; choose all or last")
     for model in (original, edited, never):
         check(model, pairs)
+        require_ready(model, pairs.clean)
     layers = component_map(original).n_layers
     for name, other in (("edited", edited), ("never", never)):
         shape, wanted = ((m.cfg.n_layers, m.cfg.d_model) for m in (other, original))
@@ -173,6 +176,7 @@ def erasure_depth(
                 f"depth: the {name} model has {shape[0]} layers of width {shape[1]}, the original {wanted[0]} of "
                 f"{wanted[1]}; compare models of one shape"
             )
+    pairs = pairs.to(home(original))
     hooks = [*(f"blocks.{i}.hook_in" for i in range(1, layers)), "ln_final.hook_in"]
     clean, drops = torch.empty(len(pairs)), torch.empty(2, layers, len(pairs))
     batches = list(chunks(pairs, batch_size))
@@ -182,7 +186,8 @@ def erasure_depth(
             clean[where] = before.cpu()
             for s, source in enumerate((never, edited)):
                 kept: dict[str, Tensor] = {}
-                run(source, batch.clean, batch.lengths, [(name, keep(kept, name)) for name in hooks])
+                there = batch.to(home(source))
+                run(source, there.clean, there.lengths, [(name, keep(kept, name)) for name in hooks])
                 for i, name in enumerate(hooks):
                     hook = _taken(name, kept[name], batch, positions)
                     after = measured(metric, run(original, batch.clean, batch.lengths, [hook]).float(), batch)

@@ -25,6 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit, edge_attribution
 from mansu_tl.circuit.graph import layer_of, reader_kind
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
@@ -123,6 +124,7 @@ class Divergence(Result):
         return (Table(self.edges, "scores before and after", "{:.4f}".format, rows=10),)
 
 
+@torch_defaults()
 def circuit_scores(
     model: TransformerBridge,
     circuit: Circuit,
@@ -150,6 +152,7 @@ def circuit_scores(
     )
 
 
+@torch_defaults()
 def circuit_divergence(
     original: TransformerBridge | CircuitScores,
     other: TransformerBridge | CircuitScores,

@@ -25,10 +25,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Questions
 from mansu_tl.data.fit import require_fit, require_questions
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
-from mansu_tl.models import component_map
+from mansu_tl.models import component_map, home, require_ready
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.tree import family, submodule
 from mansu_tl.notebook import Result, Table
@@ -111,6 +112,7 @@ class Probes(Result):
         return (Table(self.to_dataframe(), "by layer", "{:.2f}".format, rows=40),)
 
 
+@torch_defaults()
 def probe(
     model: TransformerBridge,
     questions: Questions,
@@ -223,16 +225,20 @@ def streams(
     model: TransformerBridge, questions: Questions, batch_size: int = 256
 ) -> Float[Tensor, "layer question d_model"]:
     """The residual stream at every question's last token: what enters block 0, then what leaves each block."""
-    count, device = component_map(model).n_layers, next(model.original_model.parameters()).device
+    require_ready(model, questions.prompts)
+    count, device = component_map(model).n_layers, home(model)
     hooks = [*(f"blocks.{i}.hook_in" for i in range(count)), "ln_final.hook_in"]
     out = []
     for start in range(0, len(questions), batch_size):
         rows = questions[slice(start, start + batch_size)]
         kept: dict[str, Tensor] = {}
         run(model, rows.prompts.to(device), rows.lengths.to(device), [(name, keep(kept, name)) for name in hooks])
-        at = torch.arange(len(rows)), rows.lengths.cpu() - 1
-        out.append(torch.stack([kept[name].cpu()[at].double() for name in hooks]))
-    return torch.cat(out, 1)
+        at, last = torch.arange(len(rows)), rows.lengths.cpu() - 1
+        out.append(torch.stack([kept[name][at, last].cpu().double() for name in hooks]))
+    found = torch.cat(out, 1)
+    if not torch.isfinite(found).all():
+        raise MansuError("probe: the model's streams are not finite on these questions; check its weights and dtype")
+    return found
 
 
 def _unembedding(model: TransformerBridge) -> Float[Tensor, "vocab d_model"]:

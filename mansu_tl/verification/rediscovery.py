@@ -24,6 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, edge_attribution, patch_edges
 from mansu_tl.data import PromptPairs
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
@@ -136,6 +137,7 @@ class Rediscovery(Result):
         return (Table(self.to_dataframe(), form="{:.3f}".format), new)
 
 
+@torch_defaults()
 def rediscover(
     original: TransformerBridge,
     edited: TransformerBridge,

@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import accuracy, last_logits
-from mansu_tl.models import plain
-from mansu_tl.models.copies import cast
+from mansu_tl.models import float32_copy, home, require_ready
 from mansu_tl.notebook import Result, Table
 from mansu_tl.unlearning.batches import Sampler, real_targets
 from mansu_tl.verification.attacks import Attack
@@ -165,6 +165,7 @@ class RelearningCurve(Result):
         return (Table(frame, form="{:.2f}".format, rows=24),)
 
 
+@torch_defaults()
 def relearn(
     model: TransformerBridge | PreTrainedModel,
     attack: Attack,
@@ -204,9 +205,10 @@ def relearn(
         raise MansuError(
             f"attack {attack.name!r}: {len(attack.text)} sequences, {len(attack.questions)} questions; give some"
         )
-    hf = cast(plain(model), torch.float32)
-    require_fit(hf, attack.text)
-    device = next(hf.parameters()).device
+    require_fit(model, attack.text)
+    require_ready(model, attack.text.tokens, copied=True)
+    hf = float32_copy(model)
+    device = home(hf)
     text = attack.text.to(device)
     hf.requires_grad_(True)
     optimizer = torch.optim.AdamW(hf.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -293,7 +295,7 @@ def _prior(hf: PreTrainedModel, attack: Attack) -> Float[Tensor, "measure questi
     questions, unseen = attack.questions, attack.unseen
     if len(unseen) == 0:
         return torch.full((len(MEASURES), len(questions)), float("nan"))
-    device = next(hf.parameters()).device
+    device = home(hf)
     logits = last_logits(hf, unseen.tokens.to(device), unseen.lengths.to(device)).cpu()
     choices, best = questions.choices.cpu(), logits.argmax(1)
     out = torch.empty(len(MEASURES), len(questions))

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
@@ -146,6 +147,7 @@ class Relearning(Result):
         return [Table(self.summary(measure), measure, "{:.2f}".format, rows=24) for measure in MEASURES[:2]]
 
 
+@torch_defaults()
 def compare_relearning(
     models: Mapping[str, TransformerBridge],
     attacks: Sequence[Attack],

@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.data.fit import require_task
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
@@ -171,6 +172,7 @@ class Scorecard(Result):
         return (Table(frame, form="{:.2f}".format, rows=len(frame)),)
 
 
+@torch_defaults()
 def scorecard(
     model: TransformerBridge,
     edited: TransformerBridge,

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
 from mansu_tl.digest import Digested
-from mansu_tl.models import linear_weights, plain
+from mansu_tl.models import float32_copy, home, linear_weights
 from mansu_tl.unlearning.batches import joined
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector, require_null_space
@@ -44,12 +44,13 @@ def null_space(
         MansuError: too few tokens (as `require_null_space`), a matrix without a null space (as `null_projector`), or
             what the shared loop refuses.
     """
-    hf, linear = plain(model), linear_weights(model)
+    hf, linear = float32_copy(model), linear_weights(model)
     text = joined(task.retain_text, task.near_text) if len(task.near_text) else task.retain_text
-    moments = input_moments(hf, linear, text.to(next(hf.parameters()).device))
+    moments = input_moments(hf, linear, text.to(home(hf)))
     require_null_space(text, moments)
     projectors = {name: null_projector(moment, settings.leak, name) for name, moment in moments.items()}
-    only = {name: torch.ones_like(dict(hf.named_parameters())[name], dtype=torch.bool) for name in linear}
+    values = dict(hf.named_parameters())
+    only = {name: torch.ones_like(values[name], dtype=torch.bool) for name in linear}
 
     def project(name: str, change: Tensor) -> Tensor:
         p = projectors[name].to(change.dtype)

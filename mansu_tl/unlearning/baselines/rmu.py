@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences, Task
 from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, linear_weights, parameters, plain
-from mansu_tl.unlearning.batches import Values
+from mansu_tl.models import component_map, float32_copy, home, linear_weights, parameters
+from mansu_tl.unlearning.batches import Values, run_values
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -52,7 +51,7 @@ def rmu(model: TransformerBridge, task: Task, settings: RmuSettings, *, seed: in
     """
     if not 0 < settings.depth <= 1:
         raise MansuError(f"rmu: depth={settings.depth}; choose a share of the layers in (0, 1]")
-    cmap, hf, linear, values = component_map(model), plain(model), linear_weights(model), parameters(model)
+    cmap, hf, linear, values = component_map(model), float32_copy(model), linear_weights(model), parameters(model)
     layer = max(1, round(settings.depth * cmap.n_layers))
     only = {
         piece.parameter: torch.ones_like(values[piece.parameter], dtype=torch.bool)
@@ -60,7 +59,7 @@ def rmu(model: TransformerBridge, task: Task, settings: RmuSettings, *, seed: in
         for piece in cmap.slices(f"MLP{i}")
         if piece.parameter in linear
     }
-    pairs = task.forget_pairs.to(next(hf.parameters()).device)
+    pairs = task.forget_pairs.to(home(hf))
     forget = Sequences(pairs.clean, pairs.lengths)
     start = dict(hf.named_parameters())
     with torch.no_grad():
@@ -69,10 +68,10 @@ def rmu(model: TransformerBridge, task: Task, settings: RmuSettings, *, seed: in
     target = settings.steering * norm * direction / direction.norm()
 
     def loss(batch: Batch) -> Tensor:
-        steered = _hidden(hf, batch.values, Sequences(batch.pairs.clean, batch.pairs.lengths), layer)
-        kept = _hidden(hf, batch.values, batch.retain, layer)
+        steered = _hidden(batch.model, batch.values, Sequences(batch.pairs.clean, batch.pairs.lengths), layer)
+        kept = _hidden(batch.model, batch.values, batch.retain, layer)
         with torch.no_grad():
-            before = _hidden(hf, batch.original, batch.retain, layer)
+            before = _hidden(batch.model, batch.original, batch.retain, layer)
         away, held = (steered - target).square().mean(), (kept - before).square().mean()
         return away + settings.retain_weight * held
 
@@ -83,6 +82,6 @@ def rmu(model: TransformerBridge, task: Task, settings: RmuSettings, *, seed: in
 
 def _hidden(hf: PreTrainedModel, values: Values, text: Sequences, layer: int) -> Float[Tensor, "token d_model"]:
     """The residual stream after `layer` layers, at every real token."""
-    out = functional_call(hf, dict(values), (text.tokens,), {"use_cache": False, "output_hidden_states": True})
+    _, states = run_values(hf, values, text.tokens, text.lengths, states=True)
     position = torch.arange(text.tokens.shape[1], device=text.tokens.device)
-    return out.hidden_states[layer][position[None] < text.lengths[:, None]].float()
+    return states[layer][position[None] < text.lengths[:, None]].float()

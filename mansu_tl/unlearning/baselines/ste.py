@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
 from mansu_tl.digest import Digested
-from mansu_tl.models import linear_weights
+from mansu_tl.models import linear_weights, parameters
 from mansu_tl.quantization import grid_of
 from mansu_tl.quantization.twin import orient
 from mansu_tl.unlearning.batches import Values
@@ -41,13 +41,15 @@ class SteSettings(Digested):
 def ste(model: TransformerBridge, task: Task, settings: SteSettings, *, seed: int = 0, progress: bool = False) -> Edit:
     """Unlearn with GradDiff through the fake-quantized weights."""
     grid, linear = grid_of(settings.quantizer), linear_weights(model)
+    dtypes = {name: value.dtype for name, value in parameters(model).items()}
 
     def view(values: Values) -> Values:
         out = dict(values)
         for name, weight in linear.items():
             with torch.no_grad():
-                rounded = orient(grid.roundtrip(orient(values[name].detach(), weight)), weight)
-                shift = rounded - values[name]
+                # What a quantizer would be given: the weights in the dtype in which they are stored.
+                stored = values[name].detach().to(dtypes[name])
+                shift = orient(grid.roundtrip(orient(stored, weight)), weight) - values[name]
             out[name] = values[name] + shift
         return out
 

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import Task
 from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, linear_weights, plain
+from mansu_tl.models import component_map, float32_copy, home, linear_weights
 from mansu_tl.unlearning.batches import last_token_logits
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
@@ -63,12 +63,12 @@ def salient_weights(model: TransformerBridge, task: Task, share: float) -> dict[
     Args:
         share: of all heads and neurons.
     """
-    cmap, hf = component_map(model), plain(model)
+    cmap, hf = component_map(model), float32_copy(model)
     names = [f"L{i}H{h}" for i in range(cmap.n_layers) for h in range(cmap.n_heads)]
     names += [f"MLP{i}.N{n}" for i in range(cmap.n_layers) for n in range(cmap.d_mlp)]
     linear = linear_weights(model)
     values = {name: value.detach().clone().requires_grad_(name in linear) for name, value in hf.named_parameters()}
-    pairs = task.forget_pairs.to(next(hf.parameters()).device)
+    pairs = task.forget_pairs.to(home(hf))
     with torch.enable_grad():
         logits = last_token_logits(hf, values, pairs.clean, pairs.lengths)
         loss = torch.nn.functional.cross_entropy(logits, pairs.answers)

@@ -1,0 +1,152 @@
+"""Tensors follow the model: the whole road on a second device gives, bit for bit, what it gives on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mansu_tl as mtl
+from mansu_tl.quantization import grid_of
+from mansu_tl.unlearning.floor import Floor
+from tests.road import STAGES, Case, Numbers, case
+from tests.second_device import DEVICE, MisplacedError, SecondDevice
+
+# Every stage on a plain family; on the others (transposed matrices in 16 bits, post-norms, fused and parallel) what differs.
+CASES = [("llama", torch.float32, name) for name in STAGES]
+CASES += [("gpt2", torch.bfloat16, name) for name in ("edge scores", "circuits", "MANSU", "certificate")]
+CASES += [
+    (family, torch.float32, name) for family in ("gemma2", "gpt_neox") for name in ("edge scores", "patching sweeps")
+]
+CASES += [("gemma2", torch.float32, "circuits"), ("gpt_neox", torch.float32, "node and neuron scores")]
+_KEPT: dict[tuple[str, torch.dtype, bool], Case] = {}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def second():
+    yield SecondDevice()
+    _KEPT.clear()
+
+
+def _walked(family: str, dtype: torch.dtype, stage: str, second: SecondDevice | None) -> Numbers:
+    key = family, dtype, second is not None
+    if key not in _KEPT:
+        _KEPT[key] = case(family, "cpu" if second is None else DEVICE, dtype)
+    return STAGES[stage](_KEPT[key])
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "stage"), CASES, ids=[f"{family}-{str(dtype)[6:]}-{stage}" for family, dtype, stage in CASES]
+)
+def test_a_stage_on_the_second_device_is_the_same_stage(second, family: str, dtype: torch.dtype, stage: str) -> None:
+    expected = _walked(family, dtype, stage, None)
+    with second:
+        found = _walked(family, dtype, stage, second)
+        assert {str(value.device) for value in found.values()} == {"cpu"}
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_what_is_on_the_device_already_may_stay_there(second) -> None:
+    """Pairs, questions and tasks of either place, and models and references of the other."""
+    here = case("llama")
+    with second:
+        there = case("llama", DEVICE)
+        moved = there.task.to(DEVICE)
+        pairs = moved.forget_pairs[torch.tensor([0, 2]).to(DEVICE)]
+        assert pairs.clean.device == DEVICE and len(pairs.labels) == 2
+        expected = mtl.edge_attribution(here.model, here.task.forget_pairs, steps=1, per_position=True)
+        for model, task in ((here.model, moved), (there.model, moved), (there.model, here.task)):
+            found = mtl.edge_attribution(model, task.forget_pairs, steps=1, per_position=True)
+            assert torch.equal(found.tensor, expected.tensor)
+            assert mtl.accuracy(model, task.questions["forget"]).mc_percent >= 0
+        mean = mtl.ablation(here.model, "mean", reference=moved.retain_text)
+        a, b = (
+            mtl.faithfulness(model, here.circuit, moved.forget_pairs, ablation=mean)
+            for model in (here.model, there.model)
+        )
+        assert a == b
+        assert mtl.circuit_divergence(here.model, there.edited, here.circuit, moved.forget_pairs, steps=1).value > 0
+
+
+def test_the_fault_that_the_floor_had_is_found(second) -> None:
+    """Masks on the CPU, latent updates and `allowed` made there: MANSU's loop on a GPU as it was."""
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    with second:
+        there = weight.to(DEVICE)
+        floor = Floor([grid_of("nf4")], {"w": there}, {"w": torch.ones(4, 64, dtype=torch.bool)})
+        with pytest.raises(MisplacedError, match="expected all tensors to be on the same device"):
+            floor.realise(torch.zeros(floor.size))
+        with pytest.raises(MisplacedError, match="expected all tensors to be on the same device"):
+            floor.realise(torch.zeros_like(floor.value), torch.ones(floor.size, dtype=torch.bool))
+        stored, rounded, changed = floor.realise(torch.ones_like(floor.value))
+        assert stored.device == rounded.device == changed.device == DEVICE
+
+
+# --- the device itself: what it takes and what it refuses, as CUDA does --------------------------------------------------
+
+
+def test_it_moves_follows_and_computes(second) -> None:
+    with second:
+        a, b = torch.ones(3, device=DEVICE), torch.ones(3)
+        assert (a.device, b.device) == (DEVICE, torch.device("cpu"))
+        follow = [
+            a + 1,
+            a[:2],
+            a[None].T,
+            torch.zeros_like(a),
+            a.new_zeros(2),
+            b.to(DEVICE),
+            b.to(a),
+            a.double(),
+            a.detach(),
+        ]
+        follow += [a * b.sum(), a[b > 0], torch.empty(2, device=DEVICE).zero_(), torch.nn.Parameter(a).data]
+        assert {t.device for t in follow} == {DEVICE}
+        assert {t.device for t in (a.cpu(), a.to("cpu", torch.float64), torch.zeros_like(a, device="cpu"))} == {
+            b.device
+        }
+        assert not a.is_cpu and b.is_cpu
+        moved = b.to(DEVICE)
+        b += 1
+        assert moved.tolist() == [1, 1, 1], "a move copies"
+        a[b > 0], b[:2] = 2.0, a[:2]  # indices and slices from the CPU, as CUDA has it
+        assert a.tolist() == [2, 2, 2] and b[2] == 2
+        layer = torch.nn.Linear(3, 2).to(DEVICE)
+        loss = layer(torch.ones(4, 3, device=DEVICE)).square().mean()
+        loss.backward()
+        torch.optim.Adam(layer.parameters()).step()
+        assert {t.device for t in (loss, layer.weight, layer.weight.grad)} == {DEVICE}
+    assert torch.ones(1).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda a, b: a + b,
+        lambda a, b: a @ b,
+        lambda a, b: torch.where(a > 0, a, b),
+        lambda a, b: torch.cat([a, b]),
+        lambda a, b: torch.stack([a.sum(), b.sum()]),
+        lambda a, b: b.add_(a.sum()),
+        lambda a, b: b[a > 0],
+        lambda a, b: a.index_add_(0, torch.tensor([0]), torch.ones(1).to(a)),
+        lambda a, b: a.gather(0, torch.tensor([0])),
+        lambda a, b: torch.nn.functional.embedding(torch.tensor([0]), a[:, None]),
+        lambda a, b: torch.bucketize(a, b),
+        lambda a, b: torch.nn.functional.linear(a, b[None]),
+        lambda a, b: torch.randn(3, generator=torch.Generator(), device=DEVICE),
+        lambda a, b: a.numpy(),
+    ],
+)
+def test_it_refuses_what_cuda_refuses(second, wrong) -> None:
+    with second, pytest.raises((RuntimeError, TypeError), match="same device|on cpu|generator|numpy|device"):
+        wrong(torch.ones(3, device=DEVICE), torch.ones(3))
