@@ -26,11 +26,10 @@ class Checkpoint:
     Args:
         path: the file; None keeps nothing.
         key: a digest of everything that the edit depends on; a state of another one is not used.
-        every: seconds between two writes.
     """
 
-    def __init__(self, path: str | PathLike[str] | None = None, key: str = "", every: float = _EVERY) -> None:
-        self.path, self.key, self.every = None if path is None else Path(path), key, every
+    def __init__(self, path: str | PathLike[str] | None = None, key: str = "") -> None:
+        self.path, self.key = None if path is None else Path(path), key
         self._written = time.monotonic()
 
     def read(self) -> State | None:
@@ -45,7 +44,7 @@ class Checkpoint:
 
     def offer(self, state: Callable[[], State]) -> None:
         """Write the state if the last one is old enough; call it between two steps."""
-        if self.path is None or time.monotonic() - self._written < self.every:
+        if self.path is None or time.monotonic() - self._written < _EVERY:
             return
         tensors, facts = state()
         save_tensors(self.path, _KIND, tensors, {"key": self.key, "state": dict(facts)})

@@ -47,7 +47,11 @@ def require_known(model: TransformerBridge, task: Task) -> Accuracy:
 def few_facts(questions: Questions, name: str) -> str:
     """A warning where a set asks too few facts for its intervals to say much; "" where it asks ten or more."""
     count = len(set(questions.facts))
-    return "" if count >= 10 else f"{name}: {count} facts; fewer than ten, so its intervals say little"
+    return (
+        ""
+        if count >= 10
+        else f"{name}: {count} {'fact' if count == 1 else 'facts'}; fewer than ten, so its intervals say little"
+    )
 
 
 def _named(facts: Sequence[str]) -> str:
