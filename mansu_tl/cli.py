@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mansu_tl import __version__
+from mansu_tl.checking import Check, check_study
 from mansu_tl.comparison import compare as run_comparison
 from mansu_tl.comparison import full, properties, quick
 from mansu_tl.config import StudyConfig
@@ -84,9 +85,24 @@ def run(
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
-    """Run a study of your own model and task, and write its report."""
+    """Check a study of your own model and task, run it, and write its report."""
     with _to_be_continued():
-        _finish(run_study(StudyConfig.read(config), out, progress=not quiet, workers=workers), png)
+        read = StudyConfig.read(config)
+        found = check_study(read)
+        _say(found, warnings_only=True)
+        found.require()
+        _finish(run_study(read, out, progress=not quiet, workers=workers), png)
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="A TOML file; README shows one.")],
+) -> None:
+    """Look for what is wrong with a study before an hour is spent on it: files, pairs, knowledge, settings, memory."""
+    found = check_study(StudyConfig.read(config))
+    _say(found)
+    if not found.passed:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -171,6 +187,13 @@ def figures(
         collect(results, folder / "results", progress=not quiet)
     written = write_gallery(folder, images=png, dark=dark, svg=svg, html=html, progress=not quiet)
     typer.echo(f"{len(written)} files in {folder}; {folder / 'README.md'} lists the pictures")
+
+
+def _say(found: Check, *, warnings_only: bool = False) -> None:
+    for line in found.lines():
+        state = line.split()[0]
+        if not warnings_only or state == "warning":
+            typer.echo(line, err=state != "ok")
 
 
 def _finish(study: Study, png: bool) -> None:

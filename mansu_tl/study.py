@@ -278,7 +278,14 @@ class _Ground:
                 "seed": config.seed,
             },
             lambda: unlearn(
-                self.model, self.task, method, circuit=self.circuit, seed=config.seed, progress=self.progress, **given
+                self.model,
+                self.task,
+                method,
+                circuit=self.circuit,
+                seed=config.seed,
+                progress=self.progress,
+                checkpoint=self.stages.folder / f"edits/{method}/checkpoint.safetensors",
+                **given,
             ),
         )
         edited, mark = edit.apply(self.model), {**self.marks, "edit": edit.digest(), "seed": config.seed}
