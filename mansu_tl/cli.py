@@ -71,7 +71,7 @@ def demo(
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
-    """Run the whole road on the embedded models and write a report: about two minutes on two CPU cores."""
+    """Run the whole road on the embedded models and write a report: minutes on two CPU cores."""
     config = replace(_DEMO, seed=seed)
     with _to_be_continued():
         _finish(run_study(config, out, progress=not quiet, workers=workers), png)
