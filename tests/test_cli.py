@@ -111,7 +111,7 @@ def test_what_would_stop_a_study_is_said_before_it_starts(
 
 
 def test_warnings_do_not_stop_a_study(starter: Path, tmp_path: Path) -> None:
-    path = changed(starter, tmp_path, {"margin = 0.1": "null_space = 4.0"}, text=2, retain=8, near=4)
+    path = changed(starter, tmp_path, {"margin = 0.1": "null_space = 4.0"}, text=12, retain=8, near=4)
     found = check_study(StudyConfig.read(path))
     assert found.passed
     warned = [finding.detail for finding in found.findings if finding.state == "warning"]
