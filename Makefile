@@ -1,25 +1,45 @@
 # Two commands do everything on a fresh machine with Python >= 3.10:
 #   make demo   sets up .venv, installs the package, runs the whole road and prints where the report is
 #   make test   the same set-up, then the checks and the tests
-# and make docs builds the documentation into site/.
+# Both install exactly the versions in constraints.txt. make docs builds the documentation into site/.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # One thread each: models this small gain from a second process, not from a second thread.
 WORKERS ?= 2
+# The version in constraints.txt; a CPU build of it (2.13.0+cpu) that is at hand satisfies it too.
+TORCH ?= 2.13.0
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint figures docs notebooks clean
+.PHONY: demo test newest lint lock figures docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mansu-tl demo --out runs/demo
 
 test: $(VENV)/.installed-test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check mansu_tl tests
 	$(BIN)/ruff check mansu_tl tests
 	$(BIN)/mypy
+
+# The suite on the newest versions that pyproject.toml admits, in a fresh .venv-newest without constraints; not part of CI.
+# torch stays at TORCH, because a newer one brings gigabytes of CUDA: make newest TORCH=2.15.0
+newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "torch==$(TORCH)" -e ".[test]"
+	.venv-newest/bin/python -m pip list
+	OMP_NUM_THREADS=1 .venv-newest/bin/python $(PYTEST)
+
+# Writes constraints.txt: the newest versions that pyproject.toml admits, for Python 3.10 and later and every system.
+# make lock UPGRADE= keeps what is in it and adds only what is missing.
+UPGRADE ?= --upgrade
+lock: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv
+	echo "torch==$(TORCH)" | $(BIN)/python -m uv pip compile --quiet $(UPGRADE) --universal --python-version 3.10 --all-extras \
+		--no-annotate --custom-compile-command "make lock" --output-file constraints.txt pyproject.toml -
 
 # Draws figures/ again from the result files in it; needs a Chromium for the images.
 figures: $(VENV)/.installed
@@ -27,7 +47,7 @@ figures: $(VENV)/.installed
 
 # Offline, and any warning fails it; the variable only silences an advertisement of mkdocs-material.
 docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Runs every notebook from a clean kernel and stores what it shows; needs a Chromium for the images.
@@ -37,15 +57,13 @@ notebooks: $(VENV)/.installed-test
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and by itself: a CPU build that is at hand satisfies it, and nothing after replaces it.
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e .
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e ".[test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) .venv-newest runs site

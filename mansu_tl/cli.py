@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mansu_tl import __version__
+from mansu_tl.checking import Check, check_study
 from mansu_tl.comparison import compare as run_comparison
 from mansu_tl.comparison import full, properties, quick
 from mansu_tl.config import StudyConfig
@@ -40,6 +41,10 @@ _DEMO = StudyConfig(
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an interrupted run continues where it stopped.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Small models run at the same time; 1 = one after the other.", show_default="one a core"),
+]
 Png = Annotated[bool, typer.Option("--png", help="Also write every figure as PNG (needs Chromium).")]
 
 
@@ -62,25 +67,42 @@ def _root(
 def demo(
     out: Out = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    workers: Workers = None,
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
-    """Run the whole road on the embedded models and write a report: about three minutes on two CPU cores."""
+    """Run the whole road on the embedded models and write a report: about two minutes on two CPU cores."""
     config = replace(_DEMO, seed=seed)
     with _to_be_continued():
-        _finish(run_study(config, out, progress=not quiet), png)
+        _finish(run_study(config, out, progress=not quiet, workers=workers), png)
 
 
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="A TOML file; README shows one.")],
     out: Out,
+    workers: Workers = None,
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
-    """Run a study of your own model and task, and write its report."""
+    """Check a study of your own model and task, run it, and write its report."""
     with _to_be_continued():
-        _finish(run_study(StudyConfig.read(config), out, progress=not quiet), png)
+        read = StudyConfig.read(config)
+        found = check_study(read)
+        _say(found, warnings_only=True)
+        found.require()
+        _finish(run_study(read, out, progress=not quiet, workers=workers), png)
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="A TOML file; README shows one.")],
+) -> None:
+    """Look for what is wrong with a study before an hour is spent on it: files, pairs, knowledge, settings, memory."""
+    found = check_study(StudyConfig.read(config))
+    _say(found)
+    if not found.passed:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -104,7 +126,8 @@ def report(
     if not (folder / "config.toml").is_file():
         raise MansuError(f"{folder}: no config.toml in it, so it is no results folder; give the --out of a run")
     with _to_be_continued():
-        _finish(run_study(StudyConfig.read(folder / "config.toml"), folder, progress=False), png)
+        # In a row: what is there is only read, and a process would take longer to start.
+        _finish(run_study(StudyConfig.read(folder / "config.toml"), folder, progress=False, workers=1), png)
 
 
 @app.command()
@@ -164,6 +187,13 @@ def figures(
         collect(results, folder / "results", progress=not quiet)
     written = write_gallery(folder, images=png, dark=dark, svg=svg, html=html, progress=not quiet)
     typer.echo(f"{len(written)} files in {folder}; {folder / 'README.md'} lists the pictures")
+
+
+def _say(found: Check, *, warnings_only: bool = False) -> None:
+    for line in found.lines():
+        state = line.split()[0]
+        if not warnings_only or state == "warning":
+            typer.echo(line, err=state != "ok")
 
 
 def _finish(study: Study, png: bool) -> None:

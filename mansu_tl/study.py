@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -22,12 +22,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, discover_circuit, edge_attribution, random_faithfulness
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs, Task
+from mansu_tl.errors import MansuError
 from mansu_tl.files import write_text
 from mansu_tl.locks import one_writer
 from mansu_tl.metrics import Metric, logit_difference
@@ -35,7 +35,8 @@ from mansu_tl.models import fingerprint, load, save
 from mansu_tl.names import short_names
 from mansu_tl.notebook import Result, Table
 from mansu_tl.patching import PatchingResult, activation_patching
-from mansu_tl.quantization import UpdateStatistics, quantize, update_statistics
+from mansu_tl.processes import Job, Processes, StageBar, cores, is_small, one_thread
+from mansu_tl.quantization import UpdateStatistics, update_statistics
 from mansu_tl.stages import Stages
 from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, method_flags, method_title, settings_of, unlearn
@@ -51,6 +52,7 @@ from mansu_tl.verification import (
     require_known,
     scorecard,
 )
+from mansu_tl.verification.controls import Controls, under
 from mansu_tl.verification.saved_model import SavedModel
 
 _PACKAGES = ("mansu-tl", "torch", "transformers", "transformer-lens", "bitsandbytes", "safetensors", "plotly")
@@ -134,53 +136,75 @@ class Study(Result):
         return (Table(self.summary(), form="{:.2f}".format, rows=24),)
 
 
-def run_study(config: StudyConfig, out: str | PathLike[str], *, progress: bool = True) -> Study:
+def run_study(
+    config: StudyConfig, out: str | PathLike[str], *, progress: bool = True, workers: int | None = None
+) -> Study:
     """Run a study, or finish one that was interrupted.
+
+    A model of less than five million parameters on the CPU is computed with one thread, and the models of `also` in
+    processes beside it; the results do not depend on how many. Larger models are run one after the other.
+
+    Args:
+        progress: show progress bars.
+        workers: how many small models may be run at the same time; None = as many as there are processors.
 
     Raises:
         MansuError: another run is writing into the folder, it cannot be written to, a model that does not know what it is
             to forget, or anything the stages refuse.
     """
+    if workers is not None and workers < 1:
+        raise MansuError(f"run_study: workers={workers}; choose at least 1")
     folder = Path(out)
     with one_writer(folder):
         for _ in range(_PASSES):
-            study, intact = _pass(config, folder, progress)
+            study, intact = _pass(config, folder, progress, workers or cores())
             if intact:
                 return study
     raise MansuError(f"{folder}: something else keeps writing into it; give another results folder")
 
 
-def _pass(config: StudyConfig, folder: Path, progress: bool) -> tuple[Study, bool]:
+def _pass(config: StudyConfig, folder: Path, progress: bool, workers: int) -> tuple[Study, bool]:
     """The whole study, what is there read back; and whether the folder still holds it at the end."""
     written = config.to_toml()
     write_text(folder / "config.toml", written)
     started, record = time.perf_counter(), folder / "environment.json"
     names = short_names((config.model, *config.also), "config: model and also")
-    study, stages = _run(config, names[config.model], folder, progress)
-    also, every = {}, [stages]
-    for source in config.also:
-        name = names[source]
-        inner = replace(config, model=source, also=())
-        write_text(folder / "also" / name / "config.toml", inner.to_toml())
-        also[name], stages = _run(inner, name, folder / "also" / name, progress)
-        every.append(stages)
-    earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    made = sum(stages.made for stages in every)
-    environment = earlier if earlier and not made else _environment(config, time.perf_counter() - started, earlier)
+    own = Job(names[config.model], folder, config)
+    jobs = [
+        Job(names[source], folder / "also" / names[source], replace(config, model=source, also=()))
+        for source in config.also
+    ]
+    for job in jobs:
+        write_text(job.folder / "config.toml", job.config.to_toml())
+    model = load(config.model)
+    small = is_small(model)
+    with one_thread(small):
+        with Processes(jobs, workers - 1 if small else 0, progress) as others:
+            found = {own: run_model(own, StageBar(own, progress, others.check), model)}
+            while (mine := others.claim()) is not None:
+                with one_writer(mine.folder):
+                    found[mine] = run_model(mine, StageBar(mine, progress, others.check))
+            others.wait()
+        # What the processes did is read from their folders.
+        found |= {job: run_model(job, StageBar(job, False)) for job in jobs if job not in found}
+        made = others.made + sum(stages.made for _, stages in found.values())
+        seconds = time.perf_counter() - started
+        earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        environment = earlier if earlier and not made else _environment(config, seconds, earlier, others.peak_memory_gb)
     write_text(record, json.dumps(environment, indent=2))
-    done = replace(study, also=also, environment=environment)
+    done = replace(found[own][0], also={job.name: found[job][0] for job in jobs}, environment=environment)
     write_text(folder / "scores" / "summary.csv", done.summary().to_csv(index=False))
     same = (folder / "config.toml").read_text(encoding="utf-8") == written
-    return done, same and all(stages.intact() for stages in every)
+    return done, same and all(stages.intact() for _, stages in found.values())
 
 
-def _run(config: StudyConfig, name: str, folder: Path, progress: bool) -> tuple[Study, Stages]:
-    """One model's study, and the stages behind it."""
-    model = load(config.model)
+def run_model(job: Job, bar: StageBar, model: TransformerBridge | None = None) -> tuple[Study, Stages]:
+    """One model's study, and the stages behind it; the model is loaded where it is not given."""
+    config, name = job.config, job.name
+    model = load(config.model) if model is None else model
     task = load_task(config.task, tokenizer=model)
     require_known(model, task)
-    stages, marks = Stages(folder), {"model": fingerprint(model), "pairs": task.forget_pairs.digest()}
-    bar = tqdm(total=3 + len(config.methods), desc=name, unit="stage", disable=not progress)
+    stages, marks = Stages(job.folder), {"model": fingerprint(model), "pairs": task.forget_pairs.digest()}
     with bar:
         pairs, steps = task.forget_pairs, config.steps
         scores = stages.tensor(
@@ -204,7 +228,7 @@ def _run(config: StudyConfig, name: str, folder: Path, progress: bool) -> tuple[
             lambda: activation_patching(model, alike, tokens=words),
         )
         bar.update()
-        ground = _Ground(config, name, model, task, circuit, stages, progress)
+        ground = _Ground(config, name, model, task, circuit, stages, bar.shown)
         references = ground.references()
         bar.update()
         results = {}
@@ -212,7 +236,7 @@ def _run(config: StudyConfig, name: str, folder: Path, progress: bool) -> tuple[
             bar.set_postfix_str(method)
             results[method] = ground.result(method)
             bar.update()
-    return Study(config, name, folder, scores, circuit, random, patching, results, references, {}, {}), stages
+    return Study(config, name, job.folder, scores, circuit, random, patching, results, references, {}, {}), stages
 
 
 @dataclass(frozen=True)
@@ -233,9 +257,10 @@ class _Ground:
         return {"model": fingerprint(self.model), "task": self.task.digest(), "circuit": self.circuit.digest()}
 
     @cached_property
-    def before(self) -> CircuitScores:
-        """The circuit's scores on the original."""
-        return circuit_scores(self.model, self.circuit, self.task.forget_pairs, steps=self.config.steps)
+    def controls(self) -> Controls:
+        """What the original says; measured when first asked for."""
+        scores = circuit_scores(self.model, self.circuit, self.task.forget_pairs, steps=self.config.steps)
+        return Controls(self.model, self.task, self.circuit, scores)
 
     def result(self, method: str) -> MethodResult:
         """One method's edit and everything measured about it."""
@@ -253,11 +278,19 @@ class _Ground:
                 "seed": config.seed,
             },
             lambda: unlearn(
-                self.model, self.task, method, circuit=self.circuit, seed=config.seed, progress=self.progress, **given
+                self.model,
+                self.task,
+                method,
+                circuit=self.circuit,
+                seed=config.seed,
+                progress=self.progress,
+                checkpoint=self.stages.folder / f"edits/{method}/checkpoint.safetensors",
+                **given,
             ),
         )
         edited, mark = edit.apply(self.model), {**self.marks, "edit": edit.digest(), "seed": config.seed}
         title = f"{method_title(method)} on {self.name}"
+        scored = cache(partial(self._scored, edited))
         card = self.stages.tensor(
             f"scores/{method}/scorecard",
             Scorecard,
@@ -269,7 +302,8 @@ class _Ground:
                 self.circuit,
                 quantizers=config.quantizers,
                 title=title,
-                original_scores=self.before,
+                controls=self.controls,
+                edited_scores={name: scored(name) for name in config.quantizers},
                 seed=config.seed,
             ),
         )
@@ -281,7 +315,7 @@ class _Ground:
                 f"scores/{method}/cad_{name or 'full'}",
                 Divergence,
                 {**mark, "quantizer": name, "steps": config.steps, "label": label},
-                partial(self._diverged, edited, name, label),
+                partial(self._diverged, scored, name, label),
             )
         statistics = update_statistics(self.model, edited, config.quantizers[0])
         write_text(self.stages.folder / f"scores/{method}/updates.csv", statistics.to_dataframe().to_csv(index=False))
@@ -309,10 +343,15 @@ class _Ground:
                 return found
         raise MansuError(f"{saved}: something else keeps writing into it; give another results folder")
 
-    def _diverged(self, edited: TransformerBridge, quantizer: str, label: str) -> Divergence:
-        other = quantize(edited, quantizer, self.task.retain_text) if quantizer else edited
+    def _scored(self, edited: TransformerBridge, quantizer: str) -> CircuitScores:
+        other = under(edited, self.task, quantizer)
+        return circuit_scores(other, self.circuit, self.task.forget_pairs, steps=self.config.steps)
+
+    def _diverged(self, scored: Callable[[str], CircuitScores], quantizer: str, label: str) -> Divergence:
         pairs, seed = self.task.forget_pairs, self.config.seed
-        return circuit_divergence(self.before, other, self.circuit, pairs, label=label, seed=seed)
+        return circuit_divergence(
+            self.controls.scores(), scored(quantizer), self.circuit, pairs, label=label, seed=seed
+        )
 
     def references(self) -> dict[str, Divergence]:
         """CAD of the un-edited model quantized, of the output suppressor, and of the never-trained model."""
@@ -324,22 +363,27 @@ class _Ground:
                 f"scores/references/{name}",
                 Divergence,
                 {**mark, "title": title, **extra},
-                lambda: circuit_divergence(self.before, other(), self.circuit, pairs, label=title, seed=config.seed),
+                lambda: circuit_divergence(
+                    self.controls.scores(), other(), self.circuit, pairs, label=title, seed=config.seed
+                ),
             )
 
         filtered = output_suppressor(logit_difference, _PENALTY)
         for q in config.quantizers:
-            twin = partial(self._twin_scores, q)
-            add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, partial(twin, logit_difference))
-            add(f"suppressor_{q}", f"output suppressor, {q}", {"penalty": _PENALTY}, partial(twin, filtered))
+            add(f"noise_{q}", f"un-edited, {q} (noise floor)", {}, partial(self._noise, q))
+            suppressed = partial(self._twin_scores, q, filtered)
+            add(f"suppressor_{q}", f"output suppressor, {q}", {"penalty": _PENALTY}, suppressed)
         if config.never:
             never = load(config.never)
             scored = partial(circuit_scores, never, self.circuit, pairs, steps=config.steps)
             add("never", "never trained on it", {"never": fingerprint(never)}, scored)
         return out
 
+    def _noise(self, quantizer: str) -> CircuitScores:
+        return self.controls.scores(quantizer)
+
     def _twin_scores(self, quantizer: str, metric: Metric) -> CircuitScores:
-        twin = quantize(self.model, quantizer, self.task.retain_text)
+        twin = under(self.model, self.task, quantizer)
         return circuit_scores(twin, self.circuit, self.task.forget_pairs, steps=self.config.steps, metric=metric)
 
 
@@ -353,10 +397,14 @@ def _wording(model: TransformerBridge, pairs: PromptPairs, most: int = 48) -> tu
     return alike[slice(0, most)], words
 
 
-def _environment(config: StudyConfig, seconds: float, earlier: Mapping[str, Any]) -> dict[str, Any]:
+def peak_memory_gb() -> float:
+    """The most memory that this process has had, in GB."""
     # Linux counts ru_maxrss in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _environment(config: StudyConfig, seconds: float, earlier: Mapping[str, Any], others_gb: float) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "seed": config.seed,
@@ -365,7 +413,8 @@ def _environment(config: StudyConfig, seconds: float, earlier: Mapping[str, Any]
         "machine": platform.machine(),
         # A run that was interrupted counts all its parts.
         "seconds": round(seconds + earlier.get("seconds", 0.0), 1),
-        "peak_memory_gb": round(max(peak, earlier.get("peak_memory_gb", 0.0)), 2),
+        # Processes that ran beside it count in full, whether or not all were at their peak at once.
+        "peak_memory_gb": round(max(peak_memory_gb() + others_gb, earlier.get("peak_memory_gb", 0.0)), 2),
         "config": {k: v for k, v in asdict(config).items() if k != "settings"},
     }
 

@@ -12,6 +12,8 @@ from mansu_tl.data.text import TextSource
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.pocket import pocket_task
+from mansu_tl.pocket.tokens import build_tokenizer
+from mansu_tl.pocket.world import build_world
 
 
 @torch_defaults()
@@ -36,11 +38,23 @@ def load_task(
             writer would put it, True = always, False = never.
 
     Raises:
-        MansuError: no such file, a file or table without a tokenizer, or rows that `read_task` refuses.
+        MansuError: no such file, a file or table without a tokenizer, rows that `read_task` refuses, or the embedded task
+            for a model that speaks other words.
     """
     if isinstance(source, str) and source == "pocket":
+        _require_pockets_words(tokenizer)
         return pocket_task(seed)
     if tokenizer is None:
         what = repr(fspath(source)) if isinstance(source, str | PathLike) else type(source).__name__
         raise MansuError(f"task {what}: needs a tokenizer to be read; pass tokenizer=model")
     return read_task(source, tokenizer, name=name, answer_space=answer_space)
+
+
+def _require_pockets_words(source: TextSource | None) -> None:
+    """Refuse the embedded task, whose tokens are numbers already, for a model with another vocabulary."""
+    tokenizer = getattr(source, "tokenizer", source)
+    if tokenizer is not None and tokenizer.get_vocab() != build_tokenizer(build_world()).get_vocab():
+        raise MansuError(
+            "task 'pocket': it is written in the words of the embedded models, and this model has others; give a task file "
+            "(mansu-tl new DIR writes one to change)"
+        )

@@ -18,8 +18,7 @@ from mansu_tl.models import component_map
 from mansu_tl.patching import node_attribution
 from tests.tiny import FAMILIES, tiny
 
-ORACLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "oracles" / "tiny_gpt2"
-needs_oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason=f"no oracle scores at {ORACLE}")
+ORACLE = Path(__file__).parent / "oracles" / "tiny_gpt2"
 
 
 def random_pairs(n: int = 4, width: int = 7, vocab: int = 40, seed: int = 0, padded: bool = False) -> PromptPairs:
@@ -43,7 +42,6 @@ def oracle_case(padded: bool) -> tuple[object, PromptPairs, dict[str, torch.Tens
     return model, pairs, scores
 
 
-@needs_oracle
 @pytest.mark.parametrize(
     ("name", "padded", "options"),
     [
@@ -61,7 +59,6 @@ def test_equals_the_scores_of_eap_ig_own_code(name: str, padded: bool, options: 
     torch.testing.assert_close(-ours.tensor, scores[name] * ours.exists, rtol=0, atol=5e-6)
 
 
-@needs_oracle
 @pytest.mark.parametrize("padded", [False, True])
 def test_single_edge_patching_equals_the_exact_scores_of_eap_ig(padded: bool) -> None:
     model, pairs, scores = oracle_case(padded)
@@ -76,7 +73,6 @@ def test_single_edge_patching_equals_the_exact_scores_of_eap_ig(padded: bool) ->
     torch.testing.assert_close(effect, expected, rtol=0, atol=5e-6)
 
 
-@needs_oracle
 def test_circuits_evaluate_as_in_eap_ig_own_code() -> None:
     model, pairs, _ = oracle_case(False)
     meta = json.loads((ORACLE / "meta.json").read_text())

@@ -20,11 +20,10 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import attention_weights, component_map, norm_weights
 from mansu_tl.patching.ablation import ablation, normed
 from mansu_tl.patching.runs import record, run
-from tests.test_attribution import needs_oracle, oracle_case, random_pairs
+from tests.test_attribution import oracle_case, random_pairs
 from tests.tiny import FAMILIES, tiny
 
 
-@needs_oracle
 @pytest.mark.parametrize(
     ("name", "options"), [("clean-corrupted", {"method": "clean-corrupted"}), ("EAP-zero", {"method": "eap"})]
 )

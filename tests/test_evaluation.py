@@ -32,7 +32,7 @@ from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import answer_log_prob
 from mansu_tl.models import component_map, norm_weights
 from mansu_tl.patching.ablation import ablation, normed
-from tests.test_attribution import needs_oracle, oracle_case, random_pairs, swapped
+from tests.test_attribution import oracle_case, random_pairs, swapped
 from tests.test_circuit import one_path_model
 from tests.tiny import FAMILIES, tiny
 
@@ -327,7 +327,6 @@ def test_minimality_and_path_effects_survive_a_round_trip(model, scores, tmp_pat
         PathEffects.load(tmp_path / "cut.safetensors")
 
 
-@needs_oracle
 def test_noising_an_edge_equals_the_exact_scores_of_eap_ig() -> None:
     model, pairs, stored = oracle_case(False)
     graph = Graph.of(model)

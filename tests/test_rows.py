@@ -197,7 +197,7 @@ def test_padding_reaches_no_text_measure_and_no_training() -> None:
         attack = attack_splits(task, 2, 1)[0]
         curve = relearn(model, attack, steps=2)
         audit = damage(model, mtl.quantize(model, "gptq-int4-g64", text), {"x": text}, prompts=text, max_new_tokens=2)
-        edit = mtl.unlearn(model, task, "ga-kl", max_steps=3, stop_at=0.0)
+        edit = mtl.unlearn(model, task, "ga-kl", max_steps=3, stop_over_chance=-100.0)
         results.append([
             curve.values, curve.loss, torch.tensor(audit.loss["after"].tolist()), probe(model, asked, folds=2).right,
             mtl.ablation(model, "mean", reference=text).means.embed, *edit.new.values(),

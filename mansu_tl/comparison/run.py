@@ -219,7 +219,14 @@ class _Runner:
     def _unlearn(self, method: str, job: Job, settings: dict[str, Any]) -> Edit:
         ground = self.ground
         return unlearn(
-            ground.model, ground.task, method, circuit=self.circuit, seed=job.seed, progress=False, **settings
+            ground.model,
+            ground.task,
+            method,
+            circuit=self.circuit,
+            seed=job.seed,
+            progress=False,
+            checkpoint=self.stages.folder / f"{job.name}/checkpoint.safetensors",
+            **settings,
         )
 
     def _best_rate(self, method: str, settings: dict[str, Any]) -> float:

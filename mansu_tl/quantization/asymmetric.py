@@ -49,7 +49,7 @@ class AsymmetricGrid(Grid):
             min=torch.tensor([-torch.inf, 0.0], device=w.device), max=torch.tensor([0.0, torch.inf], device=w.device)
         )
 
-    def _value(self, index: Int[Tensor, "*any"], scale: Float[Tensor, "*any_ends"]) -> Float[Tensor, "*any"]:
+    def _value(self, index: Int[Tensor, "*any"], scale: Float[Tensor, " *any_ends"]) -> Float[Tensor, "*any"]:
         # The step is a float32 number whatever it is multiplied in.
         size, zero = self._affine(scale.float())
         return (index - zero).to(scale.dtype) * size.to(scale.dtype)

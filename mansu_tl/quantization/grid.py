@@ -258,7 +258,7 @@ class Grid(Quantizer):
             absmax[-1].clamp_(min=_SMALLEST_SCALE)  # bitsandbytes does so in the shorter last block only
         return absmax
 
-    def _value(self, index: Int[Tensor, "*any"], scale: Float[Tensor, "*any_ends"]) -> Float[Tensor, "*any"]:
+    def _value(self, index: Int[Tensor, "*any"], scale: Float[Tensor, " *any_ends"]) -> Float[Tensor, "*any"]:
         """Each code's value, in the dtype of the scale."""
         return self.levels.to(index.device, scale.dtype)[index] * scale
 

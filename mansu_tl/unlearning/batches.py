@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,17 +76,21 @@ def real_targets(batch: Sequences) -> Bool[Tensor, "row target"]:
 
 
 class Sampler:
-    """Endless seeded batches of row numbers, every row once per round."""
+    """Endless seeded batches of row numbers, every row once per round.
+
+    Attributes:
+        order: the rows that are left of this round; with the generator's state, all that it remembers.
+    """
 
     def __init__(self, size: int, batch: int, generator: torch.Generator) -> None:
         self._size, self._batch, self._generator = size, min(batch, size), generator
-        self._order = torch.empty(0, dtype=torch.long)
+        self.order = torch.empty(0, dtype=torch.long)
 
     def __call__(self) -> Int[Tensor, " row"]:
         """The next batch."""
-        while self._order.numel() < self._batch:
-            self._order = torch.cat([self._order, torch.randperm(self._size, generator=self._generator)])
-        picked, self._order = self._order[: self._batch], self._order[self._batch :]
+        while self.order.numel() < self._batch:
+            self.order = torch.cat([self.order, torch.randperm(self._size, generator=self._generator)])
+        picked, self.order = self.order[: self._batch], self.order[self._batch :]
         return picked
 
 
@@ -171,17 +175,24 @@ def _closest(pairs: PromptPairs, unseen: Sequences) -> Bool[Tensor, "pair unseen
     return torch.cat(parts)
 
 
-def retain_batches(task: Task, batch: int, near_share: float, generator: torch.Generator) -> Callable[[], Sequences]:
-    """Draws of retain text, a `near_share` of every batch from the neighbouring facts where the task has any."""
-    near = round(batch * near_share) if len(task.near_text) else 0
-    far_draw = Sampler(len(task.retain_text), batch - near, generator)
-    near_draw = Sampler(len(task.near_text), near, generator) if near else None
+class RetainBatches:
+    """Draws of retain text, a `near_share` of every batch from the neighbouring facts where the task has any.
 
-    def draw() -> Sequences:
-        rows = task.retain_text[far_draw()]
-        return rows if near_draw is None else joined(rows, task.near_text[near_draw()])
+    Attributes:
+        samplers: what draws the rows, far and near.
+    """
 
-    return draw
+    def __init__(self, task: Task, batch: int, near_share: float, generator: torch.Generator) -> None:
+        near = round(batch * near_share) if len(task.near_text) else 0
+        self._texts = (task.retain_text, task.near_text)[: 2 if near else 1]
+        self.samplers = [Sampler(len(task.retain_text), batch - near, generator)]
+        if near:
+            self.samplers.append(Sampler(len(task.near_text), near, generator))
+
+    def __call__(self) -> Sequences:
+        """The next batch."""
+        parts = [text[draw()] for text, draw in zip(self._texts, self.samplers, strict=True)]
+        return parts[0] if len(parts) == 1 else joined(*parts)
 
 
 def joined(a: Sequences, b: Sequences) -> Sequences:

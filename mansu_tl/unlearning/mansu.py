@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -33,8 +33,10 @@ from mansu_tl.unlearning.batches import (
     sequence_logits,
 )
 from mansu_tl.unlearning.candidates import circuit_weights, every_weight, random_weights
+from mansu_tl.unlearning.checkpoint import Checkpoint, State, optimizer_tensors, restore_optimizer
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.floor import Floor
+from mansu_tl.unlearning.mansu_needs import attackers_facts, budget_of, require_defended
 from mansu_tl.unlearning.mansu_settings import MansuSettings
 from mansu_tl.unlearning.neighbours import near_neighbours
 from mansu_tl.unlearning.objective import forget_loss, representation_loss, retain_loss
@@ -60,11 +62,13 @@ def mansu(
     circuit: Circuit | None = None,
     seed: int = 0,
     progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Unlearn the task's forget set by moving circuit weights across code boundaries.
 
     Args:
         circuit: the forget circuit; discovered at faithfulness .85 where not given.
+        checkpoint: where the state is kept on the way, and taken up.
 
     Raises:
         MansuError: a budget that leaves nothing to edit, a circuit of another architecture or with no editable weight,
@@ -74,7 +78,7 @@ def mansu(
         circuit = discover_circuit(model, task.forget_pairs, progress=progress)
     require_graph(model, circuit)
     run = _Run(model, task, settings, circuit, seed, progress)
-    latent, allowed, history = run.optimise()
+    latent, allowed, history = run.optimise(checkpoint or Checkpoint())
     return run.edit(latent, allowed, history)
 
 
@@ -97,17 +101,14 @@ class _Run:
             {name: self._oriented(name, mask) for name, mask in masks.items()},
         )
         self.rounded: dict[tuple[str, int], Tensor] = {}
-        total = sum(w.in_features * w.out_features for w in self.linear.values())
-        self.budget = int(settings.budget * total)
-        if self.budget < 1:
-            raise MansuError(f"mansu: budget={settings.budget} of {total} weights leaves nothing to edit; raise it")
+        self.budget = budget_of(self.linear, settings)
         self.unknown: Ignorance = ignorance(self.hf, self.task)
         if settings.representation_weight and not bool((self.unknown.spread > 0).all()):
             raise MansuError(
                 f"unseen: {len(self.task.unseen)} never-seen prompts have no spread to measure distances in; give two, "
                 "or representation_weight=0"
             )
-        self.facts = self._facts()
+        self.facts = require_defended(self.task, settings)
         self.near, self.discovered = self._neighbours()
         self.kept_text = joined(self.task.retain_text, self.task.near_text)
         self.moments = self._moments(masks) if settings.null_space or settings.projector else {}
@@ -133,7 +134,9 @@ class _Run:
         rows = near_neighbours(self.hf, self.task.forget_pairs, self.task.retain_text, self.settings.discover_near)
         return self.task.retain_text[rows], rows.tolist()
 
-    def optimise(self) -> tuple[Float[Tensor, " weight"], Bool[Tensor, " weight"], list[dict[str, float]]]:
+    def optimise(
+        self, checkpoint: Checkpoint
+    ) -> tuple[Float[Tensor, " weight"], Bool[Tensor, " weight"], list[dict[str, float]]]:
         """The latent updates and the weights that may change."""
         cfg, floor = self.settings, self.floor
         generator = torch.Generator().manual_seed(self.seed)
@@ -148,7 +151,29 @@ class _Run:
         attack: Attacked | None = None
         freeze, frozen = int(cfg.freeze_at * cfg.steps), False
         warm_up = min(_WARM_UP, max(1, cfg.steps // 6))
-        bar = tqdm(range(cfg.steps), desc="mansu", unit="step", disable=not self.progress)
+        samplers = [draw for draw in (draw_forget, draw_far, draw_near) if draw]
+
+        def state(done: int) -> State:
+            tensors = {"latent": latent, "allowed": allowed, "generator": generator.get_state()}
+            tensors |= {f"order:{i}": sampler.order for i, sampler in enumerate(samplers)}
+            facts = {"done": done, "frozen": frozen, "history": history}
+            return tensors | optimizer_tensors(optimizer), facts
+
+        first = 0
+        if (kept_state := checkpoint.read()) is not None:
+            tensors, facts = kept_state
+            with torch.no_grad():
+                latent.copy_(tensors["latent"])
+            allowed = tensors["allowed"].to(allowed.device)
+            generator.set_state(tensors["generator"])
+            for i, sampler in enumerate(samplers):
+                sampler.order = tensors[f"order:{i}"]
+            restore_optimizer(optimizer, tensors)
+            first, frozen, history = int(facts["done"]), bool(facts["frozen"]), list(facts["history"])
+        bar = tqdm(
+            range(first, cfg.steps), desc="mansu", unit="step", initial=first, total=cfg.steps,
+            disable=not self.progress,
+        )  # fmt: skip
         for step in bar:
             left = (cfg.steps - step) / max(1, cfg.steps - freeze)
             optimizer.param_groups[0]["lr"] = cfg.learning_rate * min(1.0, (step + 1) / warm_up, max(left, 0.02))
@@ -196,6 +221,9 @@ class _Run:
                 }
                 history.append(row)
                 bar.set_postfix(forget=f"{forget.item():.2f}", retain=f"{retain.item():.3f}", edited=int(row["edited"]))
+            # Where the next step makes a new attack, so that none has to be kept.
+            if not cfg.adversary_weight or (step + 1) % cfg.adversary_every == 0:
+                checkpoint.offer(lambda done=step + 1: state(done))  # type: ignore[misc]
         final = latent.detach()
         return final, self._support(final, allowed), history
 
@@ -298,18 +326,6 @@ class _Run:
             band_weight=cfg.band_weight,
         )
 
-    def _facts(self) -> Int[Tensor, " pair"]:
-        cfg, facts = self.settings, self.task.forget_pairs.fact_numbers()
-        if cfg.adversary_weight and self._attackers_facts(facts) >= (known := int(facts.max()) + 1):
-            raise MansuError(
-                f"mansu: adversary_facts={cfg.adversary_facts} of {known} forget facts leaves none to defend; lower it, "
-                "or switch the attacker off with adversary_weight=0"
-            )
-        return facts
-
-    def _attackers_facts(self, facts: Int[Tensor, " pair"]) -> int:
-        return self.settings.adversary_facts or max(1, (int(facts.max()) + 1) // 4)
-
     def _attack(self, values: Mapping[str, Tensor], generator: torch.Generator) -> Attacked:
         cfg = self.settings
         return attacked(
@@ -318,7 +334,7 @@ class _Run:
             tuple(self.linear),
             self.task.forget_pairs,
             self.facts,
-            count=self._attackers_facts(self.facts),
+            count=attackers_facts(self.facts, cfg),
             steps=cfg.adversary_steps,
             learning_rate=cfg.adversary_rate,
             batch=cfg.retain_batch,

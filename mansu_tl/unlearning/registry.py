@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib.metadata import version
+from os import PathLike
 from types import MappingProxyType
 from typing import Any
 
@@ -13,13 +15,18 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.defaults import torch_defaults
+from mansu_tl.digest import digest
 from mansu_tl.errors import MansuError
-from mansu_tl.models import require_ready
+from mansu_tl.models import fingerprint, require_ready
 from mansu_tl.notebook import bars
 from mansu_tl.unlearning import baselines as b
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.mansu import mansu
+from mansu_tl.unlearning.mansu_needs import mansu_needs
 from mansu_tl.unlearning.mansu_settings import MansuSettings
+
+Needs = Callable[[TransformerBridge, Task, Any], Iterator[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Method:
         preset: settings of its own that differ from the class's defaults.
         control_of: the method that it is a control of, whose settings it shares; "" = none.
         ablations: by name, the title and the settings of itself with one part changed.
+        needs: (model, task, settings) -> what will stop a run ("wrong") or may ("warning"), and the way out.
     """
 
     title: str
@@ -47,6 +55,7 @@ class Method:
     preset: Mapping[str, Any] = field(default_factory=dict)
     control_of: str = ""
     ablations: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    needs: Needs = lambda model, task, settings: iter(())
 
     def defaults(self) -> Any:
         """Its settings where nothing else is said."""
@@ -66,7 +75,14 @@ _ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
 )
 _METHODS = {
     "mansu": Method(
-        "MANSU", MansuSettings, mansu, takes_circuit=True, claims_floor=True, searched=False, ablations=_ABLATIONS
+        "MANSU",
+        MansuSettings,
+        mansu,
+        takes_circuit=True,
+        claims_floor=True,
+        searched=False,
+        ablations=_ABLATIONS,
+        needs=mansu_needs,
     ),
     "ga": Method("GA", b.GaSettings, b.ga),
     "ga-kl": Method("GA + KL", b.GaKlSettings, b.ga_kl),
@@ -87,6 +103,7 @@ _METHODS = {
         searched=False,
         preset={"restrict": "random"},
         control_of="mansu",
+        needs=mansu_needs,
     ),
     "suppressor": Method("Output suppressor", b.SuppressorSettings, b.suppressor),
 }
@@ -132,6 +149,7 @@ def unlearn(
     settings: Any | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    checkpoint: str | PathLike[str] | None = None,
     **overrides: Any,
 ) -> Edit:
     """Unlearn the task's forget set and return the change as an edit; the model is untouched.
@@ -142,6 +160,8 @@ def unlearn(
         settings: the method's settings; its defaults where not given.
         seed: of every random choice; the same seed gives the same edit.
         progress: show a progress bar; None = in notebooks.
+        checkpoint: a file in which the state is kept every twenty seconds. The same call goes on from there after an
+            interruption, to the same edit; the file is deleted at the end.
         overrides: single settings by name, e.g. `budget=0.01`; those of the shared training loop too.
 
     Raises:
@@ -154,8 +174,15 @@ def unlearn(
         raise MansuError(f"{method}: settings are {type(base).__name__}; pass {chosen.settings.__name__}")
     final = _override(method, base, overrides)
     extra = {"circuit": circuit} if chosen.takes_circuit else {}
-    edit = chosen.run(model, task, final, seed=seed, progress=bars(progress), **extra)
+    kept = Checkpoint(checkpoint, "" if checkpoint is None else _key(model, task, method, final, extra, seed))
+    edit = chosen.run(model, task, final, seed=seed, progress=bars(progress), checkpoint=kept, **extra)
+    kept.done()
     return replace(edit, method=method)
+
+
+def _key(model: TransformerBridge, task: Task, method: str, settings: Any, extra: Mapping[str, Any], seed: int) -> str:
+    read = {"model": fingerprint(model), "task": task, "settings": settings, "circuit": extra.get("circuit")}
+    return digest({**read, "method": method, "seed": seed, "version": version("mansu-tl")})
 
 
 def settings_of(method: str, values: dict[str, Any]) -> Any:

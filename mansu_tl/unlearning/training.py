@@ -26,7 +26,8 @@ from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.metrics import kl_divergence
 from mansu_tl.models import float32_copy, home, plain
-from mansu_tl.unlearning.batches import Sampler, Values, last_token_logits, retain_batches, sequence_logits
+from mansu_tl.unlearning.batches import RetainBatches, Sampler, Values, last_token_logits, sequence_logits
+from mansu_tl.unlearning.checkpoint import Checkpoint, State, optimizer_tensors, restore_optimizer
 from mansu_tl.unlearning.edit import Edit
 
 Loss = Callable[["Batch"], Tensor]
@@ -152,8 +153,13 @@ def train(
     facts: Mapping[str, object] | None = None,
     seed: int = 0,
     progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Fine-tune with `loss` and return the change as an edit.
+
+    It stops at the first check at which the forget pairs are answered no better than chance (`stop_over_chance`). Where that
+    check lies as far below chance already, the knowledge was turned around between two checks: the training is then run
+    again to the check before, and from there on looked at after every step.
 
     Args:
         only: the weights that may move, as masks by parameter; parameters that are not named stay. Every weight
@@ -161,63 +167,153 @@ def train(
         view: turns the trained parameters into those through which the model runs, e.g. fake-quantized ones.
         project: maps a parameter's whole change since the start to the change that is allowed, after every step.
         facts: further facts for the edit.
+        checkpoint: where the state is kept on the way, and taken up.
 
     Raises:
         MansuError: no weight may move.
         NoEditError: the loss is not finite (the learning rate is too high).
     """
-    stored = plain(model)
-    dtypes = {name: value.dtype for name, value in stored.named_parameters()}
-    hf = stored if set(dtypes.values()) == {torch.float32} else float32_copy(model)
-    original_values = {name: value.detach() for name, value in hf.named_parameters()}
-    device = home(hf)
-    free = {name: mask.to(device) for name, mask in (only or {}).items() if bool(mask.any())}
-    if only is not None and not free:
-        raise MansuError(f"{method}: no weight may move; widen its mask")
-    values = {
-        name: value.clone().requires_grad_() if only is None or name in free else value
-        for name, value in original_values.items()
-    }
-    moving = {name: value for name, value in values.items() if value.requires_grad}
-    generator = torch.Generator().manual_seed(seed)
-    task = task.to(device)
-    draw_forget = Sampler(len(task.forget_pairs), settings.forget_batch, generator)
-    draw_retain = retain_batches(task, settings.retain_batch, 0.25, generator)
-    original = OriginalLogits(hf, original_values, task.forget_pairs)
-    optimizer = torch.optim.AdamW(moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings.warmup))
-    history: list[dict[str, float]] = []
-    bar = tqdm(range(settings.max_steps), desc=method, unit="step", disable=not progress)
-    for step in bar:
-        if step % settings.check_every == 0:
-            seen = view(values) if view else values
-            score = _multiple_choice(stored, _rounded(seen, dtypes), task.forget_pairs)
-            history.append({"step": float(step), "forget_mc": score})
-            bar.set_postfix(forget_mc=f"{score:.0f}")
-            if score <= task.forget_pairs.chance + settings.stop_over_chance:
-                bar.close()
-                break
-        rows = draw_forget()
-        seen = view(values) if view else values
-        batch = Batch(hf, seen, original_values, task.forget_pairs[rows], rows, draw_retain(), original)
-        value = loss(batch)
+    run = _Training(model, task, method, loss, settings, only, view, project, seed, checkpoint or Checkpoint())
+    while not run.finished:
+        run.attempt(progress)
+    recorded = {"seed": seed, "settings": asdict(settings), "steps": int(run.history[-1]["step"]), **(facts or {})}
+    return Edit.between(model, _rounded(run.moving, run.dtypes), method, recorded, tuple(run.history))
+
+
+class _Training:
+    """One training: what is fixed, and what moves."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        task: Task,
+        method: str,
+        loss: Loss,
+        settings: TrainingSettings,
+        only: Mapping[str, Bool[Tensor, ...]] | None,
+        view: View | None,
+        project: Project | None,
+        seed: int,
+        checkpoint: Checkpoint,
+    ) -> None:
+        self.method, self.loss, self.settings, self.seed, self.checkpoint = method, loss, settings, seed, checkpoint
+        self.view: View = view or (lambda values: values)
+        self.project = project
+        self.stored = plain(model)
+        self.dtypes = {name: value.dtype for name, value in self.stored.named_parameters()}
+        self.hf = self.stored if set(self.dtypes.values()) == {torch.float32} else float32_copy(model)
+        self.original = {name: value.detach() for name, value in self.hf.named_parameters()}
+        device = home(self.hf)
+        self.task = task.to(device)
+        self.free = {name: mask.to(device) for name, mask in (only or {}).items() if bool(mask.any())}
+        if only is not None and not self.free:
+            raise MansuError(f"{method}: no weight may move; widen its mask")
+        self.every = only is None
+        self.original_logits = OriginalLogits(self.hf, self.original, self.task.forget_pairs)
+        # The check from which on every step is looked at; -1 = none.
+        self.fine_from, self.finished = -1, False
+
+    def _start(self) -> None:
+        """Everything that moves, as before the first step."""
+        settings = self.settings
+        self.values = {
+            name: value.clone().requires_grad_() if self.every or name in self.free else value
+            for name, value in self.original.items()
+        }
+        self.moving = {name: value for name, value in self.values.items() if value.requires_grad}
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.draw_forget = Sampler(len(self.task.forget_pairs), settings.forget_batch, self.generator)
+        self.draw_retain = RetainBatches(self.task, settings.retain_batch, 0.25, self.generator)
+        self.optimizer = torch.optim.AdamW(
+            self.moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.history: list[dict[str, float]] = []
+
+    def attempt(self, progress: bool) -> None:
+        """Train from the start, or from the checkpoint, until a check ends it or sends it back."""
+        self._start()
+        settings, first = self.settings, self._taken_up()
+        bar = tqdm(
+            range(first, settings.max_steps), desc=self.method, unit="step", initial=first, total=settings.max_steps,
+            disable=not progress,
+        )  # fmt: skip
+        with bar:
+            for step in bar:
+                if step % settings.check_every == 0 or -1 < self.fine_from < step:
+                    score = _multiple_choice(
+                        self.stored, _rounded(self.view(self.values), self.dtypes), self.task.forget_pairs
+                    )
+                    self.history.append({"step": float(step), "forget_mc": score})
+                    bar.set_postfix(forget_mc=f"{score:.0f}")
+                    if self._ended(step, score):
+                        return
+                self._step(step)
+                self.checkpoint.offer(lambda done=step + 1: self._state(done))  # type: ignore[misc]
+        self.finished = True
+
+    def _ended(self, step: int, score: float) -> bool:
+        """Whether this check ends the attempt: forgotten, or beyond it."""
+        chance, over = self.task.forget_pairs.chance, self.settings.stop_over_chance
+        if score > chance + over:
+            return False
+        inverted = over >= 0 and score < chance - over
+        if inverted and self.fine_from < 0 and step and self.settings.check_every > 1:
+            self.fine_from = step - self.settings.check_every
+        else:
+            self.finished = True
+        return True
+
+    def _step(self, step: int) -> None:
+        rows, pairs, settings = self.draw_forget(), self.task.forget_pairs, self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup)
+        batch = Batch(
+            self.hf, self.view(self.values), self.original, pairs[rows], rows, self.draw_retain(), self.original_logits
+        )
+        value = self.loss(batch)
         if not torch.isfinite(value):
             raise NoEditError(
-                f"{method}: the loss is {value.item()} at step {step}; lower learning_rate={settings.learning_rate}"
+                f"{self.method}: the loss is {value.item()} at step {step}; lower "
+                f"learning_rate={settings.learning_rate}"
             )
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         value.backward()
-        optimizer.step()
-        schedule.step()
+        self.optimizer.step()
         with torch.no_grad():
-            for name, current in moving.items():
-                start = original_values[name]
-                if name in free and not bool(free[name].all()):
-                    current.copy_(torch.where(free[name], current, start))
-                if project:
-                    current.copy_(start + project(name, current - start))
-    recorded = {"seed": seed, "settings": asdict(settings), "steps": int(history[-1]["step"]), **(facts or {})}
-    return Edit.between(model, _rounded(moving, dtypes), method, recorded, tuple(history))
+            for name, current in self.moving.items():
+                start = self.original[name]
+                if name in self.free and not bool(self.free[name].all()):
+                    current.copy_(torch.where(self.free[name], current, start))
+                if self.project:
+                    current.copy_(start + self.project(name, current - start))
+
+    @property
+    def _samplers(self) -> list[Sampler]:
+        return [self.draw_forget, *self.draw_retain.samplers]
+
+    def _state(self, done: int) -> State:
+        """Everything that moves, after so many steps."""
+        tensors = {f"value:{name}": value for name, value in self.moving.items()}
+        tensors |= {f"order:{i}": sampler.order for i, sampler in enumerate(self._samplers)}
+        tensors |= optimizer_tensors(self.optimizer) | {"generator": self.generator.get_state()}
+        return tensors, {"done": done, "fine_from": self.fine_from, "history": self.history}
+
+    def _taken_up(self) -> int:
+        """Put back what the checkpoint holds; gives the number of steps that are done."""
+        state = self.checkpoint.read()
+        # Sent back to look at every step, it starts again: what was kept lies beyond.
+        if state is None or state[1]["fine_from"] < self.fine_from:
+            return 0
+        tensors, facts = state
+        with torch.no_grad():
+            for name, value in self.moving.items():
+                value.copy_(tensors[f"value:{name}"])
+        for i, sampler in enumerate(self._samplers):
+            sampler.order = tensors[f"order:{i}"]
+        restore_optimizer(self.optimizer, tensors)
+        self.generator.set_state(tensors["generator"])
+        self.fine_from, self.history = int(facts["fine_from"]), list(facts["history"])
+        return int(facts["done"])
 
 
 def _rounded(values: Values, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -23,11 +23,11 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.intervals import interval_over_facts
-from mansu_tl.metrics import Accuracy, accuracy
+from mansu_tl.metrics import Accuracy
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.notebook import Result, Table, bars
-from mansu_tl.quantization import quantize
-from mansu_tl.verification.divergence import CircuitScores, circuit_divergence, circuit_scores
+from mansu_tl.verification.controls import Controls, answers, under
+from mansu_tl.verification.divergence import CircuitScores, circuit_divergence
 from mansu_tl.verification.knowledge import few_facts, unknown_facts
 
 _NOT_JUDGEABLE = "not judgeable"
@@ -183,6 +183,8 @@ def scorecard(
     bounds: Bounds | None = None,
     title: str = "edited",
     original_scores: CircuitScores | None = None,
+    controls: Controls | None = None,
+    edited_scores: Mapping[str, CircuitScores] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Scorecard:
@@ -194,6 +196,8 @@ def scorecard(
 
     Args:
         original_scores: the original's `circuit_scores` on the task's forget pairs, to reuse them.
+        controls: what the original says, to reuse it for several edits; in place of `original_scores`.
+        edited_scores: the edited model's `circuit_scores` by quantizer, to reuse them.
         seed: of the bootstrap.
         progress: show a bar over the quantizers; None = in notebooks.
     """
@@ -201,20 +205,20 @@ def scorecard(
     for each in (model, edited):
         require_bridge(each)
     require_task(task)
-    if original_scores is None:
-        original_scores = circuit_scores(model, circuit, task.forget_pairs)
-    before, after = _answers(model, task), _answers(edited, task)
+    known = edited_scores or {}
+    control_of = Controls(model, task, circuit, original_scores) if controls is None else controls
+    before, after = control_of.answers(), answers(edited, task)
     rows = _forgetting(before, before, after, task, "", limits, seed)
     rows += _retention(before, before, after, task, "", limits, seed)
     for name in tqdm(quantizers, desc=f"scorecard {title}", unit="quantizer", disable=not bars(progress)):
-        q_model, q_edited = (quantize(each, name, task.retain_text) for each in (model, edited))
-        q_before, q_after = _answers(q_model, task), _answers(q_edited, task)
+        q_edited = under(edited, task, name)
+        q_before, q_after = control_of.answers(name), answers(q_edited, task)
         rows += _forgetting(before, q_before, q_after, task, name, limits, seed)
         rows += _retention(before, q_before, q_after, task, name, limits, seed)
         rows += _gaps(before, after, q_before, q_after, name, limits, seed)
         pairs = task.forget_pairs
-        cad = circuit_divergence(original_scores, q_edited, circuit, pairs, seed=seed)
-        noise = circuit_divergence(original_scores, q_model, circuit, pairs, seed=seed)
+        cad = circuit_divergence(control_of.scores(), known.get(name, q_edited), circuit, pairs, seed=seed)
+        noise = circuit_divergence(control_of.scores(), control_of.scores(name), circuit, pairs, seed=seed)
         for measure, value, interval, control in (
             ("CAD", cad.value, cad.interval, noise.value),
             ("mass loss", cad.mass_loss, cad.mass_interval, noise.mass_loss),
@@ -231,10 +235,6 @@ def scorecard(
     if missing:
         notes.append(f"not known before the edit: {', '.join(missing)}")
     return Scorecard(title, tuple(sorted(rows, key=lambda row: order[row.property])), tuple(notes))
-
-
-def _answers(model: TransformerBridge, task: Task) -> dict[str, Accuracy]:
-    return {name: accuracy(model, questions) for name, questions in task.questions.items()}
 
 
 def _unjudged(row: Row, why: str) -> Row:

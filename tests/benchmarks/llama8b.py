@@ -51,7 +51,7 @@ def main(tiny: bool, pairs: int, width: int) -> None:
     plain()
     base = _seconds(plain)
     model = mtl.load(hf, device=device)
-    del hf
+    hf = None  # the plain model's memory
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

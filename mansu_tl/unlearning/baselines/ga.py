@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
 from mansu_tl.digest import Digested
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -41,17 +42,31 @@ class GaKlSettings(Digested):
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
-def ga(model: TransformerBridge, task: Task, settings: GaSettings, *, seed: int = 0, progress: bool = False) -> Edit:
+def ga(
+    model: TransformerBridge,
+    task: Task,
+    settings: GaSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> Edit:
     """Unlearn with gradient ascent on the forget answers."""
 
     def loss(batch: Batch) -> Tensor:
         return batch.answer_log_prob(batch.forget_logits()).mean()
 
-    return train(model, task, "ga", loss, settings.training, seed=seed, progress=progress)
+    return train(model, task, "ga", loss, settings.training, seed=seed, progress=progress, checkpoint=checkpoint)
 
 
 def ga_kl(
-    model: TransformerBridge, task: Task, settings: GaKlSettings, *, seed: int = 0, progress: bool = False
+    model: TransformerBridge,
+    task: Task,
+    settings: GaKlSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Unlearn with gradient ascent plus KL(original || model) on the retain text."""
 
@@ -59,4 +74,4 @@ def ga_kl(
         ascent = batch.answer_log_prob(batch.forget_logits()).mean()
         return ascent + settings.divergence_weight * batch.retain_divergence()
 
-    return train(model, task, "ga-kl", loss, settings.training, seed=seed, progress=progress)
+    return train(model, task, "ga-kl", loss, settings.training, seed=seed, progress=progress, checkpoint=checkpoint)

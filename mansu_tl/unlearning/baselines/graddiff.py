@@ -12,6 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
 from mansu_tl.digest import Digested
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -30,11 +31,17 @@ class GradDiffSettings(Digested):
 
 
 def graddiff(
-    model: TransformerBridge, task: Task, settings: GradDiffSettings, *, seed: int = 0, progress: bool = False
+    model: TransformerBridge,
+    task: Task,
+    settings: GradDiffSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Unlearn with gradient ascent on the forget set plus gradient descent on the retain set."""
 
     def loss(batch: Batch) -> Tensor:
         return batch.answer_log_prob(batch.forget_logits()).mean() + settings.retain_weight * batch.retain_loss()
 
-    return train(model, task, "graddiff", loss, settings.training, seed=seed, progress=progress)
+    return train(model, task, "graddiff", loss, settings.training, seed=seed, progress=progress, checkpoint=checkpoint)

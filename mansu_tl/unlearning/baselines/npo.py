@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
 from mansu_tl.digest import Digested
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -33,13 +34,21 @@ class NpoSettings(Digested):
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
-def npo(model: TransformerBridge, task: Task, settings: NpoSettings, *, seed: int = 0, progress: bool = False) -> Edit:
+def npo(
+    model: TransformerBridge,
+    task: Task,
+    settings: NpoSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> Edit:
     """Unlearn with negative preference optimization plus gradient descent on the retain set."""
 
     def loss(batch: Batch) -> Tensor:
         return npo_loss(batch, settings.beta) + settings.retain_weight * batch.retain_loss()
 
-    return train(model, task, "npo", loss, settings.training, seed=seed, progress=progress)
+    return train(model, task, "npo", loss, settings.training, seed=seed, progress=progress, checkpoint=checkpoint)
 
 
 def npo_loss(batch: Batch, beta: float) -> Float[Tensor, ""]:

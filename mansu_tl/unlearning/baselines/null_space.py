@@ -17,6 +17,7 @@ from mansu_tl.data import Task
 from mansu_tl.digest import Digested
 from mansu_tl.models import float32_copy, home, linear_weights
 from mansu_tl.unlearning.batches import joined
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector, require_null_space
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
@@ -36,7 +37,13 @@ class NullSpaceSettings(Digested):
 
 
 def null_space(
-    model: TransformerBridge, task: Task, settings: NullSpaceSettings, *, seed: int = 0, progress: bool = False
+    model: TransformerBridge,
+    task: Task,
+    settings: NullSpaceSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Unlearn with gradient ascent inside the null space of the retain and near text.
 
@@ -62,5 +69,5 @@ def null_space(
     rank = {name: int(p.diagonal().sum().round()) for name, p in projectors.items()}
     return train(
         model, task, "null-space", loss, settings.training, only=only, project=project,
-        facts={"null_dimensions": rank}, seed=seed, progress=progress,
+        facts={"null_dimensions": rank}, seed=seed, progress=progress, checkpoint=checkpoint,
     )  # fmt: skip

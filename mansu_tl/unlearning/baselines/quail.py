@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import Task
 from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -49,7 +50,13 @@ class QuailSettings(Digested):
 
 
 def quail(
-    model: TransformerBridge, task: Task, settings: QuailSettings, *, seed: int = 0, progress: bool = False
+    model: TransformerBridge,
+    task: Task,
+    settings: QuailSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Unlearn with GradDiff plus QUAIL's logit hinge.
 
@@ -68,4 +75,4 @@ def quail(
         ascent = batch.answer_log_prob(logits).mean()
         return ascent + settings.hinge_weight * hinge + settings.retain_weight * batch.retain_loss()
 
-    return train(model, task, "quail", loss, settings.training, seed=seed, progress=progress)
+    return train(model, task, "quail", loss, settings.training, seed=seed, progress=progress, checkpoint=checkpoint)

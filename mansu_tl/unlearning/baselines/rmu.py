@@ -22,6 +22,7 @@ from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, float32_copy, home, linear_weights, parameters
 from mansu_tl.unlearning.batches import Values, run_values
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -43,7 +44,15 @@ class RmuSettings(Digested):
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
-def rmu(model: TransformerBridge, task: Task, settings: RmuSettings, *, seed: int = 0, progress: bool = False) -> Edit:
+def rmu(
+    model: TransformerBridge,
+    task: Task,
+    settings: RmuSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> Edit:
     """Unlearn with representation misdirection.
 
     Raises:
@@ -76,7 +85,16 @@ def rmu(model: TransformerBridge, task: Task, settings: RmuSettings, *, seed: in
         return away + settings.retain_weight * held
 
     return train(
-        model, task, "rmu", loss, settings.training, only=only, facts={"layer": layer - 1}, seed=seed, progress=progress
+        model,
+        task,
+        "rmu",
+        loss,
+        settings.training,
+        only=only,
+        facts={"layer": layer - 1},
+        seed=seed,
+        progress=progress,
+        checkpoint=checkpoint,
     )
 
 

@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
 from mansu_tl.digest import Digested
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -36,7 +37,13 @@ class SimNpoSettings(Digested):
 
 
 def simnpo(
-    model: TransformerBridge, task: Task, settings: SimNpoSettings, *, seed: int = 0, progress: bool = False
+    model: TransformerBridge,
+    task: Task,
+    settings: SimNpoSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Unlearn with SimNPO plus gradient descent on the retain set."""
 
@@ -46,4 +53,4 @@ def simnpo(
         forget = 2 / settings.beta * softplus(settings.beta * log_p + settings.gamma).mean()
         return forget + settings.retain_weight * batch.retain_loss()
 
-    return train(model, task, "simnpo", loss, settings.training, seed=seed, progress=progress)
+    return train(model, task, "simnpo", loss, settings.training, seed=seed, progress=progress, checkpoint=checkpoint)

@@ -19,6 +19,7 @@ from mansu_tl.models import linear_weights, parameters
 from mansu_tl.quantization import grid_of
 from mansu_tl.quantization.twin import orient
 from mansu_tl.unlearning.batches import Values
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -38,7 +39,15 @@ class SteSettings(Digested):
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
-def ste(model: TransformerBridge, task: Task, settings: SteSettings, *, seed: int = 0, progress: bool = False) -> Edit:
+def ste(
+    model: TransformerBridge,
+    task: Task,
+    settings: SteSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> Edit:
     """Unlearn with GradDiff through the fake-quantized weights."""
     grid, linear = grid_of(settings.quantizer), linear_weights(model)
     dtypes = {name: value.dtype for name, value in parameters(model).items()}
@@ -56,4 +65,6 @@ def ste(model: TransformerBridge, task: Task, settings: SteSettings, *, seed: in
     def loss(batch: Batch) -> Tensor:
         return batch.answer_log_prob(batch.forget_logits()).mean() + settings.retain_weight * batch.retain_loss()
 
-    return train(model, task, "ste", loss, settings.training, view=view, seed=seed, progress=progress)
+    return train(
+        model, task, "ste", loss, settings.training, view=view, seed=seed, progress=progress, checkpoint=checkpoint
+    )

@@ -16,6 +16,7 @@ from mansu_tl.data import Task
 from mansu_tl.digest import Digested
 from mansu_tl.models import component_map, linear_weights, parameters
 from mansu_tl.unlearning.baselines.npo import npo_loss
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -36,7 +37,13 @@ class SuppressorSettings(Digested):
 
 
 def suppressor(
-    model: TransformerBridge, task: Task, settings: SuppressorSettings, *, seed: int = 0, progress: bool = False
+    model: TransformerBridge,
+    task: Task,
+    settings: SuppressorSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Train the last layer's MLP to keep the forget answers from coming out."""
     cmap, linear, values = component_map(model), linear_weights(model), parameters(model)
@@ -49,4 +56,14 @@ def suppressor(
     def loss(batch: Batch) -> Tensor:
         return npo_loss(batch, settings.beta) + settings.retain_weight * batch.retain_loss()
 
-    return train(model, task, "suppressor", loss, settings.training, only=only, seed=seed, progress=progress)
+    return train(
+        model,
+        task,
+        "suppressor",
+        loss,
+        settings.training,
+        only=only,
+        seed=seed,
+        progress=progress,
+        checkpoint=checkpoint,
+    )

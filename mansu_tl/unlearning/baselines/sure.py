@@ -20,6 +20,7 @@ from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, float32_copy, home, linear_weights
 from mansu_tl.unlearning.batches import last_token_logits
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train
 
@@ -40,7 +41,13 @@ class SureSettings(Digested):
 
 
 def sure(
-    model: TransformerBridge, task: Task, settings: SureSettings, *, seed: int = 0, progress: bool = False
+    model: TransformerBridge,
+    task: Task,
+    settings: SureSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Unlearn with GradDiff on the salient modules only.
 
@@ -54,7 +61,9 @@ def sure(
     def loss(batch: Batch) -> Tensor:
         return batch.answer_log_prob(batch.forget_logits()).mean() + settings.retain_weight * batch.retain_loss()
 
-    return train(model, task, "sure", loss, settings.training, only=only, seed=seed, progress=progress)
+    return train(
+        model, task, "sure", loss, settings.training, only=only, seed=seed, progress=progress, checkpoint=checkpoint
+    )
 
 
 def salient_weights(model: TransformerBridge, task: Task, share: float) -> dict[str, Bool[Tensor, ...]]:

@@ -1,0 +1,73 @@
+"""An edit in progress, on disk: what an interrupted one goes on from, to the same result to the last bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mansu_tl.errors import MansuError
+from mansu_tl.files import load_tensors, save_tensors
+
+State = tuple[Mapping[str, Tensor], Mapping[str, Any]]
+_KIND = "Checkpoint"
+# Seconds between two: little is lost, and writing costs little beside the steps.
+_EVERY = 20.0
+
+
+class Checkpoint:
+    """Where an edit's state is kept while it is made.
+
+    Args:
+        path: the file; None keeps nothing.
+        key: a digest of everything that the edit depends on; a state of another one is not used.
+        every: seconds between two writes.
+    """
+
+    def __init__(self, path: str | PathLike[str] | None = None, key: str = "", every: float = _EVERY) -> None:
+        self.path, self.key, self.every = None if path is None else Path(path), key, every
+        self._written = time.monotonic()
+
+    def read(self) -> State | None:
+        """The state of this same edit; None where there is none, or one that was cut short."""
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            tensors, facts = load_tensors(self.path, _KIND)
+        except MansuError:
+            return None  # a file that cannot be read is made again from the start
+        return (tensors, facts["state"]) if facts.get("key") == self.key else None
+
+    def offer(self, state: Callable[[], State]) -> None:
+        """Write the state if the last one is old enough; call it between two steps."""
+        if self.path is None or time.monotonic() - self._written < self.every:
+            return
+        tensors, facts = state()
+        save_tensors(self.path, _KIND, tensors, {"key": self.key, "state": dict(facts)})
+        self._written = time.monotonic()
+
+    def done(self) -> None:
+        """The edit is made: its state is not needed any more."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer remembers, by parameter number and name."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer:{number}:{name}": value for number, each in state.items() for name, value in each.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimizer back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer:"):
+            _, number, name = key.split(":", 2)
+            state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
