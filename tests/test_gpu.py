@@ -89,4 +89,4 @@ def test_the_script_walks_every_family_in_every_dtype_and_asks_for_a_gpu(capsys)
         assert "no CUDA device here" in capsys.readouterr().out
     with warnings.catch_warnings():
         numbers = gpu_check.reference(gpu_check.Job("llama", "float32", ("accuracy",)))
-    assert largest_difference(numbers["accuracy"], STAGES["accuracy"](case("llama"))) [0] == 0
+    assert largest_difference(numbers["accuracy"], STAGES["accuracy"](case("llama")))[0] == 0
