@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit, Graph, random_mask
 from mansu_tl.explorer import Explorer
-from mansu_tl.models import fingerprint, float32_copy, linear_weights, plain, rebuild
+from mansu_tl.models import fingerprint, float32_copy, linear_weights, parameters, plain, rebuild
 from mansu_tl.quantization import inputs_of, predicted_flips, quantized_values
 from mansu_tl.quantization.dither import dither
 from mansu_tl.unlearning import Edit
@@ -128,14 +128,14 @@ def _sweeps(c: Case) -> Numbers:
 
 def _circuits(c: Case) -> Numbers:
     model, pairs, circuit = c.model, c.task.forget_pairs, c.circuit
-    scores = mtl.edge_attribution(model, pairs, steps=1)
+    scores = _scores(c)
     mean = mtl.ablation(model, "mean", reference=pairs)
     edges = circuit.edges[:2]
     return {
         "curve": mtl.faithfulness_curve(model, scores, pairs, [5, 20, 60], control_seeds=1).faithfulness,
+        "discovered!": mtl.discover_circuit(model, pairs, faithfulness=0.3, steps=1).mask,
         "found": torch.tensor(
             [
-                mtl.discover_circuit(model, pairs, scores=scores, faithfulness=0.3).faithfulness,
                 mtl.faithfulness(model, circuit, pairs, ablation=mean),
                 mtl.completeness(model, circuit, pairs),
                 *mtl.random_faithfulness(model, circuit, pairs, seeds=2),
@@ -177,10 +177,15 @@ def _baselines(c: Case) -> Numbers:
 
 
 def _quantizers(c: Case) -> Numbers:
-    out = {}
+    out, linear, live = {}, linear_weights(c.model), parameters(c.model)
+    weights = torch.cat([live[name].detach().flatten().double().cpu() for name in linear])
     for name in mtl.quantizers():
         values = quantized_values(c.model, name, calibration=c.task.retain_text)
-        out[name] = torch.cat([value.flatten().double().cpu() for value in values.values()])
+        found = torch.cat([value.flatten().double().cpu() for value in values.values()])
+        # Codes of the others hang on sums over a text, on a library's own kernels, or on 8-bit scales of scales.
+        exact = name in mtl.quantizers("grid") and not name.endswith("-dq")
+        out[name if exact else f"{name}!"] = found
+        out[f"{name} error"] = (found - weights).norm() / weights.norm()
     twin = mtl.quantize(c.model, "nf4")
     return {**out, "twin": mtl.accuracy(twin, c.task.questions["forget"]).log_odds}
 
@@ -212,7 +217,7 @@ def _divergence(c: Case) -> Numbers:
     card = mtl.scorecard(c.model, c.edited, c.task, c.circuit, quantizers=["nf4"], original_scores=before)
     return {
         "cad": torch.tensor([cad.value, cad.mass_loss, *cad.interval]), "effects": again.effects,
-        "card": torch.tensor([row.value for row in card.rows]),
+        "card!": torch.tensor([row.value for row in card.rows]),
     }  # fmt: skip
 
 
@@ -241,6 +246,25 @@ def _explorer(c: Case) -> Numbers:
         "answers": results.answers(stage).probability, "pattern": results.pattern(stage, 0, "L1H1"),
         "matrix": results.matrix(c.edit.method, name), "scores": results.scores(stage),
     }  # fmt: skip
+
+
+# How far numbers may lie apart that two devices compute in one dtype, as a share of the largest of their tensor: scores
+# and metrics add up hundreds of products in another order.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def largest_difference(found: Numbers, expected: Numbers) -> tuple[float, str]:
+    """The largest difference of two devices' numbers, as a share of the largest of its tensor; and where it is."""
+    worst = 0.0, ""
+    for key, wanted in expected.items():
+        if "!" in key:
+            continue
+        a, b = found[key].double().nan_to_num(nan=1e9), wanted.double().nan_to_num(nan=1e9)
+        if a.shape != b.shape:
+            return float("inf"), key
+        scale = max(b.abs().max().item(), 1e-6) if b.numel() else 1.0
+        worst = max(worst, ((a - b).abs().max().item() / scale if b.numel() else 0.0, key))
+    return worst
 
 
 STAGES: Mapping[str, Callable[[Case], Numbers]] = {

@@ -7,8 +7,12 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.quantization import grid_of
+from mansu_tl.unlearning import MansuSettings, TrainingSettings
+from mansu_tl.unlearning.baselines import NpoSettings, npo
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.floor import Floor
-from tests.road import STAGES, Case, Numbers, case
+from mansu_tl.unlearning.mansu import mansu
+from tests.road import MANSU, STAGES, Case, Numbers, case
 from tests.second_device import DEVICE, MisplacedError, SecondDevice
 
 # Every stage on a plain family; on the others (transposed matrices in 16 bits, post-norms, fused and parallel) what differs.
@@ -150,3 +154,28 @@ def test_it_moves_follows_and_computes(second) -> None:
 def test_it_refuses_what_cuda_refuses(second, wrong) -> None:
     with second, pytest.raises((RuntimeError, TypeError), match="same device|on cpu|generator|numpy|device"):
         wrong(torch.ones(3, device=DEVICE), torch.ones(3))
+
+
+@pytest.mark.parametrize("method", ["mansu", "npo"])
+def test_an_interrupted_edit_goes_on_there(second, tmp_path, method: str) -> None:
+    class Interrupted(Checkpoint):
+        def offer(self, state) -> None:
+            super().offer(state)
+            if len(seen.append(1) or seen) == 5:
+                raise KeyboardInterrupt
+
+    seen: list[int] = []
+    function, settings = {
+        "mansu": (mansu, MansuSettings(**{**MANSU, "restrict": "none", "steps": 8, "adversary_every": 1})),
+        "npo": (npo, NpoSettings(training=TrainingSettings(max_steps=8, stop_over_chance=-1e3))),
+    }[method]
+    with second:
+        there = case("llama", DEVICE)
+        extra = {"circuit": there.circuit} if method == "mansu" else {}
+        with pytest.raises(KeyboardInterrupt):
+            function(there.model, there.task, settings, checkpoint=Interrupted(tmp_path / "state", "k", 0.0), **extra)
+        goes_on = function(there.model, there.task, settings, checkpoint=Checkpoint(tmp_path / "state", "k"), **extra)
+        in_one_go = function(there.model, there.task, settings, checkpoint=Checkpoint(), **extra)
+    assert goes_on.history == in_one_go.history
+    assert goes_on.new.keys() == in_one_go.new.keys()
+    assert all(torch.equal(value, in_one_go.new[name]) for name, value in goes_on.new.items())
