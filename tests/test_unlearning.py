@@ -11,17 +11,19 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
+from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, fingerprint, linear_weights, parameters, plain
 from mansu_tl.quantization import quantizer
 from mansu_tl.unlearning import Edit, methods, unlearn
 from mansu_tl.unlearning.adversary import attacked
-from mansu_tl.unlearning.batches import ignorance
+from mansu_tl.unlearning.batches import OriginalText, by_length, ignorance, sequence_logits
 from mansu_tl.unlearning.candidates import circuit_weights
 from mansu_tl.unlearning.floor import Floor
 from mansu_tl.unlearning.objective import forget_loss
 from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, sequence_loss
-from tests.tiny import sliced_task, tiny
+from tests.test_attribution import random_pairs
+from tests.tiny import FAMILIES, sliced_task, tiny
 
 QUICK = {"mansu": {"steps": 12, "learning_rate": 0.5, "fisher_sequences": 8, "adversary_weight": 0.0}}
 
@@ -221,6 +223,47 @@ def test_fisher_is_the_mean_squared_gradient_of_each_sequence(task) -> None:
         hf.float()
         slopes.append((ends[0] - ends[1]) / (2 * step))
     assert fisher[i, j].item() == pytest.approx(sum(s * s for s in slopes) / 3, rel=0.02, abs=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fisher_information_equals_one_gradient_a_sequence(family: str) -> None:
+    model, pairs = mtl.load(tiny(family)), random_pairs(n=5, padded=True)
+    hf, text = plain(model), Sequences(pairs.clean, pairs.lengths)
+    names, values = (
+        list(linear_weights(model)),
+        {name: value.detach() for name, value in plain(model).named_parameters()},
+    )
+    wanted = {name: torch.zeros_like(values[name]) for name in names}
+    for i, length in enumerate(text.lengths.tolist()):
+        row = Sequences(text.tokens[i : i + 1, :length], text.lengths[i : i + 1])
+        leaves = {name: values[name].clone().requires_grad_() for name in names}
+        loss = sequence_loss(hf, {**values, **leaves}, row)
+        for name, grad in zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+            wanted[name] += grad.square() / len(text)
+    found = diagonal_fisher(hf, names, text)
+    for name in names:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6 * wanted[name].max().item())
+
+
+def test_sequences_run_apart_by_length_say_the_same(model) -> None:
+    hf, values = plain(model), dict(plain(model).named_parameters())
+    task = mtl.load_task("pocket")
+    text = task.retain_text[list(range(0, 1024, 16))]
+    groups = by_length(text.lengths)
+    assert len(groups) == 2 and sorted(torch.cat(groups).tolist()) == list(range(len(text)))
+    assert len(by_length(torch.full((64,), 9))) == 1 and len(by_length(torch.tensor([3, 30]))) == 1
+    found = sequence_logits(hf, values, text)
+    logits = hf(text.tokens, use_cache=False).logits
+    assert len(found.targets) == int((text.lengths - 1).sum())
+    assert len(set(zip(found.rows.tolist(), found.places.tolist(), strict=True))) == len(found.targets)
+    assert torch.equal(found.targets, text.tokens[found.rows, found.places + 1])
+    torch.testing.assert_close(found.logits, logits[found.rows, found.places], rtol=0, atol=2e-5)
+    rows = torch.tensor([5, 60, 2, 2])
+    some = sequence_logits(hf, values, text[rows])
+    for asked in (0, 10_000):  # computed, and looked up
+        original = OriginalText(hf, values, text, asked)
+        assert (original._table is None) == (asked == 0)
+        torch.testing.assert_close(original(rows, some), some.logits, rtol=0, atol=2e-5)
 
 
 def test_ignorance_is_the_mean_answer_to_never_seen_names_in_the_same_words(model) -> None:

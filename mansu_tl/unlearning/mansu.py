@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -25,6 +25,7 @@ from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning.adversary import Attacked, attacked
 from mansu_tl.unlearning.batches import (
     Ignorance,
+    OriginalText,
     Sampler,
     ignorance,
     joined,
@@ -111,6 +112,9 @@ class _Run:
         self.facts = require_defended(self.task, settings)
         self.near, self.discovered = self._neighbours()
         self.kept_text = joined(self.task.retain_text, self.task.near_text)
+        drawn = settings.steps * settings.retain_batch * (1 + bool(len(self.near)))
+        text = joined(self.task.retain_text, self.near)
+        self.original_text = OriginalText(self.hf, self.values, text, drawn)
         self.moments = self._moments(masks) if settings.null_space or settings.projector else {}
         self.projectors = (
             {name: null_projector(moment, settings.leak, name) for name, moment in self.moments.items()}
@@ -192,7 +196,7 @@ class _Run:
             values = self._values(change, under)
             rows = draw_forget()
             forget = self._forget(values, rows)
-            retain = self._retain(values, self.task.retain_text[draw_far()], near[draw_near()] if draw_near else None)
+            retain = self._retain(values, draw_far(), draw_near() if draw_near else None)
             loss = forget + cfg.retain_weight * retain
             if cfg.adversary_weight:
                 if attack is None or step % cfg.adversary_every == 0:
@@ -349,17 +353,21 @@ class _Run:
         rows = attack.others[torch.randperm(len(attack.others), generator=generator)[: self.settings.forget_batch]]
         return self._forget(there, rows)
 
-    def _retain(self, values: Mapping[str, Tensor], far: Sequences, near: Sequences | None) -> Tensor:
-        """Mean over far tokens plus `near_weight` times the mean over near ones, as one weighted pass."""
-        batch = far if near is None else joined(far, near)
-        logits, targets = sequence_logits(self.hf, values, batch)
-        with torch.no_grad():
-            original, _ = sequence_logits(self.hf, self.values, batch)
-        n_far = int((far.lengths - 1).sum())
-        weights = torch.full((targets.shape[0],), 1 / n_far, device=targets.device)
-        if near is not None:
-            weights[n_far:] = self.settings.near_weight / (targets.shape[0] - n_far)
-        return retain_loss(logits, original, targets, weights, likelihood=self.settings.likelihood)
+    def _retain(
+        self, values: Mapping[str, Tensor], far: Int[Tensor, " far"], near: Int[Tensor, " near"] | None
+    ) -> Tensor:
+        """Mean over far tokens plus `near_weight` times the mean over near ones, as one weighted pass.
+
+        Args:
+            far: rows of the retain text.
+            near: rows of the near text.
+        """
+        rows = far if near is None else torch.cat([far, near + len(self.task.retain_text)])
+        found = sequence_logits(self.hf, values, self.original_text.text[rows])
+        is_near = found.rows >= len(far)
+        weights = torch.where(is_near, self.settings.near_weight / is_near.sum().clamp_min(1), 1 / (~is_near).sum())
+        original = self.original_text(rows, found)
+        return retain_loss(found.logits, original, found.targets, weights, likelihood=self.settings.likelihood)
 
     def _leak(self, change: Tensor) -> Tensor:
         """Mean squared change of the circuit matrices' outputs on retain inputs, relative to the inputs' size."""

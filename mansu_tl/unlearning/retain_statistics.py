@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,11 +11,15 @@ from torch import Tensor
 from torch.func import functional_call
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization import inputs_of
 from mansu_tl.unlearning.batches import real_targets
+
+# Sequences in a pass of the Fisher information, and numbers of their gradients of one matrix that are held at once.
+_FISHER_ROWS, _MOST_NUMBERS = 32, 2**26
 
 
 def input_moments(
@@ -81,22 +86,64 @@ def diagonal_fisher(
     """Empirical diagonal Fisher: mean over sequences of the squared gradient of the sequence's mean token loss.
 
     Half of sum F d^2 is the diagonal approximation of the retain loss's increase; it leaves out how changes add up.
-    `retain_bound` does not.
+    `retain_bound` does not. Sequences share a pass: a sequence's gradient of a matrix is the product of its own output
+    gradients and inputs.
     """
-    values = {name: value.detach() for name, value in model.named_parameters()}
     chosen = list(names)
-    totals = {name: torch.zeros_like(values[name], dtype=torch.float32) for name in chosen}
-    count = len(text)
-    for i in tqdm(range(count), desc="Fisher", unit="sequence", disable=not progress):
-        length = int(text.lengths[i])
-        row = Sequences(text.tokens[i : i + 1, :length], text.lengths[i : i + 1])
-        leaves = {name: values[name].clone().requires_grad_() for name in chosen}
-        with torch.enable_grad():
-            loss = sequence_loss(model, {**values, **leaves}, row)
-            grads = torch.autograd.grad(loss, list(leaves.values()))
-        for name, grad in zip(chosen, grads, strict=True):
-            totals[name] += grad.float().square() / count
-    return totals
+    paths: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in chosen}
+    totals = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in paths.items()}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # A leaf, so that the pass back ends at outputs and no weight collects a gradient.
+            out = output if output.requires_grad else output.detach().requires_grad_()
+            seen[name] = inputs[0].detach(), out
+            return out
+
+        return hook
+
+    order = text.lengths.argsort(stable=True).tolist()  # alike in length, so that little is padded
+    handles = [module.register_forward_hook(keep(name)) for name, module in paths.items()]
+    try:
+        for start in tqdm(range(0, len(text), _FISHER_ROWS), desc="Fisher", unit="pass", disable=not progress):
+            part = text[order[start : start + _FISHER_ROWS]]
+            part = Sequences(part.tokens[:, : int(part.lengths.max())], part.lengths)
+            seen.clear()
+            with torch.enable_grad():
+                losses = _mean_losses(model, part)
+                grads = torch.autograd.grad(losses.sum(), [seen[name][1] for name in chosen])
+            for name, grad in zip(chosen, grads, strict=True):
+                _add_squares(totals[name], seen[name][0], grad, transposed=isinstance(paths[name], Conv1D))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / len(text) for name, total in totals.items()}
+
+
+def _mean_losses(model: PreTrainedModel, batch: Sequences) -> Float[Tensor, " row"]:
+    """Each sequence's mean next-token cross-entropy."""
+    logits = model(batch.tokens, use_cache=False).logits[:, :-1]
+    row, place = real_targets(batch).nonzero(as_tuple=True)
+    losses = torch.nn.functional.cross_entropy(
+        logits[row, place].float(), batch.tokens[row, place + 1], reduction="none"
+    )
+    return losses.new_zeros(len(batch)).index_add(0, row, losses / (batch.lengths[row] - 1))
+
+
+def _add_squares(
+    total: Float[Tensor, "_ _"],
+    x: Float[Tensor, "row pos d_in"],
+    grad: Float[Tensor, "row pos d_out"],
+    *,
+    transposed: bool,
+) -> None:
+    """Add every sequence's squared gradient of a matrix; where a sequence has no target its output gradient is 0."""
+    left, right = (x, grad) if transposed else (grad, x)
+    rows = max(1, _MOST_NUMBERS // total.numel())
+    for start in range(0, len(x), rows):
+        each = left[start : start + rows].float().mT @ right[start : start + rows].float()
+        total += each.square_().sum(0)
 
 
 def sequence_loss(model: PreTrainedModel, values: Mapping[str, Tensor], batch: Sequences) -> Float[Tensor, ""]:

@@ -129,15 +129,15 @@ class Batch:
 
     def retain_loss(self) -> Float[Tensor, ""]:
         """Mean next-token cross-entropy of the retain sequences."""
-        logits, targets = sequence_logits(self.model, self.values, self.retain)
-        return torch.nn.functional.cross_entropy(logits, targets)
+        found = sequence_logits(self.model, self.values, self.retain)
+        return torch.nn.functional.cross_entropy(found.logits, found.targets)
 
     def retain_divergence(self) -> Float[Tensor, ""]:
         """Mean KL(original || model) of the next token over the retain sequences, in nats."""
-        logits, _ = sequence_logits(self.model, self.values, self.retain)
+        found = sequence_logits(self.model, self.values, self.retain)
         with torch.no_grad():
-            before, _ = sequence_logits(self.model, self.original, self.retain)
-        return kl_divergence(logits, before).mean()
+            before = sequence_logits(self.model, self.original, self.retain)
+        return kl_divergence(found.logits, before.logits).mean()
 
 
 def train(
