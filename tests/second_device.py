@@ -3,7 +3,8 @@
 Inside `with SecondDevice():` every tensor lives on "cpu" or on `DEVICE`. `.device`, `.to(...)`, `.cpu()` and new tensors
 with `device=` behave as with a real device, values and gradients are the CPU's own. An operation whose operands live
 on both raises, except where CUDA allows it: numbers (tensors without dimensions), indices on the CPU, and copies. So
-does `.numpy()`, and drawing random numbers there with a generator of the CPU.
+does `.numpy()`, drawing random numbers there with a generator of the CPU and, under deterministic algorithms, what CUDA
+cannot do in a fixed order.
 
 Where a tensor lives is known by its storage, so views follow their base. PyTorch's own C++ code makes tensors on the
 device of what it was given, which cannot be seen from Python: such tensors may meet either kind.
@@ -31,6 +32,11 @@ _aten = torch.ops.aten
 # What may bring tensors of two devices together, and how many of its operands then have to agree.
 _COPIES = {_aten.copy_.default, _aten._to_copy.default, _aten._local_scalar_dense.default}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+# What CUDA has in no deterministic form, of what could be used here (see torch.use_deterministic_algorithms).
+_UNORDERED = {
+    _aten.cumsum.default, _aten.cumsum.out, _aten.nll_loss2d_forward.default, _aten.median.dim, _aten.kthvalue.default,
+    _aten.histc.default, _aten.put_.default, _aten.scatter_reduce.two,
+}  # fmt: skip
 _DEVICE, _IS_CPU = torch.Tensor.device.__get__, torch.Tensor.is_cpu.__get__
 _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.type_as}
 
@@ -81,6 +87,9 @@ class _Follow(TorchDispatchMode):
         if any(t.is_meta for t in given):
             return func(*args, **(kwargs or {}))
         place = self._meeting(func, args, given)
+        unordered = func in _UNORDERED and place == DEVICE and given[0].is_floating_point()
+        if unordered and torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError(f"{func} does not have a deterministic implementation on {DEVICE.type}")
         before = {_storage(t) for t in given}
         out = func(*args, **(kwargs or {}))
         if given and place is not _EITHER and func._schema.is_mutable and self.places[given[0]] is _EITHER:

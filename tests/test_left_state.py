@@ -23,7 +23,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint, parameters, plain, require_ready
 from mansu_tl.models.copies import boot
-from tests.road import FUNCTIONS, OF_WEIGHTS, Case, case
+from tests.road import FUNCTIONS, OF_WEIGHTS, STAGES, TOLERANCE, Case, case, largest_difference
 from tests.tiny import tiny, tiny_tokenizer
 
 ROOMS = ("circuit", "data", "metrics", "models", "patching", "quantization", "unlearning", "verification")
@@ -275,6 +275,18 @@ def test_flags_of_the_bridge_change_no_score() -> None:
     flagged.model.set_use_split_qkv_input(True)
     flagged.model.set_use_hook_mlp_in(True)
     torch.testing.assert_close(mtl.edge_attribution(flagged.model, pairs, steps=1).tensor, before, rtol=0, atol=1e-5)
+
+
+def test_a_model_whose_weights_were_cast_below_the_bridge_is_taken_as_it_is() -> None:
+    """`model.original_model.half()` leaves the bridge's config behind."""
+    told, below = case("llama", dtype=torch.bfloat16), mtl.load(tiny("llama"))
+    below.original_model.to(torch.bfloat16)
+    assert below.cfg.dtype == torch.float32
+    for stage in ("accuracy", "edge scores", "patching sweeps", "circuits"):
+        found = STAGES[stage](dataclasses.replace(told, model=below))
+        # Its rotary frequencies were cast too, so that the numbers are not quite those of a model loaded in bfloat16.
+        worst, where = largest_difference(found, STAGES[stage](told))
+        assert worst < TOLERANCE[torch.bfloat16], where
 
 
 def test_weights_made_under_inference_mode_are_refused_or_copied(usual) -> None:

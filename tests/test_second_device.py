@@ -59,6 +59,22 @@ def test_a_stage_on_the_second_device_is_the_same_stage(second, family: str, dty
         assert torch.equal(value, expected[key]), key
 
 
+@pytest.mark.parametrize(
+    "stage", ["edge scores", "circuits", "MANSU", "baselines", "quantizers", "relearning, probes, depth, damage"]
+)
+def test_deterministic_algorithms_refuse_nothing_there(second, stage: str) -> None:
+    expected = _walked("llama", torch.float32, stage, None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with second:
+            found = _walked("llama", torch.float32, stage, second)
+            with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+                torch.ones(3, device=DEVICE).cumsum(0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(value.nan_to_num(), expected[key].nan_to_num()) for key, value in found.items())
+
+
 def test_what_is_on_the_device_already_may_stay_there(second) -> None:
     """Pairs, questions and tasks of either place, and models and references of the other."""
     here = case("llama")

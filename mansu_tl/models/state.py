@@ -25,6 +25,13 @@ def home(model: nn.Module) -> torch.device:
     return next(inside.parameters()).device
 
 
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that a model computes in: its input embedding's, whatever its config was told when it was made."""
+    inside: Any = model.original_model if isinstance(model, TransformerBridge) else model
+    dtype: torch.dtype = inside.get_input_embeddings().weight.dtype
+    return dtype
+
+
 def require_ready(model: nn.Module, tokens: Int[Tensor, "row pos"] | None = None, *, copied: bool = False) -> None:
     """Refuse a model that would not give its own numbers.
 

@@ -23,7 +23,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import NormWeights, attention_weights, component_map, norm_weights
 from mansu_tl.models.kinds import require_bridge
-from mansu_tl.models.state import home, require_ready
+from mansu_tl.models.state import computing_dtype, home, require_ready
 from mansu_tl.notebook import Result
 from mansu_tl.patching.runs import Activations, Hook, record, run
 
@@ -56,7 +56,7 @@ class Ablation(Result):
         cmap = component_map(model)
         count, width = pairs.clean.shape
         if self.means is None:
-            stream = torch.zeros(count, width, cmap.d_model, dtype=model.cfg.dtype, device=pairs.clean.device)
+            stream = torch.zeros(count, width, cmap.d_model, dtype=computing_dtype(model), device=pairs.clean.device)
             z = stream.new_zeros(count, width, cmap.n_heads, cmap.d_head)
             embed = stream + _positional(model, width)
             return _assembled(model, pairs, embed, [z] * cmap.n_layers, [stream] * cmap.n_layers)
@@ -128,7 +128,7 @@ def ablation(
     else:
         means = [s.sum(0, keepdim=True) / seen.sum().item() for s in sums]
     cmap = component_map(model)
-    layers, dtype = cmap.n_layers, model.cfg.dtype
+    layers, dtype = cmap.n_layers, computing_dtype(model)
     cast = [value.to("cpu", dtype) for value in means]
     z = tuple(value.unflatten(-1, (cmap.n_heads, cmap.d_head)) for value in cast[1 : 1 + layers])
     return Ablation("mean", _Means(cast[0], z, tuple(cast[1 + layers :])))
@@ -137,7 +137,7 @@ def ablation(
 def _positional(model: TransformerBridge, width: int) -> Float[Tensor, "... d_model"]:
     """What the positions alone add to the embedding: learned positional embeddings, or nothing."""
     if not hasattr(model, "pos_embed"):
-        return torch.zeros((), dtype=model.cfg.dtype, device=next(model.original_model.parameters()).device)[None]
+        return torch.zeros((), dtype=computing_dtype(model), device=home(model))[None]
     return model.pos_embed.weight[:width].detach()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
+from mansu_tl.models.state import computing_dtype
 
 _CHECKED = "_mansu_tl_checked"
 _PACKAGES = ("transformers", "transformer-lens", "torch", "mansu-tl")
@@ -43,7 +44,7 @@ def require_exact(
         return  # broken weights are reported where they are measured
     scale = max(want.std(correction=0).item(), 1e-6)
     off = (got - want).abs().max().item() / scale
-    most = _HALF if model.cfg.dtype in (torch.bfloat16, torch.float16) else _LEAST
+    most = _HALF if computing_dtype(model) in (torch.bfloat16, torch.float16) else _LEAST
     if not off <= most:
         installed = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
         raise MansuError(

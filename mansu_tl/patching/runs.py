@@ -21,7 +21,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric
 from mansu_tl.models import component_map
 from mansu_tl.models.kinds import require_bridge
-from mansu_tl.models.state import home, require_ready
+from mansu_tl.models.state import computing_dtype, home, require_ready
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 
@@ -169,7 +169,7 @@ def require_finite(what: str, values: Float[Tensor, "*any"], model: TransformerB
     if bad:
         raise MansuError(
             f"{what}: {bad} of {values.numel()} are not finite, so activations or gradients overflow in "
-            f"{model.cfg.dtype}; load the model with dtype=torch.float32"
+            f"{computing_dtype(model)}; load the model with dtype=torch.float32"
         )
 
 

@@ -21,6 +21,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models.copies import duplicate
 from mansu_tl.models.four_bit import settle
+from mansu_tl.models.state import require_ready
 from mansu_tl.notebook import Result, Table
 from mansu_tl.tofu.data import Item, Tofu, prompt
 from mansu_tl.tofu.metrics import (
@@ -179,7 +180,8 @@ def evaluate_tofu(
         limit: ask at most so many questions of every set, evenly spread; 0 = all.
 
     Raises:
-        MansuError: no tokenizer, an unknown set, one of the two missing, or a question without wrong answers.
+        MansuError: no tokenizer, an unknown set, one of the two missing, a question without wrong answers, or a model that
+            `require_ready` refuses.
     """
     unknown = [name for name in sets if name not in SETS]
     if unknown or not {"forget", "retain"} <= set(sets):
@@ -188,6 +190,7 @@ def evaluate_tofu(
         tokenizer = model.tokenizer if isinstance(model, TransformerBridge) else None
         if tokenizer is None:
             raise MansuError("TOFU: this model has no tokenizer; pass tokenizer=")
+    require_ready(model, copied=True)
     hf = duplicate(model)
     settle(hf, title)
     files = {

@@ -55,8 +55,10 @@ def null_projector(moment: Float[Tensor, "d_in d_in"], leak: float, name: str) -
     if not 0 < leak < 1:
         raise MansuError(f"null space: leak={leak}; choose a share of the retain inputs' energy in (0, 1)")
     energy, directions = torch.linalg.eigh(moment.double())
-    held = energy.clamp_min(0).cumsum(0) / energy.clamp_min(0).sum().clamp_min(1e-30)
-    free = directions[:, held <= leak]
+    # On the CPU: running sums of floats have no deterministic form on a GPU.
+    spectrum = energy.clamp_min(0).cpu()
+    held = spectrum.cumsum(0) / spectrum.sum().clamp_min(1e-30)
+    free = directions[:, (held <= leak).to(directions.device)]
     if free.shape[1] == 0:
         raise MansuError(
             f"null space of {name}: every one of {moment.shape[0]} input directions holds more than leak={leak} of the "

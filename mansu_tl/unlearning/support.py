@@ -33,8 +33,9 @@ def choose_support(
     kept = torch.zeros_like(changed)
     order = priority.topk(min(budget, priority.numel())).indices
     if importance is not None and fisher_budget:
-        # Both factors of the bound grow along the order, so it holds for a prefix.
-        spent = cost[order].double().cumsum(0) * torch.arange(1, len(order) + 1, device=order.device)
+        # Both factors of the bound grow along the order, so it holds for a prefix. Running sums of floats have no
+        # deterministic form on a GPU.
+        spent = cost[order].double().cpu().cumsum(0) * torch.arange(1, len(order) + 1)
         order = order[: int((spent <= fisher_budget).sum())]
     kept[order] = True
     return kept & changed

@@ -252,7 +252,10 @@ def _streams(
 
 def _sequence_losses(logits: Float[Tensor, "row pos vocab"], batch: Sequences) -> Float[Tensor, " row"]:
     """Each sequence's next-token losses, added up."""
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+    targets = batch.tokens[:, 1:]
+    # Flat: classes on a middle axis have no deterministic form on a GPU.
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none")
+    losses = losses.view_as(targets)
     real = torch.arange(1, batch.tokens.shape[1], device=losses.device)[None] < batch.lengths[:, None]
     return (losses.double() * real).sum(1)
 
