@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import sys
 import traceback
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = str(Path(__file__).parent)
-_LIBRARIES = ("site-packages", "dist-packages")
+# A decorator of contextlib's stands between the user's line and ours.
+_LIBRARIES = ("site-packages", "dist-packages", contextlib.__file__)
 # IPython's modes (%xmode) that someone who wants every call would not be in.
 _SHORT_MODES = ("Context", "Minimal")
 

@@ -71,15 +71,15 @@ class StageBar:
 
     Args:
         job: the study.
-        shown: draw it.
+        progress: draw it.
         tell: is called with the number of finished stages and what comes next.
     """
 
-    def __init__(self, job: Job, shown: bool, tell: Callable[[int, str], object] = lambda done, text: None) -> None:
+    def __init__(self, job: Job, progress: bool, tell: Callable[[int, str], object] = lambda done, text: None) -> None:
         # Circuit, sweep, references, and one a method.
         total = 3 + len(job.config.methods)
-        self._bar = tqdm(total=total, desc=job.name, unit="stage", disable=not shown)
-        self.shown = shown
+        self._bar = tqdm(total=total, desc=job.name, unit="stage", disable=not progress)
+        self.shown = progress
         self._tell, self._done, self._text = tell, 0, ""
 
     def __enter__(self) -> StageBar:

@@ -70,12 +70,15 @@ with_model = {
     **{name: (lambda call: lambda m: call(m, pairs))(call) for name, call in with_model_and_pairs.items()},
     "scorecard": lambda m: mtl.scorecard(m, model, task, circuit),
     "scorecard, edited": lambda m: mtl.scorecard(model, m, task, circuit),
+    "unlearn": lambda m: mtl.unlearn(m, task, "npo", max_steps=1),
+    "unlearn, mansu": lambda m: mtl.unlearn(m, task, "mansu", circuit=circuit, steps=1),
     "probe": lambda m: probe(m, asked, folds=2),
     "damage": lambda m: damage(model, m, {"x": text}),
     "ablation": lambda m: mtl.ablation(m, "mean", reference=text),
     "explore": lambda m: mtl.explore(m, task, {}),
 }
 any_model = {
+    "update_statistics": lambda m: mtl.update_statistics(model, m),
     "accuracy": lambda m: mtl.accuracy(m, asked),
     "quantize": lambda m: mtl.quantize(m),
     "save": lambda m: mtl.save(m, sys.argv[1]),
@@ -84,6 +87,7 @@ any_model = {
 }
 with_task = {
     "scorecard": lambda t: mtl.scorecard(model, model, t, circuit),
+    "unlearn": lambda t: mtl.unlearn(model, t, "npo", max_steps=1),
     "attack_splits": lambda t: attack_splits(t, 1, 1),
     "unrelated_attack": lambda t: unrelated_attack(t),
     "explore": lambda t: mtl.explore(model, t, {}),

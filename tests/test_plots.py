@@ -460,7 +460,7 @@ def test_a_row_may_be_left_unjudged() -> None:
             return card_of("a").to_dataframe().assign(passed=[None, True, False])
 
     figure = plots.scorecard(Card())
-    assert [row[-1] for row in cells(figure)[1:]] == ["· not judged", "✓ pass", "✗ fail"]
+    assert [row[-1] for row in cells(figure)[1:]] == ["· not judgeable", "✓ pass", "✗ fail"]
     assert "1 of 2 judged" in figure.layout.title.text
 
 

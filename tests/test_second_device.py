@@ -8,6 +8,7 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning import MansuSettings, TrainingSettings
+from mansu_tl.unlearning import checkpoint as checkpoint_module
 from mansu_tl.unlearning.baselines import NpoSettings, npo
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.floor import Floor
@@ -173,7 +174,9 @@ def test_it_refuses_what_cuda_refuses(second, wrong) -> None:
 
 
 @pytest.mark.parametrize("method", ["mansu", "npo"])
-def test_an_interrupted_edit_goes_on_there(second, tmp_path, method: str) -> None:
+def test_an_interrupted_edit_goes_on_there(second, tmp_path, monkeypatch, method: str) -> None:
+    monkeypatch.setattr(checkpoint_module, "_EVERY", 0.0)
+
     class Interrupted(Checkpoint):
         def offer(self, state) -> None:
             super().offer(state)
@@ -189,7 +192,7 @@ def test_an_interrupted_edit_goes_on_there(second, tmp_path, method: str) -> Non
         there = case("llama", DEVICE)
         extra = {"circuit": there.circuit} if method == "mansu" else {}
         with pytest.raises(KeyboardInterrupt):
-            function(there.model, there.task, settings, checkpoint=Interrupted(tmp_path / "state", "k", 0.0), **extra)
+            function(there.model, there.task, settings, checkpoint=Interrupted(tmp_path / "state", "k"), **extra)
         goes_on = function(there.model, there.task, settings, checkpoint=Checkpoint(tmp_path / "state", "k"), **extra)
         in_one_go = function(there.model, there.task, settings, checkpoint=Checkpoint(), **extra)
     assert goes_on.history == in_one_go.history

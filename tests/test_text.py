@@ -84,11 +84,6 @@ def test_tensors_that_do_not_fit_each_other_are_refused() -> None:
         PromptPairs.from_tokens(tokens, tokens, answers.to("meta"), answers)
 
 
-def test_pairs_on_another_device_than_the_model_are_refused() -> None:
-    with pytest.raises(MansuError, match=r"pairs are on meta, the model is on cpu; use pairs.to\('cpu'\)"):
-        mtl.edge_attribution(mtl.load(tiny("gpt2")), random_pairs().to("meta"))
-
-
 @pytest.mark.parametrize(("family", "bos"), [(f, f not in ("qwen3", "gpt_neox")) for f in FAMILIES])
 def test_bos_is_what_the_family_does(family: str, bos: bool) -> None:
     model = mtl.load(tiny(family), tokenizer=TOKENIZER)

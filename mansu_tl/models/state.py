@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
+from mansu_tl.models.tree import parameters
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _OWN = ("mansu_tl.", "transformer_lens.")
@@ -44,9 +45,11 @@ def require_ready(model: nn.Module, tokens: Int[Tensor, "row pos"] | None = None
         copied: its weights are going to be run in a copy, where no hook is: none may be there.
 
     Raises:
-        MansuError: it is in training mode, hooks were left on it, its weights were made under `inference_mode`, or it
-            has to be copied and is spread over several devices.
+        MansuError: it is no model or one that cannot be copied, it is in training mode, hooks were left on it, its
+            weights were made under `inference_mode`, or it has to be copied and is spread over several devices.
     """
+    if copied:
+        parameters(model)
     inside: nn.Module = model.original_model if isinstance(model, TransformerBridge) else model
     if inside.training:
         raise MansuError("model: it is in training mode, so dropout would change the numbers; call model.eval() first")

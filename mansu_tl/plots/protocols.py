@@ -188,7 +188,7 @@ class ScorecardLike(Protocol):
         """One line a row.
 
         Columns: property, measure, quantizer ("" = full precision), value, interval_low, interval_high, control,
-        control_name, bound and passed (None = not judged).
+        control_name, bound and passed (None = not judgeable).
         """
 
 

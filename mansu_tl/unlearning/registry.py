@@ -14,10 +14,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
+from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.digest import digest
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint, require_ready
+from mansu_tl.models.kinds import require_bridge
 from mansu_tl.notebook import bars
 from mansu_tl.unlearning import baselines as b
 from mansu_tl.unlearning.checkpoint import Checkpoint
@@ -165,9 +167,11 @@ def unlearn(
         overrides: single settings by name, e.g. `budget=0.01`; those of the shared training loop too.
 
     Raises:
-        MansuError: an unknown method or setting, or a model that `require_ready` refuses.
+        MansuError: an unknown method or setting, no hooked model, no task, or a model that `require_ready` refuses.
     """
     chosen = _method(method)
+    require_bridge(model)
+    require_task(task)
     require_ready(model, task.forget_pairs.clean, copied=True)
     base = settings if settings is not None else chosen.defaults()
     if not isinstance(base, chosen.settings):

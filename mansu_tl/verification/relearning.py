@@ -205,8 +205,8 @@ def relearn(
         raise MansuError(
             f"attack {attack.name!r}: {len(attack.text)} sequences, {len(attack.questions)} questions; give some"
         )
-    require_fit(model, attack.text)
     require_ready(model, attack.text.tokens, copied=True)
+    require_fit(model, attack.text)
     hf = float32_copy(model)
     device = home(hf)
     text = attack.text.to(device)
