@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
-from mansu_tl.models.tree import parameters
+from mansu_tl.models.tree import Model, parameters
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _OWN = ("mansu_tl.", "transformer_lens.")
@@ -49,7 +49,7 @@ def require_ready(model: nn.Module, tokens: Int[Tensor, "row pos"] | None = None
             weights were made under `inference_mode`, or it has to be copied and is spread over several devices.
     """
     if copied:
-        parameters(model)
+        parameters(cast(Model, model))
     inside: nn.Module = model.original_model if isinstance(model, TransformerBridge) else model
     if inside.training:
         raise MansuError("model: it is in training mode, so dropout would change the numbers; call model.eval() first")

@@ -1,4 +1,4 @@
-"""EAP-IG on a random model of Llama-3.1-8B's shape in bfloat16: time over the plain passes, and peak memory.
+"""EAP-IG on a random model of Llama-3.1-8B's shape in bf16: time over plain passes, memory, the fingerprint's share.
 
 `python -m tests.benchmarks.llama8b` needs a GPU with 60 GB; `--tiny` runs the same code on a small shape on any device.
 """
@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import mansu_tl as mtl
+from mansu_tl.models import fingerprint
 from tests.benchmarks.common import random_pairs
 
 STEPS = 5
@@ -58,10 +59,12 @@ def main(tiny: bool, pairs: int, width: int) -> None:
     budget = "200MB" if tiny else "40GB"
     mtl.edge_attribution(model, data, steps=STEPS, max_memory=budget)
     mine = _seconds(lambda: mtl.edge_attribution(model, data, steps=STEPS, max_memory=budget))
+    once = _seconds(lambda: fingerprint(model))
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else float("nan")
     print(
         f"EAP-IG, {STEPS} steps, {sizes[2]} layers x {sizes[0]}, {pairs} x {width} tokens, bf16, {device}: "
-        f"{mine:.2f} s, plain passes {base:.2f} s, ratio {mine / base:.2f}, peak memory with the model {peak:.1f} GB"
+        f"{mine:.2f} s, plain passes {base:.2f} s, ratio {mine / base:.2f}, peak memory with the model {peak:.1f} GB, "
+        f"fingerprint {once:.3f} s ({once / mine:.1%} of an attribution)"
     )
 
 
