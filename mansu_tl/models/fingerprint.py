@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Float64, Int32, Int64
 from torch import Tensor
 
 from mansu_tl.defaults import torch_defaults
@@ -37,10 +37,13 @@ def fingerprint(model: Model) -> str:
     live = parameters(model)
     require_in_step(model)
     digest, weights = hashlib.sha256(), _weights()
+    there: dict[torch.device, Tensor] = {}  # moved once a device: once a tensor takes longer than all the rest
     parts: list[Tensor] = []
     for name, tensor in _tensors(live):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        parts.append(_projected(_words(tensor), weights))
+        if tensor.device not in there:
+            there[tensor.device] = weights.to(tensor.device)
+        parts.append(_projected(_words(tensor), there[tensor.device]))
     # One transfer a device.
     places = list(dict.fromkeys(part.device for part in parts))
     moved = {place: iter(_moved([part for part in parts if part.device == place])) for place in places}
@@ -62,9 +65,9 @@ def _tensors(live: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{key}", value
 
 
-def _weights() -> Int64[Tensor, "place column"]:
+def _weights() -> Float64[Tensor, "place column"]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(-_WEIGHT, _WEIGHT + 1, (_BLOCK, _COLUMNS), generator=generator)
+    return torch.randint(-_WEIGHT, _WEIGHT + 1, (_BLOCK, _COLUMNS), generator=generator).double()
 
 
 def _words(tensor: Tensor) -> Int32[Tensor, " word"]:
@@ -74,15 +77,14 @@ def _words(tensor: Tensor) -> Int32[Tensor, " word"]:
     return (torch.nn.functional.pad(raw, (0, fill)) if fill or raw.storage_offset() % 4 else raw).view(torch.int32)
 
 
-def _projected(words: Int32[Tensor, " word"], weights: Int64[Tensor, "place column"]) -> Int64[Tensor, " value"]:
+def _projected(words: Int32[Tensor, " word"], weights: Float64[Tensor, "place column"]) -> Int64[Tensor, " value"]:
     """The projections of all blocks; projected once more where they are many."""
-    there = weights.to(words.device, torch.float64)
     step = _CPU_WORDS if words.device.type == "cpu" else _DEVICE_WORDS
     out = []
     for start in range(0, words.numel(), step):
         part = words[start : start + step].double()
         fill = -part.numel() % _BLOCK
         part = torch.nn.functional.pad(part, (0, fill)) if fill else part
-        out.append((part.view(-1, _BLOCK) @ there).long().flatten())
+        out.append((part.view(-1, _BLOCK) @ weights).long().flatten())
     values = torch.cat(out) if out else words.long()
     return values if values.numel() <= _BLOCK else _projected(values.view(torch.int32), weights)

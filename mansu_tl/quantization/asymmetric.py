@@ -89,7 +89,8 @@ class AsymmetricGrid(Grid):
     def _affine(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Step and zero point."""
         low, high = scale.unbind(-1)
-        size = (high - low) / self._last
+        # By a tensor: a GPU multiplies by a Python number's reciprocal instead, another step in the last bit.
+        size = (high - low) / torch.full_like(high, self._last)
         zero = -(low / size).nan_to_num(nan=0.0).round()
         return size, zero.clamp(0, self._last)
 
