@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from os import PathLike, fspath
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def digest(value: Any) -> str:
     """SHA-256 (hex) over everything in a value: type, names, order, numbers, and every tensor's bytes.
 
     Takes dataclasses, tensors (on any device: the device does not count), mappings (order does not count), sequences,
-    sets, tables, text, numbers, paths and None. A number's type counts: 50 is not 50.0.
+    sets, tables, text, numbers (numpy's as Python's), paths and None. A number's type counts: 50 is not 50.0.
 
     Raises:
         TypeError: a value of another kind, which would be hashed by where it lies in memory.
@@ -37,6 +38,8 @@ class Digested:
 
 
 def _pieces(value: Any) -> Iterator[bytes | memoryview]:
+    if isinstance(value, np.generic):  # a number that came out of an array or a table
+        value = value.item()
     if isinstance(value, Tensor):
         yield from _named("tensor", f"{value.dtype} {tuple(value.shape)}")
         flat = value.detach().cpu().contiguous().reshape(-1)

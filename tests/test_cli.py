@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from mansu_tl.cli import main
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
 from mansu_tl.starter import write_starter
+from tests.terminal import terminal
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -149,7 +149,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(starter: Path, tmp_p
         "--quiet",
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+    with terminal(command, environment) as run:
         # The first stages are there, and the edit that will never end is being made.
         deadline = time.monotonic() + 300
         while not (tmp_path / "out/scores/references/never.safetensors.key").is_file():

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -125,6 +126,7 @@ def test_order_of_mappings_and_place_of_tensors_do_not_count() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     rows = torch.arange(12).view(3, 4)
     assert digest(rows.T) == digest(rows.T.contiguous()) != digest(rows)
+    assert digest([np.float64(0.1), np.int64(3), np.bool_(True)]) == digest([0.1, 3, True])
     with pytest.raises(TypeError, match="object has no content"):
         digest(object())
 

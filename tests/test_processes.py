@@ -21,6 +21,7 @@ from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.locks import held
 from mansu_tl.processes import Job, Processes, StageBar, is_small, one_thread
 from mansu_tl.study import run_study
+from tests.terminal import terminal
 from tests.tiny import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,9 +106,7 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
 def test_ctrl_c_stops_the_processes_too_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mansu_tl", "demo", "--out", str(tmp_path), "--workers", "2", "--quiet"]
     # Only the caller gets the signal, as a notebook's kernel does; in a terminal all get it.
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as caller:
+    with terminal(command, environment()) as caller:
         inner = tmp_path / "also" / "pocket-fp" / "circuit" / "scores.safetensors.key"
         until = time.monotonic() + 240
         while not inner.is_file() and time.monotonic() < until:
