@@ -26,8 +26,17 @@ from mansu_tl.names import short_names
 from mansu_tl.stages import Stages
 from mansu_tl.starter import write_starter
 from mansu_tl.study import run_study
+from mansu_tl.verification import certify
 
 Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def certified_here():
+    """Certificates by this process: test_certificate.py has that a fresh one says the same, after ten seconds of imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "certify_in_fresh_process", certify)
+        yield
 
 
 def small_rows() -> Rows:
