@@ -11,13 +11,17 @@ WORKERS ?= 2
 TORCH ?= 2.13.0
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test newest lint lock figures docs notebooks clean
+.PHONY: demo test slow newest lint lock figures docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mansu-tl demo --out runs/demo
 
 test: $(VENV)/.installed-test lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# What takes longest and is left out of make test: three of the notebooks, and larger cases of what it tests small.
+slow: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check mansu_tl tests
@@ -31,7 +35,7 @@ newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "torch==$(TORCH)" -e ".[test]"
 	.venv-newest/bin/python -m pip list
-	OMP_NUM_THREADS=1 .venv-newest/bin/python $(PYTEST)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python $(PYTEST) -m "slow or not slow"
 
 # Writes constraints.txt: the newest versions that pyproject.toml admits, for Python 3.10 and later and every system.
 # make lock UPGRADE= keeps what is in it and adds only what is missing.

@@ -143,6 +143,7 @@ def test_a_finished_run_does_nothing_and_parts_share_the_work(result, monkeypatc
     assert len(lines) == 1
 
 
+@pytest.mark.slow
 def test_models_of_one_name_are_kept_apart(tmp_path) -> None:
     model = mtl.load("pocket")
     for folder in ("a", "b"):
@@ -153,7 +154,11 @@ def test_models_of_one_name_are_kept_apart(tmp_path) -> None:
     found = compare(plan, tmp_path / "out", progress=False)
     assert set(found.table["base"]) == {"a-final", "b-final"}
     assert {path.name for path in (tmp_path / "out" / "jobs").iterdir()} >= {"a-final", "b-final"}
-    twice = dataclasses.replace(plan, bases=(str(tmp_path / "a" / "final"), f"{tmp_path}/a/../a/final"))
+
+
+def test_a_model_that_is_named_twice_is_refused(tmp_path) -> None:
+    mtl.save(mtl.load("pocket"), tmp_path / "a" / "final")
+    twice = dataclasses.replace(PLAN, bases=(str(tmp_path / "a" / "final"), f"{tmp_path}/a/../a/final"))
     with pytest.raises(MansuError, match="is named twice"):
         compare(twice, tmp_path / "other", progress=False)
 

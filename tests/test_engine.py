@@ -165,7 +165,7 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow), "gpt2"])
 def test_work_stays_within_its_memory_budget_and_the_scores_do_not_change(family: str) -> None:
     model = mtl.load(tiny(family, num_hidden_layers=3, hidden_size=64))
     pairs = random_pairs(n=24, width=20)
@@ -228,7 +228,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("n", [5, 1])
+@pytest.mark.parametrize("n", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_give_the_scores_of_one(tmp_path: Path, n: int) -> None:
     script = tmp_path / "shared.py"
     script.write_text(_SHARED)

@@ -407,6 +407,7 @@ def test_a_circuit_is_judged_on_other_weights_but_not_on_another_graph() -> None
         completeness(neox, circuit, pairs)
 
 
+@pytest.mark.slow
 def test_eap_ig_needs_fewer_edges_than_eap_and_far_fewer_than_chance_on_pocket() -> None:
     model, pairs = mtl.load("pocket"), mtl.load_task("pocket").forget_pairs
     total = Graph.of(model).n_edges

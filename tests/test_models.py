@@ -573,7 +573,7 @@ def test_a_tensor_of_many_blocks_is_projected_again():
 
     weights = _weights()
     words = torch.randint(-(2**31), 2**31, (4096 * 600 + 77,), generator=torch.Generator().manual_seed(1)).int()
-    assert _projected(words, weights).tolist() == projected(words.tolist(), weights.tolist())
+    assert _projected(words, weights).tolist() == projected(words.tolist(), weights.long().tolist())
 
 
 def test_fingerprint_sees_every_change_that_people_make():

@@ -28,6 +28,7 @@ from tests.notebook_outputs import (
 from tests.store_notebooks import FOLDER, MOST_BYTES, run
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SLOW = ("05_mansu_step_by_step", "06_cad", "07_your_own_model")
 
 
 def _code(notebook: NotebookNode) -> list[NotebookNode]:
@@ -35,7 +36,9 @@ def _code(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in NOTEBOOKS]
+)
 def test_a_fresh_run_shows_what_is_stored(path) -> None:
     stored, fresh = nbformat.read(path, as_version=4), run(path)  # a cell that raises ends the run with an error
     assert any(PLOTLY in o.get("data", {}) for cell in _code(fresh) for o in cell.outputs), "no live figure"

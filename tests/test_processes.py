@@ -27,6 +27,8 @@ from tests.tiny import tiny
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = StudyConfig(
     methods=("graddiff",),
+    quantizers=("nf4",),
+    never="",
     also=("pocket-fp",),
     faithfulness=0.6,
     steps=1,
@@ -78,7 +80,7 @@ from pathlib import Path
 Path("begun").open("a").write("once ")
 import mansu_tl as mtl
 config = mtl.StudyConfig(
-    methods=("graddiff",), also=("pocket-fp",), faithfulness=0.6, steps=1,
+    methods=("graddiff",), quantizers=("nf4",), never="", also=("pocket-fp",), faithfulness=0.6, steps=1,
     settings={"graddiff": {"max_steps": 3, "check_every": 2, "stop_over_chance": -100.0}},
 )
 print(mtl.run_study(config, "out", progress=False, workers=2))

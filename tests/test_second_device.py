@@ -61,7 +61,12 @@ def test_a_stage_on_the_second_device_is_the_same_stage(second, family: str, dty
 
 
 @pytest.mark.parametrize(
-    "stage", ["edge scores", "circuits", "MANSU", "baselines", "quantizers", "relearning, probes, depth, damage"]
+    "stage",
+    [
+        "edge scores",
+        "relearning, probes, depth, damage",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("circuits", "MANSU", "baselines", "quantizers")),
+    ],
 )
 def test_deterministic_algorithms_refuse_nothing_there(second, stage: str) -> None:
     expected = _walked("llama", torch.float32, stage, None)

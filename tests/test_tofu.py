@@ -243,6 +243,7 @@ def test_the_tokenizer_writes_any_text_back() -> None:
     assert tokenizer.decode(answer) == " Ann of Ghent.<eos>"
 
 
+@pytest.mark.slow
 def test_the_task_keeps_its_promises(folder: Path, trained: dict[str, Path]) -> None:
     model = mtl.load(trained["tofu-full"])
     task = tofu_task(folder, model, per_answer=1, near=30, unseen_names=2)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from mansu_tl.comparison.plan import title_of
 
@@ -154,5 +154,5 @@ def _cell(group: pd.DataFrame, bound: Bound, guessed: float) -> str:
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean, Student's t."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
     return values.mean() - half, values.mean() + half

@@ -20,9 +20,8 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mansu_tl.errors import MansuError
+from mansu_tl.models import library as bnb
 from mansu_tl.models.families import Family, family_of
-from mansu_tl.models.library import functional as bnb
-from mansu_tl.models.library import modules as bnb_modules
 from mansu_tl.models.tree import Model, modules, quantization_state
 
 KINDS = ("nf4", "fp4")
@@ -120,7 +119,7 @@ def convert(hf: PreTrainedModel, kind: str) -> PreTrainedModel:
         if path == head or not isinstance(module, nn.Linear | Conv1D):
             continue
         weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
-        codes, state = bnb.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind)
+        codes, state = bnb.functional.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind)
         hf.set_submodule(path, _layer(type(module), codes, state, module.bias))
     hf.config.quantization_config = asked
     return hf
@@ -198,7 +197,7 @@ class _FusedPart(nn.Module):
 
     def matrix(self) -> Float[Tensor, "d_out d_model"]:
         weight: Any = self.source[0]._parameters["weight"]
-        whole = bnb.dequantize_4bit(weight.data, quantization_state(weight))
+        whole = bnb.functional.dequantize_4bit(weight.data, quantization_state(weight))
         return self.kind.fused_part(whole, self.heads, self.part).contiguous()
 
     def offset(self) -> Float[Tensor, " d_out"] | None:
@@ -225,11 +224,11 @@ class _Product(torch.autograd.Function):
 
 def _layer(source: type[nn.Module], codes: Tensor, state: Any, bias: Tensor | None) -> Any:
     """A 4-bit layer, as `from_pretrained` puts it in the place of a `source`."""
-    layer = bnb_modules.Linear4bit(
+    layer = bnb.modules.Linear4bit(
         state.shape[1], state.shape[0], bias=False, quant_type=state.quant_type, device="meta"
     )
-    layer.source_cls = source  # type: ignore[assignment]  # transformers' mark, no module
-    layer.weight = bnb_modules.Params4bit(
+    layer.source_cls = source  # transformers' mark, no module
+    layer.weight = bnb.modules.Params4bit(
         codes,
         requires_grad=False,
         quant_state=state,

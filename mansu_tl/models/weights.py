@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mansu_tl.errors import MansuError
+from mansu_tl.models import library as bnb
 from mansu_tl.models.families import Family
 from mansu_tl.models.tree import Model, family, hf_of, modules, quantization_state, submodule
 
@@ -183,9 +184,7 @@ def _matrix(module: nn.Module, kind: Family) -> Float[Tensor, "out in"]:
     assert weight is not None
     state = quantization_state(weight)
     if state is not None:
-        from mansu_tl.models.library import functional as bnb
-
-        return bnb.dequantize_4bit(weight.data, state)
+        return bnb.functional.dequantize_4bit(weight.data, state)
     if not weight.is_floating_point():
         raise MansuError(
             f"weight of {type(module).__name__}: packed as {weight.dtype}; pass the dense model or its twin"

@@ -10,7 +10,7 @@ from html import unescape
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from scipy import stats
+from scipy import special
 
 from mansu_tl.errors import MansuError
 from mansu_tl.plots.series import require_columns
@@ -142,7 +142,7 @@ def _cell(
         return "–", None
     mean = float(values.mean())
     if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+        half = float(special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values)))
         ends: tuple[float, float] | None = (mean - half, mean + half)
     elif {"low", "high"} <= set(group.columns) and not group[["low", "high"]].isna().any(axis=None):
         ends = (float(group["low"].iloc[0]), float(group["high"].iloc[0]))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mansu_tl.models.library import functional as bnb
+from mansu_tl.models import library as bnb
 
 BLOCK = 64
 
@@ -22,8 +22,9 @@ def grid_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def nf4_image(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     """The weight after NF4 quantization (blocks of 64 along the in-features, fp32 scales) and dequantization."""
-    codes, state = bnb.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
-    return bnb.dequantize_4bit(codes, state)
+    size = {"blocksize": BLOCK, "quant_type": "nf4"}
+    codes, state = bnb.functional.quantize_4bit(weight.contiguous(), **size, compress_statistics=False)
+    return bnb.functional.dequantize_4bit(codes, state)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from mansu_tl.models.library import functional as bnb
+from mansu_tl.models import library as bnb
 from mansu_tl.quantization.grid import Grid
 
 _NESTED_BLOCK = 256
@@ -41,5 +41,5 @@ def nested(absmax: Float32[Tensor, " block"]) -> Float32[Tensor, " block"]:
     and so takes the next-nearest code for about .1 % of the scales, where the one for CUDA takes the nearest.
     """
     offset = absmax.mean()
-    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
-    return bnb.dequantize_blockwise(codes, state) + offset
+    codes, state = bnb.functional.quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+    return bnb.functional.dequantize_blockwise(codes, state) + offset

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight
-from mansu_tl.models.library import functional as bnb
+from mansu_tl.models import library as bnb
 
 _MINUS_ZERO = 8  # bitsandbytes' FP4 has two zeros; they decode to the same value
 
@@ -71,7 +71,7 @@ def library_codes(
         )
     w = (stored.T if linear.transposed else stored).contiguous()
     if quantizer.kind == "int8":
-        signed, absmax, _ = bnb.int8_vectorwise_quant(w.half())
+        signed, absmax, _ = bnb.functional.int8_vectorwise_quant(w.half())
         codes, scales = (signed.to(torch.int16) + 128).to(torch.uint8), [absmax]
     else:
         codes, scales = _four_bit(w, quantizer)
@@ -81,12 +81,12 @@ def library_codes(
 
 def _four_bit(w: Tensor, quantizer: LibraryQuantizer) -> tuple[Tensor, list[Tensor]]:
     kind, size = quantizer.kind, quantizer.block_size
-    packed, state = bnb.quantize_4bit(w, blocksize=size, quant_type=kind, compress_statistics=False)
+    packed, state = bnb.functional.quantize_4bit(w, blocksize=size, quant_type=kind, compress_statistics=False)
     scales = [state.absmax]
     if quantizer.nested:
         # The codes that such a model stores are those of this call.
-        packed, state = bnb.quantize_4bit(w, blocksize=size, quant_type=kind, compress_statistics=True)
-        scales.append(bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset)
+        packed, state = bnb.functional.quantize_4bit(w, blocksize=size, quant_type=kind, compress_statistics=True)
+        scales.append(bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset)
     packed = packed.reshape(-1)
     codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: w.numel()]
     if quantizer.kind == "fp4":
