@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
-# What takes longest and is left out of make test: three of the notebooks, and larger cases of what it tests small.
+# What takes longest and is left out of make test: four of the notebooks, and larger cases of what it tests small.
 slow: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
 

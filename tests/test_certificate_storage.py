@@ -79,7 +79,9 @@ def test_weights_on_a_boundary_in_a_fresh_process(tmp_path, dtype):
     up.view(-1)[:15] = torch.nextafter(at, torch.full_like(at, torch.inf))
     down.view(-1)[:15] = torch.nextafter(at, torch.full_like(at, -torch.inf))
     before = written(tmp_path / "before", {MATRIX: base}, dtype)
-    risen = certify_in_fresh_process(before, written(tmp_path / "up", {MATRIX: up}, dtype), flat(*range(15)))
+    # A fresh process takes ten seconds to start; one dtype is enough for it.
+    judge = certify_in_fresh_process if dtype is torch.float16 else certify
+    risen = judge(before, written(tmp_path / "up", {MATRIX: up}, dtype), flat(*range(15)))
     assert risen.faults == ()
     assert risen.dtype == str(dtype).removeprefix("torch.")
     assert (risen.n_edited, risen.edited_codes_changed_share, risen.absmax_changed) == (15, 1.0, 0)

@@ -186,7 +186,7 @@ def test_another_plan_is_refused_while_a_part_is_at_work(tmp_path, monkeypatch) 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
     from mansu_tl.comparison import run
 
-    plan = dataclasses.replace(PLAN, methods=("graddiff",), never="", control_seeds=(0, 1), seeds=(0,))
+    plan = dataclasses.replace(PLAN, methods=("graddiff",), never="", rates=(), control_seeds=(0, 1), seeds=(0,))
     made: list[int] = []
     original = run.unlearn
 

@@ -50,6 +50,7 @@ def read(path: Path) -> object:
         return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -201,6 +201,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no pretrained story model at {STORIES}")
+@pytest.mark.slow
 def test_real_input_a_pretrained_story_model(tmp_path: Path) -> None:
     source = Path(__file__).resolve().parents[1] / "notebooks" / "stories260k"
     full = StudyConfig.read(source / "pronouns.toml")
