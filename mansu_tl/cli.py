@@ -71,7 +71,7 @@ def demo(
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
-    """Run the whole road on the embedded models and write a report: minutes on two CPU cores."""
+    """Run the whole road on the embedded models and write a report: three minutes on two free CPU cores."""
     config = replace(_DEMO, seed=seed)
     with _to_be_continued():
         _finish(run_study(config, out, progress=not quiet, workers=workers), png)
@@ -218,10 +218,13 @@ def _failing(study: Study) -> Iterator[str]:
     for one in (study, *study.also.values()):
         for result in one.results.values():
             rows = result.card.failing
-            if rows:
+            unjudged = sum(not row.judgeable for row in result.card.rows)
+            if rows or unjudged:
                 more = f"; and {len(rows) - 3} more" if len(rows) > 3 else ""
                 count = f"{len(rows)} of {len(result.card.rows)}"
-                yield f"{result.card.title} fails {count} rows: {'; '.join(rows[:3])}{more}"
+                rest = f"{unjudged} more not judgeable" if unjudged else ""
+                said = f"fails {count} rows: {'; '.join(rows[:3])}{more}" if rows else "fails no row"
+                yield f"{result.card.title} {said}{f'; {rest}' if rest else ''}"
             notes |= {f"note, {one.name}: {note}": None for note in result.card.notes}
     yield from notes
 

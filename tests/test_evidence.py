@@ -84,3 +84,34 @@ def test_the_tofu_table_is_the_benchmarks() -> None:
     table = pd.read_csv(ROOT / "figures" / "tables" / "tofu.csv").fillna({"quantizer": ""})
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     assert quoted(page, "figures/tables/tofu.csv") == tofu.markdown(table).splitlines()
+
+
+def test_what_readme_says_of_stories260k_is_in_its_scorecards() -> None:
+    text = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .split("### A pretrained model: stories260K")[1]
+        .split("\n## ")[0]
+    )
+    text = " ".join(text.split())
+    table = pd.read_csv(ROOT / "notebooks" / "stories260k" / "scorecards.csv").fillna({"quantizer": ""})
+    mansu, others = table[table.method == "mansu"], table[table.method != "mansu"]
+
+    def span(measure: str, quantizer: str = "", digits: int = 0) -> str:
+        values = others[(others.measure == measure) & (others.quantizer == quantizer)].value
+        low, high = f"{values.min():.{digits}f}", f"{values.max():.{digits}f}"
+        return low if low == high else f"{low}-{high}"
+
+    verdicts = mansu.verdict.str.split(":").str[0].value_counts()
+    lost = 100 - mansu[mansu.verdict.str.startswith("not judgeable")].control
+    cad = mansu[mansu.measure == "CAD"].iloc[0]
+    assert (mansu[mansu.measure.str.match("forget.*MC, %")].value == 0).all()
+    for said in (
+        f"MANSU fails {verdicts['fail']} of {len(mansu)} rows, and {verdicts['not judgeable']} more cannot be judged",
+        f"NF4 alone loses {lost.min():.0f}-{lost.max():.0f} points",
+        f"CAD is {cad.loc['value']:.2f} [{cad.interval_low:.2f}, {cad.interval_high:.2f}]",
+        f"GradDiff, NPO and QUAIL end at {span('forget MC, %', digits=1)} % with {span('forget cloze, %')} % cloze left",
+        f"to {span('forget MC, %', 'nf4', 1)} %",
+        f"{span('retain cloze drop, points')} points of retain and {span('near cloze drop, points')} of near cloze",
+    ):
+        assert said in text, said

@@ -116,7 +116,7 @@ def test_padding_is_invisible(shape: tuple, numbers: tuple, extra: int) -> None:
     close(mtl.edge_attribution(model, padded).tensor, mtl.edge_attribution(model, pairs).tensor)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(shape=models, numbers=pairs_of)
 def test_eap_ig_is_complete_in_the_limit(shape: tuple, numbers: tuple) -> None:
     model, pairs = hooked(shape), drawn(numbers)

@@ -119,12 +119,12 @@ class Scorecard(Result):
 
     @property
     def failing(self) -> tuple[str, ...]:
-        """The rows that do not pass, one line each: what, under which quantizer, its value, bound and verdict."""
+        """The rows that are judged and do not pass, one line each: what, its quantizer, value, bound and verdict."""
         return tuple(
             f"{row.measure}{f' ({row.quantizer})' if row.quantizer else ''} is {row.value:.3g}, asked {row.bound}"
             + ("" if row.verdict == "fail" else f"; {row.verdict.removeprefix('fail: ')}")
             for row in self.rows
-            if not row.passed
+            if row.judgeable and not row.passed
         )
 
     def value(self, measure: str, quantizer: str = "") -> float:
