@@ -11,6 +11,7 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import logit_difference
+from mansu_tl.models import parameters, rebuild
 from mansu_tl.verification import (
     CircuitScores,
     Divergence,
@@ -104,6 +105,35 @@ def test_an_unedited_model_fails_where_it_should(model, task, circuit) -> None:
     assert card.value("CAD", "nf4") == pytest.approx(0, abs=1e-4)
     with pytest.raises(MansuError, match="no row 'luck'"):
         card.value("luck")
+
+
+def test_nothing_is_judged_where_the_quantizer_alone_breaks_the_model(model, task, circuit) -> None:
+    """Neurons scaled up going in and down going out: the same function, but blocks that NF4 cannot hold."""
+    live, generator = parameters(model), torch.Generator().manual_seed(0)
+    scaled: dict[str, torch.Tensor] = {}
+    for name, up in live.items():
+        if name.endswith("up_proj.weight"):
+            size = 10 ** (6 * torch.rand(len(up), generator=generator) - 3)
+            scaled[name] = up * size[:, None]
+            below = name.replace("up_proj", "down_proj")
+            scaled[below] = live[below] / size
+    brittle = rebuild(model, scaled)
+    right = [
+        mtl.accuracy(each, task.questions["forget"]).mc_percent for each in (brittle, mtl.quantize(brittle, "nf4"))
+    ]
+    assert right[0] > 95 and right[0] - right[1] > 10
+    card = scorecard(brittle, brittle, task, circuit, quantizers=["nf4"], title="brittle")
+    row = next(row for row in card.rows if row.measure == "forget MC, %" and row.quantizer == "nf4")
+    assert row.verdict == f"not judgeable: nf4 alone lost {right[0] - right[1]:.0f} points"
+    assert not row.passed and not card.passed
+    # Full precision is judged: the un-edited model knows what it was to forget.
+    full = next(row for row in card.rows if row.measure == "forget MC, %" and not row.quantizer)
+    assert full.verdict == "fail"
+    unjudged = [row for row in card.rows if not row.judgeable]
+    assert {row.quantizer for row in unjudged} == {"nf4"}
+    assert len(card.failing) == sum(row.verdict.startswith("fail") for row in card.rows)
+    assert len(card.failing) + len(unjudged) + sum(row.passed for row in card.rows) == len(card.rows)
+    assert f"{len(unjudged)} not judgeable" in repr(card)
 
 
 def test_a_model_that_never_learnt_passes_forgetting_and_erasure(model, task, circuit) -> None:
