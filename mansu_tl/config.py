@@ -11,12 +11,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
-from mansu_tl.files import local, read_text
 from mansu_tl.models.loading import EMBEDDED
 from mansu_tl.names import short_names
 from mansu_tl.quantization import quantizer
+from mansu_tl.results.digest import Digested
+from mansu_tl.results.files import local, read_text
 from mansu_tl.unlearning import methods, settings_of
 
 if sys.version_info >= (3, 11):

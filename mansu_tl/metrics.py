@@ -22,7 +22,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.kinds import way_to_load
 from mansu_tl.models.state import home, require_ready
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.result import Result, Table
 
 __all__ = [
     "METRICS",

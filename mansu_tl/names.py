@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mansu_tl.digest import digest
 from mansu_tl.errors import MansuError
+from mansu_tl.results.digest import digest
 
 
 def short_names(sources: Sequence[str], what: str) -> dict[str, str]:

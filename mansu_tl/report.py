@@ -15,8 +15,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from mansu_tl.errors import MansuError
-from mansu_tl.files import write_text
 from mansu_tl.plots.export import html
+from mansu_tl.results.files import write_text
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -28,16 +28,16 @@ from mansu_tl.circuit import Circuit, EdgeScores, discover_circuit, edge_attribu
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs, Task
 from mansu_tl.errors import MansuError
-from mansu_tl.files import write_text
-from mansu_tl.locks import one_writer
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint, load, save
 from mansu_tl.names import short_names
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching import PatchingResult, activation_patching
 from mansu_tl.processes import Job, Processes, StageBar, cores, is_small, one_thread
 from mansu_tl.quantization import UpdateStatistics, update_statistics
-from mansu_tl.stages import Stages
+from mansu_tl.results.files import write_text
+from mansu_tl.results.locks import one_writer
+from mansu_tl.results.result import Result, Table
+from mansu_tl.results.store import Store
 from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, method_flags, method_title, settings_of, unlearn
 from mansu_tl.verification import (
@@ -198,19 +198,19 @@ def _pass(config: StudyConfig, folder: Path, progress: bool, workers: int) -> tu
     return done, same and all(stages.intact() for _, stages in found.values())
 
 
-def run_model(job: Job, bar: StageBar, model: TransformerBridge | None = None) -> tuple[Study, Stages]:
+def run_model(job: Job, bar: StageBar, model: TransformerBridge | None = None) -> tuple[Study, Store]:
     """One model's study, and the stages behind it; the model is loaded where it is not given."""
     config, name = job.config, job.name
     model = load(config.model) if model is None else model
     task = load_task(config.task, tokenizer=model)
     require_known(model, task)
-    stages, marks = Stages(job.folder), {"model": fingerprint(model), "pairs": task.forget_pairs.digest()}
+    stages, marks = Store(job.folder), {"model": fingerprint(model), "pairs": task.forget_pairs.digest()}
     with bar:
         pairs, steps = task.forget_pairs, config.steps
-        scores = stages.tensor(
+        scores = stages.result(
             "circuit/scores", EdgeScores, {**marks, "steps": steps}, lambda: edge_attribution(model, pairs, steps=steps)
         )
-        circuit = stages.tensor(
+        circuit = stages.result(
             "circuit/circuit",
             Circuit,
             {**marks, "scores": scores.digest(), "faithfulness": config.faithfulness},
@@ -221,7 +221,7 @@ def run_model(job: Job, bar: StageBar, model: TransformerBridge | None = None) -
         )
         bar.update()
         alike, words = _wording(model, pairs)
-        patching = stages.tensor(
+        patching = stages.result(
             "circuit/patching",
             PatchingResult,
             {**marks, "words": words},
@@ -248,7 +248,7 @@ class _Ground:
     model: TransformerBridge
     task: Task
     circuit: Circuit
-    stages: Stages
+    stages: Store
     progress: bool
 
     @cached_property
@@ -266,7 +266,7 @@ class _Ground:
         """One method's edit and everything measured about it."""
         config, given = self.config, dict(self.config.settings.get(method, {}))
         flags = method_flags(method)
-        edit = self.stages.tensor(
+        edit = self.stages.result(
             f"edits/{method}/edit",
             Edit,
             {
@@ -291,7 +291,7 @@ class _Ground:
         edited, mark = edit.apply(self.model), {**self.marks, "edit": edit.digest(), "seed": config.seed}
         title = f"{method_title(method)} on {self.name}"
         scored = cache(partial(self._scored, edited))
-        card = self.stages.tensor(
+        card = self.stages.result(
             f"scores/{method}/scorecard",
             Scorecard,
             {**mark, "quantizers": config.quantizers, "steps": config.steps, "title": title},
@@ -311,7 +311,7 @@ class _Ground:
         divergences = {}
         for name in ("", *config.quantizers):
             label = f"{method_title(method)}, {name or 'full precision'}"
-            divergences[name] = self.stages.tensor(
+            divergences[name] = self.stages.result(
                 f"scores/{method}/cad_{name or 'full'}",
                 Divergence,
                 {**mark, "quantizer": name, "steps": config.steps, "label": label},
@@ -322,7 +322,7 @@ class _Ground:
         certificate, saved = None, None
         if flags.claims_floor:
             saved = self.stages.folder / "model" / method
-            certificate = self.stages.json(
+            certificate = self.stages.result(
                 f"edits/{method}/certificate", Certificate, mark, partial(self._certified, edited, edit, saved)
             )
         return MethodResult(edit, card, divergences, statistics, certificate, saved)
@@ -359,7 +359,7 @@ class _Ground:
         mark = {**self.marks, "steps": config.steps, "seed": config.seed}
 
         def add(name: str, title: str, extra: Mapping[str, Any], other: Callable[[], CircuitScores]) -> None:
-            out[title] = self.stages.tensor(
+            out[title] = self.stages.result(
                 f"scores/references/{name}",
                 Divergence,
                 {**mark, "title": title, **extra},

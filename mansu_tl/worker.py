@@ -14,8 +14,8 @@ from typing import Any
 
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
-from mansu_tl.locks import one_writer
 from mansu_tl.processes import Job, StageBar, one_thread
+from mansu_tl.results.locks import one_writer
 from mansu_tl.study import peak_memory_gb, run_model
 
 

@@ -24,8 +24,8 @@ import plotly.graph_objects as go
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from mansu_tl.files import write_text
 from mansu_tl.plots import write_images
+from mansu_tl.results.files import write_text
 from tests.notebook_outputs import FIGURE, MADE_ON, PLOTLY, figure_data, packed, processor, widget
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"

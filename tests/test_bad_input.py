@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import mansu_tl as mtl
-from mansu_tl import files
 from mansu_tl.circuit import Circuit
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint, linear_weights, parameters, rebuild
@@ -20,7 +19,8 @@ from mansu_tl.quantization import quantize
 from mansu_tl.quantization.dither import dither
 from mansu_tl.quantization.hqq_adapter import hqq
 from mansu_tl.quantization.torchao_adapter import torchao
-from mansu_tl.stages import Stages
+from mansu_tl.results import files
+from mansu_tl.results.store import Store
 from mansu_tl.unlearning import Edit, unlearn
 from mansu_tl.verification import certify
 from tests.tiny import sliced_task, tiny
@@ -295,7 +295,7 @@ def test_an_interrupted_run_continues_where_it_stopped(edit, tmp_path, monkeypat
     made: list[str] = []
 
     def stages() -> list[object]:
-        run = Stages(tmp_path, {"seed": 0})
+        run = Store(tmp_path, {"seed": 0})
         first = run.tensor("a/edit", Edit, {}, lambda: made.append("first") or edit)
         table = run.table("b/table", {}, lambda: made.append("second") or pd.DataFrame({"x": [1.5, 2.5]}))
         last = run.value("c/value", {}, lambda: made.append("third") or [1, 2])

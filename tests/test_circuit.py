@@ -16,7 +16,7 @@ from mansu_tl.circuit import Circuit, EdgeScores, Graph, conflict, patch_edges, 
 from mansu_tl.circuit.graph import prune
 from mansu_tl.circuit.selection import greedy_mask, top_mask
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.results.files import read_packed, write_packed
 from tests.test_attribution import random_pairs
 from tests.tiny import tiny
 
@@ -257,7 +257,7 @@ def test_changed_and_cut_files_are_refused(scores, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     circuit = replace(Circuit.top(scores, 25), faithfulness=float("nan"))
     assert Circuit.load(circuit.save(path)).faithfulness != 0  # NaN = not measured, is fine
-    tensors, facts = load_tensors(path, "Circuit")
+    tensors, facts = read_packed(path, "Circuit")
     backwards, nan = tensors["mask"].clone(), tensors["scores"].clone()
     backwards[-1, 0], nan[0, 0] = True, float("nan")
     for changed, said, message in (
@@ -273,13 +273,13 @@ def test_changed_and_cut_files_are_refused(scores, tmp_path: Path) -> None:
         (tensors, facts | {"readers": facts["readers"][:-1]}, "some are missing"),
         (tensors, facts | {"kv_groups": 4}, "kv_groups=4"),
     ):
-        save_tensors(path, "Circuit", changed, said)
+        write_packed(path, "Circuit", changed, said)
         with pytest.raises(MansuError, match=message):
             Circuit.load(path)
     path = replace(
         scores, per_pair=scores.tensor[None].clone(), per_position=scores.tensor[None].clone(), positions=("0",)
     ).save(path)
-    tensors, facts = load_tensors(path, "EdgeScores")
+    tensors, facts = read_packed(path, "EdgeScores")
     assert EdgeScores.load(path).positions == ("0",)
     phantom = tensors["tensor"].clone()
     phantom[-1, 0] = 1.0
@@ -292,7 +292,7 @@ def test_changed_and_cut_files_are_refused(scores, tmp_path: Path) -> None:
         (without(tensors, "exists"), facts, "'exists' is missing"),
         (tensors, facts | {"writers": facts["writers"][::-1]}, "out of place"),
     ):
-        save_tensors(path, "EdgeScores", changed, said)
+        write_packed(path, "EdgeScores", changed, said)
         with pytest.raises(MansuError, match=message):
             EdgeScores.load(path)
     path.write_bytes(path.read_bytes()[:-100])

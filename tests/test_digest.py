@@ -17,7 +17,7 @@ import mansu_tl as mtl
 from mansu_tl.comparison import full
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs, Questions, Sequences, Span, Task
-from mansu_tl.digest import digest
+from mansu_tl.results.digest import digest
 from mansu_tl.unlearning import methods, settings_of
 from tests.test_attribution import random_pairs
 from tests.tiny import tiny

@@ -28,10 +28,10 @@ from mansu_tl.circuit import (
 from mansu_tl.circuit.curve import MIB_SHARES
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import answer_log_prob
 from mansu_tl.models import component_map, norm_weights
 from mansu_tl.patching.ablation import ablation, normed
+from mansu_tl.results.files import read_packed, write_packed
 from tests.test_attribution import oracle_case, random_pairs, swapped
 from tests.test_circuit import one_path_model
 from tests.tiny import FAMILIES, tiny
@@ -321,8 +321,8 @@ def test_minimality_and_path_effects_survive_a_round_trip(model, scores, tmp_pat
     effects = path_patching(model, random_pairs(), [("embed", "logits"), ("L0H1", "L1KV0.v")])
     back = PathEffects.load(effects.save(tmp_path / "paths.safetensors"))
     assert back.to_dataframe().equals(effects.to_dataframe())
-    tensors, facts = load_tensors(tmp_path / "paths.safetensors", "PathEffects")
-    save_tensors(tmp_path / "cut.safetensors", "PathEffects", {"per_pair": tensors["per_pair"][:1]}, facts)
+    tensors, facts = read_packed(tmp_path / "paths.safetensors", "PathEffects")
+    write_packed(tmp_path / "cut.safetensors", "PathEffects", {"per_pair": tensors["per_pair"][:1]}, facts)
     with pytest.raises(MansuError, match="'per_pair' is"):
         PathEffects.load(tmp_path / "cut.safetensors")
 

@@ -23,7 +23,6 @@ from mansu_tl import plots
 from mansu_tl.circuit import Circuit
 from mansu_tl.circuit.curve import FaithfulnessCurve
 from mansu_tl.errors import MansuError
-from mansu_tl.intervals import interval_over_facts
 from mansu_tl.patching import PatchingResult
 from mansu_tl.patching.nodes import NodeScores
 from mansu_tl.plots import attention
@@ -35,6 +34,7 @@ from mansu_tl.plots.series import series_styles
 from mansu_tl.plots.theme import fixed, number, theme_named
 from mansu_tl.quantization.flips import predicted_flips
 from mansu_tl.quantization.registry import grid_of
+from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.verification import Divergence
 from mansu_tl.verification.depth import ErasureDepth
 from mansu_tl.verification.probes import Probes

@@ -18,8 +18,8 @@ import mansu_tl as mtl
 from mansu_tl import processes
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.locks import held
 from mansu_tl.processes import Job, Processes, StageBar, is_small, one_thread
+from mansu_tl.results.locks import held
 from mansu_tl.study import run_study
 from tests.terminal import terminal
 from tests.tiny import tiny

@@ -23,7 +23,7 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Conflict, Graph, PathEffects
 from mansu_tl.errors import NoEditError
 from mansu_tl.metrics import Accuracy
-from mansu_tl.notebook import Result, Table, bars
+from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.verification import Certificate, Divergence, Scorecard
 from mansu_tl.verification.certificate import CertificateRow
 from mansu_tl.verification.scorecard import Row
@@ -266,7 +266,7 @@ def test_a_real_kernel_shows_a_bar_a_table_and_a_short_error() -> None:
         "mtl.edge_attribution(model, pairs, steps=2, progress=True)",
         "mtl.Circuit.top(None, 0)",
         "mtl.load_task('nowhere')",
-        "from mansu_tl.notebook import bars\nbars(None)",
+        "from mansu_tl.results.result import bars\nbars(None)",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
     NotebookClient(notebook, timeout=300, kernel_name="python3", allow_errors=True).execute()

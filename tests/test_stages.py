@@ -20,10 +20,10 @@ import mansu_tl as mtl
 import mansu_tl.study as study_module
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
-from mansu_tl.locks import held, one_writer, waiting_writer
 from mansu_tl.models import fingerprint
 from mansu_tl.names import short_names
-from mansu_tl.stages import Stages
+from mansu_tl.results.locks import held, one_writer, waiting_writer
+from mansu_tl.results.store import Store
 from mansu_tl.starter import write_starter
 from mansu_tl.study import run_study
 from mansu_tl.verification import certify
@@ -202,7 +202,7 @@ def test_a_config_names_everything_once(key: str) -> None:
 
 def test_another_process_is_refused_and_says_who_is_writing(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from mansu_tl.locks import one_writer\n"
+        "import sys, time; from pathlib import Path; from mansu_tl.results.locks import one_writer\n"
         "with one_writer(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
@@ -243,8 +243,8 @@ def test_two_processes_that_share_a_folder_make_a_stage_once(tmp_path: Path) -> 
     code = """
 import sys, time
 from pathlib import Path
-from mansu_tl.stages import Stages
-stages = Stages(Path(sys.argv[1]), shared=True)
+from mansu_tl.results.store import Store
+stages = Store(Path(sys.argv[1]), shared=True)
 print("ready", flush=True); sys.stdin.readline()
 value = stages.value("slow", {"k": 1}, lambda: (time.sleep(1.5), sys.argv[2])[1])
 print(value, stages.made, flush=True)
@@ -303,7 +303,7 @@ def test_a_run_that_cuts_in_between_saving_and_certifying_leaves_nothing_mixed(
     assert fingerprint(mtl.load(result.folder)) == fingerprint(result.edit.apply(mtl.load("pocket")))
     assert result.certificate.passed and result.certificate.n_edited == result.edit.n_weights
     assert StudyConfig.read(tmp_path / "out" / "config.toml") == config
-    assert Stages(tmp_path / "out").intact()
+    assert Store(tmp_path / "out").intact()
 
 
 def test_a_model_that_does_not_know_its_facts_is_refused_with_their_names(finished, tmp_path: Path) -> None:

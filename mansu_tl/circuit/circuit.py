@@ -5,27 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import networkx as nx
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import Node
 
 from mansu_tl.circuit import transformer_lens_io as interop
-from mansu_tl.circuit.fields import graph_names, require_fields, require_tensor
 from mansu_tl.circuit.graph import Graph, kv_groups, layer_of, prune, reader_kind, require_names, writers_behind
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.circuit.selection import greedy_mask, threshold_mask, top_mask
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import fingerprint
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.result import Result, Table
+from mansu_tl.results.serialise import MismatchError, require_finite
 
 
 @dataclass(frozen=True)
@@ -197,42 +192,21 @@ class Circuit(Result):
         how = f"{len(edges)} positional edges of TransformerLens, pruned"
         return cls(kept, scores, graph.writers, graph.readers, groups, float("nan"), how, fingerprint(model))
 
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        facts: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k not in ("mask", "scores")}
-        return save_tensors(path, "Circuit", {"mask": self.mask, "scores": self.scores}, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Circuit:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not a circuit, cut short or changed: names, shapes or edges that do not fit.
-        """
-        what = f"{Path(path)}"
-        tensors, facts = load_tensors(path, "Circuit")
-        names = graph_names(what, facts)
-        require_fields(what, cls, {**tensors, **facts, **names})
-        possible = require_names(what, names["writers"], names["readers"])
-        require_tensor(what, "mask", tensors["mask"], possible.shape, torch.bool)
-        require_tensor(what, "scores", tensors["scores"], possible.shape)
-        if (tensors["mask"] & ~possible).any():
-            w, r = (tensors["mask"] & ~possible).nonzero()[0].tolist()
-            raise MansuError(
-                f"{what}: edge {names['writers'][w]} -> {names['readers'][r]} runs backwards; the file was changed, "
-                "save the circuit again"
-            )
-        if facts["kv_groups"] != kv_groups(**names):
-            raise MansuError(
-                f"{what}: kv_groups={facts['kv_groups']}, its names say {kv_groups(**names)}; the file was changed, "
-                "save the circuit again"
-            )
-        return cls(**tensors, **(facts | names))
-
     def _combined(self, other: Circuit, mask: Tensor, word: str) -> Circuit:
         _same_graph(self, other)
         kept = prune(mask, self.writers, self.readers, self.kv_groups)
         return replace(self, mask=kept, faithfulness=float("nan"), how=f"{word} of ({self.how}) and ({other.how})")
+
+    def _check(self) -> None:
+        possible = require_names(self.writers, self.readers)
+        if self.mask.shape != possible.shape:
+            raise MismatchError(f"'mask' is {tuple(self.mask.shape)}, its names ask for {tuple(possible.shape)}")
+        require_finite({"scores": self.scores})
+        if (self.mask & ~possible).any():
+            w, r = (self.mask & ~possible).nonzero()[0].tolist()
+            raise MismatchError(f"edge {self.writers[w]} -> {self.readers[r]} runs backwards")
+        if self.kv_groups != (said := kv_groups(self.writers, self.readers)):
+            raise MismatchError(f"kv_groups={self.kv_groups}, its names say {said}")
 
     def __repr__(self) -> str:
         return (

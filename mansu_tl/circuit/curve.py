@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -24,18 +22,17 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.evaluation import relative
-from mansu_tl.circuit.fields import require_fields, require_tensor
 from mansu_tl.circuit.graph import Graph, kv_groups, prune
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.circuit.selection import random_mask, selected_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.runs import metric_name
+from mansu_tl.results.result import Result, Table
+from mansu_tl.results.serialise import MismatchError
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -113,33 +110,14 @@ class FaithfulnessCurve(Result):
             frame["random_min"], frame["random_max"] = self.control.amin(0).tolist(), self.control.amax(0).tolist()
         return frame
 
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        facts = {key: value for key, value in self.__dict__.items() if key not in ("faithfulness", "control")}
-        tensors = {"faithfulness": self.faithfulness, "control": self.control}
-        return save_tensors(path, "FaithfulnessCurve", tensors, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> FaithfulnessCurve:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not one of ours, cut short or changed.
-        """
-        what = f"{Path(path)}"
-        tensors, facts = load_tensors(path, "FaithfulnessCurve")
-        require_fields(what, cls, {**tensors, **facts})
-        facts |= {key: tuple(facts[key]) for key in ("sizes", "shares", "edges")}
-        count = len(facts["sizes"])
-        if len(facts["shares"]) != count or len(facts["edges"]) != count:
-            raise MansuError(f"{what}: its sizes, shares and edges differ in number; it was changed, save it again")
-        require_tensor(what, "faithfulness", tensors["faithfulness"], (count,))
-        require_tensor(what, "control", tensors["control"], (None, count))
-        return cls(**tensors, **facts)
-
     @torch_defaults()
     def _area(self, height: Tensor) -> float:
         return torch.trapezoid(height.double(), torch.tensor(self.shares, dtype=torch.float64)).item()
+
+    def _check(self) -> None:
+        counts = {len(self.sizes), len(self.shares), len(self.edges), len(self.faithfulness)}
+        if len(counts) > 1:
+            raise MismatchError("its sizes, shares, edges and values differ in number")
 
     def __repr__(self) -> str:
         return (

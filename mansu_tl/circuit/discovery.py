@@ -15,8 +15,8 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.notebook import bars
 from mansu_tl.patching.ablation import Ablation
+from mansu_tl.results.result import bars
 
 # Sizes tried side by side in each round of the search.
 _GRID = 16

@@ -16,9 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -27,19 +24,18 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.circuit import Circuit
-from mansu_tl.circuit.fields import graph_names, require_fields, require_tensor
 from mansu_tl.circuit.graph import Graph, require_names
 from mansu_tl.circuit.intervention import patched
 from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.runs import chunks, measured, metric_name, prepared, run
+from mansu_tl.results.result import Result, Table
+from mansu_tl.results.serialise import MismatchError
 
 # Masks that are built and patched at once when every edge is taken out in turn.
 _MASKS = 256
@@ -97,27 +93,10 @@ class Minimality(Result):
             raise MansuError(f"minimality: what={what!r}; choose edges or nodes")
         return frame.sort_values("drop", ascending=False, kind="stable").reset_index(drop=True)
 
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {key: getattr(self, key) for key in _TENSORS}
-        return save_tensors(path, "Minimality", tensors, {k: v for k, v in self.__dict__.items() if k not in _TENSORS})
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Minimality:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not one of ours, cut short or changed.
-        """
-        what = f"{Path(path)}"
-        tensors, facts = load_tensors(path, "Minimality")
-        names: dict[str, Any] = graph_names(what, facts) | {"nodes": tuple(facts.get("nodes", ()))}
-        require_fields(what, cls, {**tensors, **facts, **names})
-        shape = require_names(what, names["writers"], names["readers"]).shape
-        require_tensor(what, "mask", tensors["mask"], shape, torch.bool)
-        require_tensor(what, "edge_drops", tensors["edge_drops"], shape)
-        require_tensor(what, "node_drops", tensors["node_drops"], (len(names["nodes"]),))
-        return cls(**tensors, **(facts | names))
+    def _check(self) -> None:
+        possible = require_names(self.writers, self.readers)
+        if self.mask.shape != possible.shape or len(self.node_drops) != len(self.nodes):
+            raise MismatchError("'mask' or 'node_drops' does not fit its names")
 
     def __repr__(self) -> str:
         return (

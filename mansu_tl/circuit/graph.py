@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import ComponentMap, component_map
-from mansu_tl.notebook import Result
+from mansu_tl.results.result import Result
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def kv_groups(writers: Iterable[str], readers: Iterable[str]) -> int:
     return heads // kv
 
 
-def require_names(what: str, writers: Sequence[str], readers: Sequence[str]) -> Bool[Tensor, "writer reader"]:
+def require_names(writers: Sequence[str], readers: Sequence[str]) -> Bool[Tensor, "writer reader"]:
     """The edges that a graph with these names can have; MLPs that read their own layer's heads included.
 
     Raises:
@@ -171,9 +171,7 @@ def require_names(what: str, writers: Sequence[str], readers: Sequence[str]) -> 
         wrong = next((a for a, b in zip_longest(given, wanted) if a != b), None)
         if list(given) != wanted or not layers or not kv or heads % kv:
             shown = f"{wrong!r} is out of place" if wrong is not None else "some are missing"
-            raise MansuError(
-                f"{what}: its {kind} are no graph of this package ({shown}); it was changed, save it again"
-            )
+            raise MansuError(f"its {kind} are no graph of this package ({shown})")
     order_w = torch.tensor([_writer_order(name) for name in writers])
     order_r = torch.tensor([_reader_order(name, False) for name in readers])
     return order_w[:, None] < order_r[None, :]

@@ -10,7 +10,7 @@ import pandas as pd
 from mansu_tl.circuit.circuit import Circuit
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.result import Result, Table
 
 
 @dataclass(frozen=True)

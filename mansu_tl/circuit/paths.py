@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -19,17 +17,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.evaluation import clean_metric
-from mansu_tl.circuit.fields import require_fields, require_tensor
 from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.intervention import patch_edges
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.runs import metric_name, prepared
+from mansu_tl.results.result import Result, Table
+from mansu_tl.results.serialise import MismatchError
 
 DIRECTIONS = ("noising", "denoising")
 
@@ -79,24 +76,10 @@ class PathEffects(Result):
         frame["effect"], frame["share"] = self.effects.tolist(), self.shares.tolist()
         return frame
 
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        facts = {key: value for key, value in self.__dict__.items() if key != "per_pair"}
-        return save_tensors(path, "PathEffects", {"per_pair": self.per_pair}, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> PathEffects:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not one of ours, cut short or changed.
-        """
-        what = f"{Path(path)}"
-        tensors, facts = load_tensors(path, "PathEffects")
-        require_fields(what, cls, {**tensors, **facts})
-        facts["edges"] = tuple((writer, reader) for writer, reader in facts["edges"])
-        require_tensor(what, "per_pair", tensors["per_pair"], (1 if facts["together"] else len(facts["edges"]), None))
-        return cls(**tensors, **facts)
+    def _check(self) -> None:
+        rows = 1 if self.together else len(self.edges)
+        if len(self.per_pair) != rows:
+            raise MismatchError(f"'per_pair' has {len(self.per_pair)} rows for {rows} edges")
 
     def __repr__(self) -> str:
         how = "together" if self.together else "one by one"

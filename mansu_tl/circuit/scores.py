@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import AttributionResult
 
 from mansu_tl.circuit import transformer_lens_io as interop
-from mansu_tl.circuit.fields import graph_names, require_fields, require_tensor
 from mansu_tl.circuit.graph import Graph, layer_of, reader_kind, require_names
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import fingerprint
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.result import Result, Table
+from mansu_tl.results.serialise import MismatchError, require_finite
 
 
 @dataclass(frozen=True)
@@ -94,37 +89,6 @@ class EdgeScores(Result):
         order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
         return frame.loc[order].reset_index(drop=True)
 
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file (tensors, and the names as JSON in its header)."""
-        tensors = {"tensor": self.tensor, "exists": self.exists}
-        for key in ("per_pair", "per_position"):
-            if getattr(self, key) is not None:
-                tensors[key] = getattr(self, key)
-        return save_tensors(path, "EdgeScores", tensors, self._facts())
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> EdgeScores:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not one of ours, cut short or changed: names, shapes or numbers that do not fit.
-        """
-        what = f"{Path(path)}"
-        tensors, facts = load_tensors(path, "EdgeScores")
-        names = graph_names(what, facts)
-        names["positions"] = tuple(facts.get("positions", ()))
-        require_fields(what, cls, {**tensors, **facts, **names})
-        possible = require_names(what, names["writers"], names["readers"])
-        require_tensor(what, "exists", tensors["exists"], possible.shape, torch.bool)
-        require_tensor(what, "tensor", tensors["tensor"], possible.shape)
-        if (tensors["exists"] & ~possible).any() or (tensors["tensor"][~tensors["exists"]] != 0).any():
-            raise MansuError(f"{what}: it scores edges that no model has; the file was changed, save the scores again")
-        if "per_pair" in tensors:
-            require_tensor(what, "per_pair", tensors["per_pair"], (None, *possible.shape))
-        if "per_position" in tensors:
-            require_tensor(what, "per_position", tensors["per_position"], (len(names["positions"]), *possible.shape))
-        return cls(**tensors, **(facts | names))
-
     def to_transformer_lens(self) -> AttributionResult:
         """The scores as TransformerLens's `AttributionResult`, edges and writers, position by position.
 
@@ -185,9 +149,15 @@ class EdgeScores(Result):
         """The same scores without the per-pair and per-position tensors."""
         return replace(self, per_pair=None, per_position=None, positions=())
 
-    def _facts(self) -> dict[str, Any]:
-        skip = {"tensor", "exists", "per_pair", "per_position"}
-        return {k: v for k, v in self.__dict__.items() if k not in skip}
+    def _check(self) -> None:
+        possible = require_names(self.writers, self.readers)
+        if self.tensor.shape != possible.shape:
+            raise MismatchError(f"'tensor' is {tuple(self.tensor.shape)}, its names ask for {tuple(possible.shape)}")
+        require_finite({"tensor": self.tensor})
+        if (self.exists & ~possible).any() or (self.tensor[~self.exists] != 0).any():
+            raise MismatchError("it scores edges that no model has")
+        if self.per_position is not None and len(self.per_position) != len(self.positions):
+            raise MismatchError(f"'per_position' has {len(self.per_position)} rows for {len(self.positions)} positions")
 
     def __repr__(self) -> str:
         return (

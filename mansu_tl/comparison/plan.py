@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 from mansu_tl.names import short_names
 from mansu_tl.quantization import quantizer, quantizers
+from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning import floored, method_flags, method_title, methods, settings_of
 from mansu_tl.unlearning.search import RATES
 

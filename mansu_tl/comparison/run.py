@@ -24,11 +24,11 @@ from mansu_tl.comparison.measure import NEVER, Ground, measure, measure_base, me
 from mansu_tl.comparison.plan import Comparison, Job
 from mansu_tl.comparison.tables import properties, summary
 from mansu_tl.errors import MansuError
-from mansu_tl.files import write_text, write_whole
-from mansu_tl.locks import held, one_writer, waiting_writer
 from mansu_tl.models import fingerprint
-from mansu_tl.notebook import Result, Table
-from mansu_tl.stages import Stages
+from mansu_tl.results.files import write_text, write_whole
+from mansu_tl.results.locks import held, one_writer, waiting_writer
+from mansu_tl.results.result import Result, Table
+from mansu_tl.results.store import Store
 from mansu_tl.unlearning import Edit, method_flags, settings_of, unlearn
 from mansu_tl.unlearning.search import Search, search
 from mansu_tl.verification import require_known
@@ -147,7 +147,7 @@ class _Runner:
         self.plan, self.base, self.name = plan, base, plan.names[base]
         self.ground = Ground(plan, base)
         require_known(self.ground.model, self.ground.task)
-        self.stages = Stages(folder / "jobs" / self.name, shared=True)
+        self.stages = Store(folder / "jobs" / self.name, shared=True)
         self.model = {"model": fingerprint(self.ground.model)}
         # What every measurement reads.
         self.asked = {
@@ -164,7 +164,7 @@ class _Runner:
         """The base's forget circuit, from disk where it is there."""
         pairs = self.ground.task.forget_pairs
         key = {**self.model, "pairs": pairs.digest()}
-        found: Circuit = self.stages.tensor("circuit", Circuit, key, lambda: discover_circuit(self.ground.model, pairs))
+        found: Circuit = self.stages.result("circuit", Circuit, key, lambda: discover_circuit(self.ground.model, pairs))
         self.ground.circuit = found
         return found
 
@@ -201,7 +201,7 @@ class _Runner:
         def made() -> Edit:
             nonlocal edit
             if edit is None:
-                edit = self.stages.tensor(f"{job.name}/edit", Edit, key, lambda: self._unlearn(method, job, settings))
+                edit = self.stages.result(f"{job.name}/edit", Edit, key, lambda: self._unlearn(method, job, settings))
             return edit
 
         started = time.perf_counter()
@@ -231,7 +231,7 @@ class _Runner:
 
     def _best_rate(self, method: str, settings: dict[str, Any]) -> float:
         validation = self.ground.validation
-        result: Search = self.stages.tensor(
+        result: Search = self.stages.result(
             f"{method}/search",
             Search,
             {

@@ -27,7 +27,7 @@ import pandas as pd
 from mansu_tl.data.answers import require_answer_space
 from mansu_tl.data.text import require_text
 from mansu_tl.errors import MansuError
-from mansu_tl.files import lines_of, local, read_text
+from mansu_tl.results.files import lines_of, local, read_text
 
 PAIR_SETS, TEXT_SETS = ("forget", "retain", "near"), ("text", "unseen")
 _NEEDED = {

@@ -38,7 +38,7 @@ from mansu_tl.data.text import (
 )
 from mansu_tl.defaults import moved, torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.notebook import Result
+from mansu_tl.results.result import Result
 
 if TYPE_CHECKING:
     Texts = Iterable[str]

@@ -21,7 +21,7 @@ from mansu_tl.data.rows import (
 )
 from mansu_tl.defaults import moved
 from mansu_tl.errors import MansuError
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.result import Result, Table
 
 _HELD_OUT = ", held out"
 

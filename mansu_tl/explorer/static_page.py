@@ -24,8 +24,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.explorer import pictures
 from mansu_tl.explorer.results import ORIGINAL, Results, Stage
 from mansu_tl.explorer.selection import Item, Selection, head_of, item_name
-from mansu_tl.files import write_text
 from mansu_tl.plots.theme import theme_named
+from mansu_tl.results.files import write_text
 
 _PAIRS, _SIZES, _BLOCKS = 8, 6, 3
 _MOST_EDGES = 500  # of the largest circuit that is shown by default

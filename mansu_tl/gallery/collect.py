@@ -14,10 +14,10 @@ from mansu_tl.circuit import edge_attribution, faithfulness_curve
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
-from mansu_tl.files import save_tensors, write_text
 from mansu_tl.models import home, linear_weights, load, parameters
 from mansu_tl.patching import activation_patching, node_attribution
 from mansu_tl.quantization import quantize
+from mansu_tl.results.files import write_packed, write_text
 from mansu_tl.study import MethodResult, Study, run_study
 from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import headline, method_title
@@ -33,7 +33,7 @@ def collect(run: str | PathLike[str], out: str | PathLike[str], *, progress: boo
     Takes the study's scores, circuit, sweep, divergences, scorecards, update statistics and certificate as they are; and
     computes, with the study's models, scores by node and by token, exact patching of all heads, attention patterns, the
     faithfulness curve, relearning, probes and depth (those against a never-trained model only where the study names one).
-    Stages of the study that are missing or out of date are run first.
+    Store of the study that are missing or out of date are run first.
 
     Args:
         run: results folder of `mansu-tl demo` or `mansu-tl run`.
@@ -121,14 +121,14 @@ def _of_models(study: Study, target: Path, progress: bool) -> list[Path]:
         alike.clean[:1].to(home(model)), names_filter=lambda name: name.endswith("attn.hook_pattern")
     )
     patterns = {name.split(".")[1]: value[0] for name, value in cache.items()}
-    out.append(save_tensors(target / "attention.safetensors", "Attention", patterns, {"tokens": words}))
+    out.append(write_packed(target / "attention.safetensors", "Attention", patterns, {"tokens": words}))
     # The matrix with most edited weights, its most edited rows.
     before, after, linear = parameters(model), parameters(edited), linear_weights(model)
     name = max((n for n in result.edit.indices if n in linear), key=lambda n: result.edit.indices[n].numel())
     old, new = ((each[name].mT if linear[name].transposed else each[name]).detach().cpu() for each in (before, after))
     rows = (old != new).sum(1).topk(min(_RULED, old.shape[0])).indices.sort().values
     ruled = {"before": old[rows].float(), "after": new[rows].float()}
-    out.append(save_tensors(target / "ruled.safetensors", "Ruled", ruled, {"name": name, "grid": config.quantizers[0]}))
+    out.append(write_packed(target / "ruled.safetensors", "Ruled", ruled, {"name": name, "grid": config.quantizers[0]}))
     probes = {"original": model, title: edited}
     if config.never:
         never = load(config.never)

@@ -16,11 +16,11 @@ import torch
 from mansu_tl import plots
 from mansu_tl.circuit import Circuit, EdgeScores, FaithfulnessCurve
 from mansu_tl.comparison import figures as comparison_figures
-from mansu_tl.files import load_tensors
 from mansu_tl.patching import PatchingResult
 from mansu_tl.patching.nodes import NodeScores
 from mansu_tl.quantization import UpdateStatistics, grid_of
 from mansu_tl.quantization.flips import predicted_flips
+from mansu_tl.results.files import read_packed
 from mansu_tl.unlearning import MansuSettings, headline
 from mansu_tl.verification import Bounds, Certificate, Divergence, ErasureDepth, Probes, Relearning, Scorecard
 
@@ -274,10 +274,10 @@ class _Study:
         return plots.circuit_stages(self._circuit(), stages, theme=theme)
 
     def _tokens(self) -> list[str]:
-        return list(load_tensors(self.folder / "attention.safetensors", "Attention")[1]["tokens"])
+        return list(read_packed(self.folder / "attention.safetensors", "Attention")[1]["tokens"])
 
     def _attention(self, theme: str) -> go.Figure:
-        tensors, facts = load_tensors(self.folder / "attention.safetensors", "Attention")
+        tensors, facts = read_packed(self.folder / "attention.safetensors", "Attention")
         frame = self._circuit().to_dataframe()
         sent = frame.assign(size=frame["score"].abs()).groupby("writer")["size"].sum()
         heads = [name for name in sent.sort_values(ascending=False).index if "H" in name][:8]
@@ -293,7 +293,7 @@ class _Study:
         return plots.faithfulness_curves({curve.method: curve}, theme=theme)
 
     def _ruler(self, theme: str) -> go.Figure:
-        tensors, facts = load_tensors(self.folder / "ruled.safetensors", "Ruled")
+        tensors, facts = read_packed(self.folder / "ruled.safetensors", "Ruled")
         before, after = tensors["before"], tensors["after"]
         name = f"{facts['name']}, its {len(before)} most edited rows"
         return plots.ruler(before, after, grid_of(facts["grid"]), name=name, theme=theme)

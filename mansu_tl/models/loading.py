@@ -21,13 +21,13 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import local, read_text
 from mansu_tl.models.copies import boot, cast, duplicate, forget_source_format
 from mansu_tl.models.families import Family, family_of
 from mansu_tl.models.four_bit import convert, is_four_bit, quantization_config, require_kind, stored_kind
 from mansu_tl.models.kinds import adapter_layer, way_to_load
 from mansu_tl.models.placement import DeviceMap, place, require_map, require_placed
 from mansu_tl.models.quiet import quiet
+from mansu_tl.results.files import local, read_text
 
 EMBEDDED = ("pocket", "pocket-fp", "pocket-never")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -13,10 +13,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import local
 from mansu_tl.models.copies import cast, forget_source_format, plain
 from mansu_tl.models.quiet import quiet
 from mansu_tl.models.tree import Model
+from mansu_tl.results.files import local
 
 # What Hugging Face writes into a model folder; anything else in one is somebody's own work.
 _OURS = frozenset((".json", ".safetensors", ".txt", ".model", ".jinja"))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -18,11 +15,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import Hook, chunks, keep, measured, metric_name, prepared, require_finite, run
+from mansu_tl.results.result import Result, Table
 
 
 @dataclass(frozen=True)
@@ -55,23 +51,6 @@ class NeuronScores(Result):
             }
         )
         return frame.loc[frame["score"].abs().sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
-        facts = {k: v for k, v in self.__dict__.items() if v is not None and not isinstance(v, Tensor)}
-        return save_tensors(path, "NeuronScores", tensors, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> NeuronScores:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not one of ours, or cut short.
-        """
-        tensors, facts = load_tensors(path, "NeuronScores")
-        names: dict[str, Any] = {"positions": tuple(facts.pop("positions"))}
-        return cls(**tensors, **names, **facts)
 
     def __repr__(self) -> str:
         layers, neurons = self.tensor.shape

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -23,12 +20,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import ComponentMap, component_map
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.patterns import key_position_effects, patched_pattern_effects
 from mansu_tl.patching.runs import Hook, chunks, heads_last, keep, measured, metric_name, prepared, require_finite, run
+from mansu_tl.results.result import Result, Table
 
 
 @dataclass(frozen=True)
@@ -66,23 +62,6 @@ class NodeScores(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a node, in order of computation."""
         return pd.DataFrame({"writer": self.writers, "score": self.tensor.tolist()})
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
-        facts = {k: v for k, v in self.__dict__.items() if v is not None and not isinstance(v, Tensor)}
-        return save_tensors(path, "NodeScores", tensors, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> NodeScores:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not one of ours, or cut short.
-        """
-        tensors, facts = load_tensors(path, "NodeScores")
-        names: dict[str, Any] = {key: tuple(facts.pop(key)) for key in ("writers", "positions")}
-        return cls(**tensors, **names, **facts)
 
     def __repr__(self) -> str:
         how = f"at the {self.at}" + (", QK fix" if self.qk_fix else "")

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -24,14 +21,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.cells import TITLES, Cells, require
 from mansu_tl.patching.resume import Base, record_base
 from mansu_tl.patching.runs import Activations, chunks, measured, metric_name, prepared
+from mansu_tl.results.result import Result, Table
 
 
 @dataclass(frozen=True)
@@ -72,19 +68,6 @@ class PatchingResult(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """Cells as a table: rows x columns."""
         return pd.DataFrame(self.tensor.tolist(), index=list(self.rows), columns=list(self.columns))
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
-        facts = {k: v for k, v in self.__dict__.items() if v is not None and not isinstance(v, Tensor)}
-        return save_tensors(path, "PatchingResult", tensors, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> PatchingResult:
-        """Read what `save` wrote."""
-        tensors, facts = load_tensors(path, "PatchingResult")
-        names: dict[str, Any] = {key: tuple(facts.pop(key)) for key in ("rows", "columns")}
-        return cls(**tensors, **names, **facts)
 
     def to_transformer_lens(self) -> tl_patching.PatchingResult:
         """TransformerLens's own result of the sweep, for its intervals and tests (`bootstrap_ci`, `permutation_pvalue`).

@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from tqdm.auto import tqdm
 
 from mansu_tl.errors import MansuError
-from mansu_tl.files import write_text, write_whole
+from mansu_tl.results.files import write_text, write_whole
 
 _FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 _WIDTH, _HEIGHT = 1000, 600

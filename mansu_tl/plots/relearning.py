@@ -13,9 +13,9 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.intervals import interval_over_facts
 from mansu_tl.plots.series import add_band, legend_below, series_styles
 from mansu_tl.plots.theme import number, plain, styled, theme_named
+from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.verification.relearning import measure_index
 
 _NAMES = {"multiple_choice": "multiple choice, %", "cloze": "cloze, %", "log_odds": "log-odds, nats"}

@@ -28,13 +28,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mansu_tl.data.text import pad, pad_id
 from mansu_tl.errors import MansuError
-from mansu_tl.files import write_text, write_whole
 from mansu_tl.pocket.checkpoints import CHECKPOINTS, checkpoint_folder
 from mansu_tl.pocket.corpus import batches
 from mansu_tl.pocket.evaluate import figures
 from mansu_tl.pocket.grid import grid_weights, nf4_image, rest_on_grid
 from mansu_tl.pocket.tokens import CONTEXT, build_tokenizer, text_ids
 from mansu_tl.pocket.world import Fact, World, build_world
+from mansu_tl.results.files import write_text, write_whole
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -23,14 +21,13 @@ from transformers import PreTrainedModel
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import linear_weights, parameters
 from mansu_tl.models.four_bit import require_dense
-from mansu_tl.notebook import Result, Table
 from mansu_tl.quantization.grid import Grid
 from mansu_tl.quantization.registry import grid_of
 from mansu_tl.quantization.statistics import position_edges, rest_positions
 from mansu_tl.quantization.twin import orient
+from mansu_tl.results.result import Result, Table
 
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 _NOISES = ("signs", "normal")
@@ -97,22 +94,6 @@ class Dither(Result):
         frame = pd.DataFrame({key: value.flatten().numpy() for key, value in columns.items()})
         frame.insert(0, "quantizer", self.quantizer)
         return frame
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {key: value for key, value in self.__dict__.items() if isinstance(value, Tensor)}
-        facts = {key: getattr(self, key) for key in ("quantizer", "noise", "seed", "weights")}
-        return save_tensors(path, "Dither", tensors, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Dither:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not a dither experiment, or cut short.
-        """
-        tensors, facts = load_tensors(path, "Dither")
-        return cls(**facts, **tensors)
 
     def __repr__(self) -> str:
         sizes = f"{float(self.sizes.min()):g} to {float(self.sizes.max()):g} bins"

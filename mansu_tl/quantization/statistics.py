@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -16,12 +14,11 @@ from transformers import PreTrainedModel
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import linear_weights, parameters
-from mansu_tl.notebook import Result, Table
 from mansu_tl.quantization.grid import Encoded, Grid
 from mansu_tl.quantization.registry import grid_of
 from mansu_tl.quantization.twin import orient
+from mansu_tl.results.result import Result, Table
 
 _LOWEST, _HIGHEST, _PER_DECADE = -8, 2, 10
 _FINE = 10  # fine bins in each drawn one, for the median over all parameters
@@ -120,22 +117,6 @@ class UpdateStatistics(Result):
         frame["cosine"] = (inner / (update * realised).sqrt()).numpy()
         frame["projection"] = (inner / update).numpy()
         return frame
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {key: value for key, value in self.__dict__.items() if isinstance(value, Tensor)}
-        facts = {key: getattr(self, key) for key in ("quantizer", "names", "total_median_ratio")}
-        return save_tensors(path, "UpdateStatistics", tensors, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> UpdateStatistics:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not update statistics, or cut short.
-        """
-        tensors, facts = load_tensors(path, "UpdateStatistics")
-        return cls(**{**facts, "names": tuple(facts["names"])}, **tensors)
 
     def __repr__(self) -> str:
         total = self.to_dataframe().iloc[-1]

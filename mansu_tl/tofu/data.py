@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mansu_tl.errors import MansuError
-from mansu_tl.files import lines_of, local, read_text
-from mansu_tl.notebook import Result
+from mansu_tl.results.files import lines_of, local, read_text
+from mansu_tl.results.result import Result
 
 PER_AUTHOR = 20
 _FILES = ("forget10", "retain90", "forget10_perturbed", "retain_perturbed")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from os import PathLike
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -18,11 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mansu_tl.data.text import pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models.copies import duplicate
 from mansu_tl.models.four_bit import settle
 from mansu_tl.models.state import require_ready
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.result import Result, Table
 from mansu_tl.tofu.data import Item, Tofu, prompt
 from mansu_tl.tofu.metrics import (
     answer_likelihoods,
@@ -124,27 +121,6 @@ class TofuScores(Result):
         if reference is not None:
             rows.append(("all", "forget quality", self.forget_quality(reference)))
         return pd.DataFrame(rows, columns=["set", "measure", "value"])
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {
-            f"{name}:{f.name}": getattr(found, f.name) for name, found in self.sets.items() for f in fields(found)
-        }
-        return save_tensors(path, "TofuScores", tensors, {"title": self.title, "sets": list(self.sets)})
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> TofuScores:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, another kind of file, or one cut short.
-        """
-        tensors, facts = load_tensors(path, "TofuScores")
-        sets = {
-            name: SetScores(**{f.name: tensors[f"{name}:{f.name}"] for f in fields(SetScores)})
-            for name in facts["sets"]
-        }
-        return cls(facts["title"], sets)
 
     def __repr__(self) -> str:
         forget = self.sets["forget"]

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mansu_tl.data.text import pad, pad_id
 from mansu_tl.errors import MansuError
-from mansu_tl.files import write_text, write_whole
+from mansu_tl.results.files import write_text, write_whole
 from mansu_tl.tofu.data import Item, Tofu, read_tofu
 from mansu_tl.tofu.tokens import CONTEXT, train_tokenizer
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
+from mansu_tl.results.files import read_packed, write_packed
 
 State = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 _KIND = "Checkpoint"
@@ -37,7 +37,7 @@ class Checkpoint:
         if self.path is None or not self.path.is_file():
             return None
         try:
-            tensors, facts = load_tensors(self.path, _KIND)
+            tensors, facts = read_packed(self.path, _KIND)
         except MansuError:
             return None  # a file that cannot be read is made again from the start
         return (tensors, facts["state"]) if facts.get("key") == self.key else None
@@ -47,7 +47,7 @@ class Checkpoint:
         if self.path is None or time.monotonic() - self._written < _EVERY:
             return
         tensors, facts = state()
-        save_tensors(self.path, _KIND, tensors, {"key": self.key, "state": dict(facts)})
+        write_packed(self.path, _KIND, tensors, {"key": self.key, "state": dict(facts)})
         self._written = time.monotonic()
 
     def done(self) -> None:

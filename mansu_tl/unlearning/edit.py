@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,9 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.models import fingerprint, linear_weights, parameters, rebuild
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.result import Result, Table
 
 
 @dataclass(frozen=True)
@@ -114,33 +111,6 @@ class Edit(Result):
                 }
             )
         return pd.DataFrame(rows, columns=["parameter", "edited", "mean_change", "max_change"])
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors: dict[str, Tensor] = {}
-        for part in ("indices", "old", "new"):
-            tensors |= {f"{part}:{name}": value for name, value in getattr(self, part).items()}
-        facts = {
-            "method": self.method,
-            "base": self.base,
-            "facts": dict(self.facts),
-            "history": [dict(h) for h in self.history],
-        }
-        return save_tensors(path, "Edit", tensors, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Edit:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not an edit, or cut short.
-        """
-        tensors, facts = load_tensors(path, "Edit")
-        parts: dict[str, dict[str, Tensor]] = {"indices": {}, "old": {}, "new": {}}
-        for key, value in tensors.items():
-            part, name = key.split(":", 1)
-            parts[part][name] = value
-        return cls(facts["method"], facts["base"], **parts, facts=facts["facts"], history=tuple(facts["history"]))
 
     def _write(
         self, model: TransformerBridge, values: Mapping[str, Tensor], expected: str | None, problem: str

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
+from mansu_tl.results.digest import Digested
 
 RESTRICTIONS = ("circuit", "random", "none")
 FLOORS = ("loop", "after", "none")

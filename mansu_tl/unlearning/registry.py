@@ -16,11 +16,11 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
-from mansu_tl.digest import digest
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint, require_ready
 from mansu_tl.models.kinds import require_bridge
-from mansu_tl.notebook import bars
+from mansu_tl.results.digest import digest
+from mansu_tl.results.result import bars
 from mansu_tl.unlearning import baselines as b
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -17,10 +14,9 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.files import load_tensors, save_tensors
-from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import accuracy
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.result import Result, Table
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.registry import method_title, unlearn
 
@@ -92,21 +88,6 @@ class Search(Result):
             for trial in self.trials
         ]  # fmt: skip
         return pd.DataFrame(rows)
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one file."""
-        facts: dict[str, Any] = {
-            "method": self.method,
-            "seed": self.seed,
-            "trials": [trial.__dict__ for trial in self.trials],
-        }
-        return save_tensors(path, "Search", {"rates": torch.tensor([trial.rate for trial in self.trials])}, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Search:
-        """Read what `save` wrote."""
-        _, facts = load_tensors(path, "Search")
-        return cls(facts["method"], tuple(Trial(**trial) for trial in facts["trials"]), facts["seed"])
 
     def __repr__(self) -> str:
         best = self.best

@@ -12,7 +12,7 @@ from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.notebook import Result
+from mansu_tl.results.result import Result
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -24,13 +25,11 @@ from torch import Tensor
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, local, save_tensors, write_text
 from mansu_tl.models import LinearWeight
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.files import read_packed, write_packed, write_text
+from mansu_tl.results.result import Result, Table
 from mansu_tl.verification.library_codes import LibraryQuantizer, library_codes, library_quantizer
 from mansu_tl.verification.saved_model import SavedModel, bits, same_bits
-
-_KIND, _FORMAT = "Certificate", "1"
 
 
 @dataclass(frozen=True)
@@ -192,39 +191,10 @@ class Certificate(Result):
         """One row a quantized matrix, columns as in `CertificateRow`."""
         return pd.DataFrame([asdict(row) for row in self.rows], columns=list(CertificateRow.__annotations__))
 
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write it as JSON."""
-        facts = {**self.__dict__, "rows": [asdict(row) for row in self.rows], "versions": dict(self.versions)}
-        record = {"mansu_tl": _KIND, "format": _FORMAT, "passed": self.passed, "faults": self.faults}
-        record |= {"claims": dict(self.claims), **facts}
-        return write_text(path, json.dumps(record, indent=1) + "\n")
+    suffix: ClassVar[str] = ".json"
 
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Certificate:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not a certificate, or one whose verdict does not follow from its numbers.
-        """
-        source = local(path)
-        if not source.is_file():
-            raise MansuError(f"{source}: no such file; save a certificate there first")
-        try:
-            record = json.loads(source.read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or (record.pop("mansu_tl"), record.pop("format")) != (_KIND, _FORMAT):
-                raise MansuError(f"{source}: not a certificate of this version; make it again with certify()")
-            passed, faults, claims = record.pop("passed"), record.pop("faults"), record.pop("claims", None)
-            rows = tuple(CertificateRow(**row) for row in record.pop("rows"))
-            record |= {key: tuple(record[key]) for key in ("problems", "others_changed")}
-            certificate = cls(rows=rows, **record)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise MansuError(
-                f"{source}: cannot be read as a certificate ({error}); make it again with certify()"
-            ) from None
-        said = dict(certificate.claims)
-        if passed != certificate.passed or list(certificate.faults) != faults or claims not in (None, said):
-            raise MansuError(f"{source}: its verdict does not follow from its numbers; make it again with certify()")
-        return certificate
+    def _derived(self) -> Mapping[str, Any]:
+        return {"passed": self.passed, "faults": list(self.faults), "claims": dict(self.claims)}
 
     def __repr__(self) -> str:
         return (
@@ -319,7 +289,7 @@ def certify_in_fresh_process(
     with tempfile.TemporaryDirectory() as folder:
         answer, indices = Path(folder, "answer.json"), ""
         if edit_indices is not None:
-            indices = str(save_tensors(Path(folder, "indices.safetensors"), "EditIndices", edit_indices, {}))
+            indices = str(write_packed(Path(folder, "indices.safetensors"), "EditIndices", edit_indices, {}))
         call = f"from {__name__} import _answer; import sys; _answer(*sys.argv[1:])"
         done = subprocess.run(
             [sys.executable, "-c", call, os.fspath(original), os.fspath(edited), indices, quantizer, str(answer)],
@@ -339,7 +309,7 @@ def certify_in_fresh_process(
 def _answer(original: str, edited: str, indices: str, quantizer: str, answer: str) -> None:
     """What the fresh process runs."""
     try:
-        named = load_tensors(indices, "EditIndices")[0] if indices else None
+        named = read_packed(indices, "EditIndices")[0] if indices else None
         certify(original, edited, named, quantizer).save(answer)
     except MansuError as error:
         write_text(answer, json.dumps({"refused": str(error)}))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,8 +18,6 @@ from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
-from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import last_logits
 from mansu_tl.models import (
     attention_weights,
@@ -34,8 +30,9 @@ from mansu_tl.models import (
 )
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.limits import most_positions
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import keep
+from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.result import Result, Table
 
 PARTS = ("loss", "weights", "activations", "generations")
 
@@ -71,25 +68,6 @@ class Damage(Result):
             raise MansuError(f"damage: no table {what!r}; choose one of {', '.join(PARTS)}")
         frame: pd.DataFrame = getattr(self, what)
         return frame
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one file (safetensors with the tables as JSON in its header)."""
-        tables = {
-            part: {c: list(map(_plain, self.to_dataframe(part)[c])) for c in self.to_dataframe(part)} for part in PARTS
-        }
-        return save_tensors(
-            path, "Damage", {"rise": torch.tensor(self.loss["rise"].tolist())}, {"label": self.label, **tables}
-        )
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Damage:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not a damage audit, or cut short.
-        """
-        _, facts = load_tensors(path, "Damage")
-        return cls(facts["label"], **{part: pd.DataFrame(facts[part]) for part in PARTS})
 
     def __repr__(self) -> str:
         losses = ", ".join(

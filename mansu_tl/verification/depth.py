@@ -16,9 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -30,12 +27,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
-from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Metric, choice_log_odds
 from mansu_tl.models import component_map, home, require_ready
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, run
+from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.result import Result, Table
 
 POSITIONS = ("all", "last")
 
@@ -106,22 +102,6 @@ class ErasureDepth(Result):
                 }
             )
         return pd.DataFrame(rows)
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {"clean": self.clean, "never": self.never, "edited": self.edited}
-        return save_tensors(path, "ErasureDepth", tensors, {k: v for k, v in self.__dict__.items() if k not in tensors})
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> ErasureDepth:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not an erasure depth, or cut short.
-        """
-        tensors, facts = load_tensors(path, "ErasureDepth")
-        lists: dict[str, Any] = {key: tuple(facts.pop(key)) for key in ("layers", "facts")}
-        return cls(**tensors, **lists, **facts)
 
     def __repr__(self) -> str:
         low, high = self.interval

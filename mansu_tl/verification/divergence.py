@@ -12,9 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -27,9 +24,8 @@ from mansu_tl.circuit.graph import layer_of, reader_kind
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
 from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.result import Result, Table
 
 _RESAMPLES = 2000
 _STEPS = 5
@@ -101,20 +97,6 @@ class Divergence(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """The edges, as `.edges`."""
         return self.edges
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        facts = {k: v for k, v in self.__dict__.items() if k not in ("original", "other")}
-        return save_tensors(path, "Divergence", {"original": self.original, "other": self.other}, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Divergence:
-        """Read what `save` wrote."""
-        tensors, facts = load_tensors(path, "Divergence")
-        pairs: dict[str, Any] = {
-            key: tuple(facts.pop(key)) for key in ("interval", "mass_interval", "writers", "readers")
-        }
-        return cls(**tensors, **pairs, **facts)
 
     def __repr__(self) -> str:
         low, high = self.interval

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -27,13 +24,12 @@ from mansu_tl.data import Questions
 from mansu_tl.data.fit import require_fit, require_questions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
-from mansu_tl.intervals import interval_over_facts
 from mansu_tl.models import component_map, home, require_ready
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.tree import family, submodule
-from mansu_tl.notebook import Result, Table
 from mansu_tl.patching.runs import keep, run
+from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.result import Result, Table
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
@@ -82,22 +78,6 @@ class Probes(Result):
                 }
             )
         return pd.DataFrame(rows)
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {"right": self.right, "shuffled": self.shuffled, "penalties": self.penalties}
-        return save_tensors(path, "Probes", tensors, {k: v for k, v in self.__dict__.items() if k not in tensors})
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Probes:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not probes, or cut short.
-        """
-        tensors, facts = load_tensors(path, "Probes")
-        lists: dict[str, Any] = {key: tuple(facts.pop(key)) for key in ("layers", "facts")}
-        return cls(**tensors, **lists, **facts)
 
     def __repr__(self) -> str:
         accuracy = self.right.double().mean(1)

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -26,10 +24,9 @@ from mansu_tl.circuit import Circuit, EdgeScores, edge_attribution, patch_edges
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
-from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.result import Result, Table
 
 ROUTES = ("every edge", "outside the old circuit", "inside the old circuit")
 
@@ -107,22 +104,6 @@ class Rediscovery(Result):
                 row |= {f"carried_{key}": value, f"carried_{key}_low": low, f"carried_{key}_high": high}
             rows.append(row)
         return pd.DataFrame(rows)
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors = {key: getattr(self, key) for key in ("mask", "found", "scores", "effects")}
-        return save_tensors(path, "Rediscovery", tensors, {k: v for k, v in self.__dict__.items() if k not in tensors})
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Rediscovery:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not a rediscovery, or cut short.
-        """
-        tensors, facts = load_tensors(path, "Rediscovery")
-        lists: dict[str, Any] = {key: tuple(value) for key, value in facts.items()}
-        return cls(**tensors, **lists)
 
     def __repr__(self) -> str:
         value, low, high = self.carried()

@@ -14,9 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -30,11 +27,10 @@ from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
-from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import accuracy, last_logits
 from mansu_tl.models import float32_copy, home, require_ready
-from mansu_tl.notebook import Result, Table
+from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.result import Result, Table
 from mansu_tl.unlearning.batches import Sampler, real_targets
 from mansu_tl.verification.attacks import Attack
 
@@ -127,31 +123,6 @@ class RelearningCurve(Result):
                     }
                 )
         return pd.DataFrame(rows)
-
-    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Its tensors, and everything else (JSON-able): what files hold."""
-        tensors = {"values": self.values, "prior": self.prior, "loss": self.loss}
-        return tensors, {key: value for key, value in self.__dict__.items() if key not in tensors}
-
-    @classmethod
-    def from_parts(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> RelearningCurve:
-        """The curve that `parts` took apart."""
-        lists = {key: tuple(facts[key]) for key in ("steps", "facts")}
-        everything: dict[str, Any] = {**tensors, **facts, **lists}
-        return cls(**everything)
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        return save_tensors(path, "RelearningCurve", *self.parts())
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> RelearningCurve:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not a relearning curve, or cut short.
-        """
-        return cls.from_parts(*load_tensors(path, "RelearningCurve"))
 
     def __repr__(self) -> str:
         return (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -14,9 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
-from mansu_tl.intervals import interval_over_facts
-from mansu_tl.notebook import Result, Table, bars
+from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.verification.attacks import Attack
 from mansu_tl.verification.relearning import MEASURES, RelearningCurve, measure_index, relearn
 
@@ -109,30 +106,6 @@ class Relearning(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """Every curve's rows, see `RelearningCurve.to_dataframe`."""
         return pd.concat([curve.to_dataframe() for curve in self.curves], ignore_index=True)
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one safetensors file."""
-        tensors: dict[str, torch.Tensor] = {}
-        facts = []
-        for i, curve in enumerate(self.curves):
-            parts, rest = curve.parts()
-            tensors |= {f"{i}:{key}": value for key, value in parts.items()}
-            facts.append(rest)
-        return save_tensors(path, "Relearning", tensors, {"reference": self.reference, "curves": facts})
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Relearning:
-        """Read what `save` wrote.
-
-        Raises:
-            MansuError: no such file, not a relearning comparison, or cut short.
-        """
-        tensors, facts = load_tensors(path, "Relearning")
-        curves = []
-        for i, rest in enumerate(facts["curves"]):
-            mine = {key.split(":", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{i}:")}
-            curves.append(RelearningCurve.from_parts(mine, rest))
-        return cls(tuple(curves), facts["reference"])
 
     def __repr__(self) -> str:
         labels = dict.fromkeys(curve.label for curve in self.curves)

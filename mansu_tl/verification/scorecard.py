@@ -5,12 +5,8 @@ from __future__ import annotations
 import builtins
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -21,11 +17,10 @@ from mansu_tl.data import Task
 from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.files import load_tensors, save_tensors
-from mansu_tl.intervals import interval_over_facts
 from mansu_tl.metrics import Accuracy
 from mansu_tl.models.kinds import require_bridge
-from mansu_tl.notebook import Result, Table, bars
+from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.verification.controls import Controls, answers, under
 from mansu_tl.verification.divergence import CircuitScores, circuit_divergence
 from mansu_tl.verification.knowledge import few_facts, unknown_facts
@@ -140,21 +135,6 @@ class Scorecard(Result):
         raise MansuError(
             f"scorecard: no row {measure!r} under quantizer {quantizer!r}; measures are {', '.join(names)}"
         )
-
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one file (safetensors with the rows as JSON in its header)."""
-        facts: dict[str, Any] = {
-            "title": self.title,
-            "rows": [row.__dict__ for row in self.rows],
-            "notes": list(self.notes),
-        }
-        return save_tensors(path, "Scorecard", {"values": torch.tensor([row.value for row in self.rows])}, facts)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Scorecard:
-        """Read what `save` wrote."""
-        _, facts = load_tensors(path, "Scorecard")
-        return cls(facts["title"], tuple(Row(**row) for row in facts["rows"]), tuple(facts.get("notes", ())))
 
     def __repr__(self) -> str:
         not_judged = sum(not row.judgeable for row in self.rows)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 import mansu_tl as mtl
 from mansu_tl.data.split import split_questions
-from mansu_tl.files import write_text
+from mansu_tl.results.files import write_text
 from mansu_tl.verification import Relearning, RelearningCurve, attack_splits, compare_relearning
 
 SETTINGS: tuple[tuple[str, Any], ...] = (

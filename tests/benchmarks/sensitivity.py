@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 import mansu_tl as mtl
 from mansu_tl.data.split import split_questions
-from mansu_tl.files import write_text
+from mansu_tl.results.files import write_text
 
 GRID: dict[str, tuple[Any, ...]] = {
     "budget": (0.005, 0.01, 0.03),

@@ -23,7 +23,7 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import NoEditError
-from mansu_tl.files import write_text
+from mansu_tl.results.files import write_text
 from mansu_tl.tofu import TofuScores, evaluate_tofu, read_tofu, tofu_task
 from mansu_tl.tofu.train import CHECKPOINTS, train_tofu
 from mansu_tl.unlearning import Edit, method_title

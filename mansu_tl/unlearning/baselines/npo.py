@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
-from mansu_tl.digest import Digested
+from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.training import Batch, TrainingSettings, train

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
-from mansu_tl.digest import Digested
 from mansu_tl.models import float32_copy, home, linear_weights
+from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning.batches import joined
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit

@@ -18,9 +18,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences, Task
-from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, float32_copy, home, linear_weights, parameters
+from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning.batches import Values, run_values
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit

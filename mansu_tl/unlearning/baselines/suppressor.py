@@ -13,8 +13,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
-from mansu_tl.digest import Digested
 from mansu_tl.models import component_map, linear_weights, parameters
+from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning.baselines.npo import npo_loss
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
-from mansu_tl.digest import Digested
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, float32_copy, home, linear_weights
+from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning.batches import last_token_logits
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit

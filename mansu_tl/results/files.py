@@ -1,4 +1,4 @@
-"""Reading and writing results: one safetensors file with JSON in its header, written whole or not at all."""
+"""Files: text and results, read with errors that say what is wrong, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from mansu_tl.errors import MansuError
 
-_FORMAT = "1"
+_FORMAT = "2"
 _PACKED = {"zip": b"PK\x03\x04", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstd": b"\x28\xb5\x2f\xfd"}
 # Not str.splitlines, which also ends a line at U+0085, U+2028 and others that JSON leaves inside a string.
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -104,36 +104,50 @@ def write_text(path: str | PathLike[str], text: str) -> Path:
     return write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def save_tensors(
-    path: str | PathLike[str], kind: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]
+def write_packed(
+    path: str | PathLike[str], kind: str, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]
 ) -> Path:
-    """Write tensors and JSON-able facts as one safetensors file marked as a `kind`."""
-    header = {"mansu_tl": kind, "format": _FORMAT, "facts": json.dumps(dict(facts))}
-    # Copies, because safetensors refuses tensors that share memory.
-    flat = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    return write_whole(path, lambda p: save_file(flat, p, metadata=header))
-
-
-def load_tensors(path: str | PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `save_tensors` wrote.
+    """Write tensors and a JSON-able header as one file marked as a `kind`: safetensors, or JSON where its name says so.
 
     Raises:
-        MansuError: no such file, a file of another kind, or one that was cut short or tampered with.
+        MansuError: tensors in a .json file, or a folder that cannot be written to.
+    """
+    if Path(path).suffix == ".json":
+        if tensors:
+            raise MansuError(f"{path}: a {kind} holds tensors; give a name that ends in .safetensors")
+        text = json.dumps({"mansu_tl": kind, "format": _FORMAT, **header}, indent=2)
+        return write_text(path, text + "\n")
+    marked = {"mansu_tl": kind, "format": _FORMAT, "header": json.dumps(dict(header))}
+    # Copies, because safetensors refuses tensors that share memory.
+    flat = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    return write_whole(path, lambda p: save_file(flat, p, metadata=marked))
+
+
+def read_packed(path: str | PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what `write_packed` wrote.
+
+    Raises:
+        MansuError: no such file, a file of another kind or format, or one that was cut short.
     """
     source = local(path)
     if not source.is_file():
         raise MansuError(f"{source}: no such file; save a {kind} there first")
+    tensors: dict[str, torch.Tensor] = {}
+    what = "JSON" if source.suffix == ".json" else "safetensors"
     try:
-        with safe_open(source, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a safetensors handle is no dict
-        facts = json.loads(header.get("facts", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise MansuError(f"{source}: cannot be read ({error}); it was cut short or is no safetensors file") from None
-    if header.get("mansu_tl") != kind:
-        raise MansuError(
-            f"{source}: holds {header.get('mansu_tl', 'something else')!r}, not a {kind}; pass the right file"
-        )
-    if header.get("format") != _FORMAT:
-        raise MansuError(f"{source}: format {header.get('format')!r} is unknown here; save it again with this version")
-    return tensors, facts
+        if source.suffix == ".json":
+            marked = json.loads(source.read_text(encoding="utf-8"))
+            header = marked
+        else:
+            with safe_open(source, framework="pt") as file:
+                marked = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the handle is no dict
+            header = json.loads(marked.get("header", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise MansuError(f"{source}: cannot be read ({error}); it was cut short or is no {what} file") from None
+    if not isinstance(marked, dict) or marked.get("mansu_tl") != kind:
+        found = marked.get("mansu_tl", "something else") if isinstance(marked, dict) else "something else"
+        raise MansuError(f"{source}: holds {found!r}, not a {kind}; pass the right file")
+    if marked.get("format") != _FORMAT:
+        raise MansuError(f"{source}: format {marked.get('format')!r} is unknown here; save it again with this version")
+    return tensors, header

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mansu_tl.errors import MansuError
-from mansu_tl.files import write_text
+from mansu_tl.results.files import write_text
 
 
 @contextmanager

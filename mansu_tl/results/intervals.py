@@ -1,9 +1,10 @@
-"""Bootstrap intervals over facts: several wordings of one fact are drawn together and count once."""
+"""95 % intervals of a mean: over facts, whose wordings are drawn together and count once, and over seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,3 +33,14 @@ def interval_over_facts(
     means = total[drawn].sum(1) / count[drawn].sum(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def interval_over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of `values` by Student's t; NaN for fewer than two. In the values' units."""
+    found = np.asarray(values, dtype=float)
+    if len(found) < 2:
+        return float("nan"), float("nan")
+    from scipy import special  # takes half a second, and few runs need it
+
+    half = special.stdtrit(len(found) - 1, 0.975) * found.std(ddof=1) / np.sqrt(len(found))
+    return float(found.mean() - half), float(found.mean() + half)

@@ -7,16 +7,19 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
-from mansu_tl.digest import digest
-from mansu_tl.files import write_text
-from mansu_tl.locks import waiting_writer
+from mansu_tl.results.digest import digest
+from mansu_tl.results.files import write_text
+from mansu_tl.results.locks import waiting_writer
+from mansu_tl.results.result import Result
+
+R = TypeVar("R", bound=Result)
 
 
-class Stages:
+class Store:
     """Results on disk, each beside a key of everything that it was made from.
 
     Args:
@@ -33,13 +36,10 @@ class Stages:
         self.made = 0
         self._asked: dict[str, str] = {}
 
-    def tensor(self, name: str, kind: Any, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """A result with its own `save` and `load`."""
-        return self._stage(f"{name}.safetensors", key, make, kind.load, lambda result, path: result.save(path))
-
-    def json(self, name: str, kind: Any, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-        """A result whose `save` writes JSON."""
-        return self._stage(f"{name}.json", key, make, kind.load, lambda result, path: result.save(path))
+    def result(self, name: str, kind: type[R], key: Mapping[str, Any], make: Callable[[], R]) -> R:
+        """A result of class `kind`, in a file of its own suffix."""
+        found: R = self._stage(name + kind.suffix, key, make, kind.load, lambda result, path: result.save(path))
+        return found
 
     def table(self, name: str, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """A table as CSV."""
