@@ -1,10 +1,10 @@
-"""The command line: `mansu-tl` with demo, new, check, run, report, compare and figures."""
+"""The command line: `mansu-tl` with demo, new, check, run, report, compare and figures, and what there is to choose from."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,15 +14,24 @@ import typer
 
 from mansu_tl import __version__
 from mansu_tl.checking import Check, check_study
-from mansu_tl.comparison import compare as run_comparison
-from mansu_tl.comparison import full, properties, quick
-from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError
-from mansu_tl.gallery import collect, write_gallery
+from mansu_tl.quantization import quantizers as quantizer_names
 from mansu_tl.starter import write_starter
-from mansu_tl.study import Study, run_study
-from mansu_tl.study_report import write_study_report
-from mansu_tl.unlearning import MansuSettings
+from mansu_tl.study import (
+    Study,
+    StudyConfig,
+    collect,
+    full,
+    properties,
+    quick,
+    run_study,
+    write_gallery,
+    write_study_report,
+)
+from mansu_tl.study import compare as run_comparison
+from mansu_tl.study.collect import config_in
+from mansu_tl.unlearning import MansuSettings, method_flags
+from mansu_tl.unlearning import methods as method_names
 
 app = typer.Typer(
     add_completion=False,
@@ -43,8 +52,9 @@ Out = Annotated[Path, typer.Option("--out", help="Results folder; an interrupted
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Workers = Annotated[
     int | None,
-    typer.Option(help="Small models run at the same time; 1 = one after the other.", show_default="one a core"),
+    typer.Option(help="Cells computed at the same time; 1 = one after the other.", show_default="one a core"),
 ]
+On = Annotated[str, typer.Option("--on", help="Where: processes of this machine, or ray (a cluster).")]
 Png = Annotated[bool, typer.Option("--png", help="Also write every figure as PNG (needs Chromium).")]
 
 
@@ -68,13 +78,13 @@ def demo(
     out: Out = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     workers: Workers = None,
+    on: On = "processes",
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
     """Run the whole road on the embedded models and write a report: three minutes on two free CPU cores."""
-    config = replace(_DEMO, seed=seed)
     with _to_be_continued():
-        _finish(run_study(config, out, progress=not quiet, workers=workers), png)
+        _finish(run_study(replace(_DEMO, seed=seed), out, progress=not quiet, workers=workers, on=on), png)
 
 
 @app.command()
@@ -82,6 +92,7 @@ def run(
     config: Annotated[Path, typer.Argument(help="A TOML file; README shows one.")],
     out: Out,
     workers: Workers = None,
+    on: On = "processes",
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
@@ -91,7 +102,7 @@ def run(
         found = check_study(read)
         _say(found, warnings_only=True)
         found.require()
-        _finish(run_study(read, out, progress=not quiet, workers=workers), png)
+        _finish(run_study(read, out, progress=not quiet, workers=workers, on=on), png)
 
 
 @app.command()
@@ -123,11 +134,9 @@ def report(
     png: Png = False,
 ) -> None:
     """Write the report of a results folder again; stages that are missing or out of date are run first."""
-    if not (folder / "config.toml").is_file():
-        raise MansuError(f"{folder}: no config.toml in it, so it is no results folder; give the --out of a run")
+    config = StudyConfig.read(config_in(folder))
     with _to_be_continued():
-        # In a row: what is there is only read, and a process would take longer to start.
-        _finish(run_study(StudyConfig.read(folder / "config.toml"), folder, progress=False, workers=1), png)
+        _finish(run_study(config, folder, progress=False), png)
 
 
 @app.command()
@@ -136,13 +145,14 @@ def compare(
     thorough: Annotated[
         bool, typer.Option("--full/--quick", help="Everything, in hours; or the picture, in minutes.")
     ] = False,
-    part: Annotated[str, typer.Option(help="i/n: do only this share of the edits, beside other processes.")] = "1/1",
     base: Annotated[list[str] | None, typer.Option(help="A model that knows the forget set; may be repeated.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method or ablation; may be repeated.")] = None,
     quantizer: Annotated[list[str] | None, typer.Option(help="A quantizer; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="So many seeds of every method; 0 = as the plan says.")] = 0,
     task: Annotated[str, typer.Option(help="The task: an embedded name or a JSON-lines file.")] = "pocket",
     never: Annotated[str, typer.Option(help="A model that never learnt it; '' = none.")] = "pocket-never",
+    workers: Workers = None,
+    on: On = "processes",
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
@@ -156,15 +166,10 @@ def compare(
     if seeds:
         changes |= dict.fromkeys(("seeds", "control_seeds", "ablation_seeds"), tuple(range(seeds)))
     plan = full(**changes) if thorough else quick(**changes)
-    numbers = part.split("/")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise MansuError(f"compare: part={part!r}; write it as 1/2")
-    share = (int(numbers[0]), int(numbers[1]))
     with _to_be_continued():
-        result = run_comparison(plan, out, part=share, png=png, progress=not quiet)
-    if share == (1, 1):
-        typer.echo(properties(result.table).set_index(["base", "method"]).T.to_string())
-        typer.echo(f"tables and figures: {result.folder}")
+        result = run_comparison(plan, out, png=png, progress=not quiet, workers=workers, on=on)
+    typer.echo(properties(result.table).set_index(["base", "method"]).T.to_string())
+    typer.echo(f"tables and figures: {result.folder}")
 
 
 @app.command()
@@ -187,6 +192,32 @@ def figures(
         collect(results, folder / "results", progress=not quiet)
     written = write_gallery(folder, images=png, dark=dark, svg=svg, html=html, progress=not quiet)
     typer.echo(f"{len(written)} files in {folder}; {folder / 'README.md'} lists the pictures")
+
+
+@app.command()
+def methods() -> None:
+    """List the unlearning methods: name, title, and what is to be known of each."""
+    _list(
+        (name, flags.title, "takes the circuit" * flags.takes_circuit, "claims the floor" * flags.claims_floor,
+         "searched for its learning rate" * flags.searched, f"control of {flags.control_of}" * bool(flags.control_of))
+        for name, flags in ((name, method_flags(name)) for name in method_names())
+    )  # fmt: skip
+
+
+@app.command()
+def quantizers() -> None:
+    """List the quantizers: name, and whether it has fixed cells, wants a calibration text, or is a library's."""
+    kinds = {"grid": "fixed cells: can be floored and counted", "calibrated": "calibrated on the retain text"}
+    kinds["library"] = "a library's own codes"
+    _list((name, text) for kind, text in kinds.items() for name in quantizer_names(kind))
+
+
+def _list(rows: Iterable[Sequence[str]]) -> None:
+    """One line each: the name, and the rest behind it."""
+    table = list(rows)
+    width = max(len(name) for name, *_ in table)
+    for name, *rest in table:
+        typer.echo(f"{name:<{width}}  {', '.join(filter(None, rest))}")
 
 
 def _say(found: Check, *, warnings_only: bool = False) -> None:

@@ -11,7 +11,7 @@ import pytest
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.explorer import Explorer
-from mansu_tl.report import Section, write_report
+from mansu_tl.study.page import Section, write_report
 from tests.browser import Tab, opened
 from tests.tiny_study import EVIL, crossing_edit, tiny_case
 

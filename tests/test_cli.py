@@ -14,7 +14,7 @@ import pytest
 
 from mansu_tl.checking import check_study
 from mansu_tl.cli import main
-from mansu_tl.config import StudyConfig
+from mansu_tl.study.config import StudyConfig
 from mansu_tl.errors import MansuError
 from mansu_tl.starter import write_starter
 from tests.terminal import terminal

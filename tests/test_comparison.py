@@ -11,8 +11,8 @@ import pytest
 
 import mansu_tl as mtl
 from mansu_tl.cli import main
-from mansu_tl.comparison import Comparison, compare, figures, full, properties, quick, summary
-from mansu_tl.comparison.plan import ABLATIONS, title_of
+from mansu_tl.study import Comparison, compare, figures, full, properties, quick, summary
+from mansu_tl.study.plan import ABLATIONS, title_of
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
 from mansu_tl.unlearning import Edit, method_flags, methods
@@ -164,7 +164,7 @@ def test_a_model_that_is_named_twice_is_refused(tmp_path) -> None:
 
 
 def test_another_plan_is_refused_while_a_part_is_at_work(tmp_path, monkeypatch) -> None:
-    from mansu_tl.comparison import run
+    from mansu_tl.study import run
 
     plan = dataclasses.replace(PLAN, methods=("graddiff",), never="", rates=())
     held: list[str] = []
@@ -184,7 +184,7 @@ def test_another_plan_is_refused_while_a_part_is_at_work(tmp_path, monkeypatch) 
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
-    from mansu_tl.comparison import run
+    from mansu_tl.study import run
 
     plan = dataclasses.replace(PLAN, methods=("graddiff",), never="", rates=(), control_seeds=(0, 1), seeds=(0,))
     made: list[int] = []

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import mansu_tl as mtl
-from mansu_tl.comparison import full
-from mansu_tl.config import StudyConfig
+from mansu_tl.study import full
+from mansu_tl.study.config import StudyConfig
 from mansu_tl.data import PromptPairs, Questions, Sequences, Span, Task
 from mansu_tl.results.digest import digest
 from mansu_tl.unlearning import methods, settings_of

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mansu_tl.comparison import markdown, properties
+from mansu_tl.study import markdown, properties
+from mansu_tl.study.table import read_table
 from tests.benchmarks import tofu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,8 +17,7 @@ COMPARE = ROOT / "figures" / "compare"
 
 @pytest.fixture(scope="module")
 def measures() -> pd.DataFrame:
-    table = pd.read_csv(COMPARE / "measures.csv", keep_default_na=False, na_values=["", "nan"])
-    return table.assign(quantizer=table["quantizer"].fillna(""))
+    return read_table(COMPARE / "measures.csv")
 
 
 def quoted(text: str, source: str = "figures/compare/tables.md") -> list[str]:

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from mansu_tl.cli import app
 from mansu_tl.errors import MansuError
-from mansu_tl.gallery import collect, figure_data, pictures, write_gallery
-from mansu_tl.gallery.write import page
+from mansu_tl.study import collect, figure_data, pictures, write_gallery
+from mansu_tl.study.gallery import page
 from tests.test_plots import needs_browser
 
 FIGURES = Path(__file__).parents[1] / "figures"

@@ -33,7 +33,7 @@ from mansu_tl.plots.export import browser
 from mansu_tl.plots.layered import path, place
 from mansu_tl.plots.theme import fixed, number, plain
 from mansu_tl.quantization.statistics import UpdateStatistics
-from mansu_tl.report import Section, write_report
+from mansu_tl.study.page import Section, write_report
 from mansu_tl.verification import Certificate, Divergence, Scorecard
 from mansu_tl.verification.certificate import CertificateRow
 from mansu_tl.verification.scorecard import Row

@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 import mansu_tl as mtl
 from mansu_tl import processes
-from mansu_tl.config import StudyConfig
+from mansu_tl.study.config import StudyConfig
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.processes import Job, Processes, StageBar, is_small, one_thread
+from mansu_tl.study.engines import Job, Processes, StageBar, is_small, one_thread
 from mansu_tl.results.locks import held
 from mansu_tl.study import run_study
 from tests.terminal import terminal

@@ -234,12 +234,12 @@ def test_every_progress_bar_is_one_that_becomes_a_widget_in_a_notebook() -> None
 
 
 def test_the_calls_that_take_long_have_a_progress_bar() -> None:
-    from mansu_tl import comparison, verification
+    from mansu_tl import study, verification
 
     long = [
         mtl.discover_circuit, mtl.edge_attribution, mtl.faithfulness_curve, mtl.minimality, mtl.patch_edges,
         mtl.path_patching, mtl.activation_patching, mtl.node_attribution, mtl.neuron_attribution, mtl.unlearn,
-        mtl.quantize, mtl.scorecard, mtl.circuit_divergence, mtl.run_study, comparison.compare, verification.probe,
+        mtl.quantize, mtl.scorecard, mtl.circuit_divergence, mtl.run_study, study.compare, verification.probe,
         verification.erasure_depth, verification.rediscover, verification.relearn, verification.compare_relearning,
     ]  # fmt: skip
     for call in long:

@@ -18,10 +18,10 @@ import pytest
 
 import mansu_tl as mtl
 import mansu_tl.study as study_module
-from mansu_tl.config import StudyConfig
+from mansu_tl.study.config import StudyConfig
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint
-from mansu_tl.names import short_names
+from mansu_tl.study.names import short_names
 from mansu_tl.results.locks import held, one_writer, waiting_writer
 from mansu_tl.results.store import Store
 from mansu_tl.starter import write_starter

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.cli import main
-from mansu_tl.config import StudyConfig
+from mansu_tl.study.config import StudyConfig
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import Explorer
 from mansu_tl.models import parameters
 from mansu_tl.study import run_study
-from mansu_tl.study_report import study_figures, write_study_report
+from mansu_tl.study.report import study_figures, write_study_report
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import Scorecard
 from tests.browser import opened

@@ -19,6 +19,10 @@ from mansu_tl.results.result import Result
 R = TypeVar("R", bound=Result)
 
 
+class NotMadeError(Exception):
+    """A stage that is not there, or out of date, was asked of a store that only reads."""
+
+
 class Store:
     """Results on disk, each beside a key of everything that it was made from.
 
@@ -26,13 +30,17 @@ class Store:
         folder: where they lie.
         base: what every stage reads; the package's version is added.
         shared: several processes work on this folder at once; two of them do not both make a stage.
+        making: make what is missing; else raise `NotMadeError`.
 
     Attributes:
         made: how many had to be made.
     """
 
-    def __init__(self, folder: Path, base: Mapping[str, Any] | None = None, *, shared: bool = False) -> None:
+    def __init__(
+        self, folder: Path, base: Mapping[str, Any] | None = None, *, shared: bool = False, making: bool = True
+    ) -> None:
         self.folder, self.base, self.shared = folder, {**(base or {}), "version": version("mansu-tl")}, shared
+        self.making = making
         self.made = 0
         self._asked: dict[str, str] = {}
 
@@ -42,15 +50,16 @@ class Store:
         return found
 
     def table(self, name: str, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """A table as CSV."""
+        """A table as CSV, as it is read back."""
 
         def read(path: Path) -> pd.DataFrame:
-            return pd.read_csv(path, keep_default_na=False, na_values=["NaN"])
+            return pd.read_csv(path, keep_default_na=False, na_values=["NaN"], float_precision="round_trip")
 
         def write(frame: pd.DataFrame, path: Path) -> None:
             write_text(path, frame.to_csv(index=False, na_rep="NaN"))
 
-        return self._stage(f"{name}.csv", key, make, read, write)
+        self._stage(f"{name}.csv", key, make, read, write)
+        return read(self.folder / f"{name}.csv")
 
     def done(self, name: str, key: Mapping[str, Any]) -> bool:
         """Whether a result with this file name is there and up to date."""
@@ -82,6 +91,8 @@ class Store:
         with waiting_writer(self.folder / ".locks", name.replace("/", ".")) if self.shared else nullcontext():
             if self._is(name, said):
                 return read(path)
+            if not self.making:
+                raise NotMadeError(name)
             result = make()
             self.made += 1
             # The key goes last: a run that is cut off in between does the stage again.

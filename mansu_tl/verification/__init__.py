@@ -12,11 +12,13 @@ from mansu_tl.verification.divergence import (
     output_suppressor,
 )
 from mansu_tl.verification.knowledge import require_known
+from mansu_tl.verification.measurement import Subject, measure
 from mansu_tl.verification.probes import Probes, probe
 from mansu_tl.verification.rediscovery import Rediscovery, rediscover
 from mansu_tl.verification.relearning import RelearningCurve, relearn
 from mansu_tl.verification.resistance import Relearning, compare_relearning
-from mansu_tl.verification.scorecard import Bounds, Scorecard, scorecard
+from mansu_tl.verification.scorecard import Scorecard, judge, scorecard
+from mansu_tl.verification.verdicts import Bounds
 
 __all__ = [
     "Attack",
@@ -31,6 +33,7 @@ __all__ = [
     "Relearning",
     "RelearningCurve",
     "Scorecard",
+    "Subject",
     "attack_splits",
     "certify",
     "certify_in_fresh_process",
@@ -39,6 +42,8 @@ __all__ = [
     "compare_relearning",
     "damage",
     "erasure_depth",
+    "judge",
+    "measure",
     "output_suppressor",
     "probe",
     "rediscover",

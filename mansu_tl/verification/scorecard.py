@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
-from jaxtyping import Float
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
@@ -19,39 +17,14 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import Accuracy
 from mansu_tl.models.kinds import require_bridge
-from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table, bars
-from mansu_tl.verification.controls import Controls, answers, under
-from mansu_tl.verification.divergence import CircuitScores, circuit_divergence
+from mansu_tl.verification.divergence import CircuitScores
 from mansu_tl.verification.knowledge import few_facts, unknown_facts
+from mansu_tl.verification.measurement import Subject, measure
+from mansu_tl.verification.verdicts import NOT_JUDGEABLE, Bounds
 
-_NOT_JUDGEABLE = "not judgeable"
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """When a row passes; accuracies and drops in percentage points.
-
-    Attributes:
-        forget_over_chance: how far from chance (100 / options) multiple choice on forget questions may be. Above it the
-            knowledge is still there; below it, with the whole interval, it is inverted rather than forgotten.
-        forget_cloze: cloze accuracy on forget questions.
-        retain_drop: drop on the retain questions.
-        near_drop: drop on neighbouring facts, and on every held-out wording.
-        ptq_gap: forget accuracy after quantization minus before.
-        divergence: lower end of the CAD interval after quantization.
-        control_loss: what quantization alone may cost the un-edited model; where it costs more, nothing can be judged.
-        control_divergence: CAD of the un-edited model after quantization, likewise.
-    """
-
-    forget_over_chance: float = 5.0
-    forget_cloze: float = 5.0
-    retain_drop: float = 1.0
-    near_drop: float = 2.0
-    ptq_gap: float = 0.0
-    divergence: float = 0.8
-    control_loss: float = 10.0
-    control_divergence: float = 0.2
+_ORDER = ("forgetting", "retention", "PTQ gap", "structural erasure")
+_UNITS = {"forgetting": ", %", "retention": ", points", "PTQ gap": ", points", "structural erasure": ""}
 
 
 @dataclass(frozen=True)
@@ -79,7 +52,7 @@ class Row:
     @builtins.property
     def judgeable(self) -> bool:
         """Whether its control holds."""
-        return not self.note.startswith(_NOT_JUDGEABLE)
+        return not self.note.startswith(NOT_JUDGEABLE)
 
     @builtins.property
     def verdict(self) -> str:
@@ -163,8 +136,6 @@ def scorecard(
     bounds: Bounds | None = None,
     title: str = "edited",
     original_scores: CircuitScores | None = None,
-    controls: Controls | None = None,
-    edited_scores: Mapping[str, CircuitScores] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Scorecard:
@@ -176,161 +147,82 @@ def scorecard(
 
     Args:
         original_scores: the original's `circuit_scores` on the task's forget pairs, to reuse them.
-        controls: what the original says, to reuse it for several edits; in place of `original_scores`.
-        edited_scores: the edited model's `circuit_scores` by quantizer, to reuse them.
         seed: of the bootstrap.
         progress: show a bar over the quantizers; None = in notebooks.
     """
-    limits = bounds or Bounds()
     for each in (model, edited):
         require_bridge(each)
     require_task(task)
-    known = edited_scores or {}
-    control_of = Controls(model, task, circuit, original_scores) if controls is None else controls
-    before, after = control_of.answers(), answers(edited, task)
-    rows = _forgetting(before, before, after, task, "", limits, seed)
-    rows += _retention(before, before, after, task, "", limits, seed)
-    for name in tqdm(quantizers, desc=f"scorecard {title}", unit="quantizer", disable=not bars(progress)):
-        q_edited = under(edited, task, name)
-        q_before, q_after = control_of.answers(name), answers(q_edited, task)
-        rows += _forgetting(before, q_before, q_after, task, name, limits, seed)
-        rows += _retention(before, q_before, q_after, task, name, limits, seed)
-        rows += _gaps(before, after, q_before, q_after, name, limits, seed)
-        pairs = task.forget_pairs
-        cad = circuit_divergence(control_of.scores(), known.get(name, q_edited), circuit, pairs, seed=seed)
-        noise = circuit_divergence(control_of.scores(), control_of.scores(name), circuit, pairs, seed=seed)
-        for measure, value, interval, control in (
-            ("CAD", cad.value, cad.interval, noise.value),
-            ("mass loss", cad.mass_loss, cad.mass_interval, noise.mass_loss),
-        ):
-            row = Row(
-                "structural erasure", measure, name, value, *interval, control, "un-edited, quantized",
-                f">= {limits.divergence:g} (lower end)", interval[0] >= limits.divergence,
-            )  # fmt: skip
-            lost = abs(control) > limits.control_divergence
-            rows.append(_unjudged(row, f"{name} alone gives {control:.2f}") if lost else row)
-    order = {"forgetting": 0, "retention": 1, "PTQ gap": 2, "structural erasure": 3}
-    notes = [note for set_, asked in task.questions.items() if (note := few_facts(asked, _words(set_)))]
-    missing = unknown_facts(before["forget"])
-    if missing:
-        notes.append(f"not known before the edit: {', '.join(missing)}")
-    return Scorecard(title, tuple(sorted(rows, key=lambda row: order[row.property])), tuple(notes))
+    original = Subject(model, task, circuit, scores=original_scores)
+    table = measure(
+        original,
+        Subject(edited, task, circuit, steps=original.steps),
+        quantizers,
+        seed=seed,
+        progress=bars(progress),
+    )
+    return judge(table, task, original.answers()["forget"], title=title, bounds=bounds)
 
 
-def _unjudged(row: Row, why: str) -> Row:
-    return replace(row, passed=False, note=f"{_NOT_JUDGEABLE}: {why}")
-
-
-def _judged(row: Row, original: float, control: float, least: float, limits: Bounds) -> Row:
-    """The row, unless its control fails: accuracies of the un-edited model, before and under the row's quantizer.
+def judge(
+    table: pd.DataFrame, task: Task, known: Accuracy, *, title: str = "edited", bounds: Bounds | None = None
+) -> Scorecard:
+    """The scorecard of what `measure` gave.
 
     Args:
-        least: what the un-edited model has to get right for anything to be seen.
+        known: the original's answers to the forget questions.
     """
-    if original <= least:
-        return _unjudged(row, f"the un-edited model gets {original:.0f} % right")
-    if original - control > limits.control_loss:
-        return _unjudged(row, f"{row.quantizer} alone lost {original - control:.0f} points")
-    return row
+    limits = bounds or Bounds()
+    right = {
+        (name, asked, kind): control
+        for name, asked, kind, control in table[["quantizer", "question_set", "measure", "control"]].itertuples(
+            index=False
+        )
+    }
+    rows = [row for line in table.to_dict("records") if (row := _row(line, task, limits, right)) is not None]
+    notes = [note for set_, asked in task.questions.items() if (note := few_facts(asked, _words(set_)))]
+    if missing := unknown_facts(known):
+        notes.append(f"not known before the edit: {', '.join(missing)}")
+    return Scorecard(title, tuple(sorted(rows, key=lambda row: _ORDER.index(row.property))), tuple(notes))
 
 
-def _forgetting(
-    original: dict[str, Accuracy],
-    before: dict[str, Accuracy],
-    after: dict[str, Accuracy],
-    task: Task,
-    quantizer: str,
-    limits: Bounds,
-    seed: int,
-) -> list[Row]:
-    rows = []
-    control = "un-edited, quantized" if quantizer else "un-edited"
-    for name in ("forget", "forget_paraphrase"):
-        if name not in after:
-            continue
-        chance = task.questions[name].chance
-        floor, ceiling = max(0.0, chance - limits.forget_over_chance), chance + limits.forget_over_chance
-        for kind in ("MC", "cloze"):
-            hits, base = _hits(after[name], kind), 100 * _hits(before[name], kind).mean().item()
-            value = 100 * hits.mean().item()
-            low, high = _interval(hits, after[name].facts, seed)
-            row = Row(
-                "forgetting", f"{_words(name)} {kind}, %", quantizer, value, low, high, base, control,
-                f"<= {limits.forget_cloze:g}", value <= limits.forget_cloze,
-            )  # fmt: skip
-            least = limits.forget_cloze
-            if kind == "MC":
-                inverted = high < floor
-                note = f"inverted, guessing gives {chance:.0f} %" if inverted else ""
-                bound = f"{floor:g} to {ceiling:g}" if floor else f"<= {ceiling:g}"
-                row = replace(row, bound=bound, passed=value <= ceiling and not inverted, note=note, chance=chance)
-                least = ceiling
-            rows.append(_judged(row, _percent(original[name], kind), base, least, limits))
-    return rows
+def _row(
+    line: Mapping[Any, Any], task: Task, limits: Bounds, right: Mapping[tuple[str, str, str], float]
+) -> Row | None:
+    """A judged row of the tidy table; None for a measure that a scorecard leaves out.
 
-
-def _retention(
-    original: dict[str, Accuracy],
-    before: dict[str, Accuracy],
-    after: dict[str, Accuracy],
-    task: Task,
-    quantizer: str,
-    limits: Bounds,
-    seed: int,
-) -> list[Row]:
-    rows = []
-    control = "un-edited accuracy, quantized" if quantizer else "un-edited accuracy"
-    for name in ("retain", "retain_paraphrase", "near", "near_paraphrase"):
-        if name not in after:
-            continue
-        bound = limits.retain_drop if name == "retain" else limits.near_drop
-        for kind in ("MC", "cloze"):
-            drop, base = _hits(before[name], kind) - _hits(after[name], kind), _percent(before[name], kind)
-            value = 100 * drop.mean().item()
-            low, high = _interval(drop, after[name].facts, seed)
-            row = Row(
-                "retention", f"{_words(name)} {kind} drop, points", quantizer, value, low, high, base, control,
-                f"<= {bound:g}", value <= bound + 1e-9,
-            )  # fmt: skip
-            least = task.questions[name].chance if kind == "MC" else 0.0
-            rows.append(_judged(row, _percent(original[name], kind), base, least, limits))
-    return rows
-
-
-def _gaps(
-    before: dict[str, Accuracy], after: dict[str, Accuracy], q_before: dict[str, Accuracy],
-    q_after: dict[str, Accuracy], quantizer: str, limits: Bounds, seed: int,
-) -> list[Row]:  # fmt: skip
-    rows = []
-    for name in ("forget", "forget_paraphrase"):
-        if name not in after:
-            continue
-        for kind in ("MC", "cloze"):
-            gap = _hits(q_after[name], kind) - _hits(after[name], kind)
-            original, control = _percent(before[name], kind), _percent(q_before[name], kind)
-            value = 100 * gap.mean().item()
-            low, high = _interval(gap, after[name].facts, seed)
-            row = Row(
-                "PTQ gap", f"{_words(name)} {kind}, points", quantizer, value, low, high, control - original,
-                "un-edited", f"<= {limits.ptq_gap:g}", value <= limits.ptq_gap + 1e-9,
-            )  # fmt: skip
-            rows.append(_judged(row, original, control, 0.0, limits))
-    return rows
-
-
-def _hits(answers: Accuracy, kind: str) -> Float[Tensor, " question"]:
-    return (answers.multiple_choice if kind == "MC" else answers.cloze).double()
-
-
-def _percent(answers: Accuracy, kind: str) -> float:
-    return 100 * _hits(answers, kind).mean().item()
+    Args:
+        right: how the un-edited model answers, by quantizer, question set and kind, in percent.
+    """
+    quantizer, asked, measured = (line[key] for key in ("quantizer", "question_set", "measure"))
+    found = limits.of(asked, measured)
+    if found is None or (not asked and not quantizer):
+        return None
+    property_, bound = found
+    value, low, high, control = (line[key] for key in ("value", "low", "high", "control"))
+    kind = "MC" if "MC" in measured else "cloze"
+    guessing = task.questions[asked].chance if asked and kind == "MC" else float("nan")
+    chance = guessing if property_ == "forgetting" and kind == "MC" else None
+    text = bound.verdict(value, low, high, chance=guessing, control=control if not asked else 0.0, quantizer=quantizer)
+    name = "un-edited, quantized" if quantizer else "un-edited"
+    if asked:
+        least = {
+            "forgetting": bound.limits(guessing)[1],
+            "retention": guessing if kind == "MC" else 0.0,
+            "PTQ gap": 0.0,
+        }
+        before, deployed = right["", asked, kind], right[quantizer, asked, kind]
+        text = limits.control_fails(before, deployed, least[property_], quantizer) or text
+        if property_ == "retention":
+            control, name = deployed, name.replace("un-edited", "un-edited accuracy")
+        elif property_ == "PTQ gap":
+            name = "un-edited"
+    shown = f"{_words(asked)} {measured.removeprefix('PTQ gap, ')}" if asked else measured
+    return Row(
+        property_, f"{shown}{_UNITS[property_]}", quantizer, value, low, high, control, name,
+        bound.text(guessing), text == "pass", text.removeprefix("fail").removeprefix(": ") if text != "pass" else "", chance,
+    )  # fmt: skip
 
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _interval(values: Float[Tensor, " question"], facts: tuple[str, ...], seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over facts, in percentage points."""
-    low, high = interval_over_facts(values, facts, seed)
-    return 100 * low, 100 * high

@@ -13,11 +13,11 @@ from typing import Any
 
 from mansu_tl.errors import MansuError
 from mansu_tl.models.loading import EMBEDDED
-from mansu_tl.names import short_names
 from mansu_tl.quantization import quantizer
-from mansu_tl.results.digest import Digested
 from mansu_tl.results.files import local, read_text
-from mansu_tl.unlearning import methods, settings_of
+from mansu_tl.study.names import short_names
+from mansu_tl.study.plan import Cell, Plan
+from mansu_tl.unlearning import methods
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,7 +26,7 @@ else:
 
 
 @dataclass(frozen=True)
-class StudyConfig(Digested):
+class StudyConfig(Plan):
     """What a study runs.
 
     Attributes:
@@ -54,25 +54,47 @@ class StudyConfig(Digested):
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, known in (("methods", methods()), ("quantizers", None)):
-            if not getattr(self, key):
-                raise MansuError(f"config: {key} is empty; name at least one")
-            for name in getattr(self, key):
-                if known is None:
-                    quantizer(name)
-                elif name not in known:
-                    raise MansuError(
-                        f"config: unknown method {name!r}; choose one of {', '.join(known)}{_near(name, known)}"
-                    )
-        for key in ("methods", "quantizers", "also"):
-            twice = [name for name in getattr(self, key) if getattr(self, key).count(name) > 1]
-            if twice:
-                raise MansuError(f"config: {key} names {twice[0]!r} twice; name each once")
-        short_names((self.model, *self.also), "config: model and also")
+        for name in self.quantizers:
+            quantizer(name)
+        for name in self.methods:
+            if name not in methods():
+                choices = f"{', '.join(methods())}{_near(name, methods())}"
+                raise MansuError(f"config: unknown method {name!r}; choose one of {choices}")
+        self._named_once("config", ("methods", "quantizers"), ("methods", "quantizers", "also"))
+        short_names(self.bases, "config: model and also")
         if not 0 < self.faithfulness <= 1:
             raise MansuError(f"config: faithfulness={self.faithfulness}; choose a target in (0, 1]")
-        for method, values in self.settings.items():
-            settings_of(method, dict(values))
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The model, and those beside it."""
+        return (self.model, *self.also)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """A short name for every model."""
+        return short_names(self.bases, "config: model and also")
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every model as it is, then every method on it."""
+        edits = [Cell(base, method, self.seed, method) for method in self.methods for base in self.bases]
+        return (*self._controls(self.seed), *edits)
+
+    def folder_of(self, base: str) -> str:
+        """The model's results lie in the results folder itself, those of others below it."""
+        return "." if base == self.model else f"also/{self.names[base]}"
+
+    def quantizers_of(self, method: str) -> tuple[str, ...]:
+        """The same for every method."""
+        return self.quantizers
+
+    def settings_for(self, method: str) -> tuple[str, dict[str, Any]]:
+        """The method, and its settings where they differ from the defaults."""
+        return method, dict(self.settings.get(method, {}))
 
     def to_toml(self) -> str:
         """The config as TOML, as `read` takes it."""

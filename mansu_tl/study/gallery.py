@@ -13,9 +13,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mansu_tl.errors import MansuError
-from mansu_tl.gallery.pictures import COMPARE, RESULTS, TABLES, Picture, pictures
 from mansu_tl.plots import write_html, write_images
 from mansu_tl.results.files import write_text
+from mansu_tl.study.pictures import COMPARE, RESULTS, TABLES, Picture, pictures
 
 DATA, PAGE = "data.json", "README.md"
 _SCALE = 1.5

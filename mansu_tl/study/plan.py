@@ -1,4 +1,4 @@
-"""What a comparison runs."""
+"""What a run consists of: cells, each one edit of one base with everything measured on it; and the comparison's plan."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from types import MappingProxyType
 from typing import Any
 
 from mansu_tl.errors import MansuError
-from mansu_tl.names import short_names
 from mansu_tl.quantization import quantizer, quantizers
 from mansu_tl.results.digest import Digested
+from mansu_tl.study.names import short_names
 from mansu_tl.unlearning import floored, method_flags, method_title, methods, settings_of
 from mansu_tl.unlearning.search import RATES
 
+ORIGINAL, NEVER = "original", "never"
 # What stands in the table beside the methods, and how it is written.
-CONTROLS: Mapping[str, str] = MappingProxyType({"original": "un-edited", "never": "never trained"})
+CONTROLS: Mapping[str, str] = MappingProxyType({ORIGINAL: "un-edited", NEVER: "never trained"})
 # A method with one part changed: "method/ablation" -> (title, settings).
 ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {f"{name}/{ablation}": changed for name in methods() for ablation, changed in method_flags(name).ablations.items()}
@@ -23,12 +24,92 @@ ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Comparison(Digested):
+class Cell:
+    """One row of work: a method on a base with a seed, or the base as it is ("original"), or the never-trained model.
+
+    Attributes:
+        base: the model, as the plan names it.
+        place: of its files, below the base's folders.
+    """
+
+    base: str
+    method: str
+    seed: int
+    place: str
+
+
+class Plan(Digested):
+    """What the runner asks of a study's config and of a comparison."""
+
+    seed: int = 0
+    task: str
+    never: str
+    settings: Mapping[str, Mapping[str, Any]]
+    faithfulness: float = 0.85
+    steps: int = 5
+    # Only comparisons choose settings on a validation split, attack what was edited, and look for further evidence.
+    validated: bool = False
+    rates: tuple[float, ...] = ()
+    attack_rates: tuple[float, ...] = ()
+    attack_steps: int = 0
+    attack_splits: int = 0
+    attack_seed: int = 0
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The models that know the forget set."""
+        raise NotImplementedError
+
+    @property
+    def names(self) -> dict[str, str]:
+        """A short name for every base."""
+        raise NotImplementedError
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Everything that is to be done, in the order in which it is begun."""
+        raise NotImplementedError
+
+    def folder_of(self, base: str) -> str:
+        """Where a base's results lie in the results folder."""
+        raise NotImplementedError
+
+    def quantizers_of(self, method: str) -> tuple[str, ...]:
+        """What a method's models are quantized with."""
+        raise NotImplementedError
+
+    def settings_for(self, method: str) -> tuple[str, dict[str, Any]]:
+        """The method's name in the registry, and its settings where they differ from the defaults."""
+        raise NotImplementedError
+
+    def looks_further(self, cell: Cell) -> bool:
+        """Whether probes, erasure depth and damage are measured for a cell too."""
+        return False
+
+    def _named_once(self, what: str, filled: tuple[str, ...], unique: tuple[str, ...]) -> None:
+        for key in filled:
+            if not getattr(self, key):
+                raise MansuError(f"{what}: {key} is empty; name at least one")
+        for key in unique:
+            values = getattr(self, key)
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise MansuError(f"{what}: {key} names {twice[0]!r} twice; name each once")
+        for name, values in self.settings.items():
+            settings_of(name, dict(values))
+
+    def _controls(self, seed: int) -> list[Cell]:
+        controls = (ORIGINAL, NEVER) if self.never else (ORIGINAL,)
+        return [Cell(base, name, seed, name) for base in self.bases for name in controls]
+
+
+@dataclass(frozen=True)
+class Comparison(Plan):
     """What is compared.
 
     Attributes:
         bases: the models that know the forget set: embedded names, folders or hub ids.
-        task: an embedded name or a JSON-lines file.
+        task: an embedded name or a file.
         never: a model that never learnt the forget facts; "" = none, then relearning has no reference.
         methods: unlearning methods, and names of `ABLATIONS`.
         quantizers: what the models of methods that claim the floor (MANSU) are quantized with.
@@ -61,28 +142,25 @@ class Comparison(Digested):
     attack_seed: int = 0
     evidence: bool = True
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    validated = True
 
     def __post_init__(self) -> None:
-        for key in ("bases", "methods", "quantizers", "seeds", "control_seeds", "ablation_seeds"):
-            if not getattr(self, key):
-                raise MansuError(f"compare: {key} is empty; name at least one")
+        seeds = ("seeds", "control_seeds", "ablation_seeds")
         for name in (*self.quantizers, *self.control_quantizers):
             quantizer(name)
         for name in self.methods:
             if name not in ABLATIONS:
                 method_title(name)
-        for name, values in self.settings.items():
-            settings_of(name, dict(values))
-        for key in ("methods", "quantizers", "control_quantizers", "seeds", "control_seeds", "ablation_seeds"):
-            twice = [value for value in getattr(self, key) if getattr(self, key).count(value) > 1]
-            if twice:
-                raise MansuError(f"compare: {key} names {twice[0]!r} twice; name each once")
-        files = [Job("", method, 0).name for method in self.methods]
+        named = ("methods", "quantizers", "control_quantizers", *seeds)
+        self._named_once("compare", ("bases", "methods", "quantizers", *seeds), named)
         for reserved in CONTROLS:
             if reserved in self.methods:
                 raise MansuError(f"compare: method {reserved!r} is called like a control; register it by another name")
-        if len(set(files)) < len(files):
+        if len({_place(method) for method in self.methods}) < len(self.methods):
             raise MansuError(f"compare: two of {', '.join(self.methods)} would share their files; rename one")
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
 
     @property
     def names(self) -> dict[str, str]:
@@ -90,20 +168,24 @@ class Comparison(Digested):
         return short_names(self.bases, "compare: bases")
 
     @property
-    def jobs(self) -> tuple[Job, ...]:
-        """Every edit, the quickest to judge first: seed by seed."""
-        every = [
-            Job(base, method, seed)
+    def cells(self) -> tuple[Cell, ...]:
+        """The controls, then every edit, the quickest to judge first: seed by seed."""
+        edits = [
+            Cell(base, method, seed, f"{_place(method)}/seed{seed}")
             for base in self.bases
             for method in self.methods
             if method not in ABLATIONS or base == self.bases[0]
             for seed in self._seeds(method)
         ]
-        return tuple(sorted(every, key=lambda job: job.seed))
+        return (*self._controls(0), *sorted(edits, key=lambda cell: cell.seed))
+
+    def folder_of(self, base: str) -> str:
+        """Where a base's results lie in the results folder."""
+        return f"bases/{self.names[base]}"
 
     def quantizers_of(self, method: str) -> tuple[str, ...]:
         """What a method's models are quantized with."""
-        return self.quantizers if floored(method) else self.control_quantizers
+        return self.quantizers if floored(method) or method == ORIGINAL else self.control_quantizers
 
     def settings_for(self, method: str) -> tuple[str, dict[str, Any]]:
         """The method's name in the registry, and its settings where they differ from the defaults."""
@@ -114,24 +196,18 @@ class Comparison(Digested):
         shared = self.settings.get(method_flags(method).control_of, {})
         return method, {**shared, **self.settings.get(method, {})}
 
+    def looks_further(self, cell: Cell) -> bool:
+        """Whether probes, erasure depth and damage are measured for a cell too."""
+        return self.evidence and cell.seed == min(self.seeds)
+
     def _seeds(self, method: str) -> tuple[int, ...]:
         if floored(method):
             return self.seeds
         return self.ablation_seeds if method in ABLATIONS else self.control_seeds
 
 
-@dataclass(frozen=True)
-class Job:
-    """One edit: a method on a base with a seed."""
-
-    base: str
-    method: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """For file names."""
-        return f"{self.method.replace('/', '.')}/seed{self.seed}"
+def _place(method: str) -> str:
+    return method.replace("/", ".")
 
 
 def title_of(method: str) -> str:
@@ -146,17 +222,9 @@ def full(**changes: Any) -> Comparison:
 
 def quick(**changes: Any) -> Comparison:
     """Enough to see the picture, in minutes: one base, one seed, four methods, three quantizers, no search."""
+    three = ("nf4", "int4-g64", "int8")
     small = Comparison(
-        bases=("pocket",),
-        methods=("mansu", "graddiff", "npo", "suppressor"),
-        quantizers=("nf4", "int4-g64", "int8"),
-        control_quantizers=("nf4", "int4-g64", "int8"),
-        seeds=(0,),
-        control_seeds=(0,),
-        ablation_seeds=(0,),
-        rates=(),
-        attack_splits=1,
-        attack_rates=(3e-4,),
-        evidence=False,
-    )
+        bases=("pocket",), methods=("mansu", "graddiff", "npo", "suppressor"), quantizers=three, control_quantizers=three,
+        seeds=(0,), control_seeds=(0,), ablation_seeds=(0,), rates=(), attack_splits=1, attack_rates=(3e-4,), evidence=False,
+    )  # fmt: skip
     return replace(small, **changes)

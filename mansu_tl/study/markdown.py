@@ -5,49 +5,50 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mansu_tl.comparison.plan import ABLATIONS, CONTROLS, title_of
-from mansu_tl.comparison.tables import summary
+from mansu_tl.study.plan import ABLATIONS, CONTROLS, title_of
+from mansu_tl.study.table import summary
 from mansu_tl.unlearning import floored, headline, method_flags, methods
 
-_EASY = "relearning MC, facts, lr 0.0003, excess over never"
-_HARD = "relearning MC, facts, lr 0.001, excess over never"
-# (what the row is called, quantizer, measure, decimals)
+_EASY = ("forget", "relearning MC, facts, lr 0.0003, excess over never")
+_HARD = ("forget", "relearning MC, facts, lr 0.001, excess over never")
+_GAP, _CAD = ("forget", "PTQ gap, MC"), ("", "CAD")
+# (what the row is called, quantizer, (question set, measure), decimals)
 _MANSU_ROWS = (
-    ("forget MC, %", "", "forget MC", 1),
-    ("forget cloze, %", "", "forget cloze", 1),
-    ("forget MC, held-out wordings, %", "", "forget held-out MC", 1),
-    ("forget cloze, held-out wordings, %", "", "forget held-out cloze", 1),
-    ("retain cloze drop, points", "", "retain cloze drop", 2),
-    ("retain cloze drop, held-out wordings, points", "", "retain held-out cloze drop", 2),
-    ("near cloze drop, points", "", "near cloze drop", 2),
-    ("near cloze drop, held-out wordings, points", "", "near held-out cloze drop", 2),
-    ("PTQ gap after NF4, forget MC, points", "nf4", "PTQ gap, forget MC", 2),
-    ("PTQ gap after NF4, answer log-odds, nats", "nf4", "PTQ gap, forget log-odds", 3),
-    ("CAD after NF4", "nf4", "CAD", 3),
+    ("forget MC, %", "", ("forget", "MC"), 1),
+    ("forget cloze, %", "", ("forget", "cloze"), 1),
+    ("forget MC, held-out wordings, %", "", ("forget_paraphrase", "MC"), 1),
+    ("forget cloze, held-out wordings, %", "", ("forget_paraphrase", "cloze"), 1),
+    ("retain cloze drop, points", "", ("retain", "cloze drop"), 2),
+    ("retain cloze drop, held-out wordings, points", "", ("retain_paraphrase", "cloze drop"), 2),
+    ("near cloze drop, points", "", ("near", "cloze drop"), 2),
+    ("near cloze drop, held-out wordings, points", "", ("near_paraphrase", "cloze drop"), 2),
+    ("PTQ gap after NF4, forget MC, points", "nf4", _GAP, 2),
+    ("PTQ gap after NF4, answer log-odds, nats", "nf4", ("forget", "PTQ gap, log-odds"), 3),
+    ("CAD after NF4", "nf4", _CAD, 3),
     ("relearning on 12 facts, lr 3e-4: excess over never trained, points", "", _EASY, 1),
     ("relearning on 12 facts, lr 1e-3: excess over never trained, points", "", _HARD, 1),
     ("relearning on 12 facts after NF4, lr 3e-4, points", "nf4", _EASY, 1),
-    ("relearning on unrelated text, lr 3e-4, points", "", "relearning MC, text, lr 0.0003, excess over never", 1),
-    ("edited linear weights, %", "", "edited linear weights, %", 2),
-    ("NF4 codes changed, % of edited", "nf4", "codes changed, % of edited", 1),
-    ("retain loss increase, measured, nats", "", "retain increase measured, nats", 4),
-    ("retain loss increase, Fisher's bound, nats", "", "retain increase bound, nats", 3),
+    ("relearning on unrelated text, lr 3e-4, points", "", ("forget", _EASY[1].replace("facts", "text")), 1),
+    ("edited linear weights, %", "", ("", "edited linear weights, %"), 2),
+    ("NF4 codes changed, % of edited", "nf4", ("", "codes changed, % of edited"), 1),
+    ("retain loss increase, measured, nats", "", ("", "retain increase measured, nats"), 4),
+    ("retain loss increase, Fisher's bound, nats", "", ("", "retain increase bound, nats"), 3),
 )
 _METHOD_COLUMNS = (
-    ("forget MC / cloze", (("", "forget MC", 1), ("", "forget cloze", 1))),
-    ("MC after NF4", (("nf4", "forget MC", 1),)),
-    ("gap int4-g64 / GPTQ", (("int4-g64", "PTQ gap, forget MC", 1), ("gptq-int4-g64", "PTQ gap, forget MC", 1))),
-    ("retain / near drop, held out", (("", "retain held-out cloze drop", 1), ("", "near held-out cloze drop", 1))),
-    ("CAD / after NF4", (("", "CAD", 2), ("nf4", "CAD", 2))),
+    ("forget MC / cloze", (("", ("forget", "MC"), 1), ("", ("forget", "cloze"), 1))),
+    ("MC after NF4", (("nf4", ("forget", "MC"), 1),)),
+    ("gap int4-g64 / GPTQ", (("int4-g64", _GAP, 1), ("gptq-int4-g64", _GAP, 1))),
+    ("retain / near drop, held out", tuple(("", (f"{k}_paraphrase", "cloze drop"), 1) for k in ("retain", "near"))),
+    ("CAD / after NF4", (("", _CAD, 2), ("nf4", _CAD, 2))),
     ("relearning 3e-4 / 1e-3", (("", _EASY, 1), ("", _HARD, 1))),
-    ("NF4 codes changed, %", (("nf4", "codes changed, % of all", 1),)),
-    ("depth", (("", "erasure depth", 2),)),
+    ("NF4 codes changed, %", (("nf4", ("", "codes changed, % of all"), 1),)),
+    ("depth", (("", ("", "erasure depth"), 2),)),
 )
 _CONTROL_COLUMNS = (
-    ("forget MC, %", "", "forget MC", 1),
-    ("retain cloze drop, held out", "", "retain held-out cloze drop", 2),
-    ("near log-odds drop, nats", "", "near log-odds drop", 1),
-    ("PTQ gap, NF4", "nf4", "PTQ gap, forget MC", 1),
+    ("forget MC, %", "", ("forget", "MC"), 1),
+    ("retain cloze drop, held out", "", ("retain_paraphrase", "cloze drop"), 2),
+    ("near log-odds drop, nats", "", ("near", "log-odds drop"), 1),
+    ("PTQ gap, NF4", "nf4", _GAP, 1),
     ("relearning 3e-4", "", _EASY, 1),
     ("relearning 1e-3", "", _HARD, 1),
 )
@@ -81,13 +82,15 @@ class _Cells:
     """One number, with its interval where asked."""
 
     def __init__(self, means: pd.DataFrame) -> None:
-        columns = means[["base", "method", "quantizer", "measure", "mean", "low", "high"]]
-        self.rows = {tuple(row[:4]): row[4:] for row in columns.itertuples(index=False)}
+        columns = means[["base", "method", "quantizer", "question_set", "measure", "mean", "low", "high"]]
+        self.rows = {tuple(row[:5]): row[5:] for row in columns.itertuples(index=False)}
 
-    def __call__(self, key: tuple[str, str, str, str], decimals: int, *, interval: bool = False) -> str:
-        if key not in self.rows:
+    def __call__(self, key: tuple[str, str, str, tuple[str, str]], decimals: int, *, interval: bool = False) -> str:
+        *start, measure = key
+        row = self.rows.get((*start, *measure))
+        if row is None:
             return "-"
-        mean, low, high = (float(value) for value in self.rows[key])
+        mean, low, high = (float(value) for value in row)
         text = _number(mean, decimals)
         return (
             text if np.isnan(low) or not interval else f"{text} [{_number(low, decimals)}, {_number(high, decimals)}]"
@@ -124,8 +127,8 @@ def _quantizers(found: _Cells, bases: list[str], main: str, table: pd.DataFrame)
     for name in names:
         cells = [f"`{name}`"]
         for base in bases:
-            cells.append(found((base, main, name, "PTQ gap, forget MC"), 1, interval=True))
-            cells.append(found((base, main, name, "PTQ gap, forget log-odds"), 2, interval=True))
+            cells.append(found((base, main, name, _GAP), 1, interval=True))
+            cells.append(found((base, main, name, ("forget", "PTQ gap, log-odds")), 2, interval=True))
         rows.append(cells)
     return _lines(header, rows)
 

@@ -1,0 +1,107 @@
+"""What the gallery's pictures need from a finished study: its own results, and a few more that its models still give.
+
+This is the step that computes; the pictures are drawn from the files alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from mansu_tl.circuit import edge_attribution, faithfulness_curve
+from mansu_tl.data import PromptPairs
+from mansu_tl.errors import MansuError
+from mansu_tl.models import home, load
+from mansu_tl.patching import activation_patching, node_attribution
+from mansu_tl.quantization import quantize
+from mansu_tl.study.config import StudyConfig
+from mansu_tl.study.kept import kept_of, ruled_of_models, write_kept
+from mansu_tl.study.run import run_study
+from mansu_tl.study.study import Study
+from mansu_tl.tasks import load_task
+from mansu_tl.unlearning import headline, method_title
+from mansu_tl.verification import attack_splits, compare_relearning, erasure_depth, probe
+
+_PAIRS = 48
+
+
+def collect(run: str | PathLike[str], out: str | PathLike[str], *, progress: bool = True) -> list[Path]:
+    """Write the results behind the gallery's pictures into one folder, about a megabyte.
+
+    Takes the study's scores, circuit, sweep, divergences, scorecards, update statistics and certificate as they are; and
+    computes, with the study's models, scores by node and by token, exact patching of all heads, attention patterns, the
+    faithfulness curve, relearning, probes and depth (those against a never-trained model only where the study names one).
+    Stages of the study that are missing or out of date are run first.
+
+    Args:
+        run: results folder of `mansu-tl demo` or `mansu-tl run`.
+        out: e.g. figures/results.
+        progress: show bars.
+
+    Raises:
+        MansuError: `run` is no results folder.
+    """
+    study = run_study(StudyConfig.read(config_in(run)), run, progress=progress)
+    computed = dict(_of_models(study, progress))
+    return write_kept({**kept_of(study), **computed, "environment.json": study.environment}, Path(out))
+
+
+def config_in(run: str | PathLike[str]) -> Path:
+    """The config of a results folder.
+
+    Raises:
+        MansuError: it has none.
+    """
+    path = Path(run) / "config.toml"
+    if not path.is_file():
+        raise MansuError(f"{run}: no config.toml in it, so it is no results folder; give the --out of a run")
+    return path
+
+
+def _of_models(study: Study, progress: bool) -> Iterator[tuple[str, Any]]:
+    """What a study does not keep."""
+    config = study.config
+    model = load(config.model)
+    task = load_task(config.task, tokenizer=model)
+    pairs = task.forget_pairs
+    alike, words = _one_wording(model.tokenizer.decode, pairs)
+    result = study.results[headline(study.results)]
+    edited, title = result.edit.apply(model), method_title(result.edit.method)
+    yield "nodes.safetensors", node_attribution(model, pairs, steps=config.steps)
+    yield "nodes_linear.safetensors", node_attribution(model, pairs)
+    yield "heads.safetensors", activation_patching(model, pairs, component="z", by="head")
+    yield "tokens.safetensors", edge_attribution(model, alike, steps=config.steps, per_position=True)
+    yield "curve.safetensors", faithfulness_curve(model, study.scores, pairs, control_seeds=3)
+    _, cache = model.run_with_cache(
+        alike.clean[:1].to(home(model)), names_filter=lambda name: name.endswith("attn.hook_pattern")
+    )
+    patterns = {name.split(".")[1]: value[0] for name, value in cache.items()}
+    yield "attention.safetensors", (patterns, {"tokens": words})
+    yield from ruled_of_models(study, model, edited).items()
+    probed = {"original": model, title: edited}
+    if config.never:
+        never = probed["never trained"] = load(config.never)
+        yield "depth.safetensors", erasure_depth(model, edited, never, pairs, label=title)
+        deployed = quantize(edited, config.quantizers[0], task.retain_text)
+        attacked = {title: edited, f"{title}, {config.quantizers[0]}": deployed, "never trained": never}
+        yield (
+            "relearning.safetensors",
+            compare_relearning(
+                attacked, attack_splits(task), reference="never trained", seed=config.seed, progress=progress
+            ),
+        )
+    for i, (label, each) in enumerate(probed.items()):
+        near = task.questions.get("near")
+        yield f"probes/{i}.safetensors", probe(each, task.questions["forget"], also_train=near, label=label)
+
+
+def _one_wording(decode: Callable[[list[int]], str], pairs: PromptPairs) -> tuple[PromptPairs, list[str]]:
+    """Pairs of the commonest wording, so that positions mean something, and the words of the first."""
+    alike, constant = pairs.one_wording()
+    words = [
+        decode([token]).strip() or "_" if same else f"({decode([token]).strip()})"
+        for token, same in zip(alike.clean[0].tolist(), constant.tolist(), strict=True)
+    ]
+    return alike[slice(0, _PAIRS)], words

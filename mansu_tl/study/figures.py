@@ -1,0 +1,171 @@
+"""A comparison's figures, from its tidy table alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from mansu_tl import plots
+from mansu_tl.plots.export import write_html, write_images
+from mansu_tl.study.plan import ABLATIONS, CONTROLS, NEVER, title_of
+from mansu_tl.study.table import chance, of_measure, summary
+from mansu_tl.unlearning import headline
+from mansu_tl.verification.verdicts import GOALS
+
+_COST, _ATTACK = "held-out retain and near drop, points (mean)", "relearning excess, points"
+_LEFT = "forget MC, %"
+
+
+def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure]:
+    """Every figure that the table has the rows for, by file name.
+
+    - NAME_gaps: forget accuracy before and after each quantizer that all methods share;
+    - NAME_quantizers: MANSU's PTQ gap under every quantizer;
+    - NAME_plane: accuracy against CAD, in full precision and after the first quantizer;
+    - NAME_frontier: relearning excess against what retention costs;
+    - NAME_ablations: the same, and forget accuracy, for MANSU with one part changed;
+    - NAME_methods: all methods and properties with intervals and bounds.
+
+    Args:
+        table: as `compare` returns it.
+        theme: "light" or "dark".
+    """
+    out: dict[str, go.Figure] = {}
+    for base in dict.fromkeys(table["base"].astype(str)):
+        part = table.loc[table["base"] == base]
+        drawn = _of_base(part, base, theme)
+        out |= {f"{base}_{name}": figure for name, figure in drawn.items()}
+    return out
+
+
+def write_figures(figures_by_name: Mapping[str, go.Figure], folder: Path, *, png: bool = False) -> list[Path]:
+    """One self-contained HTML page a figure, or one PNG (needs Chromium)."""
+    if png:
+        return write_images({folder / f"{name}.png": figure for name, figure in figures_by_name.items()})
+    return [write_html(figure, folder / f"{name}.html", name) for name, figure in figures_by_name.items()]
+
+
+def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, go.Figure]:
+    out: dict[str, go.Figure] = {}
+    guessed, shared = chance(part), _shared_quantizers(part)
+    line = None if math.isnan(guessed) else guessed
+    gaps = _gaps(part)
+    compared = gaps.loc[gaps["quantizer"].isin(shared)]
+    if len(compared):
+        title = f"Does quantization bring it back? ({base})"
+        out["gaps"] = plots.ptq_gaps(_titled(compared), chance=line, title=title, theme=theme)
+    main = headline(str(method) for method in dict.fromkeys(part["method"]) if method not in CONTROLS)
+    leading = gaps.loc[gaps["method"] == main]
+    if len(leading):
+        # One line a quantizer, in one panel.
+        lines = leading.assign(method=leading["quantizer"], quantizer=title_of(main))
+        title = f"{title_of(main)} under every quantizer ({base})"
+        out["quantizers"] = plots.ptq_gaps(lines, chance=line, title=title, theme=theme)
+    whole = part.loc[~part["method"].isin(ABLATIONS)]
+    plane = _plane(whole, shared[:1])
+    if len(plane):
+        out["plane"] = plots.divergence_plane(plane, theme=theme)
+    look: dict[str, Any] = {"name": "method", "group": "method", "theme": theme}
+    points = _frontier(whole)
+    if len(points) > 1:
+        title = f"Resistance against retention ({base})"
+        out["frontier"] = plots.frontier(points, _COST, _ATTACK, default=_default(points, main), title=title, **look)
+    changed = _frontier(part.loc[part["method"].isin([main, *ABLATIONS])], intervals=True)
+    if len(changed) > 1:
+        changed["method"] = changed["method"].str.removeprefix(f"{title_of(main)}, ")
+        title = f"What each part of {title_of(main)} is worth ({base})"
+        out["ablations"] = plots.frontier(
+            changed, _COST, [_ATTACK, _LEFT], default=_default(changed, main), title=title, **look
+        )
+    rows = _properties(part)
+    if len(rows):
+        limits = {
+            name: goal.bound.limits(chance(part, goal.question_set))
+            for name, goal in GOALS.items()
+            if name in set(rows["property"])
+        }
+        out["methods"] = plots.methods_table(
+            rows,
+            {name: (low, high) for name, (low, high, _) in limits.items()},
+            floors={name: floor for name, (_, _, floor) in limits.items() if math.isfinite(floor)},
+            digits={"CAD, nf4": 2},
+            theme=theme,
+        )
+    return out
+
+
+def _titled(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(method=[title_of(str(method)) for method in rows["method"]])
+
+
+def _shared_quantizers(part: pd.DataFrame) -> list[str]:
+    """Quantizers that every edited method has been measured under."""
+    measured = [set(group["quantizer"]) for method, group in part.groupby("method") if method != NEVER]
+    common = set.intersection(*measured) if measured else set()
+    return [name for name in dict.fromkeys(part["quantizer"]) if name and name in common]
+
+
+def _gaps(part: pd.DataFrame) -> pd.DataFrame:
+    """Forget accuracy before and after every quantizer, a row a method, seed and quantizer."""
+    rows = part.loc[(part["question_set"] == "forget") & (part["measure"] == "MC")]
+    rows = rows.loc[~rows["method"].isin([*CONTROLS, *ABLATIONS])]
+    before = rows.loc[rows["quantizer"] == ""].set_index(["method", "seed"])["value"]
+    after = rows.loc[rows["quantizer"] != "", ["method", "quantizer", "seed", "value"]]
+    keys = zip(after["method"], after["seed"], strict=True)
+    return after.assign(value_before=[before[key] for key in keys], value_after=after["value"]).drop(columns="value")
+
+
+def _plane(part: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    means = summary(part)
+    rows = []
+    for method in dict.fromkeys(means["method"]):
+        here = means.loc[means["method"] == method]
+        for name in ("", *names):
+            cad, right = of_measure(here, name, "", "CAD")["mean"], of_measure(here, name, "forget", "MC")["mean"]
+            if len(cad) and len(right):
+                rows.append(
+                    {"label": title_of(method), "quantizer": name, "cad": cad.iloc[0], "accuracy": right.iloc[0]}
+                )
+    return pd.DataFrame(rows)
+
+
+def _frontier(part: pd.DataFrame, *, intervals: bool = False) -> pd.DataFrame:
+    """A point a method; intervals, over seeds or facts, where there is room for them."""
+    if part.empty:
+        return part
+    means = summary(part)
+    goal, rows = GOALS["relearning excess, lr 3e-4"], []
+    for method in dict.fromkeys(part["method"]):
+        here = means.loc[means["method"] == method]
+        held = [of_measure(here, "", f"{name}_paraphrase", "cloze drop")["mean"] for name in ("retain", "near")]
+        lost = [float(values.iloc[0]) for values in held if len(values)]
+        excess = of_measure(here, goal.quantizer, goal.question_set, goal.measure)
+        # What was not edited has nothing to be brought back.
+        if not lost or not len(excess) or method in CONTROLS:
+            continue
+        row: dict[str, object] = {"method": title_of(str(method)), _COST: sum(lost) / len(lost)}
+        for name, measured in ((_ATTACK, excess), (_LEFT, of_measure(here, "", "forget", "MC"))):
+            row[name] = float(measured["mean"].iloc[0])
+            if intervals:
+                row |= {f"{name}_{end}": float(measured[end].iloc[0]) for end in ("low", "high")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _default(points: pd.DataFrame, main: str) -> str | None:
+    title = title_of(main)
+    return title if title in set(points["method"]) else None
+
+
+def _properties(table: pd.DataFrame) -> pd.DataFrame:
+    columns = ["base", "method", "property", "seed", "value", "low", "high"]
+    rows = [
+        _titled(of_measure(table, goal.quantizer, goal.question_set, goal.measure)).assign(property=name)[columns]
+        for name, goal in GOALS.items()
+    ]
+    return pd.concat(rows, ignore_index=True)

@@ -1,0 +1,93 @@
+"""The report of a study: its pictures, each with a heading and plain sentences, its summary and every number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from mansu_tl import plots
+from mansu_tl.study.kept import Kept, kept_of, ruled_of_saved
+from mansu_tl.study.page import Section, write_report
+from mansu_tl.study.pictures import Picture, study_pictures
+from mansu_tl.study.study import Study
+from mansu_tl.unlearning import method_title
+
+_TABLE_TEXT = (
+    "Every row of every scorecard. An empty quantizer means full precision; the control is the un-edited model under the "
+    "same quantizer."
+)
+# Knowledge came back where quantization adds so many points of multiple choice.
+_BACK = 10.0
+_ORDER = (
+    "ptq_gap", "circuit", "patching", "edge_matrix", "divergence", "circuit_stages", "edges_before_after", "bins_mansu",
+    "ruler", "bins_baseline",
+)  # fmt: skip
+
+
+def write_study_report(study: Study, *, png: bool = False) -> Path:
+    """Write `report.html` into the study's folder, and with `png` every figure into its `figures/`.
+
+    Raises:
+        MansuError: `png` is asked for and there is no browser to draw with.
+    """
+    shown = _shown(study)
+    figures = {picture.name: picture.draw("light") for picture in shown}
+    if png:
+        plots.write_images({study.folder / "figures" / f"{name}.png": figure for name, figure in figures.items()})
+    sections = [
+        Section("What was found", _verdict(study), table=study.summary().round(2)),
+        *(Section(picture.heading, picture.text, figures[picture.name]) for picture in shown),
+        Section("Every number", _TABLE_TEXT, table=_all_rows(study), folded=True),
+    ]
+    title = f"Unlearning {study.config.task} in {study.name}"
+    path = study.folder / "report.html"
+    return write_report(path, title=title, sections=sections, environment=study.environment, summary="")
+
+
+def study_figures(study: Study) -> dict[str, go.Figure]:
+    """Every figure of a study's report by name, in its order."""
+    return {picture.name: picture.draw("light") for picture in _shown(study)}
+
+
+def _shown(study: Study) -> list[Picture]:
+    listed = study_pictures(Kept({**kept_of(study), **ruled_of_saved(study)}))
+    order = {name: i for i, name in enumerate(_ORDER)}
+    return sorted((each for each in listed if each.heading), key=lambda each: order.get(each.name, len(order)))
+
+
+def _verdict(study: Study) -> str:
+    random = study.random_faithfulness
+    return " ".join(
+        (
+            *_by_model(study),
+            f"The circuit has {study.circuit.n_edges} of {int(study.scores.exists.sum())} edges and faithfulness "
+            f"{study.circuit.faithfulness:.2f}; {len(random)} random circuits of that size reach at most {max(random):.2f}.",
+            f"EAP-IG's completeness residual is {100 * study.scores.relative_residual:.1f} % of the metric's change.",
+        )
+    )
+
+
+def _by_model(study: Study) -> Iterator[str]:
+    for name, one in study.every.items():
+        back = [
+            f"{method_title(m)} ({r.card.value('forget MC, %'):.0f} to {r.card.value('forget MC, %', q):.0f} %)"
+            for m, r in one.results.items()
+            for q in one.config.quantizers
+            if r.card.value("forget MC, points", q) >= _BACK
+        ]
+        passed = [method_title(method) for method, result in one.results.items() if result.card.passed]
+        yield (
+            f"On {name}, quantization brings knowledge back for {', '.join(back) or 'no method'}; "
+            f"{', '.join(passed) or 'no method'} passes every row of its scorecard."
+        )
+
+
+def _all_rows(study: Study) -> pd.DataFrame:
+    cards = [result.card for one in study.every.values() for result in one.results.values()]
+    frames = [card.to_dataframe().round(3) for card in cards]
+    for frame, card in zip(frames, cards, strict=True):
+        frame.insert(0, "scorecard", card.title)
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,205 @@
+"""The runner of studies and comparisons: what a folder holds is read, what is missing is computed, cell by cell.
+
+1. Each cell's stages are looked up in the store, by keys of everything that they read.
+2. What is missing is computed, by this process or by an engine; every stage is on disk as soon as it is there.
+3. The table, and what is kept beside it, are read from the store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from mansu_tl.errors import MansuError
+from mansu_tl.results.files import write_text
+from mansu_tl.results.locks import one_writer
+from mansu_tl.results.store import NotMadeError, Store
+from mansu_tl.study.bench import Bench
+from mansu_tl.study.comparison import ComparisonResult, compared, comparison_cell
+from mansu_tl.study.config import StudyConfig
+from mansu_tl.study.engines import compute, engine_named, is_small, one_thread, peak_memory_gb
+from mansu_tl.study.plan import Cell, Comparison, Plan
+from mansu_tl.study.study import PASSES, Study, assembled, study_cell
+from mansu_tl.study.table import write_table
+
+Work = Callable[[Bench, Cell], Any]
+_PACKAGES = ("mansu-tl", "torch", "transformers", "transformer-lens", "bitsandbytes", "safetensors", "plotly")
+
+
+def run_study(
+    config: StudyConfig,
+    out: str | PathLike[str],
+    *,
+    progress: bool = True,
+    workers: int | None = None,
+    on: str = "processes",
+) -> Study:
+    """Run a study, or finish one that was interrupted.
+
+    Models of less than five million parameters on the CPU are computed with one thread, several cells at the same time in
+    processes of their own; the results do not depend on how many. Larger models are run one after the other.
+
+    Args:
+        progress: show progress bars.
+        workers: how many cells may be computed at the same time; None = as many as there are processors.
+        on: "processes" of this machine, or "ray".
+
+    Raises:
+        MansuError: another run is writing into the folder, it cannot be written to, a model that does not know what it is
+            to forget, or anything the stages refuse.
+    """
+    folder, toml = Path(out), config.to_toml()
+    with one_writer(folder):
+        for _ in range(PASSES):
+            write_text(folder / "config.toml", toml)
+            run = _run(config, folder, study_cell, progress, workers, on)
+            study = assembled(config, folder, run.done, run.environment)
+            write_text(folder / "scores" / "summary.csv", study.summary().to_csv(index=False))
+            write_table(study.table, folder / "scores" / "measures")
+            # Against every lock (some network folders have none) another run may have come between.
+            if run.intact() and (folder / "config.toml").read_text(encoding="utf-8") == toml:
+                return study
+    raise MansuError(f"{folder}: something else keeps writing into it; give another results folder")
+
+
+def compare(
+    plan: Comparison,
+    out: str | PathLike[str],
+    *,
+    png: bool = False,
+    progress: bool = True,
+    workers: int | None = None,
+    on: str = "processes",
+) -> ComparisonResult:
+    """Run a comparison, or finish one that was interrupted.
+
+    Every edit and every measurement is kept under `out` with a key of what it was made from; the same call goes on
+    where it stopped.
+
+    Args:
+        png: also write the figures as PNG (needs Chromium).
+        progress: show a bar over the cells.
+        workers: as `run_study`.
+        on: as `run_study`.
+
+    Raises:
+        MansuError: another run is writing into the folder, a base that does not know what it is to forget, or anything
+            the stages refuse.
+    """
+    folder = Path(out)
+    with one_writer(folder):
+        write_text(folder / "plan.json", json.dumps(asdict(plan), indent=2, default=str))
+        run = _run(plan, folder, comparison_cell, progress, workers, on)
+        return compared(plan, folder, run.done, png=png)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run of a plan gave."""
+
+    done: Mapping[Cell, Any]
+    stores: Sequence[Store]
+    environment: Mapping[str, Any]
+
+    def intact(self) -> bool:
+        """Whether everything that was read is still there as it was made."""
+        return all(store.intact() for store in self.stores)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a worker says of a cell: the stages that it made, and its process."""
+
+    made: int
+    process: tuple[str, int]
+    peak_memory_gb: float
+
+
+def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | None, on: str) -> _Run:
+    if workers is not None and workers < 1:
+        raise MansuError(f"workers={workers}; choose at least 1")
+    started = time.perf_counter()
+    done: dict[Cell, Any] = {}
+    waiting: dict[Cell, Bench] = {}
+    stores, threads = [], 1
+    for base in plan.bases:
+        bench = Bench(plan, base, folder, progress=progress)
+        small = is_small(bench.model)
+        # Large ones are not held side by side.
+        bench.store.making = on == "processes" and (workers == 1 or not small)
+        stores.append(bench.store)
+        cells = [cell for cell in plan.cells if cell.base == base]
+        with one_thread(small):
+            threads = torch.get_num_threads()
+            for cell in tqdm(cells, bench.name, unit="cell", disable=not (progress and bench.store.making)):
+                try:
+                    done[cell] = work(bench, cell)
+                except NotMadeError:
+                    waiting[cell] = bench
+    reports: Sequence[_Report] = ()
+    if waiting:
+        engine = engine_named(on, workers, len(waiting))
+        if engine is not None:
+            beside = partial(_compute, plan, folder, work)
+            title = partial(_title, plan)
+            reports = [*compute(engine, beside, list(waiting), title=title, progress=progress).values()]
+        with one_thread():
+            for cell, bench in waiting.items():
+                bench.store.making = True
+                done[cell] = work(bench, cell)
+    made = sum(store.made for store in stores) + sum(report.made for report in reports)
+    # Processes that ran side by side count in full, whether or not all were at their peak at once.
+    peaks = {report.process: report.peak_memory_gb for report in reports}
+    memory = peak_memory_gb() + sum(peaks.values())
+    environment = _record(plan, folder / "environment.json", made, time.perf_counter() - started, threads, memory)
+    return _Run({cell: done[cell] for cell in plan.cells}, stores, environment)
+
+
+def _compute(plan: Plan, folder: Path, work: Work, cell: Cell) -> _Report:
+    """One cell, in a worker: its results go to the store."""
+    bench = _bench(plan, cell.base, folder)
+    before = bench.store.made
+    work(bench, cell)
+    return _Report(bench.store.made - before, (platform.node(), os.getpid()), peak_memory_gb())
+
+
+@lru_cache(maxsize=2)
+def _bench(plan: Plan, base: str, folder: Path) -> Bench:
+    """A worker's bench, kept for its next cell."""
+    return Bench(plan, base, folder)
+
+
+def _title(plan: Plan, cell: Cell) -> str:
+    return f"{plan.names[cell.base]} {cell.place}"
+
+
+def _record(plan: Plan, path: Path, made: int, seconds: float, threads: int, memory_gb: float) -> dict[str, Any]:
+    """Versions, duration and memory, written beside the results; as they were where nothing was made."""
+    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if earlier and not made:
+        return earlier
+    record = {
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "seed": plan.seed,
+        "device": "cpu",
+        "threads": threads,
+        "machine": platform.machine(),
+        # A run that was interrupted counts all its parts.
+        "seconds": round(seconds + earlier.get("seconds", 0.0), 1),
+        "peak_memory_gb": round(max(memory_gb, earlier.get("peak_memory_gb", 0.0)), 2),
+        "config": {key: value for key, value in asdict(plan).items() if key != "settings"},  # type: ignore[call-overload]
+    }
+    write_text(path, json.dumps(record, indent=2))
+    return record

@@ -1,0 +1,111 @@
+"""The tidy table of studies and comparisons: kept, read, summed up over seeds and judged.
+
+Columns base, method, seed, quantizer ("" = full precision), question_set ("" = none), measure, value, low, high, control.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mansu_tl.results.files import write_text, write_whole
+from mansu_tl.results.intervals import interval_over_seeds
+from mansu_tl.study.plan import title_of
+from mansu_tl.verification.verdicts import GAP_OVER_ALL, GAP_UPPER_END, GOALS, NOT_JUDGEABLE, Goal
+
+_KEYS = ["base", "method", "quantizer", "question_set", "measure"]
+# Quantizers that are not counted among those that a floored edit has to survive: fewer than four bits.
+_FEWER_BITS = ("int3-g64",)
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """A table as CSV, and as parquet, which keeps the types that CSV loses."""
+    write_text(path.with_name(f"{path.name}.csv"), frame.to_csv(index=False))
+    write_whole(path.with_name(f"{path.name}.parquet"), lambda part: frame.to_parquet(part, index=False))
+
+
+def read_table(path: str | PathLike[str]) -> pd.DataFrame:
+    """The tidy table from its CSV: empty text is text, an empty number is NaN."""
+    numbers = {key: ["", "NaN"] for key in ("value", "low", "high", "control")}
+    return pd.read_csv(path, keep_default_na=False, na_values=numbers)
+
+
+def of_measure(table: pd.DataFrame, quantizer: str, question_set: str, measure: str) -> pd.DataFrame:
+    """The rows of one measure."""
+    return table.loc[
+        (table["quantizer"] == quantizer) & (table["question_set"] == question_set) & (table["measure"] == measure)
+    ]
+
+
+def chance(table: pd.DataFrame, question_set: str = "forget") -> float:
+    """Multiple choice by guessing, in percent, as the table's own questions give it; NaN where it says nothing.
+
+    Args:
+        table: the rows of one base.
+    """
+    rows = of_measure(table, "", question_set, "MC, chance")["value"]
+    return float(rows.iloc[0]) if len(rows) else float("nan")
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds with its 95 % interval (Student's t), lowest and highest seed; one row a group.
+
+    With one seed the interval is the row's own, over facts.
+    """
+    rows = []
+    for key, group in table.groupby(_KEYS, sort=False):
+        values = group["value"].to_numpy(dtype=float)
+        low, high = interval_over_seeds(values) if len(values) > 1 else (group["low"].iloc[0], group["high"].iloc[0])
+        rows.append(
+            {
+                **dict(zip(_KEYS, key, strict=True)), "seeds": len(values), "mean": values.mean(), "low": low, "high": high,
+                "lowest": values.min(), "highest": values.max(), "control": group["control"].astype(float).mean(),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def properties(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a base and method, one column a property: mean and interval over seeds, and whether it is within its bound.
+
+    The PTQ gap over all quantizers of four bits or more is the mean over them; its interval's upper end is the largest.
+    """
+    rows = []
+    for (base, method), group in summary(table).groupby(["base", "method"], sort=False):
+        here = table.loc[table["base"] == base]
+        row: dict[str, object] = {"base": base, "method": title_of(str(method)), "seeds": int(group["seeds"].max())}
+        row |= {name: _judged(group, goal, chance(here, goal.question_set)) for name, goal in GOALS.items()}
+        row["PTQ gap, all"] = _gap_over_all(group)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _judged(group: pd.DataFrame, goal: Goal, guessed: float) -> str:
+    rows = of_measure(group, goal.quantizer, goal.question_set, goal.measure)
+    if not len(rows):
+        return ""
+    row = rows.iloc[0]
+    interval = "" if np.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    verdict = goal.bound.verdict(
+        row["mean"], row["low"], row["high"], chance=guessed, control=row["control"], quantizer=goal.quantizer
+    )
+    return f"{row['mean']:.2f}{interval} {verdict}"
+
+
+def _gap_over_all(group: pd.DataFrame) -> str:
+    gaps: pd.DataFrame = group.loc[
+        (group["question_set"] == "forget")
+        & (group["measure"] == "PTQ gap, MC")
+        & ~group["quantizer"].isin(_FEWER_BITS)
+    ]
+    broken = gaps["control"] < -GAP_OVER_ALL.control
+    judged = gaps.loc[~broken]
+    if not len(judged):
+        return NOT_JUDGEABLE if len(gaps) else ""
+    mean, worst = judged["mean"].mean(), judged.sort_values("mean").iloc[-1]
+    mark = "pass" if mean <= GAP_OVER_ALL.most and judged["high"].max() <= GAP_UPPER_END else "fail"
+    rest = f"; {NOT_JUDGEABLE}: {', '.join(gaps.loc[broken, 'quantizer'])}" if broken.any() else ""
+    return f"{mean:+.1f}, worst {worst['mean']:+.1f} ({worst['quantizer']}) {mark}{rest}"

@@ -1,0 +1,151 @@
+"""One edited model under every quantizer on every question set, as tidy rows: what scorecards and studies are made from.
+
+Every row has the un-edited model under the same quantizer as its control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.circuit import Circuit
+from mansu_tl.data import Task
+from mansu_tl.metrics import Accuracy, accuracy
+from mansu_tl.quantization import quantize
+from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.verification.divergence import CircuitScores, Divergence, circuit_divergence, circuit_scores
+
+COLUMNS = ("quantizer", "question_set", "measure", "value", "low", "high", "control")
+SETS = ("forget", "forget_paraphrase", "retain", "retain_paraphrase", "near", "near_paraphrase")
+KINDS = ("MC", "cloze", "log-odds")
+NAN = float("nan")
+Measured = tuple[str, str, str, float, float, float, float]
+T = TypeVar("T")
+
+
+class Subject:
+    """A model as it is ("") and under quantizers: what it answers and how its circuit scores, each measured once.
+
+    Args:
+        model: it must stay as it is.
+        task: whose questions and forget pairs are asked.
+        circuit: whose edges are scored.
+        scores: its `circuit_scores` in full precision, to reuse them.
+        steps: of EAP-IG; those of `scores` where they are given.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        task: Task,
+        circuit: Circuit,
+        *,
+        scores: CircuitScores | None = None,
+        steps: int = 5,
+    ) -> None:
+        self.model, self.task, self.circuit = model, task, circuit
+        self.steps = steps if scores is None else scores.steps
+        self._kept: dict[Any, Any] = {} if scores is None else {("scores", ""): scores}
+        self._twin: tuple[str, TransformerBridge] = ("", model)
+
+    def under(self, quantizer: str) -> TransformerBridge:
+        """The model under a quantizer, calibrated on the retain text where it has to be; the latest one is kept."""
+        if not quantizer:
+            return self.model
+        if self._twin[0] != quantizer:
+            self._twin = (quantizer, quantize(self.model, quantizer, self.task.retain_text))
+        return self._twin[1]
+
+    def answers(self, quantizer: str = "") -> dict[str, Accuracy]:
+        """Its answers to every set of questions that is reported."""
+        asked = {name: self.task.questions[name] for name in SETS if name in self.task.questions}
+        return self._once(
+            ("answers", quantizer),
+            lambda: {name: accuracy(self.under(quantizer), questions) for name, questions in asked.items()},
+        )
+
+    def scores(self, quantizer: str = "") -> CircuitScores:
+        """Its scores on the circuit's edges, all with the same steps."""
+        pairs = self.task.forget_pairs
+        return self._once(
+            ("scores", quantizer),
+            lambda: circuit_scores(self.under(quantizer), self.circuit, pairs, steps=self.steps),
+        )
+
+    def divergence(self, original: Subject, quantizer: str = "", *, label: str = "edited", seed: int = 0) -> Divergence:
+        """CAD of this model under a quantizer against the original as it is."""
+
+        def make() -> Divergence:
+            pair = original.scores(), self.scores(quantizer)
+            return circuit_divergence(*pair, self.circuit, self.task.forget_pairs, seed=seed)
+
+        return replace(self._once(("divergence", original, quantizer, seed), make), label=label)
+
+    def _once(self, key: Any, make: Callable[[], T]) -> T:
+        if key not in self._kept:
+            self._kept[key] = make()
+        kept: T = self._kept[key]
+        return kept
+
+
+def measure(
+    original: Subject,
+    edited: Subject,
+    quantizers: Sequence[str],
+    *,
+    against: str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """One model against the original, in full precision and under every quantizer.
+
+    Accuracies and drops in percent and percentage points, log-odds in nats, with 95 % intervals over facts.
+
+    Args:
+        against: the quantizer of the original that answers are compared with; None = the row's own.
+        seed: of the intervals.
+        progress: show a bar over the quantizers.
+
+    Returns:
+        Columns quantizer ("" = full precision), question_set ("" = none), measure, value, low, high, control.
+    """
+    rows: list[Measured] = []
+    for name in tqdm(("", *quantizers), desc="measure", unit="quantizer", disable=not progress):
+        rows += _accuracies(original, edited, name, name if against is None else against, seed)
+        cad, noise = (subject.divergence(original, name, seed=seed) for subject in (edited, original))
+        rows.append((name, "", "CAD", cad.value, *cad.interval, noise.value))
+        rows.append((name, "", "mass loss", cad.mass_loss, *cad.mass_interval, noise.mass_loss))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _accuracies(original: Subject, edited: Subject, name: str, against: str, seed: int) -> Iterator[Measured]:
+    for asked, after in edited.answers(name).items():
+        for kind in KINDS:
+            hits, control = percent(after, kind), percent(original.answers(against)[asked], kind)
+            measures = [(kind, hits, control)]
+            if not asked.startswith("forget"):
+                measures.append((f"{kind} drop", control - hits, torch.zeros_like(hits)))
+            elif name:
+                gaps = [
+                    percent(subject.answers(name)[asked], kind) - percent(subject.answers()[asked], kind)
+                    for subject in (edited, original)
+                ]
+                measures.append((f"PTQ gap, {kind}", gaps[0], gaps[1]))
+            for measure, values, reference in measures:
+                ends = interval_over_facts(values, after.facts, seed)
+                yield (name, asked, measure, values.mean().item(), *ends, reference.mean().item())
+
+
+def percent(answers: Accuracy, kind: str) -> Float[Tensor, " question"]:
+    """Every question's hit in percent, or its log-odds in nats."""
+    if kind == "log-odds":
+        return answers.log_odds.double()
+    return 100 * (answers.multiple_choice if kind == "MC" else answers.cloze).double()
