@@ -1,4 +1,4 @@
-"""Studies of several models in processes: the same results, the user's errors, and nothing left behind."""
+"""Cells in processes and on Ray: the same results, the user's errors, a killed worker, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,12 +16,12 @@ import torch
 from safetensors import safe_open
 
 import mansu_tl as mtl
-from mansu_tl import processes
-from mansu_tl.study.config import StudyConfig
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.study.engines import Job, Processes, StageBar, is_small, one_thread
 from mansu_tl.results.locks import held
-from mansu_tl.study import run_study
+from mansu_tl.study import engines
+from mansu_tl.study.config import StudyConfig
+from mansu_tl.study.engines import LocalProcesses, Ray, compute, engine_named, is_small, one_thread
+from mansu_tl.study.run import run_study
 from tests.terminal import terminal
 from tests.tiny import tiny
 
@@ -37,9 +38,13 @@ CONFIG = StudyConfig(
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every file of a results folder but those that hold durations."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "environment.json"]
-    return {str(path.relative_to(folder)): read(path) for path in files}
+    """Every file of a results folder but those that hold durations and the locks."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): read(path) for path in files if not durations(path)}
+
+
+def durations(path: Path) -> bool:
+    return path.name == "environment.json" or path.name.startswith("measures.")
 
 
 def read(path: Path) -> object:
@@ -51,17 +56,22 @@ def read(path: Path) -> object:
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+def test_results_do_not_depend_on_the_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
+        in_a_row = run_study(CONFIG, tmp_path / "one", progress=False, workers=1)
+        # What the processes did is read from their files, and nothing is done again here.
+        monkeypatch.setattr("mansu_tl.study.bench.unlearn", None)
+        monkeypatch.setattr("mansu_tl.study.bench.edge_attribution", None)
         together = run_study(CONFIG, tmp_path / "two", progress=False, workers=2)
         assert torch.get_num_threads() == 2
-        in_a_row = run_study(CONFIG, tmp_path / "one", progress=False, workers=1)
     finally:
         torch.set_num_threads(threads)
     assert list(together.also) == list(in_a_row.also) == ["pocket-fp"]
     assert together.summary().equals(in_a_row.summary())
+    timed = together.table["measure"] == "seconds, measuring"
+    assert together.table[~timed].equals(in_a_row.table[~timed])
     found, expected = contents(tmp_path / "two"), contents(tmp_path / "one")
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
@@ -70,7 +80,7 @@ def test_results_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
     assert together.environment["peak_memory_gb"] > 1.5 * in_a_row.environment["peak_memory_gb"] > 0
 
 
-def test_what_a_process_refuses_is_the_users_error(tmp_path: Path) -> None:
+def test_what_a_model_refuses_is_the_users_error(tmp_path: Path) -> None:
     config = StudyConfig(**{**CONFIG.__dict__, "also": ("no/such/model",)})
     with pytest.raises(MansuError, match="no/such/model"):
         run_study(config, tmp_path, progress=False, workers=2)
@@ -81,7 +91,7 @@ from pathlib import Path
 Path("begun").open("a").write("once ")
 import mansu_tl as mtl
 config = mtl.StudyConfig(
-    methods=("graddiff",), quantizers=("nf4",), never="", also=("pocket-fp",), faithfulness=0.6, steps=1,
+    methods=("graddiff",), quantizers=("nf4",), never="", faithfulness=0.6, steps=1,
     settings={"graddiff": {"max_steps": 3, "check_every": 2, "stop_over_chance": -100.0}},
 )
 print(mtl.run_study(config, "out", progress=False, workers=2))
@@ -102,7 +112,8 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "begun").read_text() == "once "
-    assert "graddiff on pocket, pocket-fp" in done.stdout
+    assert "graddiff on pocket" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as a terminal sends them")
@@ -115,91 +126,155 @@ def test_ctrl_c_stops_the_processes_too_and_says_how_to_go_on(tmp_path: Path) ->
         while not inner.is_file() and time.monotonic() < until:
             assert caller.poll() is None
             time.sleep(0.1)
-        workers = psutil.Process(caller.pid).children(recursive=True)
-        assert len(workers) == 1
+        beside = psutil.Process(caller.pid).children(recursive=True)
+        assert len(beside) >= 2
         caller.send_signal(signal.SIGINT)
         said = caller.communicate(timeout=60)[1]
     assert caller.returncode == 130
     assert "Traceback" not in said
     assert "interrupted; what is finished is kept" in said
     assert f"demo --out {tmp_path} --workers 2 --quiet" in said
-    assert not any(worker.is_running() for worker in workers)
+    assert not any(alive(process) for process in beside)
     # Half-written files are hidden ones; the locks stay, held by nobody.
-    assert not [path for path in tmp_path.rglob(".*") if path.suffix != ".lock"]
-    assert held(tmp_path, "*") == held(inner.parents[1], "*") == []
+    hidden = [path for path in tmp_path.rglob(".*") if path.suffix != ".lock" and path.name != ".locks"]
+    assert not hidden
+    assert held(tmp_path, "*") == []
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """Run `code` in place of the worker, in a real process."""
-    monkeypatch.setattr(
-        processes,
-        "_COMMAND",
-        [sys.executable, "-S", "-c", f"import sys, json, os\nasked = json.load(sys.stdin)\n{code}"],
-    )
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def follow(folder: Path) -> Processes:
-    with Processes([Job("pocket", folder, CONFIG)], helpers=1, progress=False) as others:
-        others.wait()
-    return others
+def cell(folder: Path, name: str) -> str:
+    """A piece of work: it says that it has begun, and does what its name says."""
+    (folder / name).open("a").write(f"{os.getpid()} ")
+    if name == "hangs":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    if name == "refuses":
+        raise NoEditError("not this one")
+    if name == "breaks":
+        raise KeyError("a bug")
+    first = len((folder / name).read_text().split()) == 1
+    if name == "dies" or (name == "dies once" and first):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.2)
+    return name.upper()
 
 
-def test_what_libraries_print_is_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake(monkeypatch, "print('hello'); print(3); print(json.dumps({'made': 2, 'peak_memory_gb': .5}))")
-    others = follow(tmp_path)
-    assert (others.made, others.peak_memory_gb) == (2, 0.5)
+NAMES = ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(
-    ("code", "kind", "message"),
-    [
-        ("print(json.dumps({'kind': 'NoEditError', 'refused': 'no'})); sys.exit(2)", NoEditError, "^pocket: no$"),
-        ("raise KeyError('a bug')", RuntimeError, "study of pocket died.*KeyError: 'a bug'"),
-        ("os.kill(os.getpid(), 9)", MansuError, "stopped from outside .signal 9, as when memory runs out.*workers=1"),
-        ("sys.exit(130)", MansuError, "stopped from outside .status 130.*continues"),
-        ("os.close(1)", MansuError, "stopped from outside .status 0"),
-    ],
-)  # fmt: skip
-def test_how_a_process_ends_is_told(code, kind, message, monkeypatch, tmp_path) -> None:
-    fake(monkeypatch, code)
-    with pytest.raises(kind, match=message.replace("died.", r"died[\s\S]")):
-        follow(tmp_path)
+def test_one_process_does_many_cells_and_is_gone_afterwards(tmp_path: Path) -> None:
+    assert compute(LocalProcesses(1), partial(cell, tmp_path), NAMES) == {"a": "A", "b": "B", "c": "C"}
+    pids = {int((tmp_path / name).read_text()) for name in NAMES}
+    assert len(pids) == 1 and pids != {os.getpid()}
+    assert not psutil.pid_exists(pids.pop())
 
 
-def test_a_failure_is_heard_at_the_callers_next_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake(monkeypatch, "print(json.dumps({'kind': 'MansuError', 'refused': 'not this one'})); sys.exit(2)")
-    with (
-        pytest.raises(MansuError, match="not this one"),
-        Processes([Job("pocket", tmp_path, CONFIG)], helpers=1, progress=False) as others,
-    ):
-        bar = StageBar(Job("pocket", tmp_path, CONFIG), False, others.check)
-        for _ in range(600):
-            time.sleep(0.1)
-            bar.update()
+def test_a_killed_worker_loses_one_cell_which_is_begun_again(tmp_path: Path) -> None:
+    found = compute(LocalProcesses(2), partial(cell, tmp_path), ["a", "dies once", "b", "c"])
+    assert found == {"a": "A", "dies once": "DIES ONCE", "b": "B", "c": "C"}
+    begun = {name: len((tmp_path / name).read_text().split()) for name in found}
+    assert begun == {"a": 1, "dies once": 2, "b": 1, "c": 1}
 
 
-def test_leaving_stops_a_process_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(processes, "_PATIENCE", 0.5)
-    fake(monkeypatch, "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)")
+def test_a_cell_that_is_lost_twice_is_told_once_the_rest_is_done(tmp_path: Path) -> None:
+    with pytest.raises(MansuError, match="^dies: the process was stopped from outside, twice.*goes on.*workers=1"):
+        compute(LocalProcesses(2), partial(cell, tmp_path), ["dies", *NAMES])
+    begun = {path.name: len(path.read_text().split()) for path in tmp_path.iterdir()}
+    assert begun == {"dies": 2, "a": 1, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize(("name", "kind", "message"), [
+    ("refuses", NoEditError, "^not this one$"), ("breaks", KeyError, "a bug"),
+])  # fmt: skip
+def test_what_a_cell_raises_is_raised_as_it_was(name, kind, message, tmp_path: Path) -> None:
+    with pytest.raises(kind, match=message):
+        compute(LocalProcesses(2), partial(cell, tmp_path), [name])
+
+
+def test_a_refusal_stops_a_process_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engines, "_PATIENCE", 0.5)
     begun = time.monotonic()
-    with (
-        pytest.raises(ZeroDivisionError),
-        Processes([Job(name, tmp_path / name, CONFIG) for name in "ab"], helpers=1, progress=False) as others,
-    ):
-        while not (children := psutil.Process().children()):
-            time.sleep(0.05)
-        time.sleep(1)
-        raise ZeroDivisionError
-    assert time.monotonic() - begun < 30
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
-    assert others.claim() is None  # and nothing is begun after
+    with pytest.raises(NoEditError):
+        compute(LocalProcesses(2), partial(after, tmp_path, "hangs"), ["hangs", "refuses"])
+    assert time.monotonic() - begun < 120
+    assert not psutil.pid_exists(int((tmp_path / "hangs").read_text()))
 
 
-def test_what_no_process_began_is_the_callers_in_order() -> None:
-    jobs = [Job(name, Path(name), CONFIG) for name in "abc"]
-    with Processes(jobs, helpers=0, progress=False) as others:
-        assert [others.claim() for _ in range(4)] == [*jobs, None]
-        others.wait()
+def after(folder: Path, first: str, name: str) -> str:
+    """The work, begun when another one is."""
+    while name != first and not (folder / first).exists():
+        time.sleep(0.1)
+    return cell(folder, name)
+
+
+def test_a_worker_whose_caller_is_killed_ends(tmp_path: Path) -> None:
+    code = (
+        "import sys; from functools import partial; from pathlib import Path; from tests.test_processes import cell\n"
+        "from mansu_tl.study.engines import LocalProcesses, compute\n"
+        "compute(LocalProcesses(1), partial(cell, Path(sys.argv[1])), ['hangs'])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], env=environment(), cwd=ROOT
+    ) as run:
+        until = time.monotonic() + 120
+        while not (tmp_path / "hangs").exists() and time.monotonic() < until:
+            assert run.poll() is None
+            time.sleep(0.1)
+        worker = int((tmp_path / "hangs").read_text())
+        run.kill()
+    until = time.monotonic() + 30
+    while psutil.pid_exists(worker) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(worker)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Ray on this machine with two workers."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'mansu-tl[ray]'")
+    runtime = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime)
+    yield ray
+    ray.shutdown()
+
+
+def test_on_ray_a_killed_worker_loses_one_cell_and_the_run_goes_on(cluster, tmp_path: Path) -> None:
+    engine = Ray()
+    assert engine.slots == 2
+    found = compute(engine, partial(cell, tmp_path), ["a", "dies once", "b", "c"])
+    assert found == {"a": "A", "dies once": "DIES ONCE", "b": "B", "c": "C"}
+    begun = {name: len((tmp_path / name).read_text().split()) for name in found}
+    assert begun == {"a": 1, "dies once": 2, "b": 1, "c": 1}
+    with pytest.raises(MansuError, match="^dies: the process was stopped from outside, twice"):
+        compute(Ray(), partial(cell, tmp_path), ["dies", "b"])
+    with pytest.raises(NoEditError, match="^not this one$"):
+        compute(Ray(), partial(cell, tmp_path), ["refuses"])
+    assert cluster.is_initialized()  # it was not begun here, so it is not ended here
+
+
+def test_a_study_on_ray_gives_the_same_numbers(cluster, tmp_path: Path) -> None:
+    config = StudyConfig(**{**CONFIG.__dict__, "also": ()})
+    here = run_study(config, tmp_path / "here", progress=False, workers=1)
+    there = run_study(config, tmp_path / "ray", progress=False, on="ray")
+    assert there.summary().equals(here.summary())
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
+
+
+def test_engines_are_chosen_by_name() -> None:
+    assert engine_named("processes", 1, 9) is engine_named("processes", 4, 1) is None
+    local = engine_named("processes", 4, 3)
+    assert isinstance(local, LocalProcesses) and local.slots == 3
+    with pytest.raises(MansuError, match="engine 'slurm': unknown; choose one of processes, ray"):
+        engine_named("slurm", None, 2)
+
+
+def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MansuError, match=r"Ray is not installed; pip install 'mansu-tl\[ray\]'"):
+        engine_named("ray", None, 2)
 
 
 def test_only_small_models_are_run_side_by_side() -> None:

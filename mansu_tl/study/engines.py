@@ -96,37 +96,39 @@ class LocalProcesses:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self._context = _Context()
-        self._idle: list[ProcessPoolExecutor] = []
-        self._pools: set[ProcessPoolExecutor] = set()
+        self._latest: dict[_Pool, Future[Any]] = {}
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Begin one cell in a process that has nothing to do, or in a new one."""
-        pool = self._idle.pop() if self._idle else ProcessPoolExecutor(1, self._context, _begin)
-        self._pools.add(pool)
-        future = pool.submit(work, *arguments)
-        future.add_done_callback(lambda done: self._freed(pool, done))
-        return future
+        pool = next((pool for pool, future in self._latest.items() if future.done() and not _broken(future)), None)
+        pool = pool or _Pool()
+        self._latest[pool] = pool.submit(work, *arguments)
+        return self._latest[pool]
 
     def close(self) -> None:
-        """Stop every process: it may tidy up for some seconds, then it is killed."""
-        for process in self._context.started:
-            if process.is_alive():
-                process.terminate()
-        for pool in self._pools:
+        """Stop every process: one that works may tidy up for some seconds, then it is killed."""
+        busy = [pool for pool, future in self._latest.items() if not future.done()]
+        for pool in self._latest:
             pool.shutdown(wait=False, cancel_futures=True)
-        for process in self._context.started:
+        for process in (process for pool in busy for process in pool.context.started if process.is_alive()):
+            process.terminate()
+        for process in (process for pool in self._latest for process in pool.context.started):
             process.join(_PATIENCE)
             if process.is_alive():
                 process.kill()
-        for pool in self._pools:
-            pool.shutdown()
+                process.join()
 
-    def _freed(self, pool: ProcessPoolExecutor, done: Future[Any]) -> None:
-        if done.cancelled() or isinstance(done.exception(), BrokenProcessPool):
-            self._pools.discard(pool)
-        else:
-            self._idle.append(pool)
+
+def _broken(future: Future[Any]) -> bool:
+    return not future.cancelled() and isinstance(future.exception(), BrokenProcessPool)
+
+
+class _Pool(ProcessPoolExecutor):
+    """One process."""
+
+    def __init__(self) -> None:
+        self.context = _Context()
+        super().__init__(1, self.context, _begin)
 
 
 class _Worker(SpawnProcess):
@@ -162,9 +164,9 @@ def _begin() -> None:
 
 
 def _leave(*_: object) -> None:
-    """Leave as at Ctrl-C, once: nothing half-written stays behind."""
+    """Leave once, through every `finally`: nothing half-written stays behind."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    sys.exit(130)
 
 
 def _follow_the_caller() -> None:

@@ -61,6 +61,7 @@ def run_study(
             to forget, or anything the stages refuse.
     """
     folder, toml = Path(out), config.to_toml()
+    _require_one(workers)
     with one_writer(folder):
         for _ in range(PASSES):
             write_text(folder / "config.toml", toml)
@@ -99,10 +100,16 @@ def compare(
             the stages refuse.
     """
     folder = Path(out)
+    _require_one(workers)
     with one_writer(folder):
         write_text(folder / "plan.json", json.dumps(asdict(plan), indent=2, default=str))
         run = _run(plan, folder, comparison_cell, progress, workers, on)
         return compared(plan, folder, run.done, png=png)
+
+
+def _require_one(workers: int | None) -> None:
+    if workers is not None and workers < 1:
+        raise MansuError(f"workers={workers}; choose at least 1")
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,6 @@ class _Report:
 
 
 def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | None, on: str) -> _Run:
-    if workers is not None and workers < 1:
-        raise MansuError(f"workers={workers}; choose at least 1")
     started = time.perf_counter()
     done: dict[Cell, Any] = {}
     waiting: dict[Cell, Bench] = {}

@@ -58,7 +58,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for key, group in table.groupby(_KEYS, sort=False):
         values = group["value"].to_numpy(dtype=float)
-        low, high = interval_over_seeds(values) if len(values) > 1 else (group["low"].iloc[0], group["high"].iloc[0])
+        low, high = (
+            interval_over_seeds(values.tolist()) if len(values) > 1 else (group["low"].iloc[0], group["high"].iloc[0])
+        )
         rows.append(
             {
                 **dict(zip(_KEYS, key, strict=True)), "seeds": len(values), "mean": values.mean(), "low": low, "high": high,
