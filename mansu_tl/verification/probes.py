@@ -20,16 +20,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.data import Questions
+from mansu_tl.data import Questions, Sequences
 from mansu_tl.data.fit import require_fit, require_questions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, home, require_ready
+from mansu_tl.models import require_ready
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.tree import family, submodule
-from mansu_tl.patching.runs import keep, run
-from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
+from mansu_tl.verification.streams import residual_streams, stream_hooks
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
@@ -59,25 +59,15 @@ class Probes(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a layer: accuracy in percent with its 95 % interval over facts, the shuffled control with its
         own, and chance."""
-        rows = []
-        for i, layer in enumerate(self.layers):
-            low, high = interval_over_facts(self.right[i].double(), self.facts)
-            control_low, control_high = interval_over_facts(self.shuffled[i], self.facts)
-            rows.append(
-                {
-                    "label": self.label,
-                    "layer": layer,
-                    "accuracy": 100 * self.right[i].double().mean().item(),
-                    "interval_low": 100 * low,
-                    "interval_high": 100 * high,
-                    "shuffled": 100 * self.shuffled[i].double().mean().item(),
-                    "shuffled_low": 100 * control_low,
-                    "shuffled_high": 100 * control_high,
-                    "chance": 100 * self.chance,
-                    "penalty": self.penalties[i].item(),
-                }
-            )
-        return pd.DataFrame(rows)
+        return pd.DataFrame(
+            [
+                {"label": self.label, "layer": layer}
+                | with_interval("accuracy", self.right[i], self.facts, scale=100.0, bounds="interval")
+                | with_interval("shuffled", self.shuffled[i], self.facts, scale=100.0)
+                | {"chance": 100 * self.chance, "penalty": self.penalties[i].item()}
+                for i, layer in enumerate(self.layers)
+            ]
+        )
 
     def __repr__(self) -> str:
         accuracy = self.right.double().mean(1)
@@ -147,7 +137,7 @@ def probe(
         facts += also_train.facts
         fold = torch.cat([fold, torch.full((len(also_train),), -1)])
     vectors = _unembedding(model)
-    layers = ("embed", *(f"L{i}" for i in range(component_map(model).n_layers)))
+    layers = tuple(stream_hooks(model))
     options = vectors[questions.choices.cpu()]
     options = options - options.mean(1, keepdim=True)
     labels = [answers, *(answers[_shuffle(facts, generator)] for _ in range(shuffles))]
@@ -200,21 +190,17 @@ def ridge(
     return coefficients, mean_y - mean_x @ coefficients
 
 
-@torch.no_grad()
 def streams(
     model: TransformerBridge, questions: Questions, batch_size: int = 256
 ) -> Float[Tensor, "layer question d_model"]:
     """The residual stream at every question's last token: what enters block 0, then what leaves each block."""
     require_ready(model, questions.prompts)
-    count, device = component_map(model).n_layers, home(model)
-    hooks = [*(f"blocks.{i}.hook_in" for i in range(count)), "ln_final.hook_in"]
     out = []
     for start in range(0, len(questions), batch_size):
         rows = questions[slice(start, start + batch_size)]
-        kept: dict[str, Tensor] = {}
-        run(model, rows.prompts.to(device), rows.lengths.to(device), [(name, keep(kept, name)) for name in hooks])
+        layers, _ = residual_streams(model, Sequences(rows.prompts, rows.lengths))
         at, last = torch.arange(len(rows)), rows.lengths.cpu() - 1
-        out.append(torch.stack([kept[name][at, last].cpu().double() for name in hooks]))
+        out.append(torch.stack([stream[at, last].cpu().double() for stream in layers]))
     found = torch.cat(out, 1)
     if not torch.isfinite(found).all():
         raise MansuError("probe: the model's streams are not finite on these questions; check its weights and dtype")

@@ -29,7 +29,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.metrics import accuracy, last_logits
 from mansu_tl.models import float32_copy, home, require_ready
-from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
 from mansu_tl.unlearning.batches import Sampler, real_targets
 from mansu_tl.verification.attacks import Attack
@@ -83,7 +83,7 @@ class RelearningCurve(Result):
             MansuError: no such measure, or a step at which it was not asked.
         """
         source = self.excess if excess else self.values
-        return _scale(measure) * source[measure_index(measure), self.index_of(step)].double().mean().item()
+        return scale_of(measure) * source[measure_index(measure), self.index_of(step)].double().mean().item()
 
     def index_of(self, step: int) -> int:
         """The row of a step; -1 is the last.
@@ -98,30 +98,16 @@ class RelearningCurve(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a step and measure: value, prior, excess, each in percent (log-odds in nats), and 95 % intervals
         over facts of value and excess."""
+        same = {"label": self.label, "attack": self.attack, "learning_rate": self.learning_rate}
         rows = []
         for m, measure in enumerate(MEASURES):
-            scale = _scale(measure)
+            scale = scale_of(measure)
             for s, step in enumerate(self.steps):
-                value, extra = self.values[m, s], self.excess[m, s]
-                low, high = interval_over_facts(value, self.facts)
-                extra_low, extra_high = interval_over_facts(extra, self.facts)
-                rows.append(
-                    {
-                        "label": self.label,
-                        "attack": self.attack,
-                        "learning_rate": self.learning_rate,
-                        "step": step,
-                        "measure": measure,
-                        "value": scale * value.double().mean().item(),
-                        "interval_low": scale * low,
-                        "interval_high": scale * high,
-                        "prior": scale * self.prior[m, s].double().mean().item(),
-                        "excess": scale * extra.double().mean().item(),
-                        "excess_low": scale * extra_low,
-                        "excess_high": scale * extra_high,
-                        "loss": self.loss[s].item(),
-                    }
-                )
+                row = same | {"step": step, "measure": measure}
+                row |= with_interval("value", self.values[m, s], self.facts, scale=scale, bounds="interval")
+                row |= {"prior": scale * self.prior[m, s].double().mean().item()}
+                row |= with_interval("excess", self.excess[m, s], self.facts, scale=scale)
+                rows.append(row | {"loss": self.loss[s].item()})
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -223,7 +209,8 @@ def measure_index(measure: str) -> int:
     return MEASURES.index(measure)
 
 
-def _scale(measure: str) -> float:
+def scale_of(measure: str) -> float:
+    """What turns a measure's mean into what is shown: percent, and nats for log-odds."""
     return 1.0 if measure == "log_odds" else 100.0
 
 

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.verification.attacks import Attack
-from mansu_tl.verification.relearning import MEASURES, RelearningCurve, measure_index, relearn
+from mansu_tl.verification.relearning import MEASURES, RelearningCurve, measure_index, relearn, scale_of
 
 _NO_REFERENCE = ""
 
@@ -69,39 +70,34 @@ class Relearning(Result):
     def _row(
         self, key: tuple[str, str, float], curves: list[RelearningCurve], measure: str, step: int
     ) -> dict[str, object]:
-        m, scale = measure_index(measure), 1.0 if measure == "log_odds" else 100.0
-        at = [curve.index_of(step) for curve in curves]
+        m, scale = measure_index(measure), scale_of(measure)
         facts = [fact for curve in curves for fact in curve.facts]
-        parts = [curve.excess[m, i].double() for curve, i in zip(curves, at, strict=True)]
-        value = torch.cat([curve.values[m, i].double() for curve, i in zip(curves, at, strict=True)])
-        excess = torch.cat(parts)
-        means = [scale * part.mean().item() for part in parts]
-        row: dict[str, object] = {
-            "label": key[0],
-            "kind": key[1],
-            "learning_rate": key[2],
-            "measure": measure,
-            "step": curves[0].steps[at[0]],
-            "splits": len(curves),
-            "value": scale * value.mean().item(),
-            "prior": scale * (value - excess).mean().item(),
-        }
-        row |= _with_interval("excess", excess, facts, scale)
+
+        def last(source: str, curves: Sequence[RelearningCurve]) -> list[Tensor]:
+            return [getattr(curve, source)[m, curve.index_of(step)].double() for curve in curves]
+
+        value, excess = torch.cat(last("values", curves)), torch.cat(last("excess", curves))
+        means = [scale * part.mean().item() for part in last("excess", curves)]
+        row: dict[str, object] = dict(zip(("label", "kind", "learning_rate"), key, strict=True))
+        row |= {"measure": measure, "step": curves[0].steps[curves[0].index_of(step)], "splits": len(curves)}
+        row |= {"value": scale * value.mean().item(), "prior": scale * (value - excess).mean().item()}
+        row |= with_interval("excess", excess, facts, scale=scale)
         row |= {"lowest_split": min(means), "highest_split": max(means)}
         if self.reference:
-            others = {(c.attack, c.learning_rate): c for c in self.curves if c.label == self.reference}
-            base = []
-            for curve in curves:
-                other = others.get((curve.attack, curve.learning_rate))
-                if other is None:
-                    raise MansuError(
-                        f"relearning: {self.reference!r} has no curve for {curve.attack!r} at lr "
-                        f"{curve.learning_rate:g}; run it too"
-                    )
-                base.append(other.excess[m, other.index_of(step)].double())
-            row["reference_excess"] = scale * torch.cat(base).mean().item()
-            row |= _with_interval("over_reference", excess - torch.cat(base), facts, scale)
+            base = torch.cat(last("excess", [self._reference_of(curve) for curve in curves]))
+            row["reference_excess"] = scale * base.mean().item()
+            row |= with_interval("over_reference", excess - base, facts, scale=scale)
         return row
+
+    def _reference_of(self, curve: RelearningCurve) -> RelearningCurve:
+        """The never-trained model's curve under the same attack."""
+        asked = (self.reference, curve.attack, curve.learning_rate)
+        for other in self.curves:
+            if (other.label, other.attack, other.learning_rate) == asked:
+                return other
+        raise MansuError(
+            f"relearning: {self.reference!r} has no curve for {curve.attack!r} at lr {curve.learning_rate:g}; run it too"
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """Every curve's rows, see `RelearningCurve.to_dataframe`."""
@@ -155,8 +151,3 @@ def compare_relearning(
         )  # fmt: skip
         curves.append(curve)
     return Relearning(tuple(curves), reference or _NO_REFERENCE)
-
-
-def _with_interval(name: str, values: torch.Tensor, facts: Sequence[str], scale: float) -> dict[str, float]:
-    low, high = interval_over_facts(values, facts)
-    return {name: scale * values.mean().item(), f"{name}_low": scale * low, f"{name}_high": scale * high}
