@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -89,7 +90,7 @@ class ErasureDepth(Result):
         rows = []
         for i, layer in enumerate(self.layers):
             never = self.never[i].double().mean().item()
-            row = {"label": self.label, "layer": layer, "never_drop": never}
+            row: dict[str, Any] = {"label": self.label, "layer": layer, "never_drop": never}
             row |= with_interval("edited_drop", self.edited[i], self.facts, bounds="edited")
             row["counted"] = (self.never[i] > self.threshold).double().mean().item()
             row["erased"] = row["edited_drop"] / never if never > self.threshold else float("nan")

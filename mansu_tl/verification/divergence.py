@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -168,7 +169,7 @@ def circuit_divergence(
             f"CAD: scores with {' and with '.join(str(n) for n in sorted(given))} EAP-IG steps cannot be compared; take "
             "both with the same steps"
         )
-    options = {"steps": given.pop() if given else _STEPS, "metric": metric, "progress": progress}
+    options: dict[str, Any] = {"steps": given.pop() if given else _STEPS, "metric": metric, "progress": progress}
     found = [
         m if isinstance(m, CircuitScores) else circuit_scores(m, circuit, pairs, **options) for m in (original, other)
     ]

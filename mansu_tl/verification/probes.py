@@ -116,7 +116,8 @@ def probe(
             shuffle, or facts both asked and trained on.
     """
     require_bridge(model)
-    for asked in (questions, *([] if also_train is None else [also_train])):
+    sets = [questions, *([] if also_train is None else [also_train])]
+    for asked in sets:
         require_questions(asked)
         require_fit(model, asked)
     names = tuple(dict.fromkeys(questions.facts))
@@ -124,35 +125,29 @@ def probe(
         raise MansuError(f"probe: folds={folds} of {len(names)} facts; choose 2..{len(names)}")
     if not penalties or min(penalties) <= 0 or shuffles < 1:
         raise MansuError(f"probe: penalties={tuple(penalties)}, shuffles={shuffles}; all have to be positive")
-    both = set(names) & set(also_train.facts if also_train is not None else ())
-    if both:
+    if also_train is not None and (both := set(names) & set(also_train.facts)):
         raise MansuError(f"probe: also_train asks {min(both)!r} too, so a probe would memorise it; drop it from one")
     generator = torch.Generator().manual_seed(seed)
     fold = _folds(questions.facts, folds, generator)
-    features = streams(model, questions, batch_size)
-    answers, facts = questions.choices[:, 0].cpu(), list(questions.facts)
-    if also_train is not None:
-        features = torch.cat([features, streams(model, also_train, batch_size)], 1)
-        answers = torch.cat([answers, also_train.choices[:, 0].cpu()])
-        facts += also_train.facts
-        fold = torch.cat([fold, torch.full((len(also_train),), -1)])
+    features = torch.cat([streams(model, asked, batch_size) for asked in sets], 1)
+    answers = torch.cat([asked.choices[:, 0].cpu() for asked in sets])
+    facts = [fact for asked in sets for fact in asked.facts]
+    fold = torch.cat([fold, torch.full((len(facts) - len(fold),), -1)])  # further facts are in no fold's test
     vectors = _unembedding(model)
-    layers = tuple(stream_hooks(model))
     options = vectors[questions.choices.cpu()]
     options = options - options.mean(1, keepdim=True)
-    labels = [answers, *(answers[_shuffle(facts, generator)] for _ in range(shuffles))]
+    shuffled = [answers[_shuffle(facts, generator)] for _ in range(shuffles)]
+    layers = tuple(stream_hooks(model))
     right = torch.zeros(len(layers), len(questions), dtype=torch.bool)
     control, chosen = torch.zeros(len(layers), len(questions)), torch.zeros(len(layers))
     for i in tqdm(range(len(layers)), desc=f"probes {label}", unit="layer", disable=not progress):
         for j in range(folds):
             test, train = (fold == j).nonzero()[:, 0], (fold != j).nonzero()[:, 0]
             inner = _folds([facts[t] for t in train.tolist()], 3, generator)
-            balance = _balance(answers[train])
-            penalty = _chosen(features[i, train], vectors[answers[train]], balance, inner, penalties)
+            penalty = _chosen(features[i, train], vectors[answers[train]], _balance(answers[train]), inner, penalties)
             chosen[i] += penalty / folds
-            for n, label_ids in enumerate(labels):
-                balance = _balance(label_ids[train])
-                fit, bias = ridge(features[i, train], vectors[label_ids[train]], penalty, balance)
+            for n, labels in enumerate((answers, *shuffled)):
+                fit, bias = ridge(features[i, train], vectors[labels[train]], penalty, _balance(labels[train]))
                 scores = ((features[i, test] @ fit + bias)[:, None] * options[test]).sum(-1)
                 hit = scores[:, 0] > scores[:, 1:].max(1).values
                 if n == 0:
@@ -224,12 +219,9 @@ def _folds(facts: Sequence[str], folds: int, generator: torch.Generator) -> Int[
 def _shuffle(facts: Sequence[str], generator: torch.Generator) -> Int[Tensor, " row"]:
     """For every row, a row whose answer it gets: facts are permuted, the rows of one fact stay together."""
     names = list(dict.fromkeys(facts))
-    first = {name: facts.index(name) for name in names}
-    other = {
-        name: first[names[j]]
-        for name, j in zip(names, torch.randperm(len(names), generator=generator).tolist(), strict=True)
-    }
-    return torch.tensor([other[fact] for fact in facts])
+    order = torch.randperm(len(names), generator=generator).tolist()
+    row = {name: facts.index(names[j]) for name, j in zip(names, order, strict=True)}
+    return torch.tensor([row[fact] for fact in facts])
 
 
 def _balance(answers: Int[Tensor, " row"]) -> Float[Tensor, " row"]:

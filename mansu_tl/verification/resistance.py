@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,8 +19,6 @@ from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.verification.attacks import Attack
 from mansu_tl.verification.relearning import MEASURES, RelearningCurve, measure_index, relearn, scale_of
 
-_NO_REFERENCE = ""
-
 
 @dataclass(frozen=True)
 class Relearning(Result):
@@ -31,7 +30,7 @@ class Relearning(Result):
     """
 
     curves: tuple[RelearningCurve, ...]
-    reference: str = _NO_REFERENCE
+    reference: str = ""
 
     def __post_init__(self) -> None:
         if not self.curves:
@@ -40,14 +39,13 @@ class Relearning(Result):
         if self.reference and self.reference not in labels:
             raise MansuError(f"relearning: reference {self.reference!r} is none of {', '.join(labels)}; run it too")
         facts: dict[str, tuple[str, ...]] = {}
-        seen = set()
+        seen: set[tuple[str, str, float]] = set()
         for curve in self.curves:
             if facts.setdefault(curve.attack, curve.facts) != curve.facts:
                 raise MansuError(f"relearning: two attacks called {curve.attack!r} ask different questions; rename one")
-            key = (curve.label, curve.attack, curve.learning_rate)
-            if key in seen:
-                raise MansuError(f"relearning: {curve.label!r} has two curves for {key[1:]}; drop one")
-            seen.add(key)
+            if _place(curve) in seen:
+                raise MansuError(f"relearning: {curve.label!r} has two curves for {_place(curve)[1:]}; drop one")
+            seen.add(_place(curve))
 
     def summary(self, measure: str = "multiple_choice", step: int = -1) -> pd.DataFrame:
         """One row a model, kind of attack and learning rate, its splits taken together.
@@ -91,9 +89,8 @@ class Relearning(Result):
 
     def _reference_of(self, curve: RelearningCurve) -> RelearningCurve:
         """The never-trained model's curve under the same attack."""
-        asked = (self.reference, curve.attack, curve.learning_rate)
         for other in self.curves:
-            if (other.label, other.attack, other.learning_rate) == asked:
+            if _place(other) == (self.reference, *_place(curve)[1:]):
                 return other
         raise MansuError(
             f"relearning: {self.reference!r} has no curve for {curve.attack!r} at lr {curve.learning_rate:g}; run it too"
@@ -142,12 +139,14 @@ def compare_relearning(
     """
     if reference is not None and reference not in models:
         raise MansuError(f"relearning: reference {reference!r} is none of {', '.join(models)}; add it to the models")
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "ask_at": ask_at, "seed": seed}
     jobs = [(label, attack, rate) for label in models for attack in attacks for rate in learning_rates]
-    curves = []
-    for label, attack, rate in tqdm(jobs, desc="relearning", unit="curve", disable=not bars(progress)):
-        curve = relearn(
-            models[label], attack, steps=steps, learning_rate=rate, batch_size=batch_size, ask_at=ask_at, seed=seed,
-            label=label,
-        )  # fmt: skip
-        curves.append(curve)
-    return Relearning(tuple(curves), reference or _NO_REFERENCE)
+    curves = [
+        relearn(models[label], attack, learning_rate=rate, label=label, **options)
+        for label, attack, rate in tqdm(jobs, desc="relearning", unit="curve", disable=not bars(progress))
+    ]
+    return Relearning(tuple(curves), reference or "")
+
+
+def _place(curve: RelearningCurve) -> tuple[str, str, float]:
+    return curve.label, curve.attack, curve.learning_rate

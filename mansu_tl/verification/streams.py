@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, home
-from mansu_tl.patching.runs import keep, run
+from mansu_tl.patching.runs import Hook, keep, run
 
 
 def stream_hooks(model: TransformerBridge) -> dict[str, str]:
@@ -25,8 +25,9 @@ def residual_streams(
     model: TransformerBridge, rows: Sequences, *, every_logit: bool = False
 ) -> tuple[list[Float[Tensor, "row pos d_model"]], Float[Tensor, "*position vocab"]]:
     """The streams, layer by layer, and the logits at each row's last token, or with `every_logit` at all of them."""
-    rows, kept = rows.to(home(model)), dict[str, Tensor]()
-    hooks = [(hook, keep(kept, layer)) for layer, hook in stream_hooks(model).items()]
+    kept: dict[str, Tensor] = {}
+    rows = rows.to(home(model))
+    hooks: list[Hook] = [(hook, keep(kept, layer)) for layer, hook in stream_hooks(model).items()]
     if every_logit:
         with model.hooks(fwd_hooks=hooks):
             logits = model(rows.tokens, return_type="logits")
