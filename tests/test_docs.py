@@ -27,7 +27,7 @@ ROOMS = [
     "mansu_tl.explorer",
     "mansu_tl.gallery", "mansu_tl.models",
     "mansu_tl.patching",
-    "mansu_tl.plots", "mansu_tl.quantization", "mansu_tl.unlearning",
+    "mansu_tl.plots", "mansu_tl.quantization", "mansu_tl.runs", "mansu_tl.unlearning",
     "mansu_tl.unlearning.baselines", "mansu_tl.verification",
 ]  # fmt: skip
 

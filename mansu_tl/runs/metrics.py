@@ -24,17 +24,6 @@ from mansu_tl.models.kinds import way_to_load
 from mansu_tl.models.state import home, require_ready
 from mansu_tl.results.result import Result, Table
 
-__all__ = [
-    "METRICS",
-    "Accuracy",
-    "Metric",
-    "accuracy",
-    "answer_log_prob",
-    "choice_log_odds",
-    "kl_divergence",
-    "last_logits",
-    "logit_difference",
-]
 
 Metric = Callable[[Float[Tensor, "pair vocab"], PromptPairs], Float[Tensor, " pair"]]
 
@@ -203,5 +192,3 @@ def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, b
     )
 
 
-def __dir__() -> list[str]:
-    return sorted(__all__)
