@@ -28,11 +28,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, choice_log_odds
 from mansu_tl.models import home, require_ready
-from mansu_tl.patching.runs import Hook, check, chunks, measured, metric_name, run
 from mansu_tl.results.intervals import interval_over_facts, with_interval
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, choice_log_odds
+from mansu_tl.runs.passes import Hook, check, chunks, measured, metric_name, run
 from mansu_tl.verification.streams import require_one_shape, residual_streams, stream_hooks
 
 POSITIONS = ("all", "last")

@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, home
-from mansu_tl.patching.runs import Hook, keep, run
+from mansu_tl.runs.passes import Hook, keep, run
 
 
 def stream_hooks(model: TransformerBridge) -> dict[str, str]:
