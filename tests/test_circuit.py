@@ -89,7 +89,7 @@ def test_a_circuit_known_edge_by_edge_is_recovered() -> None:
 def test_discovered_circuit_is_faithful_on_its_own_measure(model, scores) -> None:
     pairs = random_pairs()
     circuit = mtl.discover_circuit(model, pairs, scores=scores, faithfulness=0.7)
-    measured = mtl.faithfulness(model, circuit, pairs)
+    measured = mtl.circuit.faithfulness(model, circuit, pairs)
     assert measured >= 0.7
     assert measured == pytest.approx(circuit.faithfulness, abs=1e-5)
     assert circuit.n_edges < int(scores.exists.sum())
@@ -98,7 +98,7 @@ def test_discovered_circuit_is_faithful_on_its_own_measure(model, scores) -> Non
 def test_full_circuit_is_faithful_and_the_empty_mask_is_not(model, scores) -> None:
     pairs = random_pairs()
     full = Circuit.top(scores, int(scores.exists.sum()))
-    assert mtl.faithfulness(model, full, pairs) == pytest.approx(1.0, abs=1e-4)
+    assert mtl.circuit.faithfulness(model, full, pairs) == pytest.approx(1.0, abs=1e-4)
     assert len(random_faithfulness(model, full, pairs, seeds=2)) == 2
 
 
@@ -216,7 +216,7 @@ def test_rankings_and_thresholds(scores) -> None:
 def test_a_greedy_circuit_reaches_the_target_too(model, scores) -> None:
     pairs = random_pairs()
     circuit = mtl.discover_circuit(model, pairs, scores=scores, faithfulness=0.7, select="greedy")
-    assert mtl.faithfulness(model, circuit, pairs) == pytest.approx(circuit.faithfulness, abs=1e-5)
+    assert mtl.circuit.faithfulness(model, circuit, pairs) == pytest.approx(circuit.faithfulness, abs=1e-5)
     assert circuit.faithfulness >= 0.7 and "grown" in circuit.how
     with pytest.raises(MansuError, match="unknown selection 'all'"):
         mtl.discover_circuit(model, pairs, scores=scores, select="all")
@@ -321,7 +321,7 @@ def test_bad_input_is_refused(model, scores) -> None:
         same = mtl.PromptPairs.from_tokens(pairs.clean, pairs.clean, pairs.answers, pairs.distractors)
         mtl.discover_circuit(model, same)
     with pytest.raises(MansuError, match="not this model's"):
-        mtl.faithfulness(mtl.load(tiny("gpt2")), Circuit.top(scores, 10), pairs)
+        mtl.circuit.faithfulness(mtl.load(tiny("gpt2")), Circuit.top(scores, 10), pairs)
     graph = Graph.of(model)
     with pytest.raises(MansuError, match="no writer 'L9H9'"):
         graph.mask([("L9H9", "logits")])
@@ -332,7 +332,7 @@ def test_bad_input_is_refused(model, scores) -> None:
 def test_a_circuit_can_be_discovered_by_what_supports_the_answer(model, scores) -> None:
     pairs = random_pairs()
     circuit = mtl.discover_circuit(model, pairs, scores=scores, faithfulness=0.7, by="signed")
-    assert mtl.faithfulness(model, circuit, pairs) >= 0.7
+    assert mtl.circuit.faithfulness(model, circuit, pairs) >= 0.7
     n = int(circuit.how.split()[1])
     assert torch.equal(circuit.mask, Circuit.top(scores, n, by="signed").mask)
     with pytest.raises(MansuError, match="unknown ranking by='size'"):
