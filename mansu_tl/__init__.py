@@ -7,16 +7,16 @@ TransformerLens `TransformerBridge`. These are the names that most people need; 
 
 from importlib.metadata import version as _version
 
-from mansu_tl import circuit, data, explorer, metrics, models, patching, plots, quantization, unlearning, verification
+from mansu_tl import circuit, data, explorer, models, patching, plots, quantization, runs, unlearning, verification
 from mansu_tl.circuit import discover_circuit, edge_attribution
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import explore
-from mansu_tl.metrics import accuracy
 from mansu_tl.models import load, save
 from mansu_tl.patching import activation_patching
 from mansu_tl.quantization import quantize, quantizers
+from mansu_tl.runs import accuracy
 from mansu_tl.study import run_study
 from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, methods, unlearn
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 # What else completion offers: the rooms that hold the rest.
-_ROOMS = (circuit, data, explorer, metrics, models, patching, plots, quantization, unlearning, verification)
+_ROOMS = (circuit, data, explorer, models, patching, plots, quantization, runs, unlearning, verification)
 
 
 def __dir__() -> list[str]:

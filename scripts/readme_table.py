@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 import mansu_tl as mtl
-from mansu_tl.metrics import last_logits
+from mansu_tl.runs import last_logits
 from mansu_tl.unlearning import MansuSettings
 
 OUT = Path(__file__).resolve().parents[1] / "figures" / "tables" / "readme.csv"
@@ -46,7 +46,7 @@ def main() -> None:
         ]
 
     def shares(set_name: str) -> list[dict[str, str]]:
-        right = {title: mtl.metrics.accuracy(m, task.questions[set_name]) for title, m in models.items()}
+        right = {title: mtl.accuracy(m, task.questions[set_name]) for title, m in models.items()}
         return [
             {"set": set_name, "prompt": "multiple choice, %", **{t: f"{a.mc_percent:.1f}" for t, a in right.items()}},
             {

@@ -97,7 +97,7 @@ def _accuracy(c: Case) -> Numbers:
 def _edges(c: Case) -> Numbers:
     pairs, model = c.task.forget_pairs, c.model
     full = mtl.edge_attribution(model, pairs, steps=3, per_pair=True, per_position="end")
-    mean = mtl.patching.ablation(model, "mean", reference=c.task.retain_text, per_position=True)
+    mean = mtl.runs.ablation(model, "mean", reference=c.task.retain_text, per_position=True)
     averaged = mtl.edge_attribution(model, pairs, method="eap", ablation=mean)
     assert full.per_pair is not None and full.per_position is not None
     return {
@@ -122,14 +122,14 @@ def _sweeps(c: Case) -> Numbers:
             "resid_pre": None, "z": None, "k": "head-position", "pattern": None, "mlp_out": "layer", "attn_out": None,
         }.items()
     }  # fmt: skip
-    zero = mtl.patching.ablation(c.model, "zero")
+    zero = mtl.runs.ablation(c.model, "zero")
     return {**out, "zero": mtl.activation_patching(c.model, pairs, direction="noising", ablation=zero).tensor}
 
 
 def _circuits(c: Case) -> Numbers:
     model, pairs, circuit = c.model, c.task.forget_pairs, c.circuit
     scores = _scores(c)
-    mean = mtl.patching.ablation(model, "mean", reference=pairs)
+    mean = mtl.runs.ablation(model, "mean", reference=pairs)
     edges = circuit.edges[:2]
     return {
         "curve": mtl.circuit.faithfulness_curve(model, scores, pairs, [5, 20, 60], control_seeds=1).faithfulness,
@@ -312,7 +312,7 @@ FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
     "node_attribution": lambda c: mtl.patching.node_attribution(c.model, c.task.forget_pairs, qk_fix=True),
     "neuron_attribution": lambda c: mtl.patching.neuron_attribution(c.model, c.task.forget_pairs),
     "activation_patching": lambda c: mtl.activation_patching(c.model, c.task.forget_pairs, component="z"),
-    "ablation": lambda c: mtl.patching.ablation(c.model, "mean", reference=c.task.retain_text),
+    "ablation": lambda c: mtl.runs.ablation(c.model, "mean", reference=c.task.retain_text),
     "discover_circuit": lambda c: mtl.discover_circuit(c.model, c.task.forget_pairs, faithfulness=0.3, steps=1),
     "faithfulness": lambda c: mtl.circuit.faithfulness(c.model, c.circuit, c.task.forget_pairs),
     "completeness": lambda c: mtl.circuit.completeness(c.model, c.circuit, c.task.forget_pairs),

@@ -25,7 +25,8 @@ ROOMS = [
     "mansu_tl", "mansu_tl.circuit", "mansu_tl.comparison", "mansu_tl.data", "mansu_tl.explorer",
     "mansu_tl.gallery", "mansu_tl.models",
     "mansu_tl.patching",
-    "mansu_tl.plots", "mansu_tl.pocket", "mansu_tl.quantization", "mansu_tl.results", "mansu_tl.tofu", "mansu_tl.unlearning",
+    "mansu_tl.plots", "mansu_tl.pocket", "mansu_tl.quantization", "mansu_tl.results", "mansu_tl.runs", "mansu_tl.tofu",
+    "mansu_tl.unlearning",
     "mansu_tl.unlearning.baselines", "mansu_tl.verification",
 ]  # fmt: skip
 

@@ -74,7 +74,7 @@ with_model = {
     "unlearn, mansu": lambda m: mtl.unlearn(m, task, "mansu", circuit=circuit, steps=1),
     "probe": lambda m: probe(m, asked, folds=2),
     "damage": lambda m: damage(model, m, {"x": text}),
-    "ablation": lambda m: mtl.patching.ablation(m, "mean", reference=text),
+    "ablation": lambda m: mtl.runs.ablation(m, "mean", reference=text),
     "explore": lambda m: mtl.explore(m, task, {}),
 }
 any_model = {
@@ -96,7 +96,7 @@ with_questions = {"accuracy": lambda q: mtl.accuracy(model, q), "probe": lambda 
 with_text = {
     "quantize": lambda s: mtl.quantize(model, "awq-int4-g64", s),
     "damage": lambda s: damage(model, model, {"x": s}),
-    "ablation": lambda s: mtl.patching.ablation(model, "mean", reference=s),
+    "ablation": lambda s: mtl.runs.ablation(model, "mean", reference=s),
 }
 models = {"plain": hf, "name": "pocket", "nothing": None, "tokenizer": tiny_tokenizer(), "class": type(hf),
           "compiled": torch.compile(hf), "trainer": Trainer(), "peft": PeftModelForCausalLM(),

@@ -21,8 +21,8 @@ from transformers import DynamicCache
 
 from mansu_tl.models.cache import cache_argument, cache_passed_on
 from mansu_tl.models.tree import hf_of
-from mansu_tl.patching.exactness import require_exact
-from mansu_tl.patching.runs import Hook, keep
+from mansu_tl.runs.exactness import require_exact
+from mansu_tl.runs.passes import Hook, keep
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import NormWeights, attention_weights, component_map, norm_weights
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
-from mansu_tl.patching.runs import Activations, Hook, record, run
 from mansu_tl.results.result import Result
+from mansu_tl.runs.passes import Activations, Hook, record, run
 
 KINDS = ("corrupt", "zero", "mean")
 
