@@ -11,6 +11,7 @@ from mansu_tl import circuit, data, explorer, models, patching, plots, quantizat
 from mansu_tl.circuit import discover_circuit, edge_attribution
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import explore
 from mansu_tl.models import load, save
@@ -18,7 +19,6 @@ from mansu_tl.patching import activation_patching
 from mansu_tl.quantization import quantize, quantizers
 from mansu_tl.runs import accuracy
 from mansu_tl.study import run_study
-from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, methods, unlearn
 from mansu_tl.verification import certify, circuit_divergence, scorecard
 
