@@ -27,13 +27,13 @@ from mansu_tl.circuit import (
 )
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
+from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import accuracy
 from mansu_tl.models import load, save
-from mansu_tl.patching import ablation, activation_patching, neuron_attribution, node_attribution
+from mansu_tl.patching import activation_patching, neuron_attribution, node_attribution
 from mansu_tl.quantization import quantize, quantizers, update_statistics
+from mansu_tl.runs import ablation, accuracy
 from mansu_tl.study import Study, run_study
-from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, MansuSettings, methods, unlearn
 from mansu_tl.verification import Certificate, Divergence, Scorecard, certify, circuit_divergence, scorecard
 
@@ -91,7 +91,7 @@ __all__ = [
 ]
 
 # What else completion offers: the rooms that hold the rest.
-_ROOMS = ("circuit", "data", "metrics", "models", "patching", "quantization", "unlearning", "verification")
+_ROOMS = ("circuit", "data", "models", "patching", "quantization", "runs", "unlearning", "verification")
 
 
 def __dir__() -> list[str]:

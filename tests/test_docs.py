@@ -22,10 +22,12 @@ from mansu_tl.unlearning import MansuSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = [
-    "mansu_tl", "mansu_tl.circuit", "mansu_tl.comparison", "mansu_tl.data", "mansu_tl.explorer",
+    "mansu_tl", "mansu_tl.circuit", "mansu_tl.comparison", "mansu_tl.data",
+    "mansu_tl.data.sources", "mansu_tl.data.sources.pocket", "mansu_tl.data.sources.tofu",
+    "mansu_tl.explorer",
     "mansu_tl.gallery", "mansu_tl.models",
     "mansu_tl.patching",
-    "mansu_tl.plots", "mansu_tl.pocket", "mansu_tl.quantization", "mansu_tl.tofu", "mansu_tl.unlearning",
+    "mansu_tl.plots", "mansu_tl.quantization", "mansu_tl.runs", "mansu_tl.unlearning",
     "mansu_tl.unlearning.baselines", "mansu_tl.verification",
 ]  # fmt: skip
 

@@ -18,8 +18,8 @@ from mansu_tl.circuit.graph import layer_of, reader_kind
 from mansu_tl.circuit.memory import plan
 from mansu_tl.errors import MansuError
 from mansu_tl.models import attention_weights, component_map, norm_weights
-from mansu_tl.patching.ablation import ablation, normed
-from mansu_tl.patching.runs import record, run
+from mansu_tl.runs.ablation import ablation, normed
+from mansu_tl.runs.passes import record, run
 from tests.test_attribution import oracle_case, random_pairs
 from tests.tiny import FAMILIES, tiny
 
@@ -92,7 +92,7 @@ def test_scores_at_a_position_equal_central_differences_of_patching_there(family
         hook = (where[kind], add) if kind in where else (f"blocks.{layer}.attn.{kind}.hook_out", project)
         with torch.no_grad():
             logits = run(model, pairs.clean, pairs.lengths, [hook]).double()
-        return mtl.metrics.logit_difference(logits, pairs).mean().item()
+        return mtl.runs.logit_difference(logits, pairs).mean().item()
 
     generator = torch.Generator().manual_seed(1)
     edges = graph.exists.nonzero()
@@ -205,7 +205,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return mtl.metrics.logit_difference(logits, pairs)
+        return mtl.runs.logit_difference(logits, pairs)
 
     with pytest.raises(KeyboardInterrupt):
         mtl.edge_attribution(model, pairs, metric=interrupted)

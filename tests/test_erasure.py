@@ -15,9 +15,9 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import PromptPairs, Questions, Sequences
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import accuracy, answer_log_prob
 from mansu_tl.models import fingerprint, parameters, plain, rebuild
 from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.runs.metrics import accuracy, answer_log_prob
 from mansu_tl.verification import (
     Attack,
     Damage,

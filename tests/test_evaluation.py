@@ -28,10 +28,10 @@ from mansu_tl.circuit import (
 from mansu_tl.circuit.curve import MIB_SHARES
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import answer_log_prob
 from mansu_tl.models import component_map, norm_weights
-from mansu_tl.patching.ablation import ablation, normed
 from mansu_tl.results.files import read_packed, write_packed
+from mansu_tl.runs.ablation import ablation, normed
+from mansu_tl.runs.metrics import answer_log_prob
 from tests.test_attribution import oracle_case, random_pairs, swapped
 from tests.test_circuit import one_path_model
 from tests.tiny import FAMILIES, tiny

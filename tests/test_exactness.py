@@ -15,7 +15,8 @@ import mansu_tl as mtl
 from mansu_tl.circuit import intervention
 from mansu_tl.errors import MansuError
 from mansu_tl.models import cache
-from mansu_tl.patching import patterns, resume
+from mansu_tl.patching import patterns
+from mansu_tl.runs import resume
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, tiny
 

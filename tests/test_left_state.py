@@ -26,7 +26,7 @@ from mansu_tl.models.copies import boot
 from tests.road import FUNCTIONS, OF_WEIGHTS, STAGES, TOLERANCE, Case, case, largest_difference
 from tests.tiny import tiny, tiny_tokenizer
 
-ROOMS = ("circuit", "data", "metrics", "models", "patching", "quantization", "unlearning", "verification")
+ROOMS = ("circuit", "data", "models", "patching", "quantization", "runs", "unlearning", "verification")
 # Public functions that are in neither table: they neither run a model nor make a tensor from which a number is taken.
 WITHOUT_MODEL = {
     *("conflict", "node_scores_from_transformer_lens", "node_scores_to_transformer_lens"),  # results to results

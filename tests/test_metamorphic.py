@@ -11,8 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 import mansu_tl as mtl
-from mansu_tl.metrics import logit_difference
 from mansu_tl.models import component_map
+from mansu_tl.runs.metrics import logit_difference
 from tests.test_attribution import random_pairs, swapped
 from tests.tiny import FAMILIES, tiny
 

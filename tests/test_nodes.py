@@ -11,7 +11,7 @@ import mansu_tl as mtl
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map
 from mansu_tl.patching import NodeScores, node_attribution
-from mansu_tl.patching.runs import heads_last, run
+from mansu_tl.runs.passes import heads_last, run
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, tiny
 
@@ -46,7 +46,7 @@ def metric_with(model, pairs, base: str, part: str, layer: int, head: int, amoun
             return new.reshape(value.shape)
 
         logits = run(model, mine, pairs.lengths, [(name, move)]).double()
-    return mtl.metrics.logit_difference(logits, pairs).mean().item()
+    return mtl.runs.logit_difference(logits, pairs).mean().item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +91,7 @@ def brute_force(model, pairs, at: str, part: str, layer: int, head: int, place=s
 
     with torch.enable_grad():
         logits = run(model, mine, pairs.lengths, [("blocks.0.hook_in", begin), (pattern_name, hold("base"))])
-        value = mtl.metrics.logit_difference(logits, pairs).sum()
+        value = mtl.runs.logit_difference(logits, pairs).sum()
         gradient = torch.autograd.grad(value, kept["base"])[0]
     with torch.no_grad():
         run(model, mine, pairs.lengths, [(hook_name, patch), (pattern_name, hold("patched"))])

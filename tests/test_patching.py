@@ -12,10 +12,10 @@ import mansu_tl as mtl
 from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map
 from mansu_tl.patching import PatchingResult, activation_patching
-from mansu_tl.patching.ablation import ablation
 from mansu_tl.patching.cells import STREAMS, TITLES
 from mansu_tl.patching.neurons import NeuronScores, neuron_attribution
-from mansu_tl.patching.runs import heads_last, run
+from mansu_tl.runs.ablation import ablation
+from mansu_tl.runs.passes import heads_last, run
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, tiny
 
@@ -122,7 +122,7 @@ def test_a_cell_of_every_sweep_equals_one_plain_hook(family: str, direction: str
 
         with torch.no_grad():
             logits = run(model, base, pairs.lengths, [(hook_name, put)]).float()
-        expected = mtl.metrics.logit_difference(logits, pairs)
+        expected = mtl.runs.logit_difference(logits, pairs)
         torch.testing.assert_close(result.per_pair[:, row, column], expected, rtol=0, atol=1e-5)
         assert result.tensor.shape == (len(result.rows), len(result.columns))
 
@@ -153,10 +153,10 @@ def test_zero_and_mean_ablation_put_those_values_in(family: str, kind: str) -> N
 
         with torch.no_grad():
             logits = run(model, pairs.clean, pairs.lengths, [(hook_name, put)]).float()
-        expected = mtl.metrics.logit_difference(logits, pairs)
+        expected = mtl.runs.logit_difference(logits, pairs)
         torch.testing.assert_close(result.per_pair[:, 1, 2], expected, rtol=0, atol=1e-5)
     assert result.metric_corrupt == pytest.approx(
-        mtl.metrics.logit_difference(values.logits, pairs).mean().item(), abs=1e-5
+        mtl.runs.logit_difference(values.logits, pairs).mean().item(), abs=1e-5
     )
 
 
@@ -171,7 +171,7 @@ def test_an_interrupted_sweep_leaves_the_model_as_it_was() -> None:
         calls += 1
         if calls == 9:
             raise KeyboardInterrupt
-        return mtl.metrics.logit_difference(logits, pairs)
+        return mtl.runs.logit_difference(logits, pairs)
 
     for component in ("resid_pre", "z"):
         calls = 0

@@ -12,8 +12,8 @@ import mansu_tl as mtl
 from mansu_tl.data import PromptPairs, Questions, Sequences, Span, Task
 from mansu_tl.data.fit import require_fit
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import last_logits
 from mansu_tl.models.limits import most_positions, vocabulary_size
+from mansu_tl.runs.metrics import last_logits
 from mansu_tl.verification import attack_splits, damage, probe, relearn
 from mansu_tl.verification.attacks import answered
 from tests.test_attribution import random_pairs

@@ -22,8 +22,8 @@ from traitlets.config import Config
 import mansu_tl as mtl
 from mansu_tl.circuit import Conflict, Graph, PathEffects
 from mansu_tl.errors import NoEditError
-from mansu_tl.metrics import Accuracy
 from mansu_tl.results.result import Result, Table, bars
+from mansu_tl.runs.metrics import Accuracy
 from mansu_tl.verification import Certificate, Divergence, Scorecard
 from mansu_tl.verification.certificate import CertificateRow
 from mansu_tl.verification.scorecard import Row
@@ -150,9 +150,9 @@ def test_completion_of_the_package_and_its_rooms_offers_public_names_only() -> N
     rooms = {name for name in offered if inspect.ismodule(getattr(mtl, name))}
     assert offered - rooms == set(mtl.__all__) - rooms
     assert rooms == {
-        "circuit", "data", "metrics", "models", "patching", "plots", "quantization", "unlearning", "verification"
+        "circuit", "data", "models", "patching", "plots", "quantization", "runs", "unlearning", "verification"
     }  # fmt: skip
-    for room in {*ROOMS, "mansu_tl.metrics"} - {"mansu_tl"}:
+    for room in set(ROOMS) - {"mansu_tl"}:
         module = importlib.import_module(room)
         assert dir(module) == sorted(module.__all__), room
 

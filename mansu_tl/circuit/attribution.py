@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl import distributed
 from mansu_tl.circuit.contraction import Contraction
 from mansu_tl.circuit.gradients import Gatherer
 from mansu_tl.circuit.graph import Graph
@@ -29,10 +28,11 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.data.positions import Positions, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map, fingerprint
-from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import chunks, metric_name, prepared, require_finite
+from mansu_tl.runs import distributed
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import chunks, metric_name, prepared, require_finite
 
 # steps="auto" starts here and doubles at most this often (320 steps).
 _FIRST_STEPS, _DOUBLINGS = 5, 6

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
-from mansu_tl.metrics import Metric
 from mansu_tl.models import AttentionWeights, ComponentMap, NormWeights, attention_weights, norm_weights
-from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import Hook, heads_last, keep, measured, run
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric
+from mansu_tl.runs.passes import Hook, heads_last, keep, measured, run
 
 
 @dataclass

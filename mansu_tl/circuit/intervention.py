@@ -32,11 +32,11 @@ from mansu_tl.circuit.sharing import LayerPlan, Plan, Reads, plan, useful
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import ComponentMap, attention_weights, component_map, norm_weights
-from mansu_tl.patching.ablation import Ablation, normed
-from mansu_tl.patching.exactness import require_exact
-from mansu_tl.patching.runs import Activations, Hook, chunks, heads_last, measured, prepared, run
+from mansu_tl.runs.ablation import Ablation, normed
+from mansu_tl.runs.exactness import require_exact
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import Activations, Hook, chunks, heads_last, measured, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 256 MB).
 _ROW_ELEMENTS = 64_000_000

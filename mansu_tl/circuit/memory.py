@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.models import ComponentMap, component_map
-from mansu_tl.patching.runs import run
+from mansu_tl.runs.passes import run
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Pairs in a batch and tokens in a contraction when memory is no concern: more gain nothing.

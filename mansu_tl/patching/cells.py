@@ -11,8 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
 from mansu_tl.models import ComponentMap, attention_weights
-from mansu_tl.patching.resume import Base, resume
-from mansu_tl.patching.runs import heads_last
+from mansu_tl.runs.passes import heads_last
+from mansu_tl.runs.resume import Base, resume
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEADS = ("z", "q", "k", "v", "pattern")

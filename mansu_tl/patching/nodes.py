@@ -20,11 +20,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import ComponentMap, component_map
 from mansu_tl.patching.patterns import key_position_effects, patched_pattern_effects
-from mansu_tl.patching.runs import Hook, chunks, heads_last, keep, measured, metric_name, prepared, require_finite, run
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import Hook, chunks, heads_last, keep, measured, metric_name, prepared, require_finite, run
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.models import ComponentMap
-from mansu_tl.patching.exactness import require_exact
-from mansu_tl.patching.runs import Hook, keep
+from mansu_tl.runs.exactness import require_exact
+from mansu_tl.runs.passes import Hook, keep
 
 # Runs that share a batch when keys are patched one position at a time.
 _COPIES = 8

@@ -21,13 +21,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import component_map
-from mansu_tl.patching.ablation import Ablation
 from mansu_tl.patching.cells import TITLES, Cells, require
-from mansu_tl.patching.resume import Base, record_base
-from mansu_tl.patching.runs import Activations, chunks, measured, metric_name, prepared
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import Activations, chunks, measured, metric_name, prepared
+from mansu_tl.runs.resume import Base, record_base
 
 
 @dataclass(frozen=True)

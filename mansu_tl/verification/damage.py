@@ -18,7 +18,6 @@ from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import last_logits
 from mansu_tl.models import (
     attention_weights,
     component_map,
@@ -30,9 +29,10 @@ from mansu_tl.models import (
 )
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.limits import most_positions
-from mansu_tl.patching.runs import keep
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import last_logits
+from mansu_tl.runs.passes import keep
 
 PARTS = ("loss", "weights", "activations", "generations")
 

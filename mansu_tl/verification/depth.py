@@ -27,11 +27,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, choice_log_odds
 from mansu_tl.models import component_map, home, require_ready
-from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, run
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, choice_log_odds
+from mansu_tl.runs.passes import Hook, check, chunks, keep, measured, metric_name, run
 
 POSITIONS = ("all", "last")
 

@@ -24,8 +24,8 @@ from mansu_tl.circuit.graph import layer_of, reader_kind
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, logit_difference
 
 _RESAMPLES = 2000
 _STEPS = 5

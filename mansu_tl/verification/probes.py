@@ -27,9 +27,9 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import component_map, home, require_ready
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.tree import family, submodule
-from mansu_tl.patching.runs import keep, run
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.passes import keep, run
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 

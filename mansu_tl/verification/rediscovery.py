@@ -24,9 +24,9 @@ from mansu_tl.circuit import Circuit, EdgeScores, edge_attribution, patch_edges
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, logit_difference
 
 ROUTES = ("every edge", "outside the old circuit", "inside the old circuit")
 

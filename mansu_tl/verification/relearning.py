@@ -27,10 +27,10 @@ from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import accuracy, last_logits
 from mansu_tl.models import float32_copy, home, require_ready
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import accuracy, last_logits
 from mansu_tl.unlearning.batches import Sampler, real_targets
 from mansu_tl.verification.attacks import Attack
 
