@@ -296,7 +296,7 @@ def test_an_interrupted_run_continues_where_it_stopped(edit, tmp_path, monkeypat
 
     def stages() -> list[object]:
         run = Store(tmp_path, {"seed": 0})
-        first = run.tensor("a/edit", Edit, {}, lambda: made.append("first") or edit)
+        first = run.result("a/edit", Edit, {}, lambda: made.append("first") or edit)
         table = run.table("b/table", {}, lambda: made.append("second") or pd.DataFrame({"x": [1.5, 2.5]}))
         last = run.value("c/value", {}, lambda: made.append("third") or [1, 2])
         return [first.n_weights, table["x"].tolist(), last]

@@ -321,9 +321,9 @@ def test_minimality_and_path_effects_survive_a_round_trip(model, scores, tmp_pat
     effects = path_patching(model, random_pairs(), [("embed", "logits"), ("L0H1", "L1KV0.v")])
     back = PathEffects.load(effects.save(tmp_path / "paths.safetensors"))
     assert back.to_dataframe().equals(effects.to_dataframe())
-    tensors, facts = read_packed(tmp_path / "paths.safetensors", "PathEffects")
-    write_packed(tmp_path / "cut.safetensors", "PathEffects", {"per_pair": tensors["per_pair"][:1]}, facts)
-    with pytest.raises(MansuError, match="'per_pair' is"):
+    tensors, header = read_packed(tmp_path / "paths.safetensors", "PathEffects")
+    write_packed(tmp_path / "cut.safetensors", "PathEffects", {"per_pair": tensors["per_pair"][:1]}, header)
+    with pytest.raises(MansuError, match="'per_pair' has"):
         PathEffects.load(tmp_path / "cut.safetensors")
 
 
