@@ -20,3 +20,7 @@ __all__ = [
     "require_finite",
     "with_interval",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
