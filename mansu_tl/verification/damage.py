@@ -15,12 +15,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import (
+    Anatomy,
     attention_weights,
-    component_map,
     home,
     linear_weights,
     mlp_weights,
@@ -170,17 +171,17 @@ def _read(
     original: TransformerBridge, edited: TransformerBridge, name: str, text: Sequences, batch_size: int
 ) -> tuple[dict[str, Any], list[dict[str, object]]]:
     """The losses of a text set and its streams' norms."""
-    count, device = component_map(original).n_layers, home(original)
-    layers = ("embed", *(f"L{i}" for i in range(count)))
+    device = home(original)
+    layers = ("embed", *(f"L{i}" for i in Anatomy.of(original).layers))
     loss: tuple[list[Tensor], list[Tensor]] = ([], [])
     sums = torch.zeros(4, len(layers), dtype=torch.float64)
     tokens = 0
     for start in range(0, len(text), batch_size):
         batch = text[slice(start, start + batch_size)].to(device)
-        real = torch.arange(batch.tokens.shape[1], device=device)[None] < batch.lengths[:, None]
+        real = real_tokens(batch.tokens, batch.lengths)
         streams = []
         for m, model in enumerate((original, edited)):
-            logits, kept = _streams(model, batch, count)
+            logits, kept = _streams(model, batch)
             streams.append(kept[:, real].double())
             loss[m].append(_sequence_losses(logits, batch).cpu())
         before, after = streams
@@ -218,10 +219,10 @@ def _losses(
 
 
 def _streams(
-    model: TransformerBridge, batch: Sequences, count: int
+    model: TransformerBridge, batch: Sequences
 ) -> tuple[Float[Tensor, "row pos vocab"], Float[Tensor, "layer row pos d_model"]]:
     kept: dict[str, Tensor] = {}
-    names = [*(f"blocks.{i}.hook_in" for i in range(count)), "ln_final.hook_in"]
+    names = list(Anatomy.of(model).hooks("stream").values())
     place = batch.tokens.device
     with model.hooks(fwd_hooks=[(name, keep(kept, name)) for name in names]):
         logits = model(batch.tokens.to(home(model)), return_type="logits")
@@ -234,7 +235,7 @@ def _sequence_losses(logits: Float[Tensor, "row pos vocab"], batch: Sequences) -
     # Flat: classes on a middle axis have no deterministic form on a GPU.
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets)
-    real = torch.arange(1, batch.tokens.shape[1], device=losses.device)[None] < batch.lengths[:, None]
+    real = real_tokens(batch.tokens, batch.lengths)[:, 1:]
     return (losses.double() * real).sum(1)
 
 
@@ -259,7 +260,7 @@ def _weights(original: TransformerBridge, edited: TransformerBridge) -> list[dic
 def _matrices(model: TransformerBridge) -> list[tuple[str, Tensor]]:
     """Every weight once, linear layers by what they do, the rest by HF name."""
     out = []
-    for layer in range(component_map(model).n_layers):
+    for layer in range(Anatomy.of(model).n_layers):
         attention, mlp = attention_weights(model, layer), mlp_weights(model, layer)
         out += [(f"L{layer}.{part}", getattr(attention, part)) for part in "qkvo"]
         out += [(f"L{layer}.{p}", w) for p in ("gate", "up", "down") if (w := getattr(mlp, p)) is not None]

@@ -27,7 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, home, require_ready
+from mansu_tl.models import Anatomy, home, require_ready
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import Metric, choice_log_odds
@@ -148,7 +148,7 @@ def erasure_depth(
     for model in (original, edited, never):
         check(model, pairs)
         require_ready(model, pairs.clean)
-    layers = component_map(original).n_layers
+    layers = Anatomy.of(original).n_layers
     for name, other in (("edited", edited), ("never", never)):
         shape, wanted = ((m.cfg.n_layers, m.cfg.d_model) for m in (other, original))
         if shape != wanted:
@@ -157,7 +157,7 @@ def erasure_depth(
                 f"{wanted[1]}; compare models of one shape"
             )
     pairs = pairs.to(home(original))
-    hooks = [*(f"blocks.{i}.hook_in" for i in range(1, layers)), "ln_final.hook_in"]
+    hooks = list(Anatomy.of(original).hooks("stream").values())[1:]
     clean, drops = torch.empty(len(pairs)), torch.empty(2, layers, len(pairs))
     batches = list(chunks(pairs, batch_size))
     with torch.no_grad():

@@ -24,7 +24,7 @@ from mansu_tl.data import Questions
 from mansu_tl.data.fit import require_fit, require_questions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, home, require_ready
+from mansu_tl.models import Anatomy, home, require_ready
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.tree import family, submodule
 from mansu_tl.results.intervals import interval_over_facts
@@ -147,7 +147,7 @@ def probe(
         facts += also_train.facts
         fold = torch.cat([fold, torch.full((len(also_train),), -1)])
     vectors = _unembedding(model)
-    layers = ("embed", *(f"L{i}" for i in range(component_map(model).n_layers)))
+    layers = ("embed", *(f"L{i}" for i in range(Anatomy.of(model).n_layers)))
     options = vectors[questions.choices.cpu()]
     options = options - options.mean(1, keepdim=True)
     labels = [answers, *(answers[_shuffle(facts, generator)] for _ in range(shuffles))]
@@ -206,8 +206,7 @@ def streams(
 ) -> Float[Tensor, "layer question d_model"]:
     """The residual stream at every question's last token: what enters block 0, then what leaves each block."""
     require_ready(model, questions.prompts)
-    count, device = component_map(model).n_layers, home(model)
-    hooks = [*(f"blocks.{i}.hook_in" for i in range(count)), "ln_final.hook_in"]
+    hooks, device = list(Anatomy.of(model).hooks("stream").values()), home(model)
     out = []
     for start in range(0, len(questions), batch_size):
         rows = questions[slice(start, start + batch_size)]
