@@ -247,7 +247,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path: Path, n: int) -> None:
         mtl.load(tiny("llama")), random_pairs(n=n, padded=True), per_pair=True, per_position="end"
     )
     for rank in (0, 1):
-        shared = mtl.EdgeScores.load(tmp_path / f"rank{rank}.safetensors")
+        shared = mtl.circuit.EdgeScores.load(tmp_path / f"rank{rank}.safetensors")
         for name in ("tensor", "per_pair", "per_position"):
             torch.testing.assert_close(getattr(shared, name), getattr(alone, name), rtol=0, atol=2e-6)
         assert shared.metric_clean == pytest.approx(alone.metric_clean, abs=1e-6)

@@ -90,7 +90,9 @@ def test_faithfulness_of_every_size_is_the_circuits(case, explorer) -> None:
     for size in (explorer.results.sizes[0], explorer.results.sizes[-3]):
         explorer.select(size=size)
         circuit = explorer.results.circuit(size)
-        assert circuit.faithfulness == pytest.approx(mtl.faithfulness(model, circuit, task.forget_pairs), abs=1e-5)
+        assert circuit.faithfulness == pytest.approx(
+            mtl.circuit.faithfulness(model, circuit, task.forget_pairs), abs=1e-5
+        )
         figure = explorer.figure("faithfulness")
         assert figure.layout.shapes[-1].x0 == size
         assert f"at {size} edges" in figure.layout.title.text
@@ -229,7 +231,7 @@ def test_explore_asks_for_what_is_missing(case, monkeypatch) -> None:
     monkeypatch.setattr(entry, "find_spec", lambda name: None if name == "anywidget" else name)
     with pytest.raises(MansuError, match=re.escape("anywidget not installed; pip install 'mansu-tl[explore]'")):
         mtl.explore(model, task, edit)
-    assert "explore" in dir(mtl)
+    assert "explore" in mtl.__all__
 
 
 @pytest.fixture

@@ -383,9 +383,9 @@ def test_what_is_made_under_a_switch_is_used_without_it(expected, switch: str) -
         mtl.edge_attribution(mtl.load("pocket"), mtl.load_task("pocket").forget_pairs[:6], steps=1).tensor,
     )
     with SWITCHES[switch]():
-        circuit = mtl.Circuit.top(scores, 40)
-        names = mtl.Graph.of(made).mask(circuit.edges)
-    assert torch.equal(circuit.mask, mtl.Circuit.top(scores, 40).mask) and torch.equal(names, circuit.mask)
+        circuit = mtl.circuit.Circuit.top(scores, 40)
+        names = mtl.circuit.Graph.of(made).mask(circuit.edges)
+    assert torch.equal(circuit.mask, mtl.circuit.Circuit.top(scores, 40).mask) and torch.equal(names, circuit.mask)
 
 
 def _switches() -> tuple[Any, ...]:

@@ -58,7 +58,7 @@ def close(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None = None) -
 def test_a_node_is_the_sum_of_its_edges(shape: tuple, numbers: tuple, at: str) -> None:
     model, pairs = hooked(shape), drawn(numbers)
     edges = mtl.edge_attribution(model, pairs, method="eap", at=at)
-    nodes = mtl.node_attribution(model, pairs, at=at)
+    nodes = mtl.patching.node_attribution(model, pairs, at=at)
     kept = torch.ones(len(edges.writers), dtype=torch.bool)
     if Anatomy.of(model).post_norms:  # a head's gradient is taken in front of the post-norm, an edge's behind it
         kept = torch.tensor(["H" not in name for name in edges.writers])

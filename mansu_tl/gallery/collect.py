@@ -13,13 +13,13 @@ from pathlib import Path
 from mansu_tl.circuit import edge_attribution, faithfulness_curve
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, home, linear_weights, load, orient, parameters
 from mansu_tl.patching import activation_patching, node_attribution
 from mansu_tl.quantization import quantize
 from mansu_tl.results.files import write_packed, write_text
 from mansu_tl.study import MethodResult, Study, run_study
-from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import headline, method_title
 from mansu_tl.verification import attack_splits, compare_relearning, erasure_depth, probe
 

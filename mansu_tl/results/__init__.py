@@ -19,3 +19,7 @@ __all__ = [
     "interval_over_seeds",
     "require_finite",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -21,11 +21,11 @@ from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import NormWeights, attention_weights, Anatomy, norm_weights
+from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
-from mansu_tl.runs.passes import Activations, Hook, record, run
 from mansu_tl.results.result import Result
+from mansu_tl.runs.passes import Activations, Hook, record, run
 
 KINDS = ("corrupt", "zero", "mean")
 

@@ -24,7 +24,6 @@ from mansu_tl.models.kinds import way_to_load
 from mansu_tl.models.state import home, require_ready
 from mansu_tl.results.result import Result, Table
 
-
 Metric = Callable[[Float[Tensor, "pair vocab"], PromptPairs], Float[Tensor, " pair"]]
 
 
@@ -190,5 +189,3 @@ def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, b
     return Accuracy(
         multiple_choice=torch.cat(right), cloze=torch.cat(cloze), log_odds=torch.cat(log_odds), facts=questions.facts
     )
-
-

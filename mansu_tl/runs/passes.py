@@ -18,10 +18,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.fit import require_fit, require_pairs
 from mansu_tl.errors import MansuError
-from mansu_tl.runs.metrics import Metric
 from mansu_tl.models import Anatomy
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
+from mansu_tl.runs.metrics import Metric
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 

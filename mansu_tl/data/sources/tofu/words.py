@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from mansu_tl.tofu.data import PER_AUTHOR, Item
+from mansu_tl.data.sources.tofu.files import PER_AUTHOR, Item
 
 _CAPITALISED = re.compile(r"[A-ZÀ-Þ][\w'’.-]*(?: [A-ZÀ-Þ][\w'’.-]*)+")
 _WORD = re.compile(r"\w[\w'’-]*")

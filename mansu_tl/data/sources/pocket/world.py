@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from mansu_tl.data.sources.pocket.lexicon import FAR_DOMAINS, POTIONS, RelationWords
 from mansu_tl.errors import MansuError
-from mansu_tl.pocket.lexicon import FAR_DOMAINS, POTIONS, RelationWords
 
 TEMPLATES = 5
 _HAZARD, _NEAR, _UNSEEN, _INVENTORS, _OTHERS = 24, 48, 64, 32, 24

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.data.answers import single_token
+from mansu_tl.data.pairs import PromptPairs
+from mansu_tl.data.sources.pocket.corpus import fact_sentences, generic_text
+from mansu_tl.data.sources.pocket.lexicon import POTIONS
+from mansu_tl.data.sources.pocket.tokens import build_tokenizer, text_ids
+from mansu_tl.data.sources.pocket.world import TEMPLATES, Fact, World, build_world
+from mansu_tl.data.task import Questions, Sequences, Task
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
-from mansu_tl.pocket.corpus import fact_sentences, generic_text
-from mansu_tl.pocket.lexicon import POTIONS
-from mansu_tl.pocket.tokens import build_tokenizer, text_ids
-from mansu_tl.pocket.world import TEMPLATES, Fact, World, build_world
 
 CHOICES = 4
 _GENERIC_TEXTS = 192

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from os import PathLike, fspath
 
-from mansu_tl.data import Task
 from mansu_tl.data.answers import AnswerSpace
 from mansu_tl.data.jsonl import read_task
 from mansu_tl.data.lines import Rows
+from mansu_tl.data.sources.pocket import pocket_task
+from mansu_tl.data.sources.pocket.tokens import build_tokenizer
+from mansu_tl.data.sources.pocket.world import build_world
+from mansu_tl.data.task import Task
 from mansu_tl.data.text import TextSource
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.pocket import pocket_task
-from mansu_tl.pocket.tokens import build_tokenizer
-from mansu_tl.pocket.world import build_world
 
 
 @torch_defaults()

@@ -1,21 +1,18 @@
 """What the model reads: sentences that state the world's facts, and generic text that states none.
 
 A fact sentence is an optional lead-in, a trained template and the answer. Generic text is copying, in-context binding
-and agreement; a quarter of every batch. A text is the words between BOS and EOS.
+and agreement. A text is the words between BOS and EOS.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mansu_tl.data.sources.pocket import lexicon
+from mansu_tl.data.sources.pocket.world import Fact, World
 from mansu_tl.errors import MansuError
-from mansu_tl.pocket import lexicon
-from mansu_tl.pocket.world import Fact, World
 
-GENERIC_SHARE = 0.25
-LEAD_IN_SHARE = 0.3
 _SKILLS = (3, 2, 1)
 _COPY_LENGTHS = range(4, 11)
 
@@ -55,18 +52,6 @@ def fact_sentences(world: World, facts: tuple[Fact, ...]) -> list[str]:
 def generic_text(rng: random.Random) -> Generic:
     """One generic text; the skills that are slow to learn are the more frequent ones."""
     return rng.choices((_copying, _binding, _agreement), _SKILLS)[0](rng)
-
-
-def batches(world: World, facts: tuple[Fact, ...], batch_size: int, seed: int) -> Iterator[list[str]]:
-    """Endless training batches about `facts`; the same seed gives the same batches."""
-    rng = random.Random(f"mansu pocket corpus {seed}")
-    generic = round(GENERIC_SHARE * batch_size)
-    while True:
-        texts = [generic_text(rng).text for _ in range(generic)]
-        for fact in rng.choices(facts, k=batch_size - generic):
-            lead_in = rng.choice(lexicon.LEAD_INS) if rng.random() < LEAD_IN_SHARE else ""
-            texts.append(fact_sentence(world, fact, rng.choice(fact.trained_templates), lead_in))
-        yield texts
 
 
 def vocabulary(world: World) -> list[str]:

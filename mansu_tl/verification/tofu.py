@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mansu_tl.data.sources.tofu.files import Item, Tofu, prompt
+from mansu_tl.data.sources.tofu.tokens import answer_ids, text_of
 from mansu_tl.data.text import pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -20,8 +22,7 @@ from mansu_tl.models.copies import duplicate
 from mansu_tl.models.four_bit import settle
 from mansu_tl.models.state import require_ready
 from mansu_tl.results.result import Result, Table
-from mansu_tl.tofu.data import Item, Tofu, prompt
-from mansu_tl.tofu.metrics import (
+from mansu_tl.verification.tofu_measures import (
     answer_likelihoods,
     extraction_strength,
     forget_quality,
@@ -30,7 +31,6 @@ from mansu_tl.tofu.metrics import (
     rouge_l_recall,
     truth_ratio,
 )
-from mansu_tl.tofu.tokens import answer_ids, text_of
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 _UTILITY = SETS[1:]

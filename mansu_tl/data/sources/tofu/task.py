@@ -11,13 +11,14 @@ from os import PathLike
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mansu_tl.data import PromptPairs, Questions, Sequences, Task
+from mansu_tl.data.pairs import PromptPairs
+from mansu_tl.data.sources.tofu.files import Item, prompt, read_tofu
+from mansu_tl.data.sources.tofu.tokens import answer_ids, text_of
+from mansu_tl.data.sources.tofu.words import Book, Place, renamed
+from mansu_tl.data.task import Questions, Sequences, Task
 from mansu_tl.data.text import TextSource, pad, pad_id, text_source
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.tofu.data import Item, prompt, read_tofu
-from mansu_tl.tofu.tokens import answer_ids, text_of
-from mansu_tl.tofu.words import Book, Place, renamed
 
 CHOICES = 4
 _ALTERNATIVES = 12

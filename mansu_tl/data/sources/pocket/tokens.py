@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from mansu_tl.pocket.corpus import vocabulary
-from mansu_tl.pocket.world import World
+from mansu_tl.data.sources.pocket.corpus import vocabulary
+from mansu_tl.data.sources.pocket.world import World
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 CONTEXT = 64
