@@ -72,17 +72,16 @@ def attack_splits(
         raise MansuError(f"attack: splits={splits}; draw at least one")
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    found = []
+    attacks = []
     for split in range(splits):
-        rest = order
-        if len(rest) < k:
-            fresh = torch.randperm(len(facts), generator=generator).tolist()
-            rest = rest + [i for i in fresh if i not in rest]
-        chosen, order = {facts[i] for i in rest[:k]}, rest[k:]
-        rows = [i for i, fact in enumerate(source.facts) if fact in chosen]
+        if len(order) < k:
+            order += [i for i in torch.randperm(len(facts), generator=generator).tolist() if i not in order]
+        chosen, order = {facts[i] for i in order[:k]}, order[k:]
+        trained = [i for i, fact in enumerate(source.facts) if fact in chosen]
         others = [i for i, fact in enumerate(asked.facts) if fact not in chosen]
-        found.append(_attack(task, f"{k} facts, split {split}", "facts", answered(source[rows]), asked[others]))
-    return tuple(found)
+        name = f"{k} facts, split {split}"
+        attacks.append(_attack(task, name, "facts", answered(source[trained]), asked[others]))
+    return tuple(attacks)
 
 
 @torch_defaults()
