@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.data.fit import require_task
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result
@@ -143,9 +144,7 @@ def same_wording(
 
 def _subject_tokens(pairs: PromptPairs) -> Int[Tensor, " token"]:
     """Tokens by which some clean prompt differs from its corrupt one."""
-    differs = (pairs.clean != pairs.corrupt) & (
-        torch.arange(pairs.clean.shape[1], device=pairs.clean.device)[None] < pairs.lengths[:, None]
-    )
+    differs = (pairs.clean != pairs.corrupt) & real_tokens(pairs.clean, pairs.lengths)
     return torch.cat([pairs.clean[differs], pairs.corrupt[differs]]).unique()
 
 

@@ -15,12 +15,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import (
+    Anatomy,
     attention_weights,
-    component_map,
     home,
     linear_weights,
     mlp_weights,
@@ -152,7 +153,7 @@ def _losses_and_streams(
     sums = torch.zeros(4, len(layers), dtype=torch.float64)
     for start in range(0, len(text), batch_size):
         batch = text[slice(start, start + batch_size)].to(device)
-        real = torch.arange(batch.tokens.shape[1], device=device)[None] < batch.lengths[:, None]
+        real = real_tokens(batch.tokens, batch.lengths)
         streams = []
         for model, found in zip((original, edited), losses, strict=True):
             kept, logits = residual_streams(model, batch, every_logit=True)
@@ -191,7 +192,7 @@ def _sequence_losses(logits: Float[Tensor, "row pos vocab"], batch: Sequences) -
     # Flat: classes on a middle axis have no deterministic form on a GPU.
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets)
-    real = torch.arange(1, batch.tokens.shape[1], device=losses.device)[None] < batch.lengths[:, None]
+    real = real_tokens(batch.tokens, batch.lengths)[:, 1:]
     return (losses.double() * real).sum(1)
 
 
@@ -209,7 +210,7 @@ def _weights(original: TransformerBridge, edited: TransformerBridge) -> pd.DataF
 def _matrices(model: TransformerBridge) -> list[tuple[str, Tensor]]:
     """Every weight once, linear layers by what they do, the rest by HF name."""
     out = []
-    for layer in range(component_map(model).n_layers):
+    for layer in range(Anatomy.of(model).n_layers):
         attention, mlp = attention_weights(model, layer), mlp_weights(model, layer)
         out += [(f"L{layer}.{part}", getattr(attention, part)) for part in "qkvo"]
         out += [(f"L{layer}.{p}", w) for p in ("gate", "up", "down") if (w := getattr(mlp, p)) is not None]

@@ -9,15 +9,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, home
+from mansu_tl.models import Anatomy, home
 from mansu_tl.runs.passes import Hook, keep, run
 
 
 def stream_hooks(model: TransformerBridge) -> dict[str, str]:
     """Where each layer's stream is seen: "embed" enters block 0, "L0", "L1", ... leave a block."""
-    count = component_map(model).n_layers
-    hooks = [*(f"blocks.{i}.hook_in" for i in range(count)), "ln_final.hook_in"]
-    return dict(zip(("embed", *(f"L{i}" for i in range(count))), hooks, strict=True))
+    anatomy = Anatomy.of(model)
+    return dict(zip(("embed", *(f"L{i}" for i in anatomy.layers)), anatomy.hooks("stream").values(), strict=True))
 
 
 @torch.no_grad()
