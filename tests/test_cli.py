@@ -14,9 +14,9 @@ import pytest
 
 from mansu_tl.checking import check_study
 from mansu_tl.cli import main
-from mansu_tl.study.config import StudyConfig
 from mansu_tl.errors import MansuError
 from mansu_tl.starter import write_starter
+from mansu_tl.study.config import StudyConfig
 from tests.terminal import terminal
 
 README = Path(__file__).resolve().parents[1] / "README.md"

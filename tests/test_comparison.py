@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,11 @@ import pytest
 
 import mansu_tl as mtl
 from mansu_tl.cli import main
-from mansu_tl.study import Comparison, compare, figures, full, properties, quick, summary
-from mansu_tl.study.plan import ABLATIONS, title_of
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
+from mansu_tl.results.locks import one_writer
+from mansu_tl.study import Comparison, compare, figures, full, properties, quick, summary
+from mansu_tl.study.plan import ABLATIONS, CONTROLS, title_of
 from mansu_tl.unlearning import Edit, method_flags, methods
 
 FAST = {
@@ -33,25 +35,26 @@ PLAN = quick(
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    return compare(PLAN, tmp_path_factory.mktemp("compare"), progress=False)
+    return compare(PLAN, tmp_path_factory.mktemp("compare"), progress=False, workers=1)
 
 
 def value(table: pd.DataFrame, method: str, measure: str, quantizer: str = "") -> float:
-    rows = table[(table.method == method) & (table.measure == measure) & (table.quantizer == quantizer)]
+    named = (table.question_set + " " + table.measure).str.strip()
+    rows = table[(table.method == method) & (named == measure) & (table.quantizer == quantizer)]
     assert len(rows) == 1
     return rows.value.iloc[0]
 
 
 def test_every_number_is_the_saved_edit_measured_on_the_test_half(result) -> None:
     model, (_, test) = mtl.load("pocket"), split_questions(mtl.load_task("pocket"))
-    edit = Edit.load(result.folder / "jobs/pocket/graddiff/seed0/edit.safetensors")
+    edit = Edit.load(result.folder / "bases/pocket/edits/graddiff/seed0/edit.safetensors")
     edited = edit.apply(model)
     for deployed, name in ((edited, ""), (mtl.quantize(edited, "nf4"), "nf4")):
-        for key, words in (("forget", "forget"), ("near_paraphrase", "near held-out")):
+        for key in ("forget", "near_paraphrase"):
             found = mtl.accuracy(deployed, test.questions[key])
-            assert value(result.table, "graddiff", f"{words} MC", name) == pytest.approx(found.mc_percent)
-            assert value(result.table, "graddiff", f"{words} cloze", name) == pytest.approx(found.cloze_percent)
-    gap = value(result.table, "graddiff", "PTQ gap, forget MC", "nf4")
+            assert value(result.table, "graddiff", f"{key} MC", name) == pytest.approx(found.mc_percent)
+            assert value(result.table, "graddiff", f"{key} cloze", name) == pytest.approx(found.cloze_percent)
+    gap = value(result.table, "graddiff", "forget PTQ gap, MC", "nf4")
     ends = [value(result.table, "graddiff", "forget MC", name) for name in ("nf4", "")]
     assert gap == pytest.approx(ends[0] - ends[1])
     drop = value(result.table, "graddiff", "near cloze drop")
@@ -63,7 +66,7 @@ def test_the_original_knows_and_the_never_trained_model_does_not(result) -> None
     assert value(result.table, "original", "forget MC") > 95
     assert value(result.table, "never", "forget MC") < 50
     assert value(result.table, "original", "CAD", "nf4") == pytest.approx(0, abs=0.01)
-    assert value(result.table, "original", "relearning MC, facts, lr 0.0003, excess over never") > 40
+    assert value(result.table, "original", "forget relearning MC, facts, lr 0.0003, excess over never") > 40
     codes = value(result.table, "mansu", "codes changed, % of edited", "nf4")
     assert codes == pytest.approx(100)
     # Without the floor some edited weights keep their code.
@@ -82,7 +85,7 @@ def test_the_original_knows_and_the_never_trained_model_does_not(result) -> None
 def test_the_search_used_the_validation_half_and_its_choice(result) -> None:
     assert set(result.searches.rate) == {1e-4, 3e-4}
     chosen = result.searches[result.searches.chosen].rate.item()
-    edit = Edit.load(result.folder / "jobs/pocket/graddiff/seed0/edit.safetensors")
+    edit = Edit.load(result.folder / "bases/pocket/edits/graddiff/seed0/edit.safetensors")
     assert edit.facts["settings"]["learning_rate"] == chosen
 
 
@@ -92,7 +95,7 @@ def test_tables_are_written_as_csv_and_parquet_and_agree(result) -> None:
         parquet = pd.read_parquet(result.folder / f"{name}.parquet")
         assert list(csv.columns) == list(parquet.columns)
         assert len(csv) == len(parquet)
-    assert len(json.loads((result.folder / "environment.json").read_text())) == 1
+    assert json.loads((result.folder / "environment.json").read_text())["threads"] == 1
     assert [path for path in result.folder.rglob(".*.csv.*") if path.suffix != ".lock"] == []
 
 
@@ -107,7 +110,7 @@ def test_the_markdown_tables_say_what_the_table_says(result) -> None:
     controls = text.split("| MANSU and its controls on `pocket`")[1].split("\n\n")[0]
     line = next(line for line in controls.splitlines() if line.startswith("| MANSU, no floor |"))
     assert line.split("|")[3].split("[")[0].strip() == f"{value(result.table, 'mansu/no-floor', 'forget MC'):.1f}"
-    gap = value(result.table, "mansu", "PTQ gap, forget MC", "nf4")
+    gap = value(result.table, "mansu", "forget PTQ gap, MC", "nf4")
     line = next(line for line in text.splitlines() if line.startswith("| `nf4` |"))
     assert line.split("|")[2].split("[")[0].strip() == f"{gap + 0.0:.1f}"
     assert "-0.0 " not in text
@@ -117,7 +120,7 @@ def test_figures_are_drawn_from_the_table_alone(result) -> None:
     drawn = figures(result.table)
     names = ("gaps", "quantizers", "plane", "frontier", "ablations", "methods")
     assert set(drawn) == {f"pocket_{name}" for name in names}
-    gap = value(result.table, "graddiff", "PTQ gap, forget MC", "nf4")
+    gap = value(result.table, "graddiff", "forget PTQ gap, MC", "nf4")
     words = [note.text for note in drawn["pocket_gaps"].layout.annotations] + [
         str(text) for trace in drawn["pocket_gaps"].data for text in (trace.text if trace.text is not None else ())
     ]
@@ -127,20 +130,16 @@ def test_figures_are_drawn_from_the_table_alone(result) -> None:
         assert "plotly" in page
 
 
-def test_a_finished_run_does_nothing_and_parts_share_the_work(result, monkeypatch) -> None:
+def test_a_finished_run_does_nothing(result, monkeypatch) -> None:
     def unexpected(*args, **rest):
-        raise AssertionError("an edit was made again")
+        raise AssertionError("something was made again")
 
-    monkeypatch.setattr("mansu_tl.comparison.run.unlearn", unexpected)
-    monkeypatch.setattr("mansu_tl.comparison.run.measure", unexpected)
+    for name in ("mansu_tl.study.bench.unlearn", "mansu_tl.study.measures.measure", "mansu_tl.study.run.compute"):
+        monkeypatch.setattr(name, unexpected)
+    record = (result.folder / "environment.json").read_text()
     again = compare(PLAN, result.folder, progress=False)
-    pd.testing.assert_frame_equal(again.table, result.table, check_dtype=False)
-    halves = [compare(PLAN, result.folder, part=(i, 2), progress=False) for i in (1, 2)]
-    assert sum(len(half.table.method.unique()) for half in halves) == 3
-    with pytest.raises(MansuError, match="part 3/2"):
-        compare(PLAN, result.folder, part=(3, 2))
-    lines = json.loads((result.folder / "environment.json").read_text())
-    assert len(lines) == 1
+    pd.testing.assert_frame_equal(again.table, result.table)
+    assert (result.folder / "environment.json").read_text() == record
 
 
 @pytest.mark.slow
@@ -151,9 +150,9 @@ def test_models_of_one_name_are_kept_apart(tmp_path) -> None:
     plan = dataclasses.replace(
         PLAN, bases=tuple(str(tmp_path / name / "final") for name in "ab"), methods=("graddiff",), never="", rates=()
     )
-    found = compare(plan, tmp_path / "out", progress=False)
+    found = compare(plan, tmp_path / "out", progress=False, workers=1)
     assert set(found.table["base"]) == {"a-final", "b-final"}
-    assert {path.name for path in (tmp_path / "out" / "jobs").iterdir()} >= {"a-final", "b-final"}
+    assert {path.name for path in (tmp_path / "out" / "bases").iterdir()} >= {"a-final", "b-final"}
 
 
 def test_a_model_that_is_named_twice_is_refused(tmp_path) -> None:
@@ -163,32 +162,28 @@ def test_a_model_that_is_named_twice_is_refused(tmp_path) -> None:
         compare(twice, tmp_path / "other", progress=False)
 
 
-def test_another_plan_is_refused_while_a_part_is_at_work(tmp_path, monkeypatch) -> None:
-    from mansu_tl.study import run
+def test_another_run_into_the_folder_is_refused(tmp_path) -> None:
+    refused: list[str] = []
 
-    plan = dataclasses.replace(PLAN, methods=("graddiff",), never="", rates=())
-    held: list[str] = []
+    def second() -> None:
+        try:
+            compare(PLAN, tmp_path, progress=False)
+        except MansuError as error:
+            refused.append(str(error))
 
-    def cut_in(*args, **rest):
-        for other, part in ((dataclasses.replace(plan, attack_steps=4), (2, 2)), (plan, (2, 2))):
-            try:
-                compare(other, tmp_path, part=part, progress=False)
-            except MansuError as error:
-                held.append(str(error))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "unlearn", cut_in)
-    with pytest.raises(KeyboardInterrupt):
-        compare(plan, tmp_path, part=(1, 2), progress=False)
-    assert len(held) == 1 and "part-1-of-2 of another plan is at work there" in held[0]
+    with one_writer(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1 and "is writing there; wait until it is done" in refused[0]
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
-    from mansu_tl.study import run
 
     plan = dataclasses.replace(PLAN, methods=("graddiff",), never="", rates=(), control_seeds=(0, 1), seeds=(0,))
     made: list[int] = []
-    original = run.unlearn
+    original = bench.unlearn
 
     def counted(*args, seed: int, **rest):
         if seed == 1 and not made.count(1):
@@ -197,18 +192,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> N
         made.append(seed)
         return original(*args, seed=seed, **rest)
 
-    monkeypatch.setattr(run, "unlearn", counted)
+    monkeypatch.setattr(bench, "unlearn", counted)
     with pytest.raises(KeyboardInterrupt):
-        compare(plan, tmp_path, progress=False)
-    found = compare(plan, tmp_path, progress=False)
+        compare(plan, tmp_path, progress=False, workers=1)
+    found = compare(plan, tmp_path, progress=False, workers=1)
     assert made == [0, 1, 1]
     assert set(found.table[found.table.method == "graddiff"].seed) == {0, 1}
 
 
 def test_means_and_intervals_by_hand() -> None:
     rows = [
-        {"base": "b", "method": "mansu", "seed": seed, "quantizer": "", "measure": "forget MC", "value": value,
-         "low": 1.0, "high": 2.0, "control": 100.0}
+        {"base": "b", "method": "mansu", "seed": seed, "quantizer": "", "measure": "MC", "value": value,
+         "low": 1.0, "high": 2.0, "control": 100.0, "question_set": "forget"}
         for seed, value in enumerate((20.0, 24.0, 28.0))
     ]  # fmt: skip
     row = summary(pd.DataFrame(rows)).iloc[0]
@@ -228,6 +223,7 @@ def rows_of(measure: str, values: tuple[float, ...], quantizer: str = "", **othe
             "method": "mansu",
             "seed": seed,
             "quantizer": quantizer,
+            "question_set": "" if measure == "CAD" else "forget",
             "measure": measure,
             "value": value,
             **known,
@@ -237,7 +233,7 @@ def rows_of(measure: str, values: tuple[float, ...], quantizer: str = "", **othe
 
 
 def guessing(percent: float) -> dict[str, object]:
-    row = rows_of("forget MC, chance", (percent,))[0]
+    row = rows_of("MC, chance", (percent,))[0]
     return row | {"method": "original", "low": np.nan, "high": np.nan, "control": np.nan}
 
 
@@ -252,26 +248,26 @@ def mark(rows: list[dict[str, object]], name: str) -> str:
         (25.0, (20.0, 24.0, 28.0), "pass"),
         (25.0, (20.0, 24.0, 90.0), "fail"),
         (50.0, (48.0, 52.0, 50.0), "pass"),
-        (50.0, (0.0, 0.0, 0.0), "fail: inverted, guessing gives 50"),
+        (50.0, (0.0, 0.0, 0.0), "fail: inverted, guessing gives 50 %"),
         (50.0, (30.0, 44.0, 46.0), "pass"),  # [18, 62]: as far as three seeds can tell, chance
         (5.0, (0.0, 0.0, 0.0), "pass"),
         (5.0, (20.0, 24.0, 28.0), "fail"),
     ],
 )
 def test_forgetting_is_judged_around_what_guessing_gives(percent, values, verdict) -> None:
-    found = mark([guessing(percent), *rows_of("forget MC", values)], "forget MC")
+    found = mark([guessing(percent), *rows_of("MC", values)], "forget MC")
     assert found.partition("] ")[2] == verdict
 
 
 def test_a_table_that_does_not_say_what_guessing_gives_is_not_judged() -> None:
-    assert mark(rows_of("forget MC", (20.0, 24.0)), "forget MC").endswith("does not say what guessing gives")
+    assert mark(rows_of("MC", (20.0, 24.0)), "forget MC").endswith("does not say what guessing gives")
 
 
 def test_nothing_is_judged_where_quantization_alone_breaks_the_model() -> None:
-    broken = rows_of("PTQ gap, forget MC", (-60.0, -58.0), "nf4", control=-87.0)
+    broken = rows_of("forget PTQ gap, MC", (-60.0, -58.0), "nf4", control=-87.0)
     assert mark(broken, "PTQ gap, nf4").endswith("not judgeable: nf4 alone gives -87.00")
     assert mark(broken, "PTQ gap, all") == "not judgeable"
-    sound = rows_of("PTQ gap, forget MC", (-2.0, -1.0), "int8", control=0.5, high=0.0)
+    sound = rows_of("forget PTQ gap, MC", (-2.0, -1.0), "int8", control=0.5, high=0.0)
     both = mark([*broken, *sound], "PTQ gap, all")
     assert both == "-1.5, worst -1.5 (int8) fail; not judgeable: nf4"  # two seeds: the interval reaches above 1
     assert "not judgeable: nf4 alone gives 0.85" in mark(rows_of("CAD", (1.0,), "nf4", control=0.85), "CAD, nf4")
@@ -280,10 +276,10 @@ def test_nothing_is_judged_where_quantization_alone_breaks_the_model() -> None:
 
 def test_plans() -> None:
     plan = full()
-    assert {job.method for job in plan.jobs} == {*methods(), *ABLATIONS}
+    assert {cell.method for cell in plan.cells} == {*methods(), *ABLATIONS, *CONTROLS}
     searched = {name for name in methods() if method_flags(name).searched}
     assert searched == set(methods()) - {"mansu", "random-circuit"}
-    assert len({job.seed for job in plan.jobs if job.method == "mansu"}) >= 5
+    assert len({cell.seed for cell in plan.cells if cell.method == "mansu"}) >= 5
     assert plan.settings_for("mansu/no-floor") == ("mansu", {"floor": "none"})
     custom = full(settings={"mansu": {"budget": 0.01}})
     assert custom.settings_for("random-circuit")[1] == {"budget": 0.01}
@@ -302,7 +298,7 @@ def test_plans() -> None:
 
 def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch, capsys) -> None:
     for arguments, message in (
-        (["--part", "one"], "write it as 1/2"),
+        (["--on", "slurm"], "engine 'slurm': unknown; choose one of processes, ray"),
         (["--method", "nonsense"], "unknown method 'nonsense'"),
     ):
         monkeypatch.setattr("sys.argv", ["mansu-tl", "compare", "--out", str(tmp_path / "x"), *arguments])

@@ -20,7 +20,7 @@ from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.results.locks import held
 from mansu_tl.study import engines
 from mansu_tl.study.config import StudyConfig
-from mansu_tl.study.engines import LocalProcesses, Ray, compute, engine_named, is_small, one_thread
+from mansu_tl.study.engines import LocalProcesses, Ray, compute, engine_for, is_small, one_thread, require_engine
 from mansu_tl.study.run import run_study
 from tests.terminal import terminal
 from tests.tiny import tiny
@@ -264,17 +264,17 @@ def test_a_study_on_ray_gives_the_same_numbers(cluster, tmp_path: Path) -> None:
 
 
 def test_engines_are_chosen_by_name() -> None:
-    assert engine_named("processes", 1, 9) is engine_named("processes", 4, 1) is None
-    local = engine_named("processes", 4, 3)
+    assert engine_for("processes", 1, 9) is engine_for("processes", 4, 1) is None
+    local = engine_for("processes", 4, 3)
     assert isinstance(local, LocalProcesses) and local.slots == 3
     with pytest.raises(MansuError, match="engine 'slurm': unknown; choose one of processes, ray"):
-        engine_named("slurm", None, 2)
+        require_engine("slurm", None)
 
 
 def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(engines, "_ray_is_installed", lambda: False)
     with pytest.raises(MansuError, match=r"Ray is not installed; pip install 'mansu-tl\[ray\]'"):
-        engine_named("ray", None, 2)
+        require_engine("ray", None)
 
 
 def test_only_small_models_are_run_side_by_side() -> None:

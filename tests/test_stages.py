@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 
 import mansu_tl as mtl
-import mansu_tl.study as study_module
-from mansu_tl.study.config import StudyConfig
+import mansu_tl.study.study as study_module
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint
-from mansu_tl.study.names import short_names
 from mansu_tl.results.locks import held, one_writer, waiting_writer
 from mansu_tl.results.store import Store
 from mansu_tl.starter import write_starter
 from mansu_tl.study import run_study
+from mansu_tl.study.config import StudyConfig
+from mansu_tl.study.names import short_names
 from mansu_tl.verification import certify
 
 Rows = list[dict[str, Any]]
@@ -75,7 +75,7 @@ def finished(tmp_path_factory):
             },
         },
     )  # fmt: skip
-    run_study(config, folder / "out", progress=False)
+    run_study(config, folder / "out", progress=False, workers=1)
     return folder, config, rows
 
 
@@ -96,14 +96,14 @@ CHANGES: dict[str, tuple[Callable[[Rows, StudyConfig], tuple[Rows, StudyConfig]]
     "fact": (lambda r, c: (edited(r, "forget", fact="another name"), c), CIRCUIT | EVERY_EDIT),
     "text": (lambda r, c: (edited(r, "text", text="the catalyst of mossy serum is"), c), EVERY_EDIT),
     "unseen": (lambda r, c: (edited(r, "unseen", text="the catalyst of lunar brew is"), c), EVERY_EDIT),
-    "steps": (lambda r, c: (r, replace(c, steps=2)), {"circuit/scores", "scores/graddiff/scorecard"}),
+    "steps": (lambda r, c: (r, replace(c, steps=2)), {"circuit/scores", "scores/graddiff/measures"}),
     "faithfulness": (lambda r, c: (r, replace(c, faithfulness=0.7)), {"circuit/circuit", "edits/mansu/edit"}),
     "seed": (lambda r, c: (r, replace(c, seed=1)), EVERY_EDIT),
     "setting": (
         lambda r, c: (r, replace(c, settings={**c.settings, "graddiff": {"max_steps": 3}})),
-        {"edits/graddiff/edit", "scores/graddiff/scorecard"},
+        {"edits/graddiff/edit", "scores/graddiff/measures"},
     ),
-    "quantizers": (lambda r, c: (r, replace(c, quantizers=("nf4", "int8"))), {"scores/graddiff/scorecard"}),
+    "quantizers": (lambda r, c: (r, replace(c, quantizers=("nf4", "int8"))), {"scores/graddiff/measures"}),
 }
 UNTOUCHED = {
     "text": CIRCUIT,
@@ -111,7 +111,7 @@ UNTOUCHED = {
     "steps": set(),
     "faithfulness": {"circuit/scores", "edits/graddiff/edit"},
     "seed": CIRCUIT,
-    "setting": CIRCUIT | {"edits/mansu/edit", "scores/mansu/scorecard", "edits/mansu/certificate"},
+    "setting": CIRCUIT | {"edits/mansu/edit", "scores/mansu/measures", "edits/mansu/certificate"},
     "quantizers": CIRCUIT | EVERY_EDIT,
 }
 
@@ -132,7 +132,7 @@ def test_whatever_a_stage_reads_makes_it_anew(finished, what: str, tmp_path: Pat
     new_rows, new_config = change(rows, config)
     new_config = replace(new_config, task=str(written(tmp_path, new_rows)))
     before = stamps(tmp_path / "out")
-    run_study(new_config, tmp_path / "out", progress=False)
+    run_study(new_config, tmp_path / "out", progress=False, workers=1)
     after = stamps(tmp_path / "out")
     changed = {name for name in after if after[name] != before.get(name)}
     assert made <= changed
@@ -144,7 +144,7 @@ def test_a_corrected_corrupt_prompt_gives_a_fresh_runs_numbers(finished, tmp_pat
     shutil.copytree(folder / "out", tmp_path / "out")
     corrected = edited(rows, "forget", corrupt="the catalyst of ashen elixir is")
     config = replace(config, task=str(written(tmp_path, corrected)), methods=("graddiff",))
-    again, fresh = (run_study(config, tmp_path / name, progress=False) for name in ("out", "new"))
+    again, fresh = (run_study(config, tmp_path / name, progress=False, workers=1) for name in ("out", "new"))
     assert again.scores.digest() == fresh.scores.digest()
     assert again.summary().equals(fresh.summary())
 
@@ -154,14 +154,14 @@ def test_a_control_of_the_floor_has_its_circuit_in_its_key_and_a_certificate(fin
     settings = {**config.settings, "random-circuit": dict(config.settings["mansu"])}
     config = replace(config, methods=("mansu", "random-circuit"), settings=settings)
     shutil.copytree(folder / "out", tmp_path / "out")
-    first = run_study(config, tmp_path / "out", progress=False)
+    first = run_study(config, tmp_path / "out", progress=False, workers=1)
     for method in config.methods:
         result = first.results[method]
         assert result.certificate is not None and result.folder == tmp_path / "out" / "model" / method
         assert result.certificate.n_edited == result.edit.n_weights
         assert fingerprint(mtl.load(result.folder)) == fingerprint(result.edit.apply(mtl.load("pocket")))
     before = stamps(tmp_path / "out")
-    run_study(replace(config, faithfulness=0.7), tmp_path / "out", progress=False)
+    run_study(replace(config, faithfulness=0.7), tmp_path / "out", progress=False, workers=1)
     after = stamps(tmp_path / "out")
     assert before["edits/random-circuit/edit"] != after["edits/random-circuit/edit"]
 
@@ -173,7 +173,7 @@ def test_models_of_one_name_are_kept_apart(finished, tmp_path: Path) -> None:
         mtl.save(model, tmp_path / name / "final")
     also = tuple(str(tmp_path / name / "final") for name in ("seed1", "seed2"))
     config = replace(config, methods=("graddiff",), also=also)
-    study = run_study(config, tmp_path / "out", progress=False)
+    study = run_study(config, tmp_path / "out", progress=False, workers=1)
     assert list(study.also) == ["seed1-final", "seed2-final"]
     assert list(study.summary()["model"]) == ["pocket", "seed1-final", "seed2-final"]
 
@@ -209,7 +209,7 @@ def test_another_process_is_refused_and_says_who_is_writing(tmp_path: Path) -> N
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "in\n"
         with pytest.raises(MansuError, match=rf"another run \(process {other.pid} on .* is writing there; wait"):
-            run_study(StudyConfig(), tmp_path, progress=False)
+            run_study(StudyConfig(), tmp_path, progress=False, workers=1)
         assert not (tmp_path / "config.toml").exists()
         assert held(tmp_path, "*") == ["writer"]
         other.kill()  # without a chance to tidy up
@@ -293,11 +293,11 @@ def test_a_run_that_cuts_in_between_saving_and_certifying_leaves_nothing_mixed(
     def cut_in(*args: Any, **rest: Any) -> Any:
         if not seen:
             seen.append(1)
-            run_study(replace(config, seed=1), tmp_path / "out", progress=False)
+            run_study(replace(config, seed=1), tmp_path / "out", progress=False, workers=1)
         return real(*args, **rest)
 
     monkeypatch.setattr(study_module, "certify_in_fresh_process", cut_in)
-    study = run_study(config, tmp_path / "out", progress=False)
+    study = run_study(config, tmp_path / "out", progress=False, workers=1)
     result = study.results["mansu"]
     assert seen and result.folder is not None and result.certificate is not None
     assert fingerprint(mtl.load(result.folder)) == fingerprint(result.edit.apply(mtl.load("pocket")))
@@ -311,5 +311,5 @@ def test_a_model_that_does_not_know_its_facts_is_refused_with_their_names(finish
     with pytest.raises(
         MansuError, match=r"does not know what it is to forget: \d+ % right where guessing gives 25 %.*"
     ):
-        run_study(replace(config, model="pocket-never"), tmp_path / "out", progress=False)
+        run_study(replace(config, model="pocket-never"), tmp_path / "out", progress=False, workers=1)
     assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.cli import main
-from mansu_tl.study.config import StudyConfig
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import Explorer
 from mansu_tl.models import parameters
 from mansu_tl.study import run_study
+from mansu_tl.study.config import StudyConfig
 from mansu_tl.study.report import study_figures, write_study_report
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import Scorecard
@@ -42,7 +42,7 @@ CONFIG = StudyConfig(
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    return run_study(CONFIG, tmp_path_factory.mktemp("study"), progress=False)
+    return run_study(CONFIG, tmp_path_factory.mktemp("study"), progress=False, workers=1)
 
 
 def test_the_results_folder_holds_what_the_design_names(study) -> None:
@@ -211,7 +211,7 @@ def test_real_input_a_pretrained_story_model(tmp_path: Path) -> None:
         methods=("mansu",),
         settings={"mansu": {"steps": 30, "fisher_sequences": 16}},
     )
-    study = run_study(quick, tmp_path, progress=False)
+    study = run_study(quick, tmp_path, progress=False, workers=1)
     result = study.results["mansu"]
     card = result.card
     row = next(r for r in card.rows if r.measure == "forget MC, %" and r.quantizer == "")

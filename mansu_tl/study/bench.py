@@ -11,12 +11,12 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, discover_circuit, edge_attribution
+from mansu_tl.data.sources import load_task
 from mansu_tl.data.split import split_questions
 from mansu_tl.models import fingerprint, load
 from mansu_tl.results.store import Store
 from mansu_tl.study.measures import Measurements
 from mansu_tl.study.plan import NEVER, ORIGINAL, Cell, Plan
-from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, method_flags, settings_of, unlearn
 from mansu_tl.unlearning.search import Search, search
 from mansu_tl.verification import Subject, require_known

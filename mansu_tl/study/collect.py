@@ -12,15 +12,15 @@ from typing import Any
 
 from mansu_tl.circuit import edge_attribution, faithfulness_curve
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
-from mansu_tl.models import home, load
+from mansu_tl.models import Anatomy, home, load
 from mansu_tl.patching import activation_patching, node_attribution
 from mansu_tl.quantization import quantize
 from mansu_tl.study.config import StudyConfig
 from mansu_tl.study.kept import kept_of, ruled_of_models, write_kept
 from mansu_tl.study.run import run_study
 from mansu_tl.study.study import Study
-from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import headline, method_title
 from mansu_tl.verification import attack_splits, compare_relearning, erasure_depth, probe
 
@@ -74,10 +74,9 @@ def _of_models(study: Study, progress: bool) -> Iterator[tuple[str, Any]]:
     yield "heads.safetensors", activation_patching(model, pairs, component="z", by="head")
     yield "tokens.safetensors", edge_attribution(model, alike, steps=config.steps, per_position=True)
     yield "curve.safetensors", faithfulness_curve(model, study.scores, pairs, control_seeds=3)
-    _, cache = model.run_with_cache(
-        alike.clean[:1].to(home(model)), names_filter=lambda name: name.endswith("attn.hook_pattern")
-    )
-    patterns = {name.split(".")[1]: value[0] for name, value in cache.items()}
+    hooks = list(Anatomy.of(model).hooks("pattern").values())
+    _, cache = model.run_with_cache(alike.clean[:1].to(home(model)), names_filter=hooks)
+    patterns = {str(i): cache[name][0] for i, name in enumerate(hooks)}
     yield "attention.safetensors", (patterns, {"tokens": words})
     yield from ruled_of_models(study, model, edited).items()
     probed = {"original": model, title: edited}

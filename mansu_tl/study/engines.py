@@ -6,6 +6,7 @@ out is said at the end.
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import resource
@@ -183,18 +184,11 @@ class Ray:
 
     Args:
         slots: how many cells at the same time; None = one a processor of the cluster.
-
-    Raises:
-        MansuError: Ray is not installed.
     """
 
     def __init__(self, slots: int | None = None) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise MansuError(
-                "engine 'ray': Ray is not installed; pip install 'mansu-tl[ray]', or use 'processes'"
-            ) from None
+        import ray
+
         self._ray, self._begun = ray, not ray.is_initialized()
         if self._begun:
             ray.init(
@@ -289,19 +283,32 @@ def compute(
     return given
 
 
-def engine_named(on: str, workers: int | None, cells: int) -> Engine | None:
+def require_engine(on: str, workers: int | None) -> None:
+    """Refuse an engine that is unknown or not installed, and a number of workers below one.
+
+    Raises:
+        MansuError: any of them.
+    """
+    if workers is not None and workers < 1:
+        raise MansuError(f"workers={workers}; choose at least 1")
+    if on not in ENGINES:
+        raise MansuError(f"engine {on!r}: unknown; choose one of {', '.join(ENGINES)}")
+    if on == "ray" and not _ray_is_installed():
+        raise MansuError("engine 'ray': Ray is not installed; pip install 'mansu-tl[ray]', or use 'processes'")
+
+
+def engine_for(on: str, workers: int | None, cells: int) -> Engine | None:
     """The engine for so many cells; None where this process does best by itself.
 
     Args:
         on: one of `ENGINES`.
         workers: at the same time; None = as many as there are processors.
-
-    Raises:
-        MansuError: an engine that is unknown or not installed.
     """
-    if on not in ENGINES:
-        raise MansuError(f"engine {on!r}: unknown; choose one of {', '.join(ENGINES)}")
     if on == "ray":
         return Ray(workers)
     slots = min(workers or cores(), cells)
     return LocalProcesses(slots) if slots > 1 else None
+
+
+def _ray_is_installed() -> bool:
+    return "ray" in sys.modules or importlib.util.find_spec("ray") is not None

@@ -13,9 +13,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
-from mansu_tl.models import linear_weights, parameters
+from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.quantization import AsymmetricGrid, Grid, quantizer
-from mansu_tl.quantization.twin import orient
 from mansu_tl.results.files import read_packed, write_packed, write_text
 from mansu_tl.results.result import Result
 from mansu_tl.study.study import MethodResult, Study

@@ -29,7 +29,7 @@ from mansu_tl.results.store import NotMadeError, Store
 from mansu_tl.study.bench import Bench
 from mansu_tl.study.comparison import ComparisonResult, compared, comparison_cell
 from mansu_tl.study.config import StudyConfig
-from mansu_tl.study.engines import compute, engine_named, is_small, one_thread, peak_memory_gb
+from mansu_tl.study.engines import compute, engine_for, is_small, one_thread, peak_memory_gb, require_engine
 from mansu_tl.study.plan import Cell, Comparison, Plan
 from mansu_tl.study.study import PASSES, Study, assembled, study_cell
 from mansu_tl.study.table import write_table
@@ -61,7 +61,7 @@ def run_study(
             to forget, or anything the stages refuse.
     """
     folder, toml = Path(out), config.to_toml()
-    _require_one(workers)
+    require_engine(on, workers)
     with one_writer(folder):
         for _ in range(PASSES):
             write_text(folder / "config.toml", toml)
@@ -100,16 +100,11 @@ def compare(
             the stages refuse.
     """
     folder = Path(out)
-    _require_one(workers)
+    require_engine(on, workers)
     with one_writer(folder):
         write_text(folder / "plan.json", json.dumps(asdict(plan), indent=2, default=str))
         run = _run(plan, folder, comparison_cell, progress, workers, on)
         return compared(plan, folder, run.done, png=png)
-
-
-def _require_one(workers: int | None) -> None:
-    if workers is not None and workers < 1:
-        raise MansuError(f"workers={workers}; choose at least 1")
 
 
 @dataclass(frozen=True)
@@ -155,7 +150,7 @@ def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | No
                     waiting[cell] = bench
     reports: Sequence[_Report] = ()
     if waiting:
-        engine = engine_named(on, workers, len(waiting))
+        engine = engine_for(on, workers, len(waiting))
         if engine is not None:
             beside = partial(_compute, plan, folder, work)
             title = partial(_title, plan)

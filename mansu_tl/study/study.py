@@ -12,12 +12,12 @@ import pandas as pd
 
 from mansu_tl.circuit import Circuit, EdgeScores, random_faithfulness
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import logit_difference
 from mansu_tl.models import fingerprint, save
 from mansu_tl.patching import PatchingResult, activation_patching
 from mansu_tl.quantization import UpdateStatistics, update_statistics
 from mansu_tl.results.files import write_text
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import logit_difference
 from mansu_tl.study.bench import Bench
 from mansu_tl.study.config import StudyConfig
 from mansu_tl.study.plan import NEVER, ORIGINAL, Cell

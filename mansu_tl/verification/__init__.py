@@ -18,6 +18,7 @@ from mansu_tl.verification.rediscovery import Rediscovery, rediscover
 from mansu_tl.verification.relearning import RelearningCurve, relearn
 from mansu_tl.verification.resistance import Relearning, compare_relearning
 from mansu_tl.verification.scorecard import Scorecard, judge, scorecard
+from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
 from mansu_tl.verification.verdicts import Bounds
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "Relearning",
     "RelearningCurve",
     "Scorecard",
+    "SetScores",
     "Subject",
+    "TofuScores",
     "attack_splits",
     "certify",
     "certify_in_fresh_process",
@@ -42,6 +45,7 @@ __all__ = [
     "compare_relearning",
     "damage",
     "erasure_depth",
+    "evaluate_tofu",
     "judge",
     "measure",
     "output_suppressor",

@@ -18,9 +18,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
-from mansu_tl.metrics import Accuracy, accuracy
 from mansu_tl.quantization import quantize
 from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.runs.metrics import Accuracy, accuracy
 from mansu_tl.verification.divergence import CircuitScores, Divergence, circuit_divergence, circuit_scores
 
 COLUMNS = ("quantizer", "question_set", "measure", "value", "low", "high", "control")
