@@ -180,6 +180,7 @@ def test_another_run_into_the_folder_is_refused(tmp_path) -> None:
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
+    from mansu_tl.study import bench
 
     plan = dataclasses.replace(PLAN, methods=("graddiff",), never="", rates=(), control_seeds=(0, 1), seeds=(0,))
     made: list[int] = []
