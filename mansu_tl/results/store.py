@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from mansu_tl.results.digest import digest
-from mansu_tl.results.files import write_text
+from mansu_tl.results.files import write_text, write_whole
 from mansu_tl.results.locks import waiting_writer
 from mansu_tl.results.result import Result
 
@@ -50,16 +50,13 @@ class Store:
         return found
 
     def table(self, name: str, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """A table as CSV, as it is read back."""
-
-        def read(path: Path) -> pd.DataFrame:
-            return pd.read_csv(path, keep_default_na=False, na_values=["NaN"], float_precision="round_trip")
+        """A table as parquet, which keeps every bit and type, as it is read back."""
 
         def write(frame: pd.DataFrame, path: Path) -> None:
-            write_text(path, frame.to_csv(index=False, na_rep="NaN"))
+            write_whole(path, lambda part: frame.to_parquet(part, index=False))
 
-        self._stage(f"{name}.csv", key, make, read, write)
-        return read(self.folder / f"{name}.csv")
+        self._stage(f"{name}.parquet", key, make, pd.read_parquet, write)
+        return pd.read_parquet(self.folder / f"{name}.parquet")
 
     def done(self, name: str, key: Mapping[str, Any]) -> bool:
         """Whether a result with this file name is there and up to date."""
