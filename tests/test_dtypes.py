@@ -10,10 +10,9 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.models import linear_weights, parameters, plain, rebuild
+from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.models.copies import cast
 from mansu_tl.quantization import grid_of, inputs_of
-from mansu_tl.quantization.twin import orient
 from mansu_tl.unlearning import Edit
 from mansu_tl.unlearning.floor import Floor
 from mansu_tl.verification import certify, damage, probe, relearn

@@ -28,7 +28,7 @@ from mansu_tl.circuit import (
 from mansu_tl.circuit.curve import MIB_SHARES
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, norm_weights
+from mansu_tl.models import Anatomy, norm_weights
 from mansu_tl.results.files import read_packed, write_packed
 from mansu_tl.runs.ablation import ablation, normed
 from mansu_tl.runs.metrics import answer_log_prob
@@ -49,7 +49,7 @@ def flagged(family: str, **options: object) -> object:
 
 def naive(model, pairs: mtl.PromptPairs, mask: torch.Tensor) -> torch.Tensor:
     """One mask, one edge at a time, through TransformerLens's own split inputs and per-head results."""
-    graph, cmap = Graph.of(model), component_map(model)
+    graph, cmap = Graph.of(model), Anatomy.of(model)
     names = {"embed": "blocks.0.hook_in", "final": "ln_final.hook_in"}
     for i in range(cmap.n_layers):
         block = f"blocks.{i}"

@@ -16,7 +16,7 @@ from mansu_tl.explorer import Explorer, entry, results
 from mansu_tl.explorer.explorer import PICTURES
 from mansu_tl.explorer.pictures import SELECTED
 from mansu_tl.explorer.selection import head_of, parsed_item, part_mask, parts_of
-from mansu_tl.models import attention_weights, component_map, linear_weights, parameters
+from mansu_tl.models import Anatomy, attention_weights, linear_weights, parameters
 from tests.tiny import FAMILIES, tiny, tiny_tokenizer
 from tests.tiny_study import EVIL, crossing_edit, tiny_case
 
@@ -139,7 +139,7 @@ def test_the_ruler_counts_the_edits_of_the_part(case, explorer) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_weights_behind_edges_and_nodes_in_every_family(family) -> None:
     model = mtl.load(tiny(family), tokenizer=tiny_tokenizer())
-    cmap, linear, attention = component_map(model), linear_weights(model), attention_weights(model, 1)
+    cmap, linear, attention = Anatomy.of(model), linear_weights(model), attention_weights(model, 1)
     q, o = parts_of("L1H2", cmap, linear)[0], parts_of("L1H2", cmap, linear)[-1]
     for part, want in ((q, attention.q[2]), (o, attention.o[2])):
         stored = parameters(model)[part.piece.parameter]

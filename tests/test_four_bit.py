@@ -19,8 +19,8 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Graph
 from mansu_tl.errors import MansuError
 from mansu_tl.models import (
+    Anatomy,
     attention_weights,
-    component_map,
     fingerprint,
     linear_weights,
     mlp_weights,
@@ -294,7 +294,7 @@ def stored(dense: transformers.PreTrainedModel, folder: Path, dtype=torch.float3
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_map_and_cache_are_those_of_the_twin(family: str, twins) -> None:
     real, twin = twins[family]
-    assert component_map(real) == component_map(twin)
+    assert Anatomy.of(real) == Anatomy.of(twin)
     assert linear_weights(real) == linear_weights(twin)
     for layer in range(2):
         for read in (attention_weights, mlp_weights):

@@ -38,7 +38,7 @@ WITHOUT_MODEL = {
         "output_suppressor",
     ),  # logits to numbers
     *(
-        "component_map",
+        "component_masks",
         "flat_indices",
         "linear_weights",
         "attention_weights",
@@ -46,7 +46,7 @@ WITHOUT_MODEL = {
         "norm_weights",
         "parameters",
     ),
-    *("awq", "doubled", "gptq", "grid_of", "orient", "quantizer", "quantizers"),
+    *("awq", "doubled", "gptq", "grid_of", "orient", "register_family", "quantizer", "quantizers"),
     *("floored", "headline", "method_flags", "method_title", "methods", "settings_of"),
     *("explore", "run_study"),  # made of the others
     "save",  # inside "certify"
