@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mansu_tl.metrics import kl_divergence
+from mansu_tl.runs.metrics import kl_divergence
 
 
 def forget_loss(

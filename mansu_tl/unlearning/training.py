@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences, Task
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.metrics import kl_divergence
 from mansu_tl.models import float32_copy, home, plain
 from mansu_tl.results.digest import Digested
+from mansu_tl.runs.metrics import kl_divergence
 from mansu_tl.unlearning.batches import RetainBatches, Sampler, Values, last_token_logits, sequence_logits
 from mansu_tl.unlearning.checkpoint import Checkpoint, State, optimizer_tensors, restore_optimizer
 from mansu_tl.unlearning.edit import Edit

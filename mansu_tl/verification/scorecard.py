@@ -17,10 +17,10 @@ from mansu_tl.data import Task
 from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Accuracy
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table, bars
+from mansu_tl.runs.metrics import Accuracy
 from mansu_tl.verification.controls import Controls, answers, under
 from mansu_tl.verification.divergence import CircuitScores, circuit_divergence
 from mansu_tl.verification.knowledge import few_facts, unknown_facts
@@ -180,6 +180,12 @@ def scorecard(
         edited_scores: the edited model's `circuit_scores` by quantizer, to reuse them.
         seed: of the bootstrap.
         progress: show a bar over the quantizers; None = in notebooks.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> circuit = mtl.discover_circuit(model, task.forget_pairs)
+        >>> edited = mtl.unlearn(model, task, "mansu", circuit=circuit).apply(model)
+        >>> card = mtl.scorecard(model, edited, task, circuit, quantizers=["nf4"])
     """
     limits = bounds or Bounds()
     for each in (model, edited):
