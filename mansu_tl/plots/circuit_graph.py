@@ -215,7 +215,7 @@ def _bars(panel: Panel, frame: pd.DataFrame, placement: Placement, kv_groups: in
         legend=False,
     )
     for name, (left, right, y) in placement.bars.items():
-        text = f"{plain(name)}: KV head of {kv_groups} query heads<br>in {number(entering[name])}"
+        text = f"{plain(name)}: KV head of {kv_groups} query heads<br>in {number(entering.get(name, 0.0))}"
         panel.mark(
             [left, (left + right) / 2, right], [y] * 3, name, line={"width": 4, "color": panel.look.muted},
             hover="%{text}", text=[text] * 3, legend=False,

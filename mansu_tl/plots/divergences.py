@@ -140,12 +140,12 @@ def divergence_plane(
     for label, part in rows.assign(quantizer=rows["quantizer"].fillna("").astype(str)).groupby("label", sort=False):
         style, name = looks[str(label)], plain(label)
         full, quantized = part[part["quantizer"] == ""], part[part["quantizer"] != ""]
-        for end in quantized.itertuples() if len(full) else ():
-            _arrow(figure, full[["cad", "accuracy"]].iloc[0].tolist(), [end.cad, end.accuracy], style.colour)
+        for end in quantized[["cad", "accuracy"]].to_numpy(float).tolist() if len(full) else ():
+            _arrow(figure, full[["cad", "accuracy"]].to_numpy(float)[0].tolist(), end, style.colour)
         for i, quantizer in enumerate(part["quantizer"]):
-            row = part.iloc[i : i + 1]
-            values = {key: [float(row[key].iloc[0])] for key in ("cad", "accuracy")}
-            intervals = {key: intervals_of(row, key) for key in values}
+            point = part.iloc[i : i + 1]
+            values = {key: [float(point[key].iloc[0])] for key in ("cad", "accuracy")}
+            intervals = {key: intervals_of(point, key) for key in values}
             errors = {k: each and whiskers(values[k], *each, style.colour) for k, each in intervals.items()}
             fill = style.colour if quantizer else look.paper
             panel.mark(

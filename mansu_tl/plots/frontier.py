@@ -115,8 +115,8 @@ def frontier(
             reach = [_RING / 2 * (end - start) / pixels for (start, end), pixels in zip(spans, size, strict=True)]
             boxes.append((at[0] - reach[0], at[1] - reach[1], at[0] + reach[0], at[1] + reach[1]))
         ordered = pd.concat([best, shown.drop(index=best.index)])
-        points = (ordered[key].astype(float).tolist() for key in (x, column))
-        label_points(panel, *points, ordered[name].astype(str).tolist(), spans, size, boxes)
+        across, up = (ordered[key].astype(float).tolist() for key in (x, column))
+        label_points(panel, across, up, ordered[name].astype(str).tolist(), spans, size, boxes)
         figure.update_xaxes(title_text=plain(x), range=spans[0], zeroline=False, col=col)
         figure.update_yaxes(title_text=plain(column), range=spans[1], zeroline=False, col=col)
     legend_below(figure)
@@ -255,7 +255,7 @@ def _points(
         errors.append(None if bars is None else {**bars, "thickness": 1, "width": 0})
     rim = {"width": 0.8, "color": panel.look.paper}
     panel.mark(
-        *values, plain(label), "markers", group=plain(label), legend=None if in_legend else False,
+        values[0], values[1], plain(label), "markers", group=plain(label), legend=None if in_legend else False,
         marker={"symbol": style.symbol, "size": 10, "color": style.colour, "line": rim},
         error_x=errors[0], error_y=errors[1], data=[[plain(value)] for value in part[name]],
         hover=f"%{{customdata[0]}}<br>{plain(x)}: %{{x:.3g}}<br>{plain(y)}: %{{y:.3g}}<extra>{plain(label)}</extra>",

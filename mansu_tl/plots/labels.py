@@ -54,8 +54,7 @@ def label_points(
             others = [*drawn, *(other for j, other in enumerate(occupied) if j != i)]
             if box[0] >= 0 and box[2] <= width and not any(_overlap(box, other) for other in others):
                 occupied.append(box)
-                place = {"xanchor": anchor, "yanchor": "middle", "xshift": dx, "yshift": dy}
-                panel.note(xs[i], ys[i], plain(text), size=10.5, **place)
+                panel.note(xs[i], ys[i], plain(text), size=10.5, xanchor=anchor, yanchor="middle", xshift=dx, yshift=dy)
                 break
 
 

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import unescape
+from itertools import accumulate
 from typing import Any
 
 import pandas as pd
@@ -210,7 +211,7 @@ def _table(title: str, subtitle: str, columns: Sequence[_Column], groups: Sequen
     heights = [_ROOM + _LINE * (1 + max(cell.count("<br>") for cell in row)) for row in rows]
     head = _ROOM + _LINE * (1 + max(column.head.count("<br>") for column in columns))
     stripes = [look.band if group % 2 else look.paper for group in groups]
-    shades = {True: look.passed, False: look.failed}
+    shades: dict[_Verdict, str] = {True: look.passed, False: look.failed}
     fills = [
         [
             shades.get(verdict, stripe)
@@ -263,8 +264,7 @@ def _length(cell: str) -> int:
 
 def _runs(names: Sequence[str]) -> list[int]:
     """The number of the run that each name belongs to."""
-    changes = [i > 0 and name != names[i - 1] for i, name in enumerate(names)]
-    return pd.Series(changes).cumsum().tolist()
+    return list(accumulate(int(i > 0 and name != names[i - 1]) for i, name in enumerate(names)))
 
 
 def _thinned(names: Sequence[str]) -> list[str]:

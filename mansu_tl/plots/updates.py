@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,7 +65,7 @@ def bins(statistics: UpdateStatistics, *, title: str | None = None, theme: str =
         middles[some], 100 * flipped[some] / counts[some], "share of them, measured", "markers",
         hover="%{y:.3g} % of the weights in this bin<extra>code changed</extra>", marker={"color": look.positive, "size": 7},
     )  # fmt: skip
-    ratio = np.linspace(*span, 120)
+    ratio = np.linspace(span[0], span[1], 120)
     line = {"color": look.negative, "width": 2, "dash": "dash"}
     below.mark(ratio, 100 * np.minimum(1, 10**ratio), "if weights rest anywhere: min(1, ratio)", line=line)
     _rest(right, statistics, "weights before", ["lower<br>boundary", "code's<br>value", "upper<br>boundary"])
@@ -79,7 +80,7 @@ def bins(statistics: UpdateStatistics, *, title: str | None = None, theme: str =
     above.x(showticklabels=False)
     for panel in (above, below):
         panel.level(0, upright=True, width=1, dash="dot")
-    place = {"xref": "x", "yref": "y domain", "xanchor": "right", "yanchor": "top", "xshift": -3}
+    place: dict[str, Any] = {"xref": "x", "yref": "y domain", "xanchor": "right", "yanchor": "top", "xshift": -3}
     Panel(figure, look).note(0, 1, "one bin", **place)
     legend = {"orientation": "h", "x": 0, "y": -0.14, "yanchor": "top"}
     figure.update_layout(barmode="overlay", bargap=0.06, legend=legend, margin={"b": 96})
@@ -175,7 +176,13 @@ def _shares(panel: Panel, table: pd.DataFrame) -> None:
     measured, rest, uniform = (fixed(100 * total[key], 2) for key in ("measured", "by_position", "uniform"))
     text = f"codes changed, of all {int(total['changed']):,} updates<br><b>measured {measured} %</b><br>"
     text += f"predicted from rest {rest} %<br>predicted if anywhere {uniform} %"
-    corner = {"xref": "x domain", "yref": "y domain", "align": "left", "xanchor": "left", "yanchor": "top"}
+    corner: dict[str, Any] = {
+        "xref": "x domain",
+        "yref": "y domain",
+        "align": "left",
+        "xanchor": "left",
+        "yanchor": "top",
+    }
     panel.note(0.02, 0.98, text, colour="", **corner)
 
 

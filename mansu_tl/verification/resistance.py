@@ -94,7 +94,7 @@ class Relearning(Result):
             facts = [fact for curve in parts for fact in curve.facts]
             for step in steps:
                 asked = [(c.excess if excess else c.values)[m, c.index_of(step)].double().cpu() for c in parts]
-                row = _with_interval("mean", torch.cat(asked), facts, scale)
+                row = with_interval("mean", torch.cat(asked), facts, scale=scale)
                 rows.append((label, rate, step, *row.values()))
         return pd.DataFrame(rows, columns=["label", "learning_rate", "step", "mean", "low", "high"])
 
