@@ -34,8 +34,8 @@ from mansu_tl.models import fingerprint
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import chunks, measured, metric_name, prepared, run
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.passes import chunks, prepared, run
 
 # Masks that are built and patched at once when every edge is taken out in turn.
 _MASKS = 256

@@ -35,8 +35,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, attention_weights, norm_weights
 from mansu_tl.runs.ablation import Ablation, normed
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import Activations, Hook, chunks, heads_last, measured, prepared, run
+from mansu_tl.runs.metrics import Metric, logit_difference, measured
+from mansu_tl.runs.passes import Activations, Hook, chunks, heads_last, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 256 MB).
 _ROW_ELEMENTS = 64_000_000

@@ -23,8 +23,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.patching.patterns import key_position_effects, patched_pattern_effects
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import Hook, chunks, heads_last, keep, measured, metric_name, prepared, require_finite, run
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.passes import Hook, chunks, heads_last, keep, prepared, require_finite, run
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from mansu_tl.models import Anatomy
 from mansu_tl.patching.cells import TITLES, Cells, require
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import Activations, chunks, measured, metric_name, prepared
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.passes import Activations, chunks, prepared
 from mansu_tl.runs.resume import Base, record_base
 
 
