@@ -46,7 +46,7 @@ from mansu_tl.runs import distributed
 from mansu_tl.runs.ablation import Ablation
 from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
 from mansu_tl.runs.passes import chunks, heads_last, prepared, require_finite
-from mansu_tl.runs.points import CLEAN, CORRUPT, End, Path, Point
+from mansu_tl.runs.points import CLEAN, CORRUPT, End, Path, Point, between
 
 # steps="auto" starts here and doubles at most this often (320 steps).
 _FIRST_STEPS, _DOUBLINGS = 5, 6
@@ -118,23 +118,18 @@ def edge_attribution(
     if steps != "auto":
         if not isinstance(steps, int) or steps < 1:
             raise MansuError(f'attribution: steps={steps}; EAP-IG needs a whole number from 1 up, or "auto"')
-        return job.scores(_alphas(steps, rule), method, rule)
+        return job.scores(between(steps, rule), method, rule)
     if not tolerance > 0:
         raise MansuError(f"attribution: tolerance={tolerance}; choose a share above 0, such as 0.02")
     for doubling in range(_DOUBLINGS + 1):
         count = _FIRST_STEPS * 2**doubling
-        out = job.scores(_alphas(count, rule), method, rule)
+        out = job.scores(between(count, rule), method, rule)
         if out.relative_residual <= tolerance:
             return out
     raise MansuError(
         f"attribution: after {count} steps the residual is still {out.relative_residual:.3g} of the metric's change, "
         f"tolerance={tolerance}; raise the tolerance, use rule='midpoint', or a smoother metric"
     )
-
-
-def _alphas(steps: int, rule: str) -> list[float]:
-    shift = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]
-    return [(i + shift) / steps for i in range(steps)]
 
 
 @dataclass(frozen=True)

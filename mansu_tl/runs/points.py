@@ -22,6 +22,13 @@ from mansu_tl.runs.passes import Hook, keep, last_token, run
 CORRUPT, CLEAN = 0.0, 1.0
 
 
+def between(steps: int, rule: str = "midpoint") -> list[float]:
+    """Points that stand for `steps` equal stretches of the way: "left" begins at the corrupt end, "right" ends at the clean
+    one."""
+    shift = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]
+    return [(i + shift) / steps for i in range(steps)]
+
+
 @dataclass(frozen=True)
 class End:
     """One end: what passed the hooks asked for (the embedding as "embed"), and the metric of every pair."""

@@ -8,7 +8,7 @@ run of a model checks that (see `exactness.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
+from mansu_tl.models import Anatomy
+from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.models.cache import cache_argument, cache_passed_on
 from mansu_tl.models.tree import hf_of
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.passes import Hook, keep
+from mansu_tl.runs.passes import Hook, keep, last_token, put
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Base:
     Attributes:
         tokens, lengths: what was run.
         streams: the stream entering every block, and the final norm last.
-        kept: what passed the hooks that were asked for.
+        kept: what passed the hooks that were asked for, by role and layer ("z0").
         keys, values: per layer, as attention caches them.
         logits: at the last real token.
         attention_tuple: whether attention modules hand back a tuple (output, weights).
@@ -47,28 +49,30 @@ class Base:
     logits: Float[Tensor, "row vocab"]
     attention_tuple: bool
 
+    def value(self, role: str, layer: int) -> Tensor:
+        """What had a role (see `Anatomy.hook`) in a layer."""
+        return self.streams[layer] if role == "stream" else self.kept[f"{role}{layer}"]
+
 
 @torch.no_grad()
 def record_base(
-    model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], names: list[str]
+    model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], roles: Sequence[str]
 ) -> Base:
-    """Run once, keeping the streams, the keys and values, and what passes the hooks `names`."""
+    """Run once, keeping the streams, the keys and values, and what has the roles (see `Anatomy.hook`) in every layer."""
     kept: dict[str, Tensor] = {}
-    layers, seen = len(model.blocks), []
-    streams = [f"blocks.{i}.hook_in" for i in range(layers)] + ["ln_final.hook_in"]
+    seen: list[bool] = []
+    hooks: list[Hook] = [(hook, keep(kept, key)) for key, hook in Anatomy.of(model).hooks("stream", *roles).items()]
     cache = DynamicCache()
     handle = model.blocks[0].attn.register_forward_hook(lambda module, args, out: seen.append(isinstance(out, tuple)))
-    hooks = [(name, keep(kept, name)) for name in dict.fromkeys([*streams, *names])]
     try:
-        with cache_passed_on(model), model.hooks(fwd_hooks=[*hooks, _last_token(lengths - 1)]):
+        with cache_passed_on(model), model.hooks(fwd_hooks=[*hooks, (UNEMBED, last_token(lengths))]):
             logits = model(tokens, return_type="logits", **_given(model, cache))[:, 0]
     finally:
         handle.remove()
     cached: list[Any] = list(cache.layers)
     keys, values = [layer.keys for layer in cached], [layer.values for layer in cached]
-    return Base(
-        tokens, lengths, [kept[n] for n in streams], kept, keys, values, logits.float().to(tokens.device), seen[0]
-    )
+    streams = [kept.pop(f"stream{i}") for i in range(len(model.blocks) + 1)]
+    return Base(tokens, lengths, streams, kept, keys, values, logits.float().to(tokens.device), seen[0])
 
 
 @torch.no_grad()
@@ -118,17 +122,12 @@ def _resumed(
     attention: Tensor | None,
     cut_last_mlp: bool,
 ) -> Float[Tensor, "copy row vocab"]:
-    layers = len(model.blocks)
-    tokens, lengths = base.tokens[:, start:].repeat(copies, 1), (base.lengths - start).repeat(copies)
-    stream = base.streams[layer][:, start:].repeat(copies, 1, 1)
-
-    def begin(old: Tensor, hook: object) -> Tensor:
-        return stream
-
-    name = f"blocks.{layer}.hook_in" if layer < layers else "ln_final.hook_in"
-    all_hooks: list[Hook] = [(name, begin), *hooks, _last_token(lengths - 1)]
-    if cut_last_mlp and layer < layers:
-        all_hooks.append((f"blocks.{layers - 1}.ln2.hook_in", _last_token(lengths - 1)[1]))
+    anatomy, cut = Anatomy.of(model), last_token((base.lengths - start).repeat(copies))
+    tokens = base.tokens[:, start:].repeat(copies, 1)
+    begin = put(base.streams[layer][:, start:].repeat(copies, 1, 1))
+    all_hooks: list[Hook] = [(anatomy.hook("stream", layer), begin), *hooks, (UNEMBED, cut)]
+    if cut_last_mlp and layer < anatomy.n_layers:
+        all_hooks.append((anatomy.hook("mlp_in", anatomy.n_layers - 1), cut))
     given = _given(model, _cache(base, layer, start, copies)) if start else {}
     replaced: list[tuple[nn.Module, Callable[..., Any]]] = [(block, _hand_on) for block in model.blocks[:layer]]
     if attention is not None:
@@ -157,16 +156,6 @@ def _cache(base: Base, layer: int, start: int, copies: int) -> DynamicCache:
         else:
             cache.update(keys[:, :, :start].repeat(copies, 1, 1, 1), values[:, :, :start].repeat(copies, 1, 1, 1), i)
     return cache
-
-
-def _last_token(last: Int[Tensor, " row"]) -> Hook:
-    rows = torch.arange(len(last), device=last.device)
-
-    def cut(stream: Tensor, hook: object) -> Tensor:
-        # Contiguous on purpose: a strided slice turns the unembedding into one product per row.
-        return stream[rows.to(stream.device), last.to(stream.device)][:, None].contiguous()
-
-    return "unembed.hook_in", cut
 
 
 @contextmanager
