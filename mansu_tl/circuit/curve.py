@@ -22,9 +22,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.evaluation import relative
-from mansu_tl.circuit.graph import Graph, kv_groups, prune
+from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.scores import EdgeScores
-from mansu_tl.circuit.selection import random_mask, selected_mask
+from mansu_tl.circuit.selection import pruned_masks, random_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -162,8 +162,8 @@ def faithfulness_curve(
         raise MansuError(f"curve: control_seeds={control_seeds}; give a number from 0 up")
     total = graph.n_edges
     asked = _asked(MIB_SHARES if sizes is None else sizes, total)
-    counts, groups = list(asked), kv_groups(scores.writers, scores.readers)
-    chosen = [prune(selected_mask(scores, n, select, by), scores.writers, scores.readers, groups) for n in counts]
+    counts = list(asked)
+    chosen = pruned_masks(scores, counts, select, by)
     drawn = [random_mask(graph.exists, n, seed) for seed in range(control_seeds) for n in counts]
     values = torch.tensor(
         relative(model, torch.stack([*chosen, *drawn]).float(), pairs, ablation, metric, batch_size, progress)

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.circuit import Circuit
-from mansu_tl.circuit.graph import Graph, require_names
+from mansu_tl.circuit.graph import Graph, edge_frame, require_names
 from mansu_tl.circuit.intervention import patched
 from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
@@ -81,17 +81,11 @@ class Minimality(Result):
         if what == "nodes":
             frame = pd.DataFrame({"node": self.nodes, "drop": self.node_drops.tolist()})
         elif what == "edges":
-            rows, columns = self.mask.nonzero(as_tuple=True)
-            frame = pd.DataFrame(
-                {
-                    "writer": [self.writers[i] for i in rows.tolist()],
-                    "reader": [self.readers[i] for i in columns.tolist()],
-                    "drop": self.edge_drops[rows, columns].tolist(),
-                }
-            )
+            frame = edge_frame(self.writers, self.readers, self.mask, self.edge_drops)
+            frame = frame[["writer", "reader", "score"]].rename(columns={"score": "drop"})
         else:
             raise MansuError(f"minimality: what={what!r}; choose edges or nodes")
-        return frame.sort_values("drop", ascending=False, kind="stable").reset_index(drop=True)
+        return frame.sort_values("drop", ascending=False, kind="stable", ignore_index=True)
 
     def _check(self) -> None:
         possible = require_names(self.writers, self.readers)
@@ -106,9 +100,6 @@ class Minimality(Result):
 
     def _tables(self) -> Sequence[Table]:
         return (Table(self.to_dataframe(), "edges that are worth most first", "{:.4f}".format, rows=10),)
-
-
-_TENSORS = ("edge_drops", "node_drops", "mask")
 
 
 @torch_defaults()

@@ -30,9 +30,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.sharing import LayerPlan, Plan, Reads, plan, useful
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, attention_weights, norm_weights
+from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.runs.ablation import Ablation, normed
 from mansu_tl.runs.exactness import require_exact
 from mansu_tl.runs.metrics import Metric, logit_difference, measured
@@ -125,14 +127,14 @@ class _Cost:
     def fixed(self) -> int:
         """Whatever the masks: the ablated run, and the inputs of one mask's attention, before and behind the norm."""
         anatomy = self.anatomy
-        readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
+        readers = anatomy.n_attention_readers
         kept = anatomy.n_layers * (4 * anatomy.d_model + (anatomy.n_heads + readers) * anatomy.d_head)
         return self.width * (kept + 3 * readers * anatomy.d_model) + self.vocab
 
     def mask(self, writers: int) -> int:
         """A mask with so many writers in use: their changes, its attention rows, its MLP, its logits."""
         anatomy = self.anatomy
-        readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
+        readers = anatomy.n_attention_readers
         rows = 3 * (anatomy.n_heads + readers) * anatomy.d_head + 2 * anatomy.n_heads * self.width
         return self.width * (writers * anatomy.d_model + rows + 4 * anatomy.d_mlp) + 2 * self.vocab
 
@@ -173,12 +175,11 @@ class _Base:
         pairs = self.pairs
         self.run = self.ablation.activations(self.model, pairs)
         clean = pairs.clean
-        place = torch.arange(clean.shape[1], device=clean.device)[None]
-        alive = place < pairs.lengths[:, None]
+        alive = real_tokens(clean, pairs.lengths)
         if self.ablation.kind == "corrupt":
             # In front of the first changed token both runs are the same, whatever edges are live.
             alive &= (clean != pairs.corrupt).cumsum(1) > 0
-            alive |= place == pairs.lengths[:, None] - 1
+            alive[torch.arange(len(pairs), device=clean.device), pairs.lengths - 1] = True
         self.tokens = alive.flatten().nonzero()[:, 0]
         ends = torch.arange(len(pairs), device=clean.device) * clean.shape[1] + pairs.lengths - 1
         self.last = torch.searchsorted(self.tokens, ends)
@@ -216,15 +217,10 @@ class _Group:
         """The logits at each pair's last token, by mask."""
         hooks: list[Hook] = []
         for layer, work in enumerate(self.plan.layers):
-            block = f"blocks.{layer}"
-            if work.rows:
-                hooks += self._attention(layer, work)
-            out = "ln2_post.hook_out" if self.map.post_norms else "mlp.hook_out"
-            hooks += [
-                (f"{block}.ln2.hook_in", self._mlp_in(layer, work)),
-                (f"{block}.{out}", self._mlp_out(layer, work)),
-            ]
-        hooks.append(("unembed.hook_in", self._final))
+            hooks += self._attention(layer, work) if work.rows else []
+            hooks.append((self.map.hook("mlp_in", layer), self._mlp_in(layer, work)))
+            hooks.append((self.map.hook("mlp_out", layer), self._mlp_out(layer, work)))
+        hooks.append((UNEMBED, self._final))
         with self.model.hooks(fwd_hooks=hooks):
             out_logits = self.model(self.base.pairs.clean[:1], return_type="logits")[0].float()
         parts = out_logits.unflatten(0, (len(self.plan.final), -1))
@@ -263,7 +259,7 @@ class _Group:
 
     def _attention(self, layer: int, work: LayerPlan) -> list[Hook]:
         anatomy, base = self.map, self.base
-        counts = (anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_kv_heads)
+        counts = list(anatomy.heads_of.values())
         filled: list[Tensor] = []
 
         def begin(stream: Tensor, hook: object) -> Tensor:
@@ -292,10 +288,9 @@ class _Group:
                     self._write(value, partial(torch.mm, change[i], weights.o[head].T), last)
             return z[:1]
 
-        block = f"blocks.{layer}.attn"
-        hooks: list[Hook] = [(f"{block}.hook_in", begin), (f"{block}.o.hook_in", take)]
+        hooks: list[Hook] = [(anatomy.hook("attn_in", layer), begin), (anatomy.hook("z", layer), take)]
         for i, kind in enumerate("qkv"):
-            hooks += [(f"{block}.{kind}.hook_in", one_row), (f"{block}.{kind}.hook_out", give(i))]
+            hooks += [(anatomy.hook(f"{kind}_in", layer), one_row), (anatomy.hook(kind, layer), give(i))]
         return hooks
 
     def _filled(self, layer: int, work: LayerPlan) -> list[Float[Tensor, "row place head d_head"]]:

@@ -66,7 +66,7 @@ def plan(
     per_pair = _PASSING * (per_pair + width * _kept_bytes(anatomy, steps))
     per_token = _contraction_bytes(anatomy)
     # One layer's projections, as float32 and once more laid out for a product.
-    fixed += 8.0 * (2 * anatomy.n_heads + 2 * anatomy.n_kv_heads) * anatomy.d_head * anatomy.d_model
+    fixed += 8.0 * (anatomy.n_heads + anatomy.n_attention_readers) * anatomy.d_head * anatomy.d_model
     least = fixed + per_pair + per_token
     if least > budget:
         raise MansuError(
@@ -81,7 +81,7 @@ def plan(
 
 def _kept_bytes(anatomy: Anatomy, steps: int) -> float:
     """Per token: both ends of the writers and their difference, the readers' sums over the steps, and their gradients."""
-    readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
+    readers = anatomy.n_attention_readers
     parts = 1 if not anatomy.post_norms else steps
     ends = 3 * (anatomy.n_heads * anatomy.d_head + anatomy.d_model)
     sums = readers * anatomy.d_head + anatomy.d_model + (steps // parts) * (anatomy.d_model + readers)
@@ -91,7 +91,7 @@ def _kept_bytes(anatomy: Anatomy, steps: int) -> float:
 
 def _contraction_bytes(anatomy: Anatomy) -> float:
     """Per token: every writer's change, one layer's gradients, and as much again for the product's operands."""
-    return 8.0 * (len(anatomy.writers) + anatomy.n_heads + 2 * anatomy.n_kv_heads + 1) * anatomy.d_model
+    return 8.0 * (len(anatomy.writers) + anatomy.n_attention_readers + 1) * anatomy.d_model
 
 
 def _rough(anatomy: Anatomy, width: int) -> float:
@@ -121,7 +121,7 @@ def _saved(model: TransformerBridge, pairs: PromptPairs) -> int:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         # The logits hold the graph, so no storage is freed and counted twice while it is built.
-        logits = run(model, pairs.clean, pairs.lengths, [("blocks.0.hook_in", start)])
+        logits = run(model, pairs.clean, pairs.lengths, [(Anatomy.of(model).hook("stream", 0), start)])
         del logits
     return sum(sizes.values())
 

@@ -72,7 +72,7 @@ class Plan:
 
 def useful(anatomy: Anatomy, live: np.ndarray) -> np.ndarray:
     """The live edges [mask, writer, reader] that lead on to the logits, others set to 0."""
-    heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_heads // anatomy.n_kv_heads
+    heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.group
     wide = heads + 2 * kv + 1
     wanted = np.zeros((live.shape[0], live.shape[2]), dtype=bool)
     wanted[:, -1] = True
@@ -158,7 +158,7 @@ class _Numbering:
 
     def _layer(self, first: int, column: int) -> _Layer:
         anatomy, layer = self.map, _Layer()
-        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_heads // anatomy.n_kv_heads
+        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.group
         wide = heads + 2 * kv
         keys = self._keys(first, list(range(column, column + wide)))
         wanted = self._wanted(first, heads)
@@ -222,7 +222,7 @@ class _Numbering:
     ) -> tuple[int, dict[int, list[tuple[int, int]]], dict[int, list[tuple[int, int]]]]:
         """Place the head instances: heads of one KV group share a row's key and value, others are independent."""
         anatomy = self.map
-        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_heads // anatomy.n_kv_heads
+        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.group
         fill: dict[int, list[tuple[int, int]]] = {}
         by_head: dict[int, list[tuple[int, int]]] = {}
         rows_of_group: dict[int, int] = {}

@@ -192,11 +192,7 @@ def _anatomy(model: Model) -> Anatomy:
     kind, config = family(model), hf_of(model).config
     layers, heads, d_model = range(config.num_hidden_layers), config.num_attention_heads, config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    writers, readers = ["embed"], []
-    for i in layers:
-        writers += [*(f"L{i}H{h}" for h in range(heads)), f"MLP{i}"]
-        readers += [f"L{i}H{h}.q" for h in range(heads)]
-        readers += [f"L{i}KV{h}.{part}" for part in "kv" for h in range(kv_heads)] + [f"MLP{i}.in"]
+    writers, readers = graph_names(len(layers), heads, kv_heads)
     paths = {kind.q, kind.k, kind.v, kind.o, kind.up, kind.down} | ({kind.gate} if kind.gate else set())
     linear = [f"{kind.layers}.{i}.{path}" for i in layers for path in paths]
     return Anatomy(
@@ -209,12 +205,22 @@ def _anatomy(model: Model) -> Anatomy:
         d_mlp=getattr(config, kind.mlp_width) or 4 * d_model,
         parallel=kind.parallel is not None and bool(getattr(config, kind.parallel)),
         post_norms=kind.attn_post_norm is not None,
-        writers=tuple(writers),
-        readers=(*readers, "logits"),
+        writers=writers,
+        readers=readers,
         biases=frozenset(
             f"{path}.bias" for path in linear if submodule(model, path)._parameters.get("bias") is not None
         ),
     )
+
+
+def graph_names(layers: int, heads: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of all writers and readers of a model of this shape, in order of computation."""
+    writers, readers = ["embed"], []
+    for i in range(layers):
+        writers += [*(f"L{i}H{h}" for h in range(heads)), f"MLP{i}"]
+        readers += [f"L{i}H{h}.q" for h in range(heads)]
+        readers += [f"L{i}KV{h}.{part}" for part in "kv" for h in range(kv_heads)] + [f"MLP{i}.in"]
+    return tuple(writers), (*readers, "logits")
 
 
 def flat_indices(piece: WeightSlice, shape: Sequence[int]) -> Int64[Tensor, " index"]:

@@ -51,7 +51,7 @@ class NeuronScores(Result):
                 "score": self.tensor.flatten().tolist(),
             }
         )
-        return frame.loc[frame["score"].abs().sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+        return frame.sort_values("score", key=abs, ascending=False, kind="stable", ignore_index=True)
 
     def __repr__(self) -> str:
         layers, neurons = self.tensor.shape

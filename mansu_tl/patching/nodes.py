@@ -69,9 +69,8 @@ class NodeScores(Result):
         return f"NodeScores({len(self.writers)} nodes, gradient {how}, {self.metric})"
 
     def _tables(self) -> Sequence[Table]:
-        frame = self.to_dataframe()
-        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
-        return (Table(frame.loc[order], "largest |score| first", "{:.4f}".format, rows=10),)
+        frame = self.to_dataframe().sort_values("score", key=abs, ascending=False, kind="stable")
+        return (Table(frame, "largest |score| first", "{:.4f}".format, rows=10),)
 
 
 @torch_defaults()

@@ -19,13 +19,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
 from mansu_tl.results.result import Result
-from mansu_tl.runs.passes import Activations, Hook, record, run
+from mansu_tl.runs.passes import Activations, put, record, run
 
 KINDS = ("corrupt", "zero", "mean")
 
@@ -60,13 +61,11 @@ class Ablation(Result):
             z = stream.new_zeros(count, width, anatomy.n_heads, anatomy.d_head)
             embed = stream + _positional(model, width)
             return _assembled(model, pairs, embed, [z] * anatomy.n_layers, [stream] * anatomy.n_layers)
-        device = pairs.clean.device
-        every = (self.means.embed, *self.means.z, *self.means.mlp_out)
-        spread = [_spread(value.to(device), count, width) for value in every]
-        layers = anatomy.n_layers
-        return _assembled(
-            model, pairs, spread[0] + _positional(model, width), spread[1 : 1 + layers], spread[1 + layers :]
+        embed, z, mlp_out = (
+            [_spread(value.to(pairs.clean.device), count, width) for value in values]
+            for values in ([self.means.embed], self.means.z, self.means.mlp_out)
         )
+        return _assembled(model, pairs, embed[0] + _positional(model, width), z, mlp_out)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def ablation(
     seen = torch.zeros(tokens.shape[1], device=tokens.device, dtype=torch.float64)
     for start in range(0, tokens.shape[0], batch_size):
         rows, lengths = tokens[start : start + batch_size], reference.lengths[start : start + batch_size]
-        real = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
+        real = real_tokens(rows, lengths)
         seen += real.sum(0)
         run_ = record(model, rows, lengths)
         parts = [
@@ -157,7 +156,7 @@ def _assembled(
 ) -> Activations:
     anatomy = Anatomy.of(model)
     stream, pre, mid, raw = embed, [], [], []
-    for layer in range(anatomy.n_layers):
+    for layer in anatomy.layers:
         weights = attention_weights(model, layer)
         pre.append(stream)
         out = torch.einsum("bphe,hde->bpd", z[layer], weights.o)
@@ -168,11 +167,7 @@ def _assembled(
         mid.append(stream if anatomy.parallel else stream + out)
         stream = stream + out + mlp_out[layer]
 
-    def finish(old: Tensor, hook: object) -> Tensor:
-        return stream
-
-    hooks: list[Hook] = [("ln_final.hook_in", finish)]
-    logits = run(model, pairs.clean, pairs.lengths, hooks).float()
+    logits = run(model, pairs.clean, pairs.lengths, [(anatomy.hook("stream", anatomy.n_layers), put(stream))]).float()
     return Activations(embed, tuple(pre), tuple(mid), tuple(z), tuple(raw), tuple(mlp_out), stream, logits)
 
 
