@@ -203,13 +203,10 @@ class _Job:
 
     def _switched_off(self, batch: PromptPairs) -> End:
         """The end without a run behind it: every writer at its ablated value."""
-        run, layers = self.ablation.activations(self.model, batch), Anatomy.of(self.model).layers
-        values = (
-            {"embed": run.embed} | {f"z{i}": run.z[i] for i in layers} | {f"mlp_out{i}": run.mlp_out[i] for i in layers}
-        )
-        last = f"mlp_out{layers[-1]}"
+        recorded, last = self.ablation.activations(self.model, batch), f"mlp_out{Anatomy.of(self.model).n_layers - 1}"
+        values = recorded.values | {"embed": recorded.value("stream", 0)}
         values[last] = values[last][_last_of(batch, values[last])][:, None]
-        return End(values, measured(self.metric, run.logits, batch))
+        return End(values, measured(self.metric, recorded.logits, batch))
 
     def _groups(
         self, batch: PromptPairs, index: Int[Tensor, "pair pos"] | None

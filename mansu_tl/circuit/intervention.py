@@ -38,7 +38,7 @@ from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.runs.ablation import Ablation, normed
 from mansu_tl.runs.exactness import require_exact
 from mansu_tl.runs.metrics import Metric, logit_difference, measured
-from mansu_tl.runs.passes import Activations, Hook, chunks, heads_last, prepared, run
+from mansu_tl.runs.passes import Hook, Recording, chunks, heads_last, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 256 MB).
 _ROW_ELEMENTS = 64_000_000
@@ -165,7 +165,7 @@ class _Base:
     map: Anatomy
     pairs: PromptPairs
     ablation: Ablation
-    run: Activations = field(init=False)
+    run: Recording = field(init=False)
     tokens: Int[Tensor, " token"] = field(init=False)
     last: Int[Tensor, " pair"] = field(init=False)
     embed: Float[Tensor, "token d_model"] = field(init=False)
@@ -183,7 +183,7 @@ class _Base:
         self.tokens = alive.flatten().nonzero()[:, 0]
         ends = torch.arange(len(pairs), device=clean.device) * clean.shape[1] + pairs.lengths - 1
         self.last = torch.searchsorted(self.tokens, ends)
-        self.embed = self.at(_embedded(self.model, clean) - self.run.embed)
+        self.embed = self.at(_embedded(self.model, clean) - self.run.value("stream", 0))
 
     def at(self, stream: Float[Tensor, "pair pos d"], last: bool = False) -> Float[Tensor, "token d"]:
         """A stream's vectors at the tokens that count, or at the last ones only."""
@@ -193,7 +193,7 @@ class _Base:
         """q, k and v of the ablated run at every position."""
         if layer not in self.projected:
             weights, norm = attention_weights(self.model, layer), norm_weights(self.model, layer, "attn")
-            x = normed(self.run.resid_pre[layer].flatten(0, 1), norm)
+            x = normed(self.run.value("stream", layer).flatten(0, 1), norm)
             parts = ((weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias))
             self.projected[layer] = [
                 functional.linear(x, w.flatten(0, 1), None if b is None else b.flatten()).unflatten(-1, w.shape[:2])
@@ -253,7 +253,10 @@ class _Group:
             inside = np.flatnonzero(owner == layer)
             part = slice(int(inside[0]), int(inside[-1]) + 1)
             distinct, back = torch.unique(weights[:, part], dim=0, return_inverse=True)
-            raw, norm = self.base.at(self.base.run.attn_raw[layer], last), norm_weights(self.model, layer, "attn_post")
+            raw, norm = (
+                self.base.at(self.base.run.value("attn_raw", layer), last),
+                norm_weights(self.model, layer, "attn_post"),
+            )
             out += (normed(_summed(raw, distinct, changes[part]), norm) - normed(raw, norm))[back]
         return out
 
@@ -280,7 +283,7 @@ class _Group:
             heads = heads_last(z, anatomy.n_heads).reshape(work.rows, -1, anatomy.n_heads, anatomy.d_head)
             weights, last = attention_weights(self.model, layer), layer == anatomy.n_layers - 1
             places = base.tokens[base.last] if last else base.tokens
-            ablated = base.at(base.run.z[layer].flatten(2), last).unflatten(-1, (anatomy.n_heads, -1))
+            ablated = base.at(base.run.value("z", layer).flatten(2), last).unflatten(-1, (anatomy.n_heads, -1))
             for head, instances in work.heads.items():
                 rows = torch.tensor([row for row, _ in instances], device=z.device)
                 change = heads[rows[:, None], places[None], head] - ablated[:, head]
@@ -299,7 +302,7 @@ class _Group:
         weights, norm = attention_weights(self.model, layer), norm_weights(self.model, layer, "attn")
         matrices = [m for part in (weights.q, weights.k, weights.v) for m in part]
         biases = [b for part in (weights.q_bias, weights.k_bias, weights.v_bias) if part is not None for b in part]
-        stream, done = base.at(base.run.resid_pre[layer]), []
+        stream, done = base.at(base.run.value("stream", layer)), []
         for reads in work.reads:
             inputs = normed(self._rebuilt(reads, stream), norm)
             for i, c in reads.projections:
@@ -318,7 +321,7 @@ class _Group:
             if not work.mlp_reads:
                 return stream[:, :1]
             last = layer == self.map.n_layers - 1
-            base = self.base.at(self.base.run.mlp_in[layer], last)
+            base = self.base.at(self.base.run.value("mlp_in", layer), last)
             return torch.cat([self._rebuilt(reads, base, last) for reads in work.mlp_reads]).flatten(0, 1)[None]
 
         return hook_fn
@@ -327,7 +330,7 @@ class _Group:
         def hook_fn(out: Tensor, hook: object) -> Tensor:
             if work.mlp_reads:
                 last = layer == self.map.n_layers - 1
-                ablated = self.base.at(self.base.run.mlp_out[layer], last)
+                ablated = self.base.at(self.base.run.value("mlp_out", layer), last)
                 parts = out[0].unflatten(0, (len(work.mlp_reads), -1))
                 for value, part in zip(work.mlp_values, parts, strict=True):
                     self._write(value, partial(torch.sub, part, ablated), last)
@@ -336,7 +339,7 @@ class _Group:
         return hook_fn
 
     def _final(self, stream: Tensor, hook: object) -> Tensor:
-        base = self.base.at(self.base.run.final, last=True)
+        base = self.base.at(self.base.run.value("stream", self.map.n_layers), last=True)
         streams = torch.cat([self._rebuilt(reads, base, last=True) for reads in self.plan.final])
         return normed(streams, norm_weights(self.model, None, "final")).flatten(0, 1)[None]
 

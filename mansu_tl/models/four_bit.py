@@ -48,20 +48,19 @@ def stored_kind(config: PretrainedConfig, name: str) -> str | None:
     Raises:
         MansuError: it is quantized in another way.
     """
-    found: Any = getattr(config, "quantization_config", None)
-    if found is None:
+    asked: Any = getattr(config, "quantization_config", None)
+    if asked is None:
         return None
-    said = found if isinstance(found, dict) else found.to_dict()
-    method = said.get("quant_method", "unknown")
+    settings = asked if isinstance(asked, dict) else asked.to_dict()
+    method = settings.get("quant_method", "unknown")
     method = str(getattr(method, "value", method))
-    four = said.get("load_in_4bit", said.get("_load_in_4bit", False))
-    if method != "bitsandbytes" or not four:
+    if method != "bitsandbytes" or not settings.get("load_in_4bit", settings.get("_load_in_4bit", False)):
         what = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
         raise MansuError(
             f"{name}: this checkpoint is quantized with {what}; only 4-bit bitsandbytes ones can be hooked, pass such "
             "a one or the dense checkpoint"
         )
-    return str(said.get("bnb_4bit_quant_type", "fp4"))
+    return str(settings.get("bnb_4bit_quant_type", "fp4"))
 
 
 def packed(model: Model) -> Iterator[tuple[str, Any]]:

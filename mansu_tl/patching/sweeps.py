@@ -27,7 +27,7 @@ from mansu_tl.patching.cells import TITLES, Cells, require
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.ablation import Ablation
 from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
-from mansu_tl.runs.passes import Activations, chunks, prepared
+from mansu_tl.runs.passes import Recording, chunks, prepared
 from mansu_tl.runs.resume import Base, record_base
 
 
@@ -229,12 +229,8 @@ def _sweep(cells: Cells, pairs: PromptPairs, direction: str, ablation: Ablation)
     return _Sweep(base, other.value, first, latest, clean.logits, corrupt.logits)
 
 
-def _ablated(clean: Base, run: Activations, role: str, layer: int) -> Tensor:
+def _ablated(clean: Base, run: Recording, role: str, layer: int) -> Tensor:
     """What has a role in a run with every component switched off; zero where that run has no such thing."""
-    streams = (*run.resid_pre, run.final)
-    if role == "stream":
-        return streams[layer]
     if role == "attn_out":
-        return streams[layer + 1] - run.mlp_out[layer] - streams[layer]
-    known = {"mlp_in": run.mlp_in, "mlp_out": run.mlp_out, "z": run.z}
-    return known[role][layer] if role in known else torch.zeros_like(clean.value(role, layer))
+        return run.value("stream", layer + 1) - run.value("mlp_out", layer) - run.value("stream", layer)
+    return run.value(role, layer) if f"{role}{layer}" in run.values else torch.zeros_like(clean.value(role, layer))

@@ -22,28 +22,20 @@ Hook = tuple[str, Callable[..., Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Activations:
-    """What the writers wrote and the readers saw in one forward pass, per layer where it says so.
+class Recording:
+    """One forward pass.
 
     Attributes:
-        embed: the residual stream entering block 0.
-        resid_pre: per layer, the stream that attention reads.
-        mlp_in: per layer, the stream that the MLP reads.
-        z: per layer, the heads' outputs before the output projection.
-        attn_raw: per layer, attention output before a post-norm (families with post-norms only, else empty).
-        mlp_out: per layer, what the MLP adds to the stream (after a post-norm, where there is one).
-        final: the stream that the final norm reads.
+        values: what had each role in each layer, by `Anatomy.hooks`'s names ("stream0", "z3"); z head by head.
         logits: at the last real token.
     """
 
-    embed: Float[Tensor, "pair pos d_model"]
-    resid_pre: tuple[Float[Tensor, "pair pos d_model"], ...]
-    mlp_in: tuple[Float[Tensor, "pair pos d_model"], ...]
-    z: tuple[Float[Tensor, "pair pos head d_head"], ...]
-    attn_raw: tuple[Float[Tensor, "pair pos d_model"], ...]
-    mlp_out: tuple[Float[Tensor, "pair pos d_model"], ...]
-    final: Float[Tensor, "pair pos d_model"]
+    values: dict[str, Tensor]
     logits: Float[Tensor, "pair vocab"]
+
+    def value(self, role: str, layer: int) -> Float[Tensor, ...]:
+        """What had a role in a layer."""
+        return self.values[f"{role}{layer}"]
 
 
 def run(
@@ -58,27 +50,14 @@ def run(
 
 
 @torch.no_grad()
-def record(model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]) -> Activations:
+def record(model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]) -> Recording:
     """One plain forward pass, keeping what every writer wrote and every reader read."""
-    anatomy = Anatomy.of(model)
-    kept: dict[str, Tensor] = {}
-    raw = ("attn_raw",) if anatomy.post_norms else ()
-    names = anatomy.hooks("stream", "attn_norm_in", "mlp_in", "z", "mlp_out", *raw)
-    logits = run(model, tokens, lengths, [(hook, keep(kept, key)) for key, hook in names.items()])
-
-    def every(role: str) -> tuple[Tensor, ...]:
-        return tuple(kept[f"{role}{i}"] for i in anatomy.layers)
-
-    return Activations(
-        embed=kept["stream0"],
-        resid_pre=every("attn_norm_in"),
-        mlp_in=every("mlp_in"),
-        z=tuple(heads_last(z, anatomy.n_heads) for z in every("z")),
-        attn_raw=every("attn_raw") if raw else (),
-        mlp_out=every("mlp_out"),
-        final=kept[f"stream{anatomy.n_layers}"],
-        logits=logits.float(),
-    )
+    anatomy, values = Anatomy.of(model), {}
+    hooks = anatomy.hooks("stream", "mlp_in", "z", "mlp_out", *(("attn_raw",) if anatomy.post_norms else ()))
+    logits = run(model, tokens, lengths, [(hook, keep(values, key)) for key, hook in hooks.items()])
+    for i in anatomy.layers:
+        values[f"z{i}"] = heads_last(values[f"z{i}"], anatomy.n_heads)
+    return Recording(values, logits.float())
 
 
 def keep(store: dict[str, Tensor], key: str, made: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:

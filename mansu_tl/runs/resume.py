@@ -24,34 +24,23 @@ from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.models.cache import cache_argument, cache_passed_on
 from mansu_tl.models.tree import hf_of
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.passes import Hook, keep, last_token, put
+from mansu_tl.runs.passes import Hook, Recording, keep, last_token, put
 
 
 @dataclass(frozen=True)
-class Base:
-    """A recorded run.
+class Base(Recording):
+    """A recording that can be taken up again; it has every "stream".
 
     Attributes:
         tokens, lengths: what was run.
-        streams: the stream entering every block, and the final norm last.
-        kept: what passed the hooks that were asked for, by role and layer ("z0").
-        keys, values: per layer, as attention caches them.
-        logits: at the last real token.
+        cached: per layer keys and values, as attention caches them.
         attention_tuple: whether attention modules hand back a tuple (output, weights).
     """
 
     tokens: Int[Tensor, "row pos"]
     lengths: Int[Tensor, " row"]
-    streams: list[Float[Tensor, "row pos d_model"]]
-    kept: dict[str, Tensor]
-    keys: list[Tensor]
-    values: list[Tensor]
-    logits: Float[Tensor, "row vocab"]
+    cached: list[tuple[Tensor, Tensor]]
     attention_tuple: bool
-
-    def value(self, role: str, layer: int) -> Tensor:
-        """What had a role (see `Anatomy.hook`) in a layer."""
-        return self.streams[layer] if role == "stream" else self.kept[f"{role}{layer}"]
 
 
 @torch.no_grad()
@@ -69,10 +58,9 @@ def record_base(
             logits = model(tokens, return_type="logits", **_given(model, cache))[:, 0]
     finally:
         handle.remove()
-    cached: list[Any] = list(cache.layers)
-    keys, values = [layer.keys for layer in cached], [layer.values for layer in cached]
-    streams = [kept.pop(f"stream{i}") for i in range(len(model.blocks) + 1)]
-    return Base(tokens, lengths, streams, kept, keys, values, logits.float().to(tokens.device), seen[0])
+    layers: list[Any] = list(cache.layers)
+    cached = [(layer.keys, layer.values) for layer in layers]
+    return Base(kept, logits.float().to(tokens.device), tokens, lengths, cached, seen[0])
 
 
 @torch.no_grad()
@@ -124,7 +112,7 @@ def _resumed(
 ) -> Float[Tensor, "copy row vocab"]:
     anatomy, cut = Anatomy.of(model), last_token((base.lengths - start).repeat(copies))
     tokens = base.tokens[:, start:].repeat(copies, 1)
-    begin = put(base.streams[layer][:, start:].repeat(copies, 1, 1))
+    begin = put(base.value("stream", layer)[:, start:].repeat(copies, 1, 1))
     all_hooks: list[Hook] = [(anatomy.hook("stream", layer), begin), *hooks, (UNEMBED, cut)]
     if cut_last_mlp and layer < anatomy.n_layers:
         all_hooks.append((anatomy.hook("mlp_in", anatomy.n_layers - 1), cut))
@@ -149,7 +137,7 @@ def _hand_on(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
 
 def _cache(base: Base, layer: int, start: int, copies: int) -> DynamicCache:
     cache = DynamicCache()
-    for i, (keys, values) in enumerate(zip(base.keys, base.values, strict=True)):
+    for i, (keys, values) in enumerate(base.cached):
         if i < layer:
             # Never attended to; only the number of positions is asked of it.
             cache.update(keys[:1, :, :start], values[:1, :, :start], i)
