@@ -119,16 +119,16 @@ class Contraction:
         self._write(writers[0], changes.embed[token])
         column, done = 0, 1
         for layer, sums in enumerate(gradients.layers):
-            there = token.to(sums.ghat.device)
+            token_here = token.to(sums.ghat.device)
             before = done
-            self._pull_back(layer, sums, there, readers)
+            self._pull_back(layer, sums, token_here, readers)
             put(before, slice(column, column + readers.shape[0]), readers)
             column += readers.shape[0]
-            self._push_out(layer, changes.z[layer][there], gradients, there, writers[done : done + heads])
+            self._push_out(layer, changes.z[layer][token_here], gradients, token_here, writers[done : done + heads])
             done += heads
-            put(before if anatomy.parallel else done, slice(column, column + 1), sums.mlp[there][None])
+            put(before if anatomy.parallel else done, slice(column, column + 1), sums.mlp[token_here][None])
             column += 1
-            self._write(writers[done], changes.mlp_out[layer][there])
+            self._write(writers[done], changes.mlp_out[layer][token_here])
             done += 1
         put(done, slice(column, column + 1), gradients.final[token.to(gradients.final.device)][None])
 

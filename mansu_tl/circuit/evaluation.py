@@ -15,7 +15,7 @@ ablated value, by default that of the corrupt prompt):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -30,7 +30,6 @@ from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import fingerprint
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
@@ -179,7 +178,7 @@ def minimality(
             elif number >= len(edges):
                 node = nodes[number - len(edges)]
                 part[i, circuit.writers.index(node)] = 0
-                part[i][:, _own_columns(circuit, node)] = 0
+                part[i][:, _private_readers(circuit, node)] = 0
         parts.append(part)
     whole, *rest = [
         value for part in parts for value in relative(model, part, pairs, ablation, metric, batch_size, progress)
@@ -215,12 +214,6 @@ def random_faithfulness(
     exists = Graph.of(model).exists
     masks = torch.stack([random_mask(exists, circuit.n_edges, seed) for seed in range(seeds)])
     return relative(model, masks.float(), pairs, ablation, metric, batch_size)
-
-
-@torch_defaults()
-def refreshed(model: TransformerBridge, circuit: Circuit, pairs: PromptPairs) -> Circuit:
-    """The same edges with their faithfulness measured on other pairs or another model."""
-    return replace(circuit, faithfulness=faithfulness(model, circuit, pairs), model=fingerprint(model))
 
 
 def relative(
@@ -283,6 +276,6 @@ def require_graph(model: TransformerBridge, circuit: Circuit) -> Graph:
     return graph
 
 
-def _own_columns(circuit: Circuit, writer: str) -> list[int]:
+def _private_readers(circuit: Circuit, writer: str) -> list[int]:
     """The readers of one writer alone; keys and values that it shares with other heads stay."""
     return [i for i in circuit.columns(writer) if circuit.kv_groups == 1 or "KV" not in circuit.readers[i]]

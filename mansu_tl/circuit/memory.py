@@ -107,12 +107,12 @@ def _graph_bytes(model: TransformerBridge, pairs: PromptPairs) -> tuple[float, f
 
 
 def _saved(model: TransformerBridge, pairs: PromptPairs) -> int:
-    own = {p.untyped_storage().data_ptr() for p in model.original_model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in model.original_model.parameters()}
     sizes: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in weights:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -134,10 +134,10 @@ def _free(model: TransformerBridge) -> float:
 
 
 def _bytes(value: str | int) -> float:
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
-    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+    amount = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
+    if amount is None or amount[2].upper() not in _UNITS or float(amount[1]) <= 0:
         raise MansuError(f'max_memory={value!r}: cannot be read; write "4GB", "500MB", "2GiB" or a number of bytes')
-    return float(found[1]) * _UNITS[found[2].upper()]
+    return float(amount[1]) * _UNITS[amount[2].upper()]
 
 
 def _text(amount: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 from jaxtyping import Bool, Float
@@ -133,10 +133,6 @@ class EdgeScores(Result):
             per_position=per_position,
             positions=tuple(str(i) for i in range(len(per_position))),
         )
-
-    def without_detail(self) -> EdgeScores:
-        """The same scores without the per-pair and per-position tensors."""
-        return replace(self, per_pair=None, per_position=None, positions=())
 
     def _check(self) -> None:
         possible = require_names(self.writers, self.readers)

@@ -87,7 +87,7 @@ def useful(anatomy: Anatomy, live: np.ndarray) -> np.ndarray:
 
 
 def plan(anatomy: Anatomy, live: np.ndarray, consistent: bool) -> Plan:
-    """Number the values of some masks (edges that are not `useful` already taken out).
+    """Number the values of some masks (edges that are not `useful` already instances_of out).
 
     Args:
         live: [mask, writer, reader], 0 = ablated.
@@ -118,10 +118,10 @@ class _Numbering:
     def plan(self) -> Plan:
         heads, wide = self.map.n_heads, self.map.n_heads + 2 * self.map.n_kv_heads + 1
         layers = [self._layer(1 + i * (heads + 1), i * wide) for i in range(self.map.n_layers)]
-        found: dict[bytes, int] = {}
-        final_of = [found.setdefault(row[0], len(found)) for row in self._keys(self.values.shape[1], [-1])]
+        distinct: dict[bytes, int] = {}
+        final_of = [distinct.setdefault(row[0], len(distinct)) for row in self._keys(self.values.shape[1], [-1])]
         # A mask whose logits read what another mask's do is that mask all through; only one of them needs slots.
-        first_with = [final_of.index(i) for i in range(len(found))]
+        first_with = [final_of.index(i) for i in range(len(distinct))]
         used = {mask: self.values[mask].nonzero()[0] for mask in first_with}
         start, offset = {}, 0
         consumers: dict[int, list[int]] = {}
@@ -141,13 +141,13 @@ class _Numbering:
             first, column = 1 + i * (heads + 1), i * wide
             attention: list[Reads] = []
             order: dict[tuple[int, int], int] = {}
-            own: dict[int, list[tuple[int, int]]] = {}
+            of_owner: dict[int, list[tuple[int, int]]] = {}
             for pair in layer.projections:
-                own.setdefault(layer.owner[pair[1]][0], []).append(pair)
+                of_owner.setdefault(layer.owner[pair[1]][0], []).append(pair)
             for mask, columns in layer.owned.items():
-                for pair in own.get(mask, []):
+                for pair in of_owner.get(mask, []):
                     order[pair] = len(order)
-                pairs = [(layer.owner[number][1], c) for c, number in own.get(mask, [])]
+                pairs = [(layer.owner[number][1], c) for c, number in of_owner.get(mask, [])]
                 attention.append(reads(mask, first, [column + c for c in columns], pairs))
             rows, fill, by_head = self._rows(layer, order)
             limit = first if self.map.parallel else first + heads
@@ -227,12 +227,12 @@ class _Numbering:
         by_head: dict[int, list[tuple[int, int]]] = {}
         rows_of_group: dict[int, int] = {}
         placed: dict[tuple[int, int, int], list[int]] = {}
-        taken: dict[tuple[int, int, int, int], int] = {}
+        instances_of: dict[tuple[int, int, int, int], int] = {}
         for (h, q, k, v), value in layer.instances.items():
             g = h // group
             rows = placed.setdefault((g, k, v), [])
-            index = taken.get((h, g, k, v), 0)
-            taken[h, g, k, v] = index + 1
+            index = instances_of.get((h, g, k, v), 0)
+            instances_of[h, g, k, v] = index + 1
             if index == len(rows):
                 rows.append(rows_of_group.get(g, 0))
                 rows_of_group[g] = rows[-1] + 1

@@ -75,14 +75,14 @@ def scores_of(result: AttributionResult, graph: Graph) -> Float[Tensor, "pos wri
             "TransformerLens result: it has no edge scores; run attribution_patch with "
             "EdgeAttributionConfig(granularity='edge')"
         )
-    found = [(_edge(edge, graph), edge[0].position, score) for edge, score in result.edge_scores.items()]
-    count = 1 + max(position for _, position, _ in found)
+    edges = [(_edge(edge, graph), edge[0].position, score) for edge, score in result.edge_scores.items()]
+    count = 1 + max(position for _, position, _ in edges)
     out = torch.zeros(count, *graph.exists.shape, dtype=torch.float64)
-    for (w, r), position, score in found:
+    for (w, r), position, score in edges:
         out[position, w, r] = score
-    if len(found) != count * graph.n_edges:
+    if len(edges) != count * graph.n_edges:
         raise MansuError(
-            f"TransformerLens result: {len(found)} edges, this model has {graph.n_edges} at each of {count} positions; "
+            f"TransformerLens result: {len(edges)} edges, this model has {graph.n_edges} at each of {count} positions; "
             "pass the result of the same model"
         )
     return out.float()
@@ -167,16 +167,16 @@ def mask_of(
 
 
 def _node(name: str, position: int, layers: int) -> Node:
-    found = _NAME.fullmatch(name)
-    if found is None:
+    match = _NAME.fullmatch(name)
+    if match is None:
         raise MansuError(
             f"{name!r}: no writer or reader; names are embed, L0H0, L0H0.q, L0KV0.k, MLP0, MLP0.in, logits"
         )
-    if found["end"]:
-        return Node(name, position, layer=layers - 1) if name == "logits" else Node(name, position)
-    kind = _KINDS[(found["of"] or "MLP") + (found["side"] or "")]
-    head = None if found["head"] is None else int(found["head"])
-    return Node(kind, position, layer=int(found["layer"] or found["mlp"]), head=head)
+    if match["end"]:
+        return Node("logits", position, layer=layers - 1) if name == "logits" else Node("embed", position)
+    kind = _KINDS[(match["of"] or "MLP") + (match["side"] or "")]
+    head = None if match["head"] is None else int(match["head"])
+    return Node(kind, position, layer=int(match["layer"] or match["mlp"]), head=head)
 
 
 def _name(node: Node) -> str:

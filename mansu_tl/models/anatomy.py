@@ -140,11 +140,11 @@ class Anatomy:
         Raises:
             MansuError: no such component.
         """
-        found = _COMPONENT.fullmatch(component)
-        if found is None:
+        parsed = _COMPONENT.fullmatch(component)
+        if parsed is None:
             raise self._unknown(component)
         kind = registered(self.family)
-        number = {key: int(value) for key, value in found.groupdict().items() if value is not None and value.isdigit()}
+        number = {key: int(value) for key, value in parsed.groupdict().items() if value is not None and value.isdigit()}
         limits = {"head": self.n_heads, "kv": self.n_kv_heads, "neuron": self.d_mlp}
         layer = number["mlp"] if "mlp" in number else number["layer"]
         if layer >= self.n_layers or any(number[key] >= limit for key, limit in limits.items() if key in number):
@@ -153,10 +153,10 @@ class Anatomy:
         if "mlp" in number:
             return self._mlp(kind, at, number.get("neuron"))
         if "kv" in number:
-            return self._projection(kind, at, found["kv_part"], number["kv"])
+            return self._projection(kind, at, parsed["kv_part"], number["kv"])
         q, head = self._projection(kind, at, "q", number["head"]), number["head"]
         o = (WeightSlice(f"{at}.{kind.o}.weight", _input(kind), head * self.d_head, (head + 1) * self.d_head),)
-        return {"q": q, "o": o, None: q + o}[found["part"]]
+        return {"q": q, "o": o, None: q + o}[parsed["part"]]
 
     def _projection(self, kind: Family, at: str, part: str, head: int) -> tuple[WeightSlice, ...]:
         i = "qkv".index(part)

@@ -98,10 +98,10 @@ def require_kind(model: Model, kind: str, name: str) -> None:
         MansuError: there is such a layer.
     """
     for path, module in packed(model):
-        have = module.weight.quant_state.quant_type
-        if have != kind:
+        stored = module.weight.quant_state.quant_type
+        if stored != kind:
             raise MansuError(
-                f"{name}: quantized={kind!r}, but {path} is stored in {have} already; leave quantized= out, or pass "
+                f"{name}: quantized={kind!r}, but {path} is stored in {stored} already; leave quantized= out, or pass "
                 "the dense checkpoint"
             )
 
@@ -136,7 +136,7 @@ def repack(fresh: PreTrainedModel, source: Model) -> None:
         fresh.set_submodule(path, _layer(type(fresh.get_submodule(path)), codes, state, old.bias))
 
 
-def settle(hf: PreTrainedModel, name: str) -> None:
+def compute_from_codes(hf: PreTrainedModel, name: str) -> None:
     """Make every 4-bit layer compute in the model's dtype, from its codes as stored.
 
     Raises:

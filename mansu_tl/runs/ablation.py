@@ -61,11 +61,11 @@ class Ablation(Result):
             z = stream.new_zeros(count, width, anatomy.n_heads, anatomy.d_head)
             embed = stream + _positional(model, width)
             return _assembled(model, pairs, embed, [z] * anatomy.n_layers, [stream] * anatomy.n_layers)
-        embed, z, mlp_out = (
-            [_spread(value.to(pairs.clean.device), count, width) for value in values]
-            for values in ([self.means.embed], self.means.z, self.means.mlp_out)
+        every = ((self.means.embed,), self.means.z, self.means.mlp_out)
+        (embed,), zs, mlp_out = (
+            [_spread(value.to(pairs.clean.device), count, width) for value in values] for values in every
         )
-        return _assembled(model, pairs, embed[0] + _positional(model, width), z, mlp_out)
+        return _assembled(model, pairs, embed + _positional(model, width), zs, mlp_out)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def ablation(
     reference = reference.to(home(model))
     tokens = reference.clean if isinstance(reference, PromptPairs) else reference.tokens
     require_ready(model, tokens)
-    anatomy, sums = Anatomy.of(model), []
+    anatomy = Anatomy.of(model)
+    sums: list[Tensor] = []
     seen = torch.zeros(tokens.shape[1], device=tokens.device, dtype=torch.float64)
     for start in range(0, tokens.shape[0], batch_size):
         rows, lengths = tokens[start : start + batch_size], reference.lengths[start : start + batch_size]
@@ -155,7 +156,8 @@ def _spread(value: Tensor, count: int, width: int) -> Tensor:
 def _assembled(
     model: TransformerBridge, pairs: PromptPairs, embed: Tensor, z: Sequence[Tensor], mlp_out: Sequence[Tensor]
 ) -> Recording:
-    anatomy, stream, values = Anatomy.of(model), embed, {}
+    anatomy, stream = Anatomy.of(model), embed
+    values: dict[str, Tensor] = {}
     for layer in anatomy.layers:
         weights = attention_weights(model, layer)
         values |= {f"stream{layer}": stream, f"z{layer}": z[layer], f"mlp_out{layer}": mlp_out[layer]}

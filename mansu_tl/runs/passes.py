@@ -52,7 +52,8 @@ def run(
 @torch.no_grad()
 def record(model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]) -> Recording:
     """One plain forward pass, keeping what every writer wrote and every reader read."""
-    anatomy, values = Anatomy.of(model), {}
+    anatomy = Anatomy.of(model)
+    values: dict[str, Tensor] = {}
     hooks = anatomy.hooks("stream", "mlp_in", "z", "mlp_out", *(("attn_raw",) if anatomy.post_norms else ()))
     logits = run(model, tokens, lengths, [(hook, keep(values, key)) for key, hook in hooks.items()])
     for i in anatomy.layers:

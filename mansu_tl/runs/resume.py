@@ -73,7 +73,6 @@ def resume(
     hooks: list[Hook],
     *,
     attention: Float[Tensor, "row2 pos2 d_model"] | None = None,
-    cut_last_mlp: bool = True,
 ) -> Float[Tensor, "copy row vocab"]:
     """Logits of `copies` runs that share `base` up to `layer` and up to position `start`; `hooks` make them differ.
 
@@ -83,20 +82,19 @@ def resume(
         layer: the first block that is run; the number of blocks = only the final norm and the unembedding.
         start: the first position that is run, not past any row's last token.
         attention: what the first block's attention gives out, instead of computing it.
-        cut_last_mlp: run the last block's MLP at the last token only (not where a hook looks at other positions).
 
     Raises:
         MansuError: with nothing patched, a resumed run of this model gives something else than `base`.
     """
     require_exact(model, "resumed run", lambda: _unpatched(model, base))
-    return _resumed(model, base, layer, start, copies, hooks, attention, cut_last_mlp)
+    return _resumed(model, base, layer, start, copies, hooks, attention)
 
 
 def _unpatched(model: TransformerBridge, base: Base) -> tuple[Tensor, Tensor]:
     """Resumed runs with no hook, from several layers and positions on, two copies each; and what `base` says."""
     layers, last = len(model.blocks), int(base.lengths.min()) - 1
     points = dict.fromkeys((layer, start) for layer in (0, layers // 2, layers) for start in (last, last // 2))
-    runs = [_resumed(model, base, layer, start, 2, [], None, True) for layer, start in points]
+    runs = [_resumed(model, base, layer, start, 2, []) for layer, start in points]
     return torch.cat(runs), base.logits.expand(2 * len(runs), -1, -1)
 
 
@@ -107,14 +105,13 @@ def _resumed(
     start: int,
     copies: int,
     hooks: list[Hook],
-    attention: Tensor | None,
-    cut_last_mlp: bool,
+    attention: Tensor | None = None,
 ) -> Float[Tensor, "copy row vocab"]:
     anatomy, cut = Anatomy.of(model), last_token((base.lengths - start).repeat(copies))
     tokens = base.tokens[:, start:].repeat(copies, 1)
     begin = put(base.value("stream", layer)[:, start:].repeat(copies, 1, 1))
     all_hooks: list[Hook] = [(anatomy.hook("stream", layer), begin), *hooks, (UNEMBED, cut)]
-    if cut_last_mlp and layer < anatomy.n_layers:
+    if layer < anatomy.n_layers:
         all_hooks.append((anatomy.hook("mlp_in", anatomy.n_layers - 1), cut))
     given = _given(model, _cache(base, layer, start, copies)) if start else {}
     replaced: list[tuple[nn.Module, Callable[..., Any]]] = [(block, _hand_on) for block in model.blocks[:layer]]
