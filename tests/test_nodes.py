@@ -9,7 +9,7 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map
+from mansu_tl.models import Anatomy
 from mansu_tl.patching import NodeScores, node_attribution
 from mansu_tl.runs.passes import heads_last, run
 from tests.test_attribution import random_pairs
@@ -17,14 +17,14 @@ from tests.tiny import FAMILIES, tiny
 
 
 def sizes(model) -> dict[str, int]:
-    cmap = component_map(model)
+    cmap = Anatomy.of(model)
     return {"q": cmap.n_heads, "k": cmap.n_kv_heads, "v": cmap.n_kv_heads}
 
 
 def nodes_of(model) -> list[tuple[str, str, int, int]]:
     """(name, part, layer, head) of every query, key and value node."""
     out = []
-    for layer in range(component_map(model).n_layers):
+    for layer in range(Anatomy.of(model).n_layers):
         for part, count in sizes(model).items():
             letter = "H" if part == "q" else "KV"
             out += [(f"L{layer}{letter}{head}.{part}", part, layer, head) for head in range(count)]

@@ -28,7 +28,7 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.data.positions import Positions, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, fingerprint
+from mansu_tl.models import Anatomy, fingerprint
 from mansu_tl.runs import distributed
 from mansu_tl.runs.ablation import Ablation
 from mansu_tl.runs.metrics import Metric, logit_difference
@@ -80,6 +80,12 @@ def edge_attribution(
     Raises:
         MansuError: an unknown method, rule or end, fewer than one step, or no convergence with steps="auto"; a metric,
             a memory budget or pairs that do not fit.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> scores = mtl.edge_attribution(model, task.forget_pairs[:8], steps=5)
+        >>> tuple(scores.tensor.shape) == (len(scores.writers), len(scores.readers))
+        True
     """
     if method not in ("eap", "eap-ig", "clean-corrupted"):
         raise MansuError(f"attribution: unknown method {method!r}; choose eap, eap-ig or clean-corrupted")
@@ -140,7 +146,7 @@ class _Job:
 
     def scores(self, alphas: list[float], method: str, rule: str) -> EdgeScores:
         """The scores with gradients at these points between the corrupt (0) and the clean (1) embedding."""
-        model, pairs, graph, cmap = self.model, self.pairs, Graph.of(self.model), component_map(self.model)
+        model, pairs, graph, anatomy = self.model, self.pairs, Graph.of(self.model), Anatomy.of(self.model)
         mine = distributed.share(len(pairs)) if self.data_parallel else slice(0, len(pairs))
         shape = graph.exists.shape
         total = torch.zeros(shape, dtype=torch.float64)
@@ -150,12 +156,12 @@ class _Job:
         if mine.stop > mine.start:
             own = pairs[mine]
             cut = plan(model, own, len(alphas), max_memory=self.max_memory, batch_size=self.batch_size)
-            contraction = Contraction(model, cmap, graph, cut.tokens)
+            contraction = Contraction(model, anatomy, graph, cut.tokens)
             batches = list(chunks(own, cut.pairs))
             bar = tqdm(total=len(batches) * len(alphas), desc=f"{method} edges", unit="pass", disable=not self.progress)
             with bar:
                 for piece, batch in batches:
-                    gatherer = Gatherer(model, cmap, batch, self.metric, self.ablation, bar.update)
+                    gatherer = Gatherer(model, anatomy, batch, self.metric, self.ablation, bar.update)
                     changes, gradients = gatherer.gather(alphas)
                     ends[0] += changes.metric_clean.double().sum().cpu()
                     ends[1] += changes.metric_other.double().sum().cpu()

@@ -11,7 +11,7 @@ from mansu_tl.quantization.gptq import Gptq, gptq
 from mansu_tl.quantization.grid import Encoded, Grid
 from mansu_tl.quantization.registry import grid_of, quantizer, quantizers
 from mansu_tl.quantization.statistics import UpdateStatistics, update_statistics
-from mansu_tl.quantization.twin import orient, quantize, quantized_values
+from mansu_tl.quantization.twin import quantize, quantized_values
 
 __all__ = [
     "AsymmetricGrid",
@@ -30,7 +30,6 @@ __all__ = [
     "gptq",
     "grid_of",
     "inputs_of",
-    "orient",
     "predicted_flips",
     "quantize",
     "quantized_values",

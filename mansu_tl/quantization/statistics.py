@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import linear_weights, parameters
+from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.quantization.grid import Encoded, Grid
 from mansu_tl.quantization.registry import grid_of
-from mansu_tl.quantization.twin import orient
 from mansu_tl.results.result import Result, Table
 
 _LOWEST, _HIGHEST, _PER_DECADE = -8, 2, 10

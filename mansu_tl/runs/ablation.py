@@ -21,7 +21,7 @@ from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import NormWeights, attention_weights, component_map, norm_weights
+from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
 from mansu_tl.results.result import Result
@@ -53,17 +53,17 @@ class Ablation(Result):
         """
         if self.kind == "corrupt":
             return record(model, pairs.corrupt, pairs.lengths)
-        cmap = component_map(model)
+        anatomy = Anatomy.of(model)
         count, width = pairs.clean.shape
         if self.means is None:
-            stream = torch.zeros(count, width, cmap.d_model, dtype=computing_dtype(model), device=pairs.clean.device)
-            z = stream.new_zeros(count, width, cmap.n_heads, cmap.d_head)
+            stream = torch.zeros(count, width, anatomy.d_model, dtype=computing_dtype(model), device=pairs.clean.device)
+            z = stream.new_zeros(count, width, anatomy.n_heads, anatomy.d_head)
             embed = stream + _positional(model, width)
-            return _assembled(model, pairs, embed, [z] * cmap.n_layers, [stream] * cmap.n_layers)
+            return _assembled(model, pairs, embed, [z] * anatomy.n_layers, [stream] * anatomy.n_layers)
         device = pairs.clean.device
         every = (self.means.embed, *self.means.z, *self.means.mlp_out)
         spread = [_spread(value.to(device), count, width) for value in every]
-        layers = cmap.n_layers
+        layers = anatomy.n_layers
         return _assembled(
             model, pairs, spread[0] + _positional(model, width), spread[1 : 1 + layers], spread[1 + layers :]
         )
@@ -127,10 +127,10 @@ def ablation(
         means = [(s / seen.to(s.device)[:, None])[:reached] for s in sums]
     else:
         means = [s.sum(0, keepdim=True) / seen.sum().item() for s in sums]
-    cmap = component_map(model)
-    layers, dtype = cmap.n_layers, computing_dtype(model)
+    anatomy = Anatomy.of(model)
+    layers, dtype = anatomy.n_layers, computing_dtype(model)
     cast = [value.to("cpu", dtype) for value in means]
-    z = tuple(value.unflatten(-1, (cmap.n_heads, cmap.d_head)) for value in cast[1 : 1 + layers])
+    z = tuple(value.unflatten(-1, (anatomy.n_heads, anatomy.d_head)) for value in cast[1 : 1 + layers])
     return Ablation("mean", _Means(cast[0], z, tuple(cast[1 + layers :])))
 
 
@@ -155,17 +155,17 @@ def _spread(value: Tensor, count: int, width: int) -> Tensor:
 def _assembled(
     model: TransformerBridge, pairs: PromptPairs, embed: Tensor, z: Sequence[Tensor], mlp_out: Sequence[Tensor]
 ) -> Activations:
-    cmap = component_map(model)
+    anatomy = Anatomy.of(model)
     stream, pre, mid, raw = embed, [], [], []
-    for layer in range(cmap.n_layers):
+    for layer in range(anatomy.n_layers):
         weights = attention_weights(model, layer)
         pre.append(stream)
         out = torch.einsum("bphe,hde->bpd", z[layer], weights.o)
         out = out if weights.o_bias is None else out + weights.o_bias
-        if cmap.post_norms:
+        if anatomy.post_norms:
             raw.append(out)
             out = normed(out, norm_weights(model, layer, "attn_post"))
-        mid.append(stream if cmap.parallel else stream + out)
+        mid.append(stream if anatomy.parallel else stream + out)
         stream = stream + out + mlp_out[layer]
 
     def finish(old: Tensor, hook: object) -> Tensor:

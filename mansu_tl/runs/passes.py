@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.fit import require_fit, require_pairs
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map
+from mansu_tl.models import Anatomy
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
 from mansu_tl.runs.metrics import Metric
@@ -72,26 +72,26 @@ def run(
 @torch.no_grad()
 def record(model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]) -> Activations:
     """One plain forward pass, keeping what every writer wrote and every reader read."""
-    cmap = component_map(model)
+    anatomy = Anatomy.of(model)
     kept: dict[str, Tensor] = {}
     names = {"embed": "blocks.0.hook_in", "final": "ln_final.hook_in"}
-    for layer in range(cmap.n_layers):
+    for layer in range(anatomy.n_layers):
         names[f"pre{layer}"] = f"blocks.{layer}.ln1.hook_in"
         names[f"mid{layer}"] = f"blocks.{layer}.ln2.hook_in"
         names[f"z{layer}"] = f"blocks.{layer}.attn.o.hook_in"
         names[f"out{layer}"] = (
-            f"blocks.{layer}.ln2_post.hook_out" if cmap.post_norms else f"blocks.{layer}.mlp.hook_out"
+            f"blocks.{layer}.ln2_post.hook_out" if anatomy.post_norms else f"blocks.{layer}.mlp.hook_out"
         )
-        if cmap.post_norms:
+        if anatomy.post_norms:
             names[f"raw{layer}"] = f"blocks.{layer}.ln1_post.hook_in"
     logits = run(model, tokens, lengths, [(hook, keep(kept, key)) for key, hook in names.items()])
-    per = range(cmap.n_layers)
+    per = range(anatomy.n_layers)
     return Activations(
         embed=kept["embed"],
         resid_pre=tuple(kept[f"pre{i}"] for i in per),
         mlp_in=tuple(kept[f"mid{i}"] for i in per),
-        z=tuple(heads_last(kept[f"z{i}"], cmap.n_heads) for i in per),
-        attn_raw=tuple(kept[f"raw{i}"] for i in per) if cmap.post_norms else (),
+        z=tuple(heads_last(kept[f"z{i}"], anatomy.n_heads) for i in per),
+        attn_raw=tuple(kept[f"raw{i}"] for i in per) if anatomy.post_norms else (),
         mlp_out=tuple(kept[f"out{i}"] for i in per),
         final=kept["final"],
         logits=logits.float(),

@@ -114,7 +114,7 @@ class Run:
         path = self.out / "circuit.safetensors"
         if not path.is_file():
             mtl.discover_circuit(self.model, self.pairs, progress=True).save(path)
-        return mtl.Circuit.load(path)
+        return mtl.circuit.Circuit.load(path)
 
     @cached_property
     def before(self) -> Any:

@@ -118,6 +118,11 @@ def load_task(
     Raises:
         MansuError: no such source or option, a source without a tokenizer, rows that cannot be read, or the embedded task
             for a model that speaks other words.
+
+    Example:
+        >>> task = mtl.load_task("pocket")
+        >>> len(task.forget_pairs), len(task.questions["forget"])
+        (192, 192)
     """
     chosen, place, written = _find(source, kind)
     known = chosen.options()

@@ -18,8 +18,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences, Task
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, float32_copy, home, linear_weights, parameters
+from mansu_tl.models import Anatomy, component_masks, float32_copy, home
 from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning.batches import Values, run_values
 from mansu_tl.unlearning.checkpoint import Checkpoint
@@ -60,14 +61,9 @@ def rmu(
     """
     if not 0 < settings.depth <= 1:
         raise MansuError(f"rmu: depth={settings.depth}; choose a share of the layers in (0, 1]")
-    cmap, hf, linear, values = component_map(model), float32_copy(model), linear_weights(model), parameters(model)
+    cmap, hf = Anatomy.of(model), float32_copy(model)
     layer = max(1, round(settings.depth * cmap.n_layers))
-    only = {
-        piece.parameter: torch.ones_like(values[piece.parameter], dtype=torch.bool)
-        for i in range(max(0, layer - 3), layer)
-        for piece in cmap.slices(f"MLP{i}")
-        if piece.parameter in linear
-    }
+    only = component_masks(model, [f"MLP{i}" for i in range(max(0, layer - 3), layer)])
     pairs = task.forget_pairs.to(home(hf))
     forget = Sequences(pairs.clean, pairs.lengths)
     start = dict(hf.named_parameters())
@@ -101,5 +97,4 @@ def rmu(
 def _hidden(hf: PreTrainedModel, values: Values, text: Sequences, layer: int) -> Float[Tensor, "token d_model"]:
     """The residual stream after `layer` layers, at every real token."""
     _, states = run_values(hf, values, text.tokens, text.lengths, states=True)
-    position = torch.arange(text.tokens.shape[1], device=text.tokens.device)
-    return states[layer][position[None] < text.lengths[:, None]].float()
+    return states[layer][real_tokens(text.tokens, text.lengths)].float()

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
-from mansu_tl.models import linear_weights, parameters
+from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.quantization import grid_of
-from mansu_tl.quantization.twin import orient
 from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning.batches import Values
 from mansu_tl.unlearning.checkpoint import Checkpoint

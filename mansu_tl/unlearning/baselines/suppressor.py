@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
-from mansu_tl.models import component_map, linear_weights, parameters
+from mansu_tl.models import Anatomy, component_masks
 from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning.baselines.npo import npo_loss
 from mansu_tl.unlearning.checkpoint import Checkpoint
@@ -46,12 +45,7 @@ def suppressor(
     checkpoint: Checkpoint | None = None,
 ) -> Edit:
     """Train the last layer's MLP to keep the forget answers from coming out."""
-    cmap, linear, values = component_map(model), linear_weights(model), parameters(model)
-    only = {
-        piece.parameter: torch.ones_like(values[piece.parameter], dtype=torch.bool)
-        for piece in cmap.slices(f"MLP{cmap.n_layers - 1}")
-        if piece.parameter in linear
-    }
+    only = component_masks(model, [f"MLP{Anatomy.of(model).n_layers - 1}"])
 
     def loss(batch: Batch) -> Tensor:
         return npo_loss(batch, settings.beta) + settings.retain_weight * batch.retain_loss()

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, float32_copy, home, linear_weights
+from mansu_tl.models import Anatomy, component_masks, float32_copy, home, linear_weights
 from mansu_tl.results.digest import Digested
 from mansu_tl.unlearning.batches import last_token_logits
 from mansu_tl.unlearning.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ def salient_weights(model: TransformerBridge, task: Task, share: float) -> dict[
     Args:
         share: of all heads and neurons.
     """
-    cmap, hf = component_map(model), float32_copy(model)
+    cmap, hf = Anatomy.of(model), float32_copy(model)
     names = [f"L{i}H{h}" for i in range(cmap.n_layers) for h in range(cmap.n_heads)]
     names += [f"MLP{i}.N{n}" for i in range(cmap.n_layers) for n in range(cmap.d_mlp)]
     linear = linear_weights(model)
@@ -89,9 +89,4 @@ def salient_weights(model: TransformerBridge, task: Task, share: float) -> dict[
         square = torch.stack([g.float().square().sum() for g in grown]).sum()
         scores.append(square / sum(g.numel() for g in grown))
     top = torch.stack(scores).topk(max(1, round(share * len(names)))).indices.tolist()
-    masks: dict[str, Tensor] = {}
-    for i in top:
-        for part in pieces[i]:
-            mask = masks.setdefault(part.parameter, torch.zeros_like(values[part.parameter], dtype=torch.bool))
-            mask.narrow(part.dim, part.start, part.stop - part.start).fill_(True)
-    return masks
+    return component_masks(hf, [names[i] for i in top])
