@@ -66,6 +66,10 @@ def quantizers(kind: str | None = None) -> tuple[str, ...]:
 
     Raises:
         MansuError: another kind.
+
+    Example:
+        >>> "nf4" in mtl.quantizers()
+        True
     """
     if kind is not None and kind not in _KINDS:
         raise MansuError(f"quantizers: unknown kind {kind!r}; choose one of {', '.join(_KINDS)}")

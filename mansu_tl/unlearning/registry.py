@@ -112,7 +112,12 @@ _METHODS = {
 
 
 def methods() -> tuple[str, ...]:
-    """The names that `unlearn` takes."""
+    """The names that `unlearn` takes.
+
+    Example:
+        >>> "mansu" in mtl.methods()
+        True
+    """
     return tuple(_METHODS)
 
 
@@ -168,6 +173,11 @@ def unlearn(
 
     Raises:
         MansuError: an unknown method or setting, no hooked model, no task, or a model that `require_ready` refuses.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> edit = mtl.unlearn(model, task, "graddiff", seed=0, max_steps=2)
+        >>> edited = edit.apply(model)
     """
     chosen = _method(method)
     require_bridge(model)
