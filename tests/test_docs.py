@@ -26,7 +26,7 @@ ROOMS = [
     "mansu_tl.gallery", "mansu_tl.models",
     "mansu_tl.patching",
     "mansu_tl.plots", "mansu_tl.pocket", "mansu_tl.quantization", "mansu_tl.tofu", "mansu_tl.unlearning",
-    "mansu_tl.unlearning.baselines", "mansu_tl.verification",
+    "mansu_tl.verification",
 ]  # fmt: skip
 
 

@@ -12,10 +12,9 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.models import linear_weights, parameters, plain, rebuild
 from mansu_tl.models.copies import cast
-from mansu_tl.quantization import grid_of, inputs_of
-from mansu_tl.quantization.twin import orient
+from mansu_tl.quantization import grid_of, inputs_of, orient
 from mansu_tl.unlearning import Edit
-from mansu_tl.unlearning.floor import Floor
+from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.verification import certify, damage, probe, relearn
 from mansu_tl.verification.attacks import attack_splits
 from tests.road import BASELINES, MANSU, Case, case

@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mansu_tl as mtl
 from mansu_tl.models import linear_weights, parameters
-from mansu_tl.quantization import quantizer
-from mansu_tl.quantization.twin import orient
+from mansu_tl.quantization import orient, quantizer
 from mansu_tl.unlearning import Edit
 from tests.tiny import tiny
 

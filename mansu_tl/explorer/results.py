@@ -17,8 +17,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.explorer.selection import Item, Part, part_mask, parts_of
 from mansu_tl.metrics import last_logits, logit_difference
 from mansu_tl.models import component_map, home, linear_weights, parameters
-from mansu_tl.quantization import quantize
-from mansu_tl.quantization.twin import orient
+from mansu_tl.quantization import orient, quantize
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import CircuitScores, Divergence, circuit_divergence
 

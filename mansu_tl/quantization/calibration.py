@@ -16,7 +16,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, linear_weights
 from mansu_tl.models.tree import family
-from mansu_tl.quantization.base import CalibratedQuantizer, Inputs
+from mansu_tl.quantization.quantizer import CalibratedQuantizer, Inputs
 
 _MOST_BYTES = 2**30
 
@@ -89,8 +89,8 @@ def calibrated_values(
         for names in groups:
             inputs = inputs_of(model, names, text)
             for name in names:
-                w = _oriented(parameters[name].detach(), linear[name])
-                values[name] = _oriented(quantizer.roundtrip(w, inputs.pop(name)), linear[name]).contiguous()
+                w = orient(parameters[name].detach(), linear[name])
+                values[name] = orient(quantizer.roundtrip(w, inputs.pop(name)), linear[name]).contiguous()
                 bar.update()
             if quantizer.sequential:
                 for name in names:
@@ -117,5 +117,15 @@ def _groups(model: PreTrainedModel, linear: Mapping[str, LinearWeight], most: in
     return groups
 
 
-def _oriented(value: Shaped[Tensor, "rows columns"], linear: LinearWeight) -> Shaped[Tensor, "rows2 columns2"]:
+def orient(value: Shaped[Tensor, "rows columns"], linear: LinearWeight) -> Shaped[Tensor, "rows2 columns2"]:
+    """A stored matrix, or a mask over it, as [out, in], or back.
+
+    GPT-2's `Conv1D` stores [in, out], and quantizers see it transposed.
+
+    Raises:
+        MansuError: the value is not of the matrix's size.
+    """
+    oriented = (linear.out_features, linear.in_features)
+    if tuple(value.shape) not in (oriented, oriented[::-1]):
+        raise MansuError(f"{linear.name}: value has shape {tuple(value.shape)}, expected {oriented} or its transpose")
     return value.T if linear.transposed else value

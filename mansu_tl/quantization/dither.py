@@ -23,10 +23,9 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, parameters
 from mansu_tl.models.four_bit import require_dense
-from mansu_tl.quantization.grid import Grid
-from mansu_tl.quantization.registry import grid_of
+from mansu_tl.quantization.calibration import orient
+from mansu_tl.quantization.grid import Grid, grid_of
 from mansu_tl.quantization.statistics import position_edges, rest_positions
-from mansu_tl.quantization.twin import orient
 from mansu_tl.results.result import Result, Table
 
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)

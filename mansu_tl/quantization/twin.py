@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
@@ -12,17 +11,17 @@ from transformers import PreTrainedModel
 from mansu_tl.data import Sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import LinearWeight, linear_weights, parameters, plain, rebuild
+from mansu_tl.models import linear_weights, parameters, plain, rebuild
 from mansu_tl.models.four_bit import require_dense
-from mansu_tl.quantization.base import CalibratedQuantizer, Quantizer
-from mansu_tl.quantization.calibration import calibrated_values
-from mansu_tl.quantization.registry import quantizer as quantizer_named
+from mansu_tl.quantization.calibration import calibrated_values, orient
+from mansu_tl.quantization.quantizer import AnyQuantizer, CalibratedQuantizer
+from mansu_tl.quantization.quantizer import quantizer as quantizer_named
 
 
 @torch_defaults()
 def quantize(
     model: TransformerBridge | PreTrainedModel,
-    quantizer: str | Quantizer | CalibratedQuantizer = "nf4",
+    quantizer: str | AnyQuantizer = "nf4",
     calibration: Sequences | None = None,
     *,
     progress: bool = False,
@@ -51,7 +50,7 @@ def quantize(
 @torch_defaults()
 def quantized_values(
     model: TransformerBridge | PreTrainedModel,
-    quantizer: str | Quantizer | CalibratedQuantizer = "nf4",
+    quantizer: str | AnyQuantizer = "nf4",
     values: Mapping[str, Tensor] | None = None,
     *,
     calibration: Sequences | None = None,
@@ -83,17 +82,3 @@ def quantized_values(
         name: orient(found.roundtrip(orient(live[name].detach(), linear)), linear).contiguous()
         for name, linear in linear_weights(model).items()
     }
-
-
-def orient(value: Shaped[Tensor, "rows columns"], linear: LinearWeight) -> Shaped[Tensor, "rows2 columns2"]:
-    """A stored matrix, or a mask over it, as [out, in], or back.
-
-    GPT-2's `Conv1D` stores [in, out], and quantizers see it transposed.
-
-    Raises:
-        MansuError: the value is not of the matrix's size.
-    """
-    oriented = (linear.out_features, linear.in_features)
-    if tuple(value.shape) not in (oriented, oriented[::-1]):
-        raise MansuError(f"{linear.name}: value has shape {tuple(value.shape)}, expected {oriented} or its transpose")
-    return value.T if linear.transposed else value
