@@ -13,13 +13,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Graph
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import Task
+from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import accuracy
 from mansu_tl.models import load, parameters
 from mansu_tl.names import short_names
 from mansu_tl.quantization import quantize
 from mansu_tl.results.result import Result, Table
-from mansu_tl.tasks import load_task
+from mansu_tl.runs.metrics import accuracy
 from mansu_tl.unlearning import method_flags, method_title, settings_of
 from mansu_tl.verification.knowledge import few_facts, require_known, unknown_facts
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import load
 from mansu_tl.results.files import write_text
-from mansu_tl.tasks import load_task
 
 _FORGET, _NEAR, _RETAIN, _TEXTS, _UNSEEN = 12, 12, 24, 60, 16
 _CONFIG = """\

@@ -27,8 +27,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit, EdgeScores, discover_circuit, edge_attribution, random_faithfulness
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs, Task
+from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint, load, save
 from mansu_tl.names import short_names
 from mansu_tl.patching import PatchingResult, activation_patching
@@ -38,7 +38,7 @@ from mansu_tl.results.files import write_text
 from mansu_tl.results.locks import one_writer
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.store import Store
-from mansu_tl.tasks import load_task
+from mansu_tl.runs.metrics import Metric, logit_difference
 from mansu_tl.unlearning import Edit, method_flags, method_title, settings_of, unlearn
 from mansu_tl.verification import (
     Certificate,

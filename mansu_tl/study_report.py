@@ -9,7 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl import plots
-from mansu_tl.quantization import AsymmetricGrid, Grid, orient, quantizer
+from mansu_tl.models import orient
+from mansu_tl.quantization import AsymmetricGrid, Grid, quantizer
 from mansu_tl.report import Section, write_report
 from mansu_tl.study import MethodResult, Study
 from mansu_tl.unlearning import headline, method_title

@@ -72,7 +72,9 @@ def pocket(device: str) -> dict[str, Numbers]:
     model, task = mtl.load("pocket", device=device), mtl.load_task("pocket")
     pairs = task.forget_pairs
     circuit = mtl.discover_circuit(model, pairs, faithfulness=0.85)
-    edit = mtl.unlearn(model, task, "mansu", circuit=circuit, settings=mtl.MansuSettings.light(steps=60), seed=0)
+    edit = mtl.unlearn(
+        model, task, "mansu", circuit=circuit, settings=mtl.unlearning.MansuSettings.light(steps=60), seed=0
+    )
     edited = edit.apply(model)
     quantized = mtl.quantize(edited, "nf4")
     cad = mtl.circuit_divergence(model, quantized, circuit, pairs)

@@ -52,7 +52,7 @@ class Case:
     """A model with everything that later stages need of earlier ones."""
 
     model: TransformerBridge
-    task: mtl.Task
+    task: mtl.data.Task
     circuit: Circuit
     edit: Edit
     edited: TransformerBridge
@@ -70,7 +70,7 @@ def case(family: str = "llama", device: str | torch.device = "cpu", dtype: torch
     return Case(model, task, circuit, edit, edit.apply(model), never)
 
 
-def tiny_task() -> mtl.Task:
+def tiny_task() -> mtl.data.Task:
     """Six pairs over three facts in two lengths, text, near text and never-seen prompts, in tokens."""
     rows = [(fact, wording) for fact in range(3) for wording in range(2)]
     clean = torch.tensor([[1, 5 + f, 20 + w, 30 + f, 40][: 4 + w] + [0] * (1 - w) for f, w in rows])
@@ -80,14 +80,14 @@ def tiny_task() -> mtl.Task:
     lengths, labels = torch.tensor([4 + w for _, w in rows]), [f"fact {f} / t{w}" for f, w in rows]
     pairs = mtl.PromptPairs.from_tokens(clean, corrupt, answers, distractors, lengths, labels)
     drawn = torch.randint(3, 60, (12, 8), generator=torch.Generator().manual_seed(0))
-    text = mtl.Sequences(drawn, torch.full((12,), 8))
-    near = mtl.Sequences(drawn[:2, :5], torch.tensor([4, 5]))
-    unseen = mtl.Sequences(torch.tensor([[1, 50, 20, 30], [1, 51, 20, 31], [1, 52, 21, 32]]), torch.full((3,), 4))
+    text = mtl.data.Sequences(drawn, torch.full((12,), 8))
+    near = mtl.data.Sequences(drawn[:2, :5], torch.tensor([4, 5]))
+    unseen = mtl.data.Sequences(torch.tensor([[1, 50, 20, 30], [1, 51, 20, 31], [1, 52, 21, 32]]), torch.full((3,), 4))
     facts = pairs.facts
     asked = torch.cat([answers[:, None], distractors], 1)
-    far = mtl.Questions(clean + 2, lengths, asked + 4, tuple(f"far {fact}" for fact in facts))
-    questions = {"forget": mtl.Questions(clean, lengths, asked, facts), "retain": far}
-    return mtl.Task("tiny", pairs, pairs, text, near, unseen, questions)
+    far = mtl.data.Questions(clean + 2, lengths, asked + 4, tuple(f"far {fact}" for fact in facts))
+    questions = {"forget": mtl.data.Questions(clean, lengths, asked, facts), "retain": far}
+    return mtl.data.Task("tiny", pairs, pairs, text, near, unseen, questions)
 
 
 def _accuracy(c: Case) -> Numbers:
@@ -97,7 +97,7 @@ def _accuracy(c: Case) -> Numbers:
 def _edges(c: Case) -> Numbers:
     pairs, model = c.task.forget_pairs, c.model
     full = mtl.edge_attribution(model, pairs, steps=3, per_pair=True, per_position="end")
-    mean = mtl.ablation(model, "mean", reference=c.task.retain_text, per_position=True)
+    mean = mtl.runs.ablation(model, "mean", reference=c.task.retain_text, per_position=True)
     averaged = mtl.edge_attribution(model, pairs, method="eap", ablation=mean)
     assert full.per_pair is not None and full.per_position is not None
     return {
@@ -108,8 +108,8 @@ def _edges(c: Case) -> Numbers:
 
 def _nodes(c: Case) -> Numbers:
     pairs = c.task.forget_pairs
-    nodes = mtl.node_attribution(c.model, pairs, qk_fix=True, per_position=True)
-    neurons = mtl.neuron_attribution(c.model, pairs, steps=2, per_position="end")
+    nodes = mtl.patching.node_attribution(c.model, pairs, qk_fix=True, per_position=True)
+    neurons = mtl.patching.neuron_attribution(c.model, pairs, steps=2, per_position="end")
     assert nodes.per_position is not None and neurons.per_position is not None
     return {"nodes": nodes.tensor, "positions": nodes.per_position, "neurons": neurons.tensor}
 
@@ -122,28 +122,28 @@ def _sweeps(c: Case) -> Numbers:
             "resid_pre": None, "z": None, "k": "head-position", "pattern": None, "mlp_out": "layer", "attn_out": None,
         }.items()
     }  # fmt: skip
-    zero = mtl.ablation(c.model, "zero")
+    zero = mtl.runs.ablation(c.model, "zero")
     return {**out, "zero": mtl.activation_patching(c.model, pairs, direction="noising", ablation=zero).tensor}
 
 
 def _circuits(c: Case) -> Numbers:
     model, pairs, circuit = c.model, c.task.forget_pairs, c.circuit
     scores = _scores(c)
-    mean = mtl.ablation(model, "mean", reference=pairs)
+    mean = mtl.runs.ablation(model, "mean", reference=pairs)
     edges = circuit.edges[:2]
     return {
-        "curve": mtl.faithfulness_curve(model, scores, pairs, [5, 20, 60], control_seeds=1).faithfulness,
+        "curve": mtl.circuit.faithfulness_curve(model, scores, pairs, [5, 20, 60], control_seeds=1).faithfulness,
         "discovered!": mtl.discover_circuit(model, pairs, faithfulness=0.3, steps=1).mask,
         "found": torch.tensor(
             [
-                mtl.faithfulness(model, circuit, pairs, ablation=mean),
-                mtl.completeness(model, circuit, pairs),
-                *mtl.random_faithfulness(model, circuit, pairs, seeds=2),
+                mtl.circuit.faithfulness(model, circuit, pairs, ablation=mean),
+                mtl.circuit.completeness(model, circuit, pairs),
+                *mtl.circuit.random_faithfulness(model, circuit, pairs, seeds=2),
             ]
         ),
-        "minimality": mtl.minimality(model, circuit, pairs).edge_drops,
-        "paths": mtl.path_patching(model, pairs, edges).per_pair,
-        "masks": mtl.patch_edges(model, pairs, torch.stack([circuit.mask, 0.5 * circuit.mask.float()])),
+        "minimality": mtl.circuit.minimality(model, circuit, pairs).edge_drops,
+        "paths": mtl.circuit.path_patching(model, pairs, edges).per_pair,
+        "masks": mtl.circuit.patch_edges(model, pairs, torch.stack([circuit.mask, 0.5 * circuit.mask.float()])),
     }
 
 
@@ -191,7 +191,7 @@ def _quantizers(c: Case) -> Numbers:
 
 
 def _updates(c: Case) -> Numbers:
-    statistics = mtl.update_statistics(c.model, c.edited)
+    statistics = mtl.quantization.update_statistics(c.model, c.edited)
     shaken = dither(c.model, sizes=(0.1, 0.6), residence=(0.0, 1.0))
     return {
         "codes": statistics.codes_changed, "positions": statistics.position_counts, "flips": shaken.flips,
@@ -296,10 +296,10 @@ def _unlearn(method: str, **settings: object) -> Callable[[Case], object]:
     return run
 
 
-def _scores(c: Case) -> mtl.EdgeScores:
+def _scores(c: Case) -> mtl.circuit.EdgeScores:
     """Scores that need no run."""
     names = Graph.of(c.model)
-    return mtl.EdgeScores(
+    return mtl.circuit.EdgeScores(
         c.circuit.scores, names.writers, names.readers, names.exists, "eap", "clean", 1, "m", 1.0, 0.0, 0.0, "model"
     )
 
@@ -309,20 +309,20 @@ def _scores(c: Case) -> mtl.EdgeScores:
 FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
     "accuracy": lambda c: mtl.accuracy(c.model, c.task.questions["forget"]),
     "edge_attribution": lambda c: mtl.edge_attribution(c.model, c.task.forget_pairs, steps=1),
-    "node_attribution": lambda c: mtl.node_attribution(c.model, c.task.forget_pairs, qk_fix=True),
-    "neuron_attribution": lambda c: mtl.neuron_attribution(c.model, c.task.forget_pairs),
+    "node_attribution": lambda c: mtl.patching.node_attribution(c.model, c.task.forget_pairs, qk_fix=True),
+    "neuron_attribution": lambda c: mtl.patching.neuron_attribution(c.model, c.task.forget_pairs),
     "activation_patching": lambda c: mtl.activation_patching(c.model, c.task.forget_pairs, component="z"),
-    "ablation": lambda c: mtl.ablation(c.model, "mean", reference=c.task.retain_text),
+    "ablation": lambda c: mtl.runs.ablation(c.model, "mean", reference=c.task.retain_text),
     "discover_circuit": lambda c: mtl.discover_circuit(c.model, c.task.forget_pairs, faithfulness=0.3, steps=1),
-    "faithfulness": lambda c: mtl.faithfulness(c.model, c.circuit, c.task.forget_pairs),
-    "completeness": lambda c: mtl.completeness(c.model, c.circuit, c.task.forget_pairs),
-    "minimality": lambda c: mtl.minimality(c.model, c.circuit, c.task.forget_pairs),
-    "random_faithfulness": lambda c: mtl.random_faithfulness(c.model, c.circuit, c.task.forget_pairs, seeds=1),
-    "faithfulness_curve": lambda c: mtl.faithfulness_curve(
+    "faithfulness": lambda c: mtl.circuit.faithfulness(c.model, c.circuit, c.task.forget_pairs),
+    "completeness": lambda c: mtl.circuit.completeness(c.model, c.circuit, c.task.forget_pairs),
+    "minimality": lambda c: mtl.circuit.minimality(c.model, c.circuit, c.task.forget_pairs),
+    "random_faithfulness": lambda c: mtl.circuit.random_faithfulness(c.model, c.circuit, c.task.forget_pairs, seeds=1),
+    "faithfulness_curve": lambda c: mtl.circuit.faithfulness_curve(
         c.model, _scores(c), c.task.forget_pairs, [20], control_seeds=1
     ),
-    "patch_edges": lambda c: mtl.patch_edges(c.model, c.task.forget_pairs, c.circuit.mask[None].float()),
-    "path_patching": lambda c: mtl.path_patching(c.model, c.task.forget_pairs, c.circuit.edges[:1]),
+    "patch_edges": lambda c: mtl.circuit.patch_edges(c.model, c.task.forget_pairs, c.circuit.mask[None].float()),
+    "path_patching": lambda c: mtl.circuit.path_patching(c.model, c.task.forget_pairs, c.circuit.edges[:1]),
     "circuit_scores": lambda c: circuit_scores(c.model, c.circuit, c.task.forget_pairs, steps=1),
     "circuit_divergence": lambda c: mtl.circuit_divergence(c.model, c.edited, c.circuit, c.task.forget_pairs, steps=1),
     "rediscover": lambda c: rediscover(c.model, c.edited, c.circuit, c.task.forget_pairs, steps=1),
@@ -349,8 +349,8 @@ OF_WEIGHTS: Mapping[str, Callable[[Case], object]] = {
     "quantize: calibrated": lambda c: mtl.quantize(c.model, "gptq-int4-g64", c.task.retain_text),
     "quantized_values": lambda c: quantized_values(c.model, "nf4-dq"),
     "inputs_of": lambda c: inputs_of(plain(c.model), list(linear_weights(c.model))[:1], c.task.retain_text),
-    "update_statistics": lambda c: mtl.update_statistics(c.model, c.edited),
-    "predicted_flips": lambda c: predicted_flips(mtl.update_statistics(c.model, c.edited)),
+    "update_statistics": lambda c: mtl.quantization.update_statistics(c.model, c.edited),
+    "predicted_flips": lambda c: predicted_flips(mtl.quantization.update_statistics(c.model, c.edited)),
     "dither": lambda c: dither(c.model, sizes=(0.6,), residence=(0.0,)),
     "fingerprint": lambda c: fingerprint(c.model),
     "plain": lambda c: plain(c.model),

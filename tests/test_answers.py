@@ -14,8 +14,8 @@ import mansu_tl as mtl
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.answers import joined, seam
 from mansu_tl.data.jsonl import read_task
+from mansu_tl.data.sources.tofu.tokens import answer_ids
 from mansu_tl.errors import MansuError
-from mansu_tl.tofu.tokens import answer_ids
 from tests.tiny import tiny_tokenizer
 
 WORDS = (

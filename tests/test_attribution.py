@@ -14,7 +14,7 @@ from mansu_tl.circuit import Graph, patch_edges
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map
+from mansu_tl.models import Anatomy
 from mansu_tl.patching import node_attribution
 from tests.tiny import FAMILIES, tiny
 
@@ -130,7 +130,7 @@ def test_all_edges_on_is_the_clean_run_and_all_off_the_corrupt_run(family: str) 
 @pytest.mark.parametrize("at", ["clean", "corrupt"])
 def test_a_node_is_the_sum_of_its_edges(family: str, at: str) -> None:
     model = mtl.load(tiny(family))
-    if component_map(model).post_norms:
+    if Anatomy.of(model).post_norms:
         pytest.skip("heads pass a post-norm together: a node's gradient is taken in front of it, an edge's behind it")
     pairs = random_pairs(padded=True)
     edges = mtl.edge_attribution(model, pairs, method="eap", at=at)

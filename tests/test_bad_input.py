@@ -82,7 +82,7 @@ def test_a_block_size_that_bitsandbytes_cannot_decode_is_refused_on_loading():
 def test_every_shape_is_taken_by_the_quantizers_of_the_package(name):
     """Blocks cross rows and the last one is shorter, where a library would refuse."""
     narrow = mtl.load(tiny("llama", hidden_size=40, head_dim=10, intermediate_size=41))
-    text = mtl.Sequences(
+    text = mtl.data.Sequences(
         torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0)), torch.full((8,), 12)
     )
     twin = quantize(narrow, name, text)
@@ -298,7 +298,7 @@ def test_an_interrupted_run_continues_where_it_stopped(edit, tmp_path, monkeypat
 
     def stages() -> list[object]:
         run = Store(tmp_path, {"seed": 0})
-        first = run.tensor("a/edit", Edit, {}, lambda: made.append("first") or edit)
+        first = run.result("a/edit", Edit, {}, lambda: made.append("first") or edit)
         table = run.table("b/table", {}, lambda: made.append("second") or pd.DataFrame({"x": [1.5, 2.5]}))
         last = run.value("c/value", {}, lambda: made.append("third") or [1, 2])
         return [first.n_weights, table["x"].tolist(), last]

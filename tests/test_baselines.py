@@ -13,7 +13,7 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, linear_weights, parameters, plain
+from mansu_tl.models import Anatomy, linear_weights, parameters, plain
 from mansu_tl.quantization import quantize
 from mansu_tl.unlearning import (
     Edit,
@@ -149,7 +149,7 @@ def test_sure_moves_only_the_modules_with_the_largest_gradient(model, task) -> N
     for name, index in edit.indices.items():
         assert masks[name].flatten()[index].all()
     # By hand: the neuron that was chosen first has a larger mean squared gradient than the last that was not.
-    hf, cmap = plain(model).requires_grad_(True), component_map(model)
+    hf, cmap = plain(model).requires_grad_(True), Anatomy.of(model)
     pairs = task.forget_pairs
     logits = hf(pairs.clean).logits[torch.arange(len(pairs)), pairs.lengths - 1]
     torch.nn.functional.cross_entropy(logits, pairs.answers).backward()

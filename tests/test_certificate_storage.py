@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mansu_tl.errors import MansuError
-from mansu_tl.models import linear_weights, load, parameters, rebuild, save
-from mansu_tl.quantization import orient, quantizer
+from mansu_tl.models import linear_weights, load, orient, parameters, rebuild, save
+from mansu_tl.quantization import quantizer
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
 from tests.tiny import tiny
 

@@ -89,7 +89,7 @@ def test_a_circuit_known_edge_by_edge_is_recovered() -> None:
 def test_discovered_circuit_is_faithful_on_its_own_measure(model, scores) -> None:
     pairs = random_pairs()
     circuit = mtl.discover_circuit(model, pairs, scores=scores, faithfulness=0.7)
-    measured = mtl.faithfulness(model, circuit, pairs)
+    measured = mtl.circuit.faithfulness(model, circuit, pairs)
     assert measured >= 0.7
     assert measured == pytest.approx(circuit.faithfulness, abs=1e-5)
     assert circuit.n_edges < int(scores.exists.sum())
@@ -98,7 +98,7 @@ def test_discovered_circuit_is_faithful_on_its_own_measure(model, scores) -> Non
 def test_full_circuit_is_faithful_and_the_empty_mask_is_not(model, scores) -> None:
     pairs = random_pairs()
     full = Circuit.top(scores, int(scores.exists.sum()))
-    assert mtl.faithfulness(model, full, pairs) == pytest.approx(1.0, abs=1e-4)
+    assert mtl.circuit.faithfulness(model, full, pairs) == pytest.approx(1.0, abs=1e-4)
     assert len(random_faithfulness(model, full, pairs, seeds=2)) == 2
 
 
@@ -114,7 +114,7 @@ def test_patching_does_not_depend_on_the_batching(model) -> None:
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60))
 def test_pruned_edges_are_exactly_those_on_a_path(seed: int, n: int) -> None:
-    graph = Graph.from_map(mtl.models.component_map(MODEL))
+    graph = Graph.from_map(mtl.models.Anatomy.of(MODEL))
     mask = random_mask(graph.exists, n, seed)
     kept = prune(mask, graph.writers, graph.readers, 2)
     # Independent: networkx, with a node per writer and per reader.
@@ -216,7 +216,7 @@ def test_rankings_and_thresholds(scores) -> None:
 def test_a_greedy_circuit_reaches_the_target_too(model, scores) -> None:
     pairs = random_pairs()
     circuit = mtl.discover_circuit(model, pairs, scores=scores, faithfulness=0.7, select="greedy")
-    assert mtl.faithfulness(model, circuit, pairs) == pytest.approx(circuit.faithfulness, abs=1e-5)
+    assert mtl.circuit.faithfulness(model, circuit, pairs) == pytest.approx(circuit.faithfulness, abs=1e-5)
     assert circuit.faithfulness >= 0.7 and "grown" in circuit.how
     with pytest.raises(MansuError, match="unknown selection 'all'"):
         mtl.discover_circuit(model, pairs, scores=scores, select="all")
@@ -257,29 +257,34 @@ def test_changed_and_cut_files_are_refused(scores, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     circuit = replace(Circuit.top(scores, 25), faithfulness=float("nan"))
     assert Circuit.load(circuit.save(path)).faithfulness != 0  # NaN = not measured, is fine
-    tensors, facts = read_packed(path, "Circuit")
+    tensors, header = read_packed(path, "Circuit")
+    facts = header["fields"]
     backwards, nan = tensors["mask"].clone(), tensors["scores"].clone()
     backwards[-1, 0], nan[0, 0] = True, float("nan")
     for changed, said, message in (
         (tensors | {"mask": backwards}, facts, "MLP1 -> L0H0.q runs backwards"),
-        (tensors | {"mask": tensors["mask"][:-1].clone()}, facts, "'mask' is"),
+        (tensors | {"mask": tensors["mask"][:-1].clone()}, facts, "'scores' is"),
         (tensors | {"mask": tensors["mask"].float()}, facts, "'mask' is"),
         (tensors | {"scores": nan}, facts, "'scores' holds numbers that are not finite"),
         (without(tensors, "scores"), facts, "'scores' is missing"),
         (tensors, without(facts, "how"), "'how' is missing"),
         (tensors, facts | {"colour": "red"}, "'colour' is unknown"),
-        (tensors, without(facts, "writers"), "writers are missing"),
+        (tensors, without(facts, "writers"), "'writers' is missing"),
         (tensors, facts | {"writers": ["embed", "L9H9", *facts["writers"][2:]]}, "'L9H9' is out of place"),
         (tensors, facts | {"readers": facts["readers"][:-1]}, "some are missing"),
         (tensors, facts | {"kv_groups": 4}, "kv_groups=4"),
+        (tensors, facts | {"faithfulness": 0.99}, "its numbers are not those that were saved"),
+        (tensors, facts | {"faithfulness": "high"}, "'faithfulness' is 'high', not float"),
+        (tensors | {"mask": tensors["mask"] & False}, facts, "its numbers are not those that were saved"),
     ):
-        write_packed(path, "Circuit", changed, said)
+        write_packed(path, "Circuit", changed, {**header, "fields": said})
         with pytest.raises(MansuError, match=message):
             Circuit.load(path)
     path = replace(
         scores, per_pair=scores.tensor[None].clone(), per_position=scores.tensor[None].clone(), positions=("0",)
     ).save(path)
-    tensors, facts = read_packed(path, "EdgeScores")
+    tensors, header = read_packed(path, "EdgeScores")
+    facts = header["fields"]
     assert EdgeScores.load(path).positions == ("0",)
     phantom = tensors["tensor"].clone()
     phantom[-1, 0] = 1.0
@@ -288,11 +293,11 @@ def test_changed_and_cut_files_are_refused(scores, tmp_path: Path) -> None:
         (tensors | {"exists": ~tensors["exists"]}, facts, "edges that no model has"),
         (tensors | {"tensor": tensors["tensor"] / 0}, facts, "'tensor' holds numbers that are not finite"),
         (tensors | {"per_pair": tensors["per_pair"][:, 1:].clone()}, facts, "'per_pair' is"),
-        (tensors, facts | {"positions": ["0", "1"]}, "'per_position' is"),
+        (tensors, facts | {"positions": ["0", "1"]}, "'per_position' has"),
         (without(tensors, "exists"), facts, "'exists' is missing"),
         (tensors, facts | {"writers": facts["writers"][::-1]}, "out of place"),
     ):
-        write_packed(path, "EdgeScores", changed, said)
+        write_packed(path, "EdgeScores", changed, {**header, "fields": said})
         with pytest.raises(MansuError, match=message):
             EdgeScores.load(path)
     path.write_bytes(path.read_bytes()[:-100])
@@ -321,7 +326,7 @@ def test_bad_input_is_refused(model, scores) -> None:
         same = mtl.PromptPairs.from_tokens(pairs.clean, pairs.clean, pairs.answers, pairs.distractors)
         mtl.discover_circuit(model, same)
     with pytest.raises(MansuError, match="not this model's"):
-        mtl.faithfulness(mtl.load(tiny("gpt2")), Circuit.top(scores, 10), pairs)
+        mtl.circuit.faithfulness(mtl.load(tiny("gpt2")), Circuit.top(scores, 10), pairs)
     graph = Graph.of(model)
     with pytest.raises(MansuError, match="no writer 'L9H9'"):
         graph.mask([("L9H9", "logits")])
@@ -332,7 +337,7 @@ def test_bad_input_is_refused(model, scores) -> None:
 def test_a_circuit_can_be_discovered_by_what_supports_the_answer(model, scores) -> None:
     pairs = random_pairs()
     circuit = mtl.discover_circuit(model, pairs, scores=scores, faithfulness=0.7, by="signed")
-    assert mtl.faithfulness(model, circuit, pairs) >= 0.7
+    assert mtl.circuit.faithfulness(model, circuit, pairs) >= 0.7
     n = int(circuit.how.split()[1])
     assert torch.equal(circuit.mask, Circuit.top(scores, n, by="signed").mask)
     with pytest.raises(MansuError, match="unknown ranking by='size'"):

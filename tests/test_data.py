@@ -458,7 +458,7 @@ def test_results_go_to_a_home_folder_and_to_any_name(tmp_path: Path, monkeypatch
     assert fingerprint(mtl.load("~/m \N{TEST TUBE}")) == fingerprint(mtl.load(folder)) == fingerprint(model)
     scores = mtl.edge_attribution(model, read_task(ROWS, model).forget_pairs, steps=1)
     assert scores.save("~/s.safetensors") == tmp_path / "s.safetensors"
-    assert torch.equal(mtl.EdgeScores.load("~/s.safetensors").tensor, scores.tensor)
+    assert torch.equal(mtl.circuit.EdgeScores.load("~/s.safetensors").tensor, scores.tensor)
 
 
 def test_tasks_by_name_and_by_file() -> None:

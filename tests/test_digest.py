@@ -56,8 +56,8 @@ def changed(value: Any) -> Any:
     return replace(value, **{name: changed(getattr(value, name))})
 
 
-def circuit() -> mtl.Circuit:
-    return mtl.Circuit.top(mtl.edge_attribution(mtl.load(tiny("llama")), random_pairs(n=2), steps=1), 8, 0.5)
+def circuit() -> mtl.circuit.Circuit:
+    return mtl.circuit.Circuit.top(mtl.edge_attribution(mtl.load(tiny("llama")), random_pairs(n=2), steps=1), 8, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_order_of_mappings_and_place_of_tensors_do_not_count() -> None:
 def test_a_digest_is_the_same_in_another_process() -> None:
     code = "import mansu_tl as m; print(m.load_task('pocket').digest(), m.MansuSettings().digest())"
     said = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == [mtl.load_task("pocket").digest(), mtl.MansuSettings().digest()]
+    assert said.stdout.split() == [mtl.load_task("pocket").digest(), mtl.unlearning.MansuSettings().digest()]
 
 
 def test_pairs_keep_their_digest_through_slicing_all_of_them() -> None:

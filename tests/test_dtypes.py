@@ -10,9 +10,9 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.models import linear_weights, parameters, plain, rebuild
+from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.models.copies import cast
-from mansu_tl.quantization import grid_of, inputs_of, orient
+from mansu_tl.quantization import grid_of, inputs_of
 from mansu_tl.unlearning import Edit
 from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.verification import certify, damage, probe, relearn
@@ -172,8 +172,8 @@ def test_scores_in_16_bits_add_up_in_float32(half) -> None:
     near = {"rtol": 0, "atol": 0.03 if dtype_of(half) == torch.bfloat16 else 0.005}
     for scores in (
         lambda c: mtl.edge_attribution(c.model, pairs, steps=3).tensor,
-        lambda c: mtl.node_attribution(c.model, pairs, qkv=True).tensor,
-        lambda c: mtl.neuron_attribution(c.model, pairs).tensor,
+        lambda c: mtl.patching.node_attribution(c.model, pairs, qkv=True).tensor,
+        lambda c: mtl.patching.neuron_attribution(c.model, pairs).tensor,
         lambda c: mtl.activation_patching(c.model, pairs, component="z").tensor,
     ):
         found, expected = scores(half), scores(same)
@@ -187,9 +187,9 @@ def test_a_node_score_is_the_float32_sum_over_positions() -> None:
     generator = torch.Generator().manual_seed(0)
     clean, corrupt = (torch.randint(3, 60, (2, 200), generator=generator) for _ in range(2))
     pairs = mtl.PromptPairs.from_tokens(clean, corrupt, torch.tensor([5, 6]), torch.tensor([7, 8]))
-    nodes = mtl.node_attribution(model, pairs, per_position=True, qkv=True)
+    nodes = mtl.patching.node_attribution(model, pairs, per_position=True, qkv=True)
     torch.testing.assert_close(nodes.per_position.double().sum(0), nodes.tensor.double(), rtol=1e-4, atol=1e-5)
-    neurons = mtl.neuron_attribution(model, pairs, signed=True, per_position=True)
+    neurons = mtl.patching.neuron_attribution(model, pairs, signed=True, per_position=True)
     torch.testing.assert_close(neurons.per_position.double().sum(0), neurons.tensor.double(), rtol=1e-4, atol=1e-5)
 
 
@@ -232,7 +232,10 @@ def overflowing() -> Case:
     [
         (lambda c: mtl.accuracy(c.model, c.task.questions["forget"]), "not finite"),
         (lambda c: mtl.edge_attribution(c.model, c.task.forget_pairs), "metric 'logit_difference' is nan"),
-        (lambda c: mtl.patch_edges(c.model, c.task.forget_pairs, c.circuit.mask[None].float()), "is nan for pair"),
+        (
+            lambda c: mtl.circuit.patch_edges(c.model, c.task.forget_pairs, c.circuit.mask[None].float()),
+            "is nan for pair",
+        ),
         (lambda c: mtl.activation_patching(c.model, c.task.forget_pairs), "is nan for pair"),
         (lambda c: probe(c.model, c.task.questions["forget"], folds=2, shuffles=1), "streams are not finite"),
         (lambda c: damage(c.model, c.edited, {"retain": c.task.retain_text}), "the loss on 'retain' is nan before"),
@@ -262,8 +265,8 @@ def test_gradients_that_overflow_are_an_error() -> None:
 
     for what, run in {
         "edge scores": lambda: mtl.edge_attribution(model, pairs, steps=1, metric=rooted),
-        "node scores": lambda: mtl.node_attribution(model, pairs, metric=rooted),
-        "neuron scores": lambda: mtl.neuron_attribution(model, pairs, metric=rooted),
+        "node scores": lambda: mtl.patching.node_attribution(model, pairs, metric=rooted),
+        "neuron scores": lambda: mtl.patching.neuron_attribution(model, pairs, metric=rooted),
     }.items():
         with pytest.raises(MansuError, match=rf"{what}: .* are not finite, .*dtype=torch.float32"):
             run()

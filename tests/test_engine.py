@@ -17,9 +17,9 @@ from mansu_tl.circuit import Graph
 from mansu_tl.circuit.graph import layer_of, reader_kind
 from mansu_tl.circuit.memory import plan
 from mansu_tl.errors import MansuError
-from mansu_tl.models import attention_weights, component_map, norm_weights
-from mansu_tl.patching.ablation import ablation, normed
-from mansu_tl.patching.runs import record, run
+from mansu_tl.models import Anatomy, attention_weights, norm_weights
+from mansu_tl.runs.ablation import ablation, normed
+from mansu_tl.runs.passes import record, run
 from tests.test_attribution import oracle_case, random_pairs
 from tests.tiny import FAMILIES, tiny
 
@@ -52,7 +52,7 @@ def test_scores_at_a_position_equal_central_differences_of_patching_there(family
     model, step = mtl.load(tiny(family)), 0.04
     pairs = random_pairs(n=2, seed=3)
     scores = mtl.edge_attribution(model, pairs, method="eap", per_position=True)
-    graph, cmap = Graph.of(model), component_map(model)
+    graph, cmap = Graph.of(model), Anatomy.of(model)
     clean, corrupt = record(model, pairs.clean, pairs.lengths), record(model, pairs.corrupt, pairs.lengths)
 
     def delta(writer: str, amount: float) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_scores_at_a_position_equal_central_differences_of_patching_there(family
         hook = (where[kind], add) if kind in where else (f"blocks.{layer}.attn.{kind}.hook_out", project)
         with torch.no_grad():
             logits = run(model, pairs.clean, pairs.lengths, [hook]).double()
-        return mtl.metrics.logit_difference(logits, pairs).mean().item()
+        return mtl.runs.logit_difference(logits, pairs).mean().item()
 
     generator = torch.Generator().manual_seed(1)
     edges = graph.exists.nonzero()
@@ -205,7 +205,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return mtl.metrics.logit_difference(logits, pairs)
+        return mtl.runs.logit_difference(logits, pairs)
 
     with pytest.raises(KeyboardInterrupt):
         mtl.edge_attribution(model, pairs, metric=interrupted)
@@ -247,7 +247,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path: Path, n: int) -> None:
         mtl.load(tiny("llama")), random_pairs(n=n, padded=True), per_pair=True, per_position="end"
     )
     for rank in (0, 1):
-        shared = mtl.EdgeScores.load(tmp_path / f"rank{rank}.safetensors")
+        shared = mtl.circuit.EdgeScores.load(tmp_path / f"rank{rank}.safetensors")
         for name in ("tensor", "per_pair", "per_position"):
             torch.testing.assert_close(getattr(shared, name), getattr(alone, name), rtol=0, atol=2e-6)
         assert shared.metric_clean == pytest.approx(alone.metric_clean, abs=1e-6)

@@ -15,9 +15,9 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import PromptPairs, Questions, Sequences
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import accuracy, answer_log_prob
 from mansu_tl.models import fingerprint, parameters, plain, rebuild
 from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.runs.metrics import accuracy, answer_log_prob
 from mansu_tl.verification import (
     Attack,
     Damage,
@@ -525,7 +525,7 @@ def test_a_path_outside_the_circuit_is_seen(family: str) -> None:
     circuit = Circuit.from_mask(scores, mask, "by hand")
     result = rediscover(model, model, circuit, pairs, steps=1, label="itself")
     assert result.mass() == pytest.approx(1 - result.mass(outside=False), abs=1e-5)
-    ends = mtl.patch_edges(model, pairs, torch.stack([scores.exists & ~mask, mask & ~mask]).float())
+    ends = mtl.circuit.patch_edges(model, pairs, torch.stack([scores.exists & ~mask, mask & ~mask]).float())
     torch.testing.assert_close(result.effects[1, 1], ends[0] - ends[1], rtol=1e-4, atol=1e-5)
     assert result.effects[1, 1].abs().max() > 1e-3
 

@@ -28,10 +28,10 @@ from mansu_tl.circuit import (
 from mansu_tl.circuit.curve import MIB_SHARES
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import answer_log_prob
-from mansu_tl.models import component_map, norm_weights
-from mansu_tl.patching.ablation import ablation, normed
+from mansu_tl.models import Anatomy, norm_weights
 from mansu_tl.results.files import read_packed, write_packed
+from mansu_tl.runs.ablation import ablation, normed
+from mansu_tl.runs.metrics import answer_log_prob
 from tests.test_attribution import oracle_case, random_pairs, swapped
 from tests.test_circuit import one_path_model
 from tests.tiny import FAMILIES, tiny
@@ -49,7 +49,7 @@ def flagged(family: str, **options: object) -> object:
 
 def naive(model, pairs: mtl.PromptPairs, mask: torch.Tensor) -> torch.Tensor:
     """One mask, one edge at a time, through TransformerLens's own split inputs and per-head results."""
-    graph, cmap = Graph.of(model), component_map(model)
+    graph, cmap = Graph.of(model), Anatomy.of(model)
     names = {"embed": "blocks.0.hook_in", "final": "ln_final.hook_in"}
     for i in range(cmap.n_layers):
         block = f"blocks.{i}"
@@ -230,7 +230,7 @@ def test_completeness_and_faithfulness_of_complements(model, scores) -> None:
     pairs = random_pairs()
     full = Circuit.top(scores, int(scores.exists.sum()))
     assert completeness(model, full, pairs) == pytest.approx(0.0, abs=1e-5)
-    assert mtl.faithfulness(model, full, pairs) == pytest.approx(1.0, abs=1e-4)
+    assert mtl.circuit.faithfulness(model, full, pairs) == pytest.approx(1.0, abs=1e-4)
     circuit = Circuit.top(scores, 40)
     rest = (scores.exists & ~circuit.mask).float()
     values = patch_edges(model, pairs, torch.stack([rest, torch.ones_like(rest), torch.zeros_like(rest)])).mean(1)
@@ -253,18 +253,18 @@ def test_minimality_is_what_taking_out_one_edge_costs(model, scores, kind: str) 
     pairs, chosen = random_pairs(), ablation(model, kind)
     circuit = Circuit.top(scores, 30)
     worth = minimality(model, circuit, pairs, ablation=chosen)
-    whole = mtl.faithfulness(model, circuit, pairs, ablation=chosen)
+    whole = mtl.circuit.faithfulness(model, circuit, pairs, ablation=chosen)
     assert worth.faithfulness == pytest.approx(whole, abs=1e-5)
     for w, r in circuit.mask.nonzero()[::6].tolist():
         mask = circuit.mask.clone()
         mask[w, r] = False
-        without = mtl.faithfulness(model, replace(circuit, mask=mask), pairs, ablation=chosen)
+        without = mtl.circuit.faithfulness(model, replace(circuit, mask=mask), pairs, ablation=chosen)
         assert worth.edge_drops[w, r].item() == pytest.approx(whole - without, abs=2e-5)
     for node, drop in zip(worth.nodes, worth.node_drops.tolist(), strict=True):
         mask = circuit.mask.clone()
         mask[circuit.writers.index(node)] = False
         mask[:, circuit.readers.index(f"{node}.in" if "MLP" in node else f"{node}.q")] = False
-        without = mtl.faithfulness(model, replace(circuit, mask=mask), pairs, ablation=chosen)
+        without = mtl.circuit.faithfulness(model, replace(circuit, mask=mask), pairs, ablation=chosen)
         assert drop == pytest.approx(whole - without, abs=2e-5)
     assert (worth.edge_drops[~worth.mask] == 0).all()
 
@@ -292,7 +292,7 @@ def test_curve_measures_the_circuits_that_it_names(model, scores, tmp_path: Path
     for n, value, kept in zip(curve.sizes, curve.faithfulness.tolist(), curve.edges, strict=True):
         circuit = Circuit.top(scores, n)
         assert circuit.n_edges == kept
-        assert mtl.faithfulness(model, circuit, pairs) == pytest.approx(value, abs=1e-5)
+        assert mtl.circuit.faithfulness(model, circuit, pairs) == pytest.approx(value, abs=1e-5)
     control = random_mask(scores.exists, 40, 2)[None].float()
     by_hand = patch_edges(model, pairs, torch.cat([control, torch.ones_like(control), 0 * control])).mean(1)
     expected = (by_hand[0] - by_hand[2]) / (by_hand[1] - by_hand[2])
@@ -321,9 +321,9 @@ def test_minimality_and_path_effects_survive_a_round_trip(model, scores, tmp_pat
     effects = path_patching(model, random_pairs(), [("embed", "logits"), ("L0H1", "L1KV0.v")])
     back = PathEffects.load(effects.save(tmp_path / "paths.safetensors"))
     assert back.to_dataframe().equals(effects.to_dataframe())
-    tensors, facts = read_packed(tmp_path / "paths.safetensors", "PathEffects")
-    write_packed(tmp_path / "cut.safetensors", "PathEffects", {"per_pair": tensors["per_pair"][:1]}, facts)
-    with pytest.raises(MansuError, match="'per_pair' is"):
+    tensors, header = read_packed(tmp_path / "paths.safetensors", "PathEffects")
+    write_packed(tmp_path / "cut.safetensors", "PathEffects", {"per_pair": tensors["per_pair"][:1]}, header)
+    with pytest.raises(MansuError, match="'per_pair' has"):
         PathEffects.load(tmp_path / "cut.safetensors")
 
 
@@ -397,9 +397,9 @@ def test_a_circuit_is_judged_on_other_weights_but_not_on_another_graph() -> None
     circuit = Circuit.top(mtl.edge_attribution(mtl.load(tiny("llama")), pairs), 20)
     other = mtl.load(tiny("llama", seed=1))
     assert circuit.model != mtl.models.fingerprint(other)
-    assert isinstance(mtl.faithfulness(other, circuit, pairs), float)
+    assert isinstance(mtl.circuit.faithfulness(other, circuit, pairs), float)
     with pytest.raises(MansuError, match="not this model's"):
-        mtl.faithfulness(mtl.load(tiny("llama", num_hidden_layers=3)), circuit, pairs)
+        mtl.circuit.faithfulness(mtl.load(tiny("llama", num_hidden_layers=3)), circuit, pairs)
     # The same names, but parallel blocks: an MLP does not read its own layer's heads.
     neox, gpt2 = mtl.load(tiny("gpt_neox")), mtl.load(tiny("gpt2"))
     circuit = Circuit.from_mask(blank_scores(Graph.of(gpt2)), Graph.of(gpt2).exists, "all")

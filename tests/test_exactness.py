@@ -15,7 +15,8 @@ import mansu_tl as mtl
 from mansu_tl.circuit import intervention
 from mansu_tl.errors import MansuError
 from mansu_tl.models import cache
-from mansu_tl.patching import patterns, resume
+from mansu_tl.patching import patterns
+from mansu_tl.runs import resume
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, tiny
 
@@ -111,11 +112,11 @@ def test_a_resumed_run_that_lost_its_earlier_positions_is_an_error_that_names_th
 def test_edge_patching_that_does_not_give_the_clean_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = mtl.load(tiny("llama")), random_pairs(n=2)
     scores = mtl.edge_attribution(model, pairs, steps=1)
-    circuit = mtl.Circuit.top(scores, 10)
+    circuit = mtl.circuit.Circuit.top(scores, 10)
     plain = intervention.normed
     monkeypatch.setattr(intervention, "normed", lambda x, norm: 1.1 * plain(x, norm))
     with pytest.raises(MansuError, match="edge patching against corrupt: .* differs from the plain run"):
-        mtl.faithfulness(model, circuit, pairs)
+        mtl.circuit.faithfulness(model, circuit, pairs)
 
 
 def test_attention_patterns_that_do_not_give_the_plain_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +124,7 @@ def test_attention_patterns_that_do_not_give_the_plain_run_are_an_error(monkeypa
     plain = patterns._run
     monkeypatch.setattr(patterns, "_run", lambda *args: [p.roll(1, -1) for p in plain(*args)])
     with pytest.raises(MansuError, match="attention patterns: .* differs from the plain run"):
-        mtl.node_attribution(model, pairs, qk_fix=True)
+        mtl.patching.node_attribution(model, pairs, qk_fix=True)
 
 
 def test_the_check_runs_once_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from mansu_tl.explorer import Explorer, entry, results
 from mansu_tl.explorer.explorer import PICTURES
 from mansu_tl.explorer.pictures import SELECTED
 from mansu_tl.explorer.selection import head_of, parsed_item, part_mask, parts_of
-from mansu_tl.models import attention_weights, component_map, linear_weights, parameters
+from mansu_tl.models import Anatomy, attention_weights, linear_weights, parameters
 from tests.tiny import FAMILIES, tiny, tiny_tokenizer
 from tests.tiny_study import EVIL, crossing_edit, tiny_case
 
@@ -90,7 +90,9 @@ def test_faithfulness_of_every_size_is_the_circuits(case, explorer) -> None:
     for size in (explorer.results.sizes[0], explorer.results.sizes[-3]):
         explorer.select(size=size)
         circuit = explorer.results.circuit(size)
-        assert circuit.faithfulness == pytest.approx(mtl.faithfulness(model, circuit, task.forget_pairs), abs=1e-5)
+        assert circuit.faithfulness == pytest.approx(
+            mtl.circuit.faithfulness(model, circuit, task.forget_pairs), abs=1e-5
+        )
         figure = explorer.figure("faithfulness")
         assert figure.layout.shapes[-1].x0 == size
         assert f"at {size} edges" in figure.layout.title.text
@@ -137,7 +139,7 @@ def test_the_ruler_counts_the_edits_of_the_part(case, explorer) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_weights_behind_edges_and_nodes_in_every_family(family) -> None:
     model = mtl.load(tiny(family), tokenizer=tiny_tokenizer())
-    cmap, linear, attention = component_map(model), linear_weights(model), attention_weights(model, 1)
+    cmap, linear, attention = Anatomy.of(model), linear_weights(model), attention_weights(model, 1)
     q, o = parts_of("L1H2", cmap, linear)[0], parts_of("L1H2", cmap, linear)[-1]
     for part, want in ((q, attention.q[2]), (o, attention.o[2])):
         stored = parameters(model)[part.piece.parameter]
@@ -229,7 +231,7 @@ def test_explore_asks_for_what_is_missing(case, monkeypatch) -> None:
     monkeypatch.setattr(entry, "find_spec", lambda name: None if name == "anywidget" else name)
     with pytest.raises(MansuError, match=re.escape("anywidget not installed; pip install 'mansu-tl[explore]'")):
         mtl.explore(model, task, edit)
-    assert "explore" in dir(mtl)
+    assert "explore" in mtl.__all__
 
 
 @pytest.fixture

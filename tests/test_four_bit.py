@@ -19,8 +19,8 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Graph
 from mansu_tl.errors import MansuError
 from mansu_tl.models import (
+    Anatomy,
     attention_weights,
-    component_map,
     fingerprint,
     linear_weights,
     mlp_weights,
@@ -61,9 +61,9 @@ def test_everything_equals_the_dequantized_twin(family: str, twins) -> None:
         a, b = (mtl.edge_attribution(model, pairs, **options) for model in (real, twin))
         torch.testing.assert_close(a.tensor, b.tensor, rtol=0, atol=1e-6)
     masks = torch.rand(3, *Graph.of(real).exists.shape, generator=torch.Generator().manual_seed(0))
-    a, b = (mtl.patch_edges(model, pairs, masks) for model in (real, twin))
+    a, b = (mtl.circuit.patch_edges(model, pairs, masks) for model in (real, twin))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    a, b = (mtl.node_attribution(model, pairs).tensor for model in (real, twin))
+    a, b = (mtl.patching.node_attribution(model, pairs).tensor for model in (real, twin))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     a, b = (mtl.activation_patching(model, pairs, component="z").tensor for model in (real, twin))
     # Shares of the clean-corrupt difference.
@@ -79,7 +79,7 @@ def test_edges_of_a_4bit_model_equal_central_differences_of_patching_it(family: 
     masks = torch.ones(2 * len(edges), *graph.exists.shape)
     for i, (writer, reader) in enumerate(edges):
         masks[2 * i, writer, reader], masks[2 * i + 1, writer, reader] = 1 + step, 1 - step
-    values = mtl.patch_edges(model, pairs, masks).double().mean(1)
+    values = mtl.circuit.patch_edges(model, pairs, masks).double().mean(1)
     difference = (values[0::2] - values[1::2]) / (2 * step)
     large = difference.abs() > 0.02 * difference.abs().max()
     assert ((ours - difference).abs() / difference.abs())[large].max() <= 0.01
@@ -208,7 +208,7 @@ def test_the_hooks_that_accelerate_puts_on_change_nothing(family: str, quantized
     for use in (
         lambda m: m(pairs.clean),
         lambda m: mtl.edge_attribution(m, pairs).tensor,
-        lambda m: mtl.patch_edges(m, pairs, masks),
+        lambda m: mtl.circuit.patch_edges(m, pairs, masks),
         lambda m: mtl.activation_patching(m, pairs).tensor,
     ):
         with torch.no_grad():
@@ -294,7 +294,7 @@ def stored(dense: transformers.PreTrainedModel, folder: Path, dtype=torch.float3
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_map_and_cache_are_those_of_the_twin(family: str, twins) -> None:
     real, twin = twins[family]
-    assert component_map(real) == component_map(twin)
+    assert Anatomy.of(real) == Anatomy.of(twin)
     assert linear_weights(real) == linear_weights(twin)
     for layer in range(2):
         for read in (attention_weights, mlp_weights):

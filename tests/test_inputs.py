@@ -42,26 +42,26 @@ class Trainer: model = hf
 model = mtl.load(hf, tokenizer=tiny_tokenizer())
 tokens = torch.tensor([[5, 6, 7], [5, 9, 7]])
 pairs = mtl.PromptPairs.from_tokens(tokens, tokens + 20, torch.tensor([9, 10]), torch.tensor([10, 11]))
-asked = mtl.Questions(tokens, pairs.lengths, torch.tensor([[9, 10], [10, 11]]), ("a", "b"))
-text = mtl.Sequences(tokens, pairs.lengths)
-others = mtl.Questions(tokens + 1, pairs.lengths, asked.choices, ("c", "d"))
+asked = mtl.data.Questions(tokens, pairs.lengths, torch.tensor([[9, 10], [10, 11]]), ("a", "b"))
+text = mtl.data.Sequences(tokens, pairs.lengths)
+others = mtl.data.Questions(tokens + 1, pairs.lengths, asked.choices, ("c", "d"))
 task = Task("t", pairs, pairs, text, text, text, {"forget": asked, "retain": others})
 scores = mtl.edge_attribution(model, pairs, steps=1)
-circuit = mtl.Circuit.top(scores, 40)
+circuit = mtl.circuit.Circuit.top(scores, 40)
 with_model_and_pairs = {
     "edge_attribution": lambda m, p: mtl.edge_attribution(m, p, steps=1),
     "activation_patching": lambda m, p: mtl.activation_patching(m, p),
     "discover_circuit": lambda m, p: mtl.discover_circuit(m, p),
     "discover_circuit, scored": lambda m, p: mtl.discover_circuit(m, p, scores=scores),
-    "node_attribution": lambda m, p: mtl.node_attribution(m, p),
-    "neuron_attribution": lambda m, p: mtl.neuron_attribution(m, p),
-    "patch_edges": lambda m, p: mtl.patch_edges(m, p, circuit.mask[None].float()),
-    "path_patching": lambda m, p: mtl.path_patching(m, p, [("embed", "logits")]),
-    "faithfulness": lambda m, p: mtl.faithfulness(m, circuit, p),
-    "faithfulness_curve": lambda m, p: mtl.faithfulness_curve(m, scores, p),
-    "random_faithfulness": lambda m, p: mtl.random_faithfulness(m, circuit, p),
-    "minimality": lambda m, p: mtl.minimality(m, circuit, p),
-    "completeness": lambda m, p: mtl.completeness(m, circuit, p),
+    "node_attribution": lambda m, p: mtl.patching.node_attribution(m, p),
+    "neuron_attribution": lambda m, p: mtl.patching.neuron_attribution(m, p),
+    "patch_edges": lambda m, p: mtl.circuit.patch_edges(m, p, circuit.mask[None].float()),
+    "path_patching": lambda m, p: mtl.circuit.path_patching(m, p, [("embed", "logits")]),
+    "faithfulness": lambda m, p: mtl.circuit.faithfulness(m, circuit, p),
+    "faithfulness_curve": lambda m, p: mtl.circuit.faithfulness_curve(m, scores, p),
+    "random_faithfulness": lambda m, p: mtl.circuit.random_faithfulness(m, circuit, p),
+    "minimality": lambda m, p: mtl.circuit.minimality(m, circuit, p),
+    "completeness": lambda m, p: mtl.circuit.completeness(m, circuit, p),
     "circuit_divergence": lambda m, p: mtl.circuit_divergence(m, m, circuit, p),
     "rediscover": lambda m, p: rediscover(m, m, circuit, p),
     "erasure_depth": lambda m, p: erasure_depth(m, m, m, p),
@@ -74,11 +74,11 @@ with_model = {
     "unlearn, mansu": lambda m: mtl.unlearn(m, task, "mansu", circuit=circuit, steps=1),
     "probe": lambda m: probe(m, asked, folds=2),
     "damage": lambda m: damage(model, m, {"x": text}),
-    "ablation": lambda m: mtl.ablation(m, "mean", reference=text),
+    "ablation": lambda m: mtl.runs.ablation(m, "mean", reference=text),
     "explore": lambda m: mtl.explore(m, task, {}),
 }
 any_model = {
-    "update_statistics": lambda m: mtl.update_statistics(model, m),
+    "update_statistics": lambda m: mtl.quantization.update_statistics(model, m),
     "accuracy": lambda m: mtl.accuracy(m, asked),
     "quantize": lambda m: mtl.quantize(m),
     "save": lambda m: mtl.save(m, sys.argv[1]),
@@ -96,7 +96,7 @@ with_questions = {"accuracy": lambda q: mtl.accuracy(model, q), "probe": lambda 
 with_text = {
     "quantize": lambda s: mtl.quantize(model, "awq-int4-g64", s),
     "damage": lambda s: damage(model, model, {"x": s}),
-    "ablation": lambda s: mtl.ablation(model, "mean", reference=s),
+    "ablation": lambda s: mtl.runs.ablation(model, "mean", reference=s),
 }
 models = {"plain": hf, "name": "pocket", "nothing": None, "tokenizer": tiny_tokenizer(), "class": type(hf),
           "compiled": torch.compile(hf), "trainer": Trainer(), "peft": PeftModelForCausalLM(),

@@ -76,7 +76,7 @@ def test_node_scores_agree(family: str) -> None:
     pairs = random_pairs(n=3)
     model = mtl.load(tiny(family))
     found = theirs(family, pairs, "node")
-    ours = mtl.node_attribution(model, pairs, at="corrupt")
+    ours = mtl.patching.node_attribution(model, pairs, at="corrupt")
     converted = node_scores_from_transformer_lens(found, model, "logit_difference")
     torch.testing.assert_close(converted.tensor, ours.tensor, rtol=0, atol=5e-6)
     assert converted.writers == ours.writers
@@ -90,15 +90,15 @@ def test_node_scores_agree(family: str) -> None:
 def test_node_scores_by_position_become_theirs(family: str) -> None:
     pairs, model = random_pairs(n=3), mtl.load(tiny(family))
     found = theirs(family, pairs, "node")
-    ours = mtl.node_attribution(model, pairs, at="corrupt", per_position=True)
+    ours = mtl.patching.node_attribution(model, pairs, at="corrupt", per_position=True)
     converted = node_scores_to_transformer_lens(ours)
     assert converted.node_scores.keys() == found.node_scores.keys()
     for node, score in found.node_scores.items():
         assert converted.node_scores[node] == pytest.approx(score, abs=5e-6)
     with pytest.raises(MansuError, match="score with per_position=True"):
-        node_scores_to_transformer_lens(mtl.node_attribution(model, pairs))
+        node_scores_to_transformer_lens(mtl.patching.node_attribution(model, pairs))
     with pytest.raises(MansuError, match="has no node L0H0.q"):
-        node_scores_to_transformer_lens(mtl.node_attribution(model, pairs, qkv=True, per_position=True))
+        node_scores_to_transformer_lens(mtl.patching.node_attribution(model, pairs, qkv=True, per_position=True))
 
 
 def test_scores_and_circuits_survive_a_round_trip() -> None:
@@ -132,7 +132,7 @@ def test_their_faithfulness_of_our_circuit_is_ours_on_one_pair(family: str) -> N
             circuit.to_transformer_lens(pairs.clean.shape[1]),
         )
         assert result.circuit_size == circuit.n_edges * pairs.clean.shape[1]
-        assert result.recovered == pytest.approx(mtl.faithfulness(model, circuit, pairs), abs=1e-4)
+        assert result.recovered == pytest.approx(mtl.circuit.faithfulness(model, circuit, pairs), abs=1e-4)
 
 
 def test_what_cannot_be_converted_is_refused() -> None:

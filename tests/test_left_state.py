@@ -26,7 +26,7 @@ from mansu_tl.models.copies import boot
 from tests.road import FUNCTIONS, OF_WEIGHTS, STAGES, TOLERANCE, Case, case, largest_difference
 from tests.tiny import tiny, tiny_tokenizer
 
-ROOMS = ("circuit", "data", "metrics", "models", "patching", "quantization", "unlearning", "verification")
+ROOMS = ("circuit", "data", "models", "patching", "quantization", "runs", "unlearning", "verification")
 # Public functions that are in neither table: they neither run a model nor make a tensor from which a number is taken.
 WITHOUT_MODEL = {
     *("conflict", "node_scores_from_transformer_lens", "node_scores_to_transformer_lens"),  # results to results
@@ -38,7 +38,7 @@ WITHOUT_MODEL = {
         "output_suppressor",
     ),  # logits to numbers
     *(
-        "component_map",
+        "component_masks",
         "flat_indices",
         "linear_weights",
         "attention_weights",
@@ -46,7 +46,7 @@ WITHOUT_MODEL = {
         "norm_weights",
         "parameters",
     ),
-    *("awq", "doubled", "gptq", "grid_of", "orient", "quantizer", "quantizers"),
+    *("awq", "doubled", "gptq", "grid_of", "orient", "register_family", "quantizer", "quantizers"),
     *("floored", "headline", "method_flags", "method_title", "methods", "settings_of"),
     *("explore", "run_study"),  # made of the others
     "save",  # inside "certify"
@@ -383,9 +383,9 @@ def test_what_is_made_under_a_switch_is_used_without_it(expected, switch: str) -
         mtl.edge_attribution(mtl.load("pocket"), mtl.load_task("pocket").forget_pairs[:6], steps=1).tensor,
     )
     with SWITCHES[switch]():
-        circuit = mtl.Circuit.top(scores, 40)
-        names = mtl.Graph.of(made).mask(circuit.edges)
-    assert torch.equal(circuit.mask, mtl.Circuit.top(scores, 40).mask) and torch.equal(names, circuit.mask)
+        circuit = mtl.circuit.Circuit.top(scores, 40)
+        names = mtl.circuit.Graph.of(made).mask(circuit.edges)
+    assert torch.equal(circuit.mask, mtl.circuit.Circuit.top(scores, 40).mask) and torch.equal(names, circuit.mask)
 
 
 def _switches() -> tuple[Any, ...]:

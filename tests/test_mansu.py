@@ -11,7 +11,7 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.models import component_map, linear_weights, parameters, plain
+from mansu_tl.models import Anatomy, linear_weights, parameters, plain
 from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning import MansuSettings, unlearn
 from mansu_tl.unlearning.forward import joined, last_token_states
@@ -86,7 +86,7 @@ def test_floors_after_the_fact_and_none(model, task, circuit) -> None:
 def test_a_circuit_restricts_random_weights_are_as_many_and_none_is_everything(model, task, circuit) -> None:
     chosen = circuit_weights(model, circuit, task.forget_pairs, 0.25)
     drawn = random_weights(model, circuit, 0.25, seed=1)
-    cmap = component_map(model)
+    cmap = Anatomy.of(model)
 
     def count(masks: dict[str, torch.Tensor]) -> tuple[int, int]:
         heads = sum(int(m.any(0).view(cmap.n_heads, -1).any(1).sum()) for n, m in masks.items() if "o_proj" in n)

@@ -11,8 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 import mansu_tl as mtl
-from mansu_tl.metrics import logit_difference
-from mansu_tl.models import component_map
+from mansu_tl.models import Anatomy
+from mansu_tl.runs.metrics import logit_difference
 from tests.test_attribution import random_pairs, swapped
 from tests.tiny import FAMILIES, tiny
 
@@ -58,9 +58,9 @@ def close(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None = None) -
 def test_a_node_is_the_sum_of_its_edges(shape: tuple, numbers: tuple, at: str) -> None:
     model, pairs = hooked(shape), drawn(numbers)
     edges = mtl.edge_attribution(model, pairs, method="eap", at=at)
-    nodes = mtl.node_attribution(model, pairs, at=at)
+    nodes = mtl.patching.node_attribution(model, pairs, at=at)
     kept = torch.ones(len(edges.writers), dtype=torch.bool)
-    if component_map(model).post_norms:  # a head's gradient is taken in front of the post-norm, an edge's behind it
+    if Anatomy.of(model).post_norms:  # a head's gradient is taken in front of the post-norm, an edge's behind it
         kept = torch.tensor(["H" not in name for name in edges.writers])
     close(edges.node_scores()[kept], nodes.tensor[kept], edges.tensor)
 

@@ -9,7 +9,7 @@ from torch import nn
 import mansu_tl as mtl
 from mansu_tl.data import Questions
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import last_logits
+from mansu_tl.runs.metrics import last_logits
 from tests.test_erasure import tiny_questions
 from tests.tiny import FAMILIES, tiny, tiny_tokenizer
 

@@ -27,8 +27,8 @@ from transformers.activations import ACT2FN
 from mansu_tl import models
 from mansu_tl.errors import MansuError
 from mansu_tl.models import (
+    Anatomy,
     attention_weights,
-    component_map,
     fingerprint,
     flat_indices,
     linear_weights,
@@ -41,7 +41,7 @@ from mansu_tl.models import (
     rebuild,
     save,
 )
-from mansu_tl.models.families import FAMILIES as TABLE
+from mansu_tl.models.families import families
 from tests.tiny import FAMILIES, tiny, tiny_tokenizer
 
 TOKENS = torch.tensor([[1, 5, 17, 40, 9, 63, 22], [1, 33, 8, 8, 51, 12, 60]])
@@ -98,7 +98,7 @@ def perturbed(model: TransformerBridge, *components: str, fill: float | None = N
     live = parameters(model)
     values: dict[str, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(7)
-    for piece in (piece for component in components for piece in component_map(model).slices(component)):
+    for piece in (piece for component in components for piece in Anatomy.of(model).slices(component)):
         value = values.setdefault(piece.parameter, live[piece.parameter].detach().clone())
         index = flat_indices(piece, value.shape)
         noise = 0.5 + torch.rand(index.shape, generator=generator)
@@ -249,7 +249,7 @@ def test_load_refuses_what_it_cannot_take(tmp_path, monkeypatch):
         "vocab_size": 8,
     }
     mixtral = AutoModelForCausalLM.from_config(MixtralConfig(num_key_value_heads=2, **sizes))
-    for use in (load, component_map, parameters):
+    for use in (load, Anatomy.of, parameters):
         with pytest.raises(MansuError, match="MixtralForCausalLM of model type 'mixtral' is not supported"):
             use(mixtral)
     for source in ("./nowhere", "/nowhere/at/all", "a/b/c", ".hidden", Path("nowhere")):
@@ -611,23 +611,23 @@ def test_fingerprint_sees_every_change_that_people_make():
 
 
 def test_component_map_of_llama_and_neox():
-    cmap = component_map(load(tiny("llama")))
+    cmap = Anatomy.of(load(tiny("llama")))
     assert (cmap.n_layers, cmap.n_heads, cmap.n_kv_heads, cmap.d_head, cmap.d_model, cmap.d_mlp) == (2, 4, 2, 8, 32, 48)
     assert (cmap.family, cmap.parallel, cmap.post_norms) == ("llama", False, False)
     assert cmap.writers == ("embed", "L0H0", "L0H1", "L0H2", "L0H3", "MLP0", "L1H0", "L1H1", "L1H2", "L1H3", "MLP1")
     first = ("L0H0.q", "L0H1.q", "L0H2.q", "L0H3.q", "L0KV0.k", "L0KV1.k", "L0KV0.v", "L0KV1.v", "MLP0.in")
     assert cmap.readers == (*first, *(name.replace("L0", "L1").replace("MLP0", "MLP1") for name in first), "logits")
-    assert component_map(tiny("gpt_neox")).parallel
-    assert not component_map(tiny("gpt_neox", use_parallel_residual=False)).parallel
-    assert component_map(tiny("gemma3")).post_norms
-    assert component_map(tiny("gpt2", n_inner=None)).d_mlp == 128
-    assert {component_map(tiny(f)).family for f in FAMILIES} == {f.name for f in TABLE} == set(FAMILIES)
+    assert Anatomy.of(tiny("gpt_neox")).parallel
+    assert not Anatomy.of(tiny("gpt_neox", use_parallel_residual=False)).parallel
+    assert Anatomy.of(tiny("gemma3")).post_norms
+    assert Anatomy.of(tiny("gpt2", n_inner=None)).d_mlp == 128
+    assert {Anatomy.of(tiny(f)).family for f in FAMILIES} == {f.name for f in families()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("family", "options"), EVERY, ids=EVERY_ID)
 def test_components_cover_every_linear_weight_exactly_once(family, options):
     model = tiny(family, **options)
-    cmap, live = component_map(model), dict(model.named_parameters())
+    cmap, live = Anatomy.of(model), dict(model.named_parameters())
     counts = {name: torch.zeros(p.shape, dtype=torch.int64) for name, p in live.items()}
     heads = [f"L{i}H{h}" for i in range(2) for h in range(4)]
     kv = [f"L{i}KV{h}.{part}" for i in range(2) for h in range(cmap.n_kv_heads) for part in "kv"]
@@ -635,7 +635,7 @@ def test_components_cover_every_linear_weight_exactly_once(family, options):
         for piece in cmap.slices(component):
             counts[piece.parameter].view(-1)[flat_indices(piece, counts[piece.parameter].shape)] += 1
     linear = linear_weights(model)
-    bias_of_out = {f"{f.layers}.{i}.{f.o}.bias" for f in TABLE for i in range(2)}
+    bias_of_out = {f"{f.layers}.{i}.{f.o}.bias" for f in families() for i in range(2)}
     for name, count in counts.items():
         owned = name in linear or (name.removesuffix("bias") + "weight" in linear and name not in bias_of_out)
         assert (count == int(owned)).all(), name
@@ -644,7 +644,7 @@ def test_components_cover_every_linear_weight_exactly_once(family, options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_neurons_make_up_their_mlp(family):
     model = tiny(family)
-    cmap, live = component_map(model), dict(model.named_parameters())
+    cmap, live = Anatomy.of(model), dict(model.named_parameters())
     whole = {p.parameter for p in cmap.slices("MLP1")}
     found = {name: [] for name in whole}
     for neuron in range(cmap.d_mlp):
@@ -659,7 +659,7 @@ def test_neurons_make_up_their_mlp(family):
 
 
 def test_unknown_components_are_refused():
-    cmap = component_map(tiny("llama"))
+    cmap = Anatomy.of(tiny("llama"))
     unknown = [
         "embed",
         "logits",
@@ -704,7 +704,7 @@ def test_zeroing_an_o_slice_removes_exactly_that_head(case):
 @pytest.mark.parametrize("case", range(len(EVERY)), ids=EVERY_ID)
 def test_qkv_slices_change_only_their_head(case):
     bridge = shared(case)
-    last = component_map(bridge).n_kv_heads - 1
+    last = Anatomy.of(bridge).n_kv_heads - 1
     changed = perturbed(bridge, "L1H2.q", "L1KV0.k", f"L1KV{last}.v")
     names = {part: f"blocks.1.attn.hook_{part}" for part in "qkv"}
     before, after = (capture(model, *names.values()) for model in (bridge, changed))
@@ -737,7 +737,7 @@ def _act(bridge: TransformerBridge) -> str:
 def test_weights_reproduce_what_the_layers_compute(case):
     bridge, family = shared(case), EVERY[case][0]
     cmap, act = (
-        component_map(bridge),
+        Anatomy.of(bridge),
         ACT2FN[getattr(bridge.original_model.config, "hidden_activation", None) or _act(bridge)],
     )
     for layer in range(2):
@@ -840,7 +840,7 @@ def test_a_4bit_bridge_gives_dequantized_weights_and_is_never_edited(tmp_path):
     mark = fingerprint(bridge)
     logits(bridge)
     assert fingerprint(bridge) == mark != fingerprint(dense)
-    assert component_map(bridge) == component_map(dense)
+    assert Anatomy.of(bridge) == Anatomy.of(dense)
     assert linear_weights(bridge) == linear_weights(dense)
     for name, mine in (
         ("self_attn.q_proj", attention_weights(bridge, 1).q.flatten(0, 1)),
@@ -866,7 +866,7 @@ def test_a_4bit_bridge_gives_dequantized_weights_and_is_never_edited(tmp_path):
 @pytest.mark.parametrize("case", range(len(EVERY)), ids=EVERY_ID)
 def test_hook_in_replaces_the_stream_and_ln2_reaches_the_mlp_only(case):
     bridge = shared(case)
-    post = component_map(bridge).post_norms
+    post = Anatomy.of(bridge).post_norms
     attn, mlp = ("ln1_post", "ln2_post") if post else ("attn.o", "mlp")
     attn, mlp, out = f"blocks.0.{attn}.hook_out", f"blocks.0.{mlp}.hook_out", "blocks.0.hook_out"
     stream = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(3))

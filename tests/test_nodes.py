@@ -9,22 +9,22 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map
+from mansu_tl.models import Anatomy
 from mansu_tl.patching import NodeScores, node_attribution
-from mansu_tl.patching.runs import heads_last, run
+from mansu_tl.runs.passes import heads_last, run
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, tiny
 
 
 def sizes(model) -> dict[str, int]:
-    cmap = component_map(model)
+    cmap = Anatomy.of(model)
     return {"q": cmap.n_heads, "k": cmap.n_kv_heads, "v": cmap.n_kv_heads}
 
 
 def nodes_of(model) -> list[tuple[str, str, int, int]]:
     """(name, part, layer, head) of every query, key and value node."""
     out = []
-    for layer in range(component_map(model).n_layers):
+    for layer in range(Anatomy.of(model).n_layers):
         for part, count in sizes(model).items():
             letter = "H" if part == "q" else "KV"
             out += [(f"L{layer}{letter}{head}.{part}", part, layer, head) for head in range(count)]
@@ -46,7 +46,7 @@ def metric_with(model, pairs, base: str, part: str, layer: int, head: int, amoun
             return new.reshape(value.shape)
 
         logits = run(model, mine, pairs.lengths, [(name, move)]).double()
-    return mtl.metrics.logit_difference(logits, pairs).mean().item()
+    return mtl.runs.logit_difference(logits, pairs).mean().item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +91,7 @@ def brute_force(model, pairs, at: str, part: str, layer: int, head: int, place=s
 
     with torch.enable_grad():
         logits = run(model, mine, pairs.lengths, [("blocks.0.hook_in", begin), (pattern_name, hold("base"))])
-        value = mtl.metrics.logit_difference(logits, pairs).sum()
+        value = mtl.runs.logit_difference(logits, pairs).sum()
         gradient = torch.autograd.grad(value, kept["base"])[0]
     with torch.no_grad():
         run(model, mine, pairs.lengths, [(hook_name, patch), (pattern_name, hold("patched"))])

@@ -10,12 +10,12 @@ import transformer_lens.patching as tl_patching
 
 import mansu_tl as mtl
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map
+from mansu_tl.models import Anatomy
 from mansu_tl.patching import PatchingResult, activation_patching
-from mansu_tl.patching.ablation import ablation
 from mansu_tl.patching.cells import STREAMS, TITLES
 from mansu_tl.patching.neurons import NeuronScores, neuron_attribution
-from mansu_tl.patching.runs import heads_last, run
+from mansu_tl.runs.ablation import ablation
+from mansu_tl.runs.passes import heads_last, run
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, tiny
 
@@ -73,8 +73,8 @@ SWEEPS = [(c, b) for c in TITLES for b in (("position", "layer") if c in STREAMS
 def test_a_cell_of_every_sweep_equals_one_plain_hook(family: str, direction: str) -> None:
     name, _, window = family.partition(", window ")
     model = mtl.load(tiny(name, num_hidden_layers=3, **({"sliding_window": int(window)} if window else {})))
-    parallel = component_map(model).parallel
-    post = component_map(model).post_norms
+    parallel = Anatomy.of(model).parallel
+    post = Anatomy.of(model).post_norms
     pairs = random_pairs(n=3, width=9, padded=True)
     base, other = (pairs.corrupt, pairs.clean) if direction == "denoising" else (pairs.clean, pairs.corrupt)
     streams = {
@@ -93,10 +93,10 @@ def test_a_cell_of_every_sweep_equals_one_plain_hook(family: str, direction: str
         result = activation_patching(
             model, pairs, component=component, by=by, direction=direction, per_pair=True, cells_per_batch=4
         )
-        row, column, layer = (5, 6, 5 // component_map(model).n_kv_heads) if by == "head-position" else (1, 0, 1)
+        row, column, layer = (5, 6, 5 // Anatomy.of(model).n_kv_heads) if by == "head-position" else (1, 0, 1)
         if by == "head-position" and component not in ("k", "v"):
-            layer = 5 // component_map(model).n_heads
-        head = row % (component_map(model).n_kv_heads if component in ("k", "v") else component_map(model).n_heads)
+            layer = 5 // Anatomy.of(model).n_heads
+        head = row % (Anatomy.of(model).n_kv_heads if component in ("k", "v") else Anatomy.of(model).n_heads)
         head = 0 if by == "head" else head
         if by == "position":
             row, column, layer = 1, 3, 1
@@ -114,7 +114,7 @@ def test_a_cell_of_every_sweep_equals_one_plain_hook(family: str, direction: str
             elif component in STREAMS:
                 new[:, place] = value[:, place]
             else:
-                size = component_map(model).d_head
+                size = Anatomy.of(model).d_head
                 a, b = (t.reshape(*t.shape[:2], -1, size) for t in (new, value))
                 a[:, place, head] = b[:, place, head]
                 new = a.reshape(old.shape)
@@ -122,7 +122,7 @@ def test_a_cell_of_every_sweep_equals_one_plain_hook(family: str, direction: str
 
         with torch.no_grad():
             logits = run(model, base, pairs.lengths, [(hook_name, put)]).float()
-        expected = mtl.metrics.logit_difference(logits, pairs)
+        expected = mtl.runs.logit_difference(logits, pairs)
         torch.testing.assert_close(result.per_pair[:, row, column], expected, rtol=0, atol=1e-5)
         assert result.tensor.shape == (len(result.rows), len(result.columns))
 
@@ -133,7 +133,7 @@ def test_zero_and_mean_ablation_put_those_values_in(family: str, kind: str) -> N
     model, pairs = mtl.load(tiny(family)), random_pairs(n=3)
     how = ablation(model, kind, reference=random_pairs(n=5, seed=9) if kind == "mean" else None)
     values = how.activations(model, pairs)
-    post = component_map(model).post_norms
+    post = Anatomy.of(model).post_norms
     for component, hook_name, value in (
         ("mlp_out", "blocks.1.ln2_post.hook_out" if post else "blocks.1.mlp.hook_out", values.mlp_out[1]),
         ("z", "blocks.1.attn.o.hook_in", values.z[1]),
@@ -147,16 +147,16 @@ def test_zero_and_mean_ablation_put_those_values_in(family: str, kind: str) -> N
                 new = old.clone()
                 new[:, 2] = value[:, 2]
                 return new
-            new = heads_last(old, component_map(model).n_heads).clone()
+            new = heads_last(old, Anatomy.of(model).n_heads).clone()
             new[:, :, 2] = value[:, :, 2]
             return new.reshape(old.shape)
 
         with torch.no_grad():
             logits = run(model, pairs.clean, pairs.lengths, [(hook_name, put)]).float()
-        expected = mtl.metrics.logit_difference(logits, pairs)
+        expected = mtl.runs.logit_difference(logits, pairs)
         torch.testing.assert_close(result.per_pair[:, 1, 2], expected, rtol=0, atol=1e-5)
     assert result.metric_corrupt == pytest.approx(
-        mtl.metrics.logit_difference(values.logits, pairs).mean().item(), abs=1e-5
+        mtl.runs.logit_difference(values.logits, pairs).mean().item(), abs=1e-5
     )
 
 
@@ -171,7 +171,7 @@ def test_an_interrupted_sweep_leaves_the_model_as_it_was() -> None:
         calls += 1
         if calls == 9:
             raise KeyboardInterrupt
-        return mtl.metrics.logit_difference(logits, pairs)
+        return mtl.runs.logit_difference(logits, pairs)
 
     for component in ("resid_pre", "z"):
         calls = 0

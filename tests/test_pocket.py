@@ -16,14 +16,25 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from mansu_tl.data import Task
+from mansu_tl.data.sources.pocket import Fact, World, build_world, pocket_task
+from mansu_tl.data.sources.pocket.corpus import fact_sentence, fact_sentences, generic_text
+from mansu_tl.data.sources.pocket.lexicon import LEAD_INS, POTIONS
+from mansu_tl.data.sources.pocket.tokens import CONTEXT, build_tokenizer, text_ids
 from mansu_tl.errors import MansuError
-from mansu_tl.pocket import CHECKPOINTS, Fact, World, build_world, checkpoint_folder, pocket_task
-from mansu_tl.pocket.corpus import batches, fact_sentence, fact_sentences, generic_text
-from mansu_tl.pocket.evaluate import figures
-from mansu_tl.pocket.grid import rest_on_grid
-from mansu_tl.pocket.lexicon import LEAD_INS, POTIONS
-from mansu_tl.pocket.tokens import CONTEXT, build_tokenizer, text_ids
-from mansu_tl.pocket.train import Schedule, main, make, new_model, save_checkpoint, taught, train
+from mansu_tl.models.loading import embedded_folder
+from scripts.small_llama import save_checkpoint
+from scripts.train_pocket import (
+    CHECKPOINTS,
+    Schedule,
+    batches,
+    figures,
+    main,
+    make,
+    new_model,
+    rest_on_grid,
+    taught,
+    train,
+)
 
 SETS = ("forget", "forget_paraphrase", "near", "near_paraphrase", "retain", "retain_paraphrase")
 
@@ -40,12 +51,12 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(checkpoint_folder("pocket"), local_files_only=True)
+    return AutoTokenizer.from_pretrained(embedded_folder("pocket"), local_files_only=True)
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, PreTrainedModel]:
-    folders = {name: checkpoint_folder(name) for name in CHECKPOINTS}
+    folders = {name: embedded_folder(name) for name in CHECKPOINTS}
     return {n: AutoModelForCausalLM.from_pretrained(f, local_files_only=True).eval() for n, f in folders.items()}
 
 
@@ -275,7 +286,7 @@ def test_task_is_the_same_for_the_same_seed(task: Task) -> None:
 def test_checkpoint_figures_are_those_stated(
     models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
-    record = json.loads((checkpoint_folder(name) / "training.json").read_text())
+    record = json.loads((embedded_folder(name) / "training.json").read_text())
     found = figures(models[name], tokenizer)
     assert found.keys() == record["figures"].keys()
     # One question of the smallest set is 2.1 points; another machine's rounding may tip one.
@@ -325,8 +336,8 @@ def test_checkpoint_answers_in_plain_text(
 
 
 def test_pocket_rests_on_the_grid_bit_for_bit(models: dict[str, PreTrainedModel]) -> None:
-    stored = load_file(checkpoint_folder("pocket") / "model.safetensors")
-    ordinary = load_file(checkpoint_folder("pocket-fp") / "model.safetensors")
+    stored = load_file(embedded_folder("pocket") / "model.safetensors")
+    ordinary = load_file(embedded_folder("pocket-fp") / "model.safetensors")
     linear = [key for key in stored if "proj" in key]
     assert len(linear) == 4 * 7
     for key in linear:
@@ -341,7 +352,7 @@ def test_pocket_rests_on_the_grid_bit_for_bit(models: dict[str, PreTrainedModel]
 
 def test_checkpoints_are_complete_and_small() -> None:
     for name in CHECKPOINTS:
-        folder = checkpoint_folder(name)
+        folder = embedded_folder(name)
         files = {file.name for file in folder.iterdir()}
         wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
         assert files == wanted | {"tokenizer_config.json", "training.json"}
@@ -412,7 +423,7 @@ def test_saved_checkpoint_loads_the_same(world: World, tmp_path: Path) -> None:
 def test_mistakes_are_named_in_one_line(world: World) -> None:
     fact = world.facts[0]
     for call, words in (
-        (lambda: checkpoint_folder("poket"), "checkpoint 'poket'"),
+        (lambda: embedded_folder("poket"), "checkpoint 'poket'"),
         (lambda: make("poket"), "checkpoint 'poket'"),
         (lambda: world.of_kind("danger"), "no kind 'danger'"),
         (lambda: world.relation("cure"), "relation 'cure'"),

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mansu_tl.errors import MansuError
-from mansu_tl.models import linear_weights, load, parameters, rebuild
+from mansu_tl.models import linear_weights, load, orient, parameters, rebuild
 from mansu_tl.quantization import (
     Encoded,
     Grid,
-    orient,
     quantize,
     quantized_values,
     quantizer,

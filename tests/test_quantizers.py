@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
-from mansu_tl.models import linear_weights, load, parameters, plain, rebuild
+from mansu_tl.models import linear_weights, load, orient, parameters, plain, rebuild
 from mansu_tl.quantization import (
     Awq,
     Gptq,
@@ -26,7 +26,6 @@ from mansu_tl.quantization import (
     gptq,
     grid_of,
     inputs_of,
-    orient,
     quantize,
     quantized_values,
     quantizer,

@@ -12,8 +12,8 @@ import mansu_tl as mtl
 from mansu_tl.data import PromptPairs, Questions, Sequences, Span, Task
 from mansu_tl.data.fit import require_fit
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import last_logits
 from mansu_tl.models.limits import most_positions, vocabulary_size
+from mansu_tl.runs.metrics import last_logits
 from mansu_tl.verification import attack_splits, damage, probe, relearn
 from mansu_tl.verification.attacks import answered
 from tests.test_attribution import random_pairs
@@ -200,7 +200,7 @@ def test_padding_reaches_no_text_measure_and_no_training() -> None:
         edit = mtl.unlearn(model, task, "ga-kl", max_steps=3, stop_over_chance=-100.0)
         results.append([
             curve.values, curve.loss, torch.tensor(audit.loss["after"].tolist()), probe(model, asked, folds=2).right,
-            mtl.ablation(model, "mean", reference=text).means.embed, *edit.new.values(),
+            mtl.runs.ablation(model, "mean", reference=text).means.embed, *edit.new.values(),
         ])  # fmt: skip
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
@@ -256,9 +256,9 @@ def test_prompts_longer_than_the_model_are_refused_with_both_numbers(family: str
     calls = [
         lambda: mtl.edge_attribution(model, pairs, steps=1),
         lambda: mtl.activation_patching(model, pairs),
-        lambda: mtl.node_attribution(model, pairs),
-        lambda: mtl.neuron_attribution(model, pairs),
-        lambda: mtl.path_patching(model, pairs, [("embed", "logits")]),
+        lambda: mtl.patching.node_attribution(model, pairs),
+        lambda: mtl.patching.neuron_attribution(model, pairs),
+        lambda: mtl.circuit.path_patching(model, pairs, [("embed", "logits")]),
         lambda: mtl.discover_circuit(model, pairs),
         lambda: mtl.accuracy(model, asked),
         lambda: mtl.accuracy(model.original_model, asked),
@@ -266,7 +266,7 @@ def test_prompts_longer_than_the_model_are_refused_with_both_numbers(family: str
         lambda: probe(model, asked, folds=2),
         lambda: damage(model, model, {"x": text}),
         lambda: mtl.quantize(model, "awq-int4-g64", text),
-        lambda: mtl.ablation(model, "mean", reference=text),
+        lambda: mtl.runs.ablation(model, "mean", reference=text),
     ]
     for call in calls:
         with pytest.raises(MansuError, match=message):

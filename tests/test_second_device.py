@@ -93,9 +93,9 @@ def test_what_is_on_the_device_already_may_stay_there(second) -> None:
             found = mtl.edge_attribution(model, task.forget_pairs, steps=1, per_position=True)
             assert torch.equal(found.tensor, expected.tensor)
             assert mtl.accuracy(model, task.questions["forget"]).mc_percent >= 0
-        mean = mtl.ablation(here.model, "mean", reference=moved.retain_text)
+        mean = mtl.runs.ablation(here.model, "mean", reference=moved.retain_text)
         a, b = (
-            mtl.faithfulness(model, here.circuit, moved.forget_pairs, ablation=mean)
+            mtl.circuit.faithfulness(model, here.circuit, moved.forget_pairs, ablation=mean)
             for model in (here.model, there.model)
         )
         assert a == b

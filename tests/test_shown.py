@@ -22,8 +22,8 @@ from traitlets.config import Config
 import mansu_tl as mtl
 from mansu_tl.circuit import Conflict, Graph, PathEffects
 from mansu_tl.errors import NoEditError
-from mansu_tl.metrics import Accuracy
 from mansu_tl.results.result import Result, Table, bars
+from mansu_tl.runs.metrics import Accuracy
 from mansu_tl.verification import Certificate, Divergence, Scorecard
 from mansu_tl.verification.certificate import CertificateRow
 from mansu_tl.verification.scorecard import Row
@@ -33,16 +33,16 @@ EVIL = "<script>alert(1)</script>"
 WRITERS, READERS = ("embed", "L0H0", "MLP0"), ("L0H0.q", "L0KV0.k", "L0KV0.v", "MLP0.in", "logits")
 
 
-def edge_scores() -> mtl.EdgeScores:
+def edge_scores() -> mtl.circuit.EdgeScores:
     exists = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
     tensor = torch.arange(15).reshape(3, 5).float() * exists / 8
-    return mtl.EdgeScores(
+    return mtl.circuit.EdgeScores(
         tensor, WRITERS, READERS, exists, "eap-ig", "midpoint", 5, "logit_difference", 2.5, -1.5, 0.25, "f" * 64
     )
 
 
-def circuit() -> mtl.Circuit:
-    return dataclasses.replace(mtl.Circuit.top(edge_scores(), 8, 0.875), how=f"edges of |score| >= {EVIL}")
+def circuit() -> mtl.circuit.Circuit:
+    return dataclasses.replace(mtl.circuit.Circuit.top(edge_scores(), 8, 0.875), how=f"edges of |score| >= {EVIL}")
 
 
 def edit() -> mtl.Edit:
@@ -121,13 +121,15 @@ def test_every_result_of_a_room_has_the_same_look() -> None:
         module = importlib.import_module(room)
         for name in module.__all__:
             value = getattr(module, name)
-            if inspect.isclass(value) and hasattr(value, "to_dataframe"):
+            if inspect.isclass(value) and hasattr(value, "to_dataframe") and value is not Result:
                 found.append(name)
                 assert issubclass(value, Result), f"{room}.{name}"
                 assert "__repr__" in vars(value), f"{room}.{name} has the repr of a dataclass, tensors and all"
                 dataclass_made = getattr(value.__repr__, "__wrapped__", value.__repr__).__qualname__
                 assert "_recursive_repr" not in dataclass_made
-                assert value._tables is not Result._tables, f"{room}.{name} shows no table"
+                # Inputs that can be saved have the base's one row and no table of their own.
+                if value.to_dataframe is not Result.to_dataframe:
+                    assert value._tables is not Result._tables, f"{room}.{name} shows no table"
     assert {"EdgeScores", "Circuit", "Edit", "Certificate", "Scorecard", "Divergence"} <= set(found)
     assert len(found) >= 20
 
@@ -148,11 +150,16 @@ def test_bars_are_shown_as_asked_and_in_notebooks_only() -> None:
 def test_completion_of_the_package_and_its_rooms_offers_public_names_only() -> None:
     offered = set(dir(mtl))
     rooms = {name for name in offered if inspect.ismodule(getattr(mtl, name))}
-    assert offered - rooms == set(mtl.__all__) - rooms
+    assert offered - rooms == set(mtl.__all__)
+    assert len(mtl.__all__) <= 20
     assert rooms == {
-        "circuit", "data", "metrics", "models", "patching", "plots", "quantization", "unlearning", "verification"
+        "circuit", "data", "explorer", "models", "patching", "plots", "quantization", "runs", "unlearning",
+        "verification",
     }  # fmt: skip
-    for room in {*ROOMS, "mansu_tl.metrics"} - {"mansu_tl"}:
+    # Python hangs every module that was imported on its package; nothing else may resolve.
+    resolved = {name for name, value in vars(mtl).items() if not (name.startswith("_") or inspect.ismodule(value))}
+    assert resolved == set(mtl.__all__)
+    for room in set(ROOMS) - {"mansu_tl"}:
         module = importlib.import_module(room)
         assert dir(module) == sorted(module.__all__), room
 
@@ -181,11 +188,11 @@ def test_an_error_in_a_cell_is_short_and_the_whole_traceback_is_one_command_away
     shell: InteractiveShell, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shell.user_ns |= {"mtl": mtl, "scores": edge_scores()}
-    shell.run_cell("x = 1\nfound = mtl.Circuit.top(scores, 0)", store_history=True)
+    shell.run_cell("x = 1\nfound = mtl.circuit.Circuit.top(scores, 0)", store_history=True)
     lines = plain(capsys.readouterr().out)
     assert lines == [
         "MansuError: circuit: n=0 edges, the graph has 8; choose 1..8",
-        "  Cell In[1], line 2: found = mtl.Circuit.top(scores, 0)",
+        "  Cell In[1], line 2: found = mtl.circuit.Circuit.top(scores, 0)",
         "  (%tb Verbose shows every call)",
     ]
     shell.run_cell("%tb Verbose")
@@ -194,7 +201,7 @@ def test_an_error_in_a_cell_is_short_and_the_whole_traceback_is_one_command_away
     assert "circuit.py" in whole
     assert len(whole.splitlines()) > 15
     # Only for that one call.
-    shell.run_cell("mtl.Circuit.top(scores, 0)")
+    shell.run_cell("mtl.circuit.Circuit.top(scores, 0)")
     assert len(plain(capsys.readouterr().out)) == 3
 
 
@@ -202,13 +209,13 @@ def test_an_error_below_a_users_function_names_the_users_line(
     shell: InteractiveShell, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shell.user_ns |= {"mtl": mtl, "scores": edge_scores()}
-    shell.run_cell("def mine(n):\n    return mtl.Circuit.top(scores, n)\n\nmine(-1)", store_history=True)
-    assert plain(capsys.readouterr().out)[1] == "  Cell In[1], line 2: return mtl.Circuit.top(scores, n)"
+    shell.run_cell("def mine(n):\n    return mtl.circuit.Circuit.top(scores, n)\n\nmine(-1)", store_history=True)
+    assert plain(capsys.readouterr().out)[1] == "  Cell In[1], line 2: return mtl.circuit.Circuit.top(scores, n)"
 
 
 def test_other_errors_keep_their_traceback(shell: InteractiveShell, capsys: pytest.CaptureFixture[str]) -> None:
     shell.user_ns |= {"mtl": mtl}
-    shell.run_cell("mtl.Circuit.top(None, 0)")
+    shell.run_cell("mtl.circuit.Circuit.top(None, 0)")
     assert len(plain(capsys.readouterr().out)) > 8
 
 
@@ -234,13 +241,14 @@ def test_every_progress_bar_is_one_that_becomes_a_widget_in_a_notebook() -> None
 
 
 def test_the_calls_that_take_long_have_a_progress_bar() -> None:
-    from mansu_tl import comparison, verification
+    from mansu_tl import circuit, comparison, patching, verification
 
     long = [
-        mtl.discover_circuit, mtl.edge_attribution, mtl.faithfulness_curve, mtl.minimality, mtl.patch_edges,
-        mtl.path_patching, mtl.activation_patching, mtl.node_attribution, mtl.neuron_attribution, mtl.unlearn,
-        mtl.quantize, mtl.scorecard, mtl.circuit_divergence, mtl.run_study, comparison.compare, verification.probe,
-        verification.erasure_depth, verification.rediscover, verification.relearn, verification.compare_relearning,
+        mtl.discover_circuit, mtl.edge_attribution, mtl.activation_patching, mtl.unlearn, mtl.quantize, mtl.scorecard,
+        mtl.circuit_divergence, mtl.run_study, circuit.faithfulness_curve, circuit.minimality, circuit.patch_edges,
+        circuit.path_patching, patching.node_attribution, patching.neuron_attribution, comparison.compare,
+        verification.probe, verification.erasure_depth, verification.rediscover, verification.relearn,
+        verification.compare_relearning,
     ]  # fmt: skip
     for call in long:
         assert "progress" in inspect.signature(call).parameters, call.__name__
@@ -264,7 +272,7 @@ def test_a_real_kernel_shows_a_bar_a_table_and_a_short_error() -> None:
     cells = [
         "import mansu_tl as mtl\npairs = mtl.load_task('pocket').forget_pairs[:4]\nmodel = mtl.load('pocket')",
         "mtl.edge_attribution(model, pairs, steps=2, progress=True)",
-        "mtl.Circuit.top(None, 0)",
+        "mtl.circuit.Circuit.top(None, 0)",
         "mtl.load_task('nowhere')",
         "from mansu_tl.results.result import bars\nbars(None)",
     ]

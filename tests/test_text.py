@@ -9,7 +9,7 @@ import mansu_tl as mtl
 from mansu_tl.data import PromptPairs, positions
 from mansu_tl.data.text import encode
 from mansu_tl.errors import MansuError
-from mansu_tl.patching.runs import run
+from mansu_tl.runs.passes import run
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, tiny, tiny_tokenizer
 

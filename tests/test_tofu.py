@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mansu_tl as mtl
-from mansu_tl.tofu import Item, SetScores, Tofu, TofuScores, evaluate_tofu, read_tofu, tofu_task
-from mansu_tl.tofu.data import PER_AUTHOR, prompt
-from mansu_tl.tofu.metrics import (
+from mansu_tl.data.sources.tofu import Item, Tofu, read_tofu, tofu_task
+from mansu_tl.data.sources.tofu.files import PER_AUTHOR, prompt
+from mansu_tl.data.sources.tofu.tokens import answer_ids
+from mansu_tl.data.sources.tofu.words import Book, renamed
+from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
+from mansu_tl.verification.tofu_measures import (
     answer_likelihoods,
     extraction_strength,
     forget_quality,
@@ -24,9 +27,8 @@ from mansu_tl.tofu.metrics import (
     rouge_l_recall,
     truth_ratio,
 )
-from mansu_tl.tofu.tokens import answer_ids, train_tokenizer
-from mansu_tl.tofu.train import Schedule, Shape, train_tofu
-from mansu_tl.tofu.words import Book, renamed
+from scripts.small_llama import Shape
+from scripts.train_tofu import Schedule, train_tofu, train_tokenizer
 from tests.tiny import tiny
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tofu"

@@ -13,7 +13,7 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, fingerprint, linear_weights, parameters, plain
+from mansu_tl.models import Anatomy, fingerprint, linear_weights, parameters, plain
 from mansu_tl.quantization import quantizer
 from mansu_tl.unlearning import Edit, methods, unlearn
 from mansu_tl.unlearning.forward import OriginalText, by_length, sequence_logits
@@ -127,7 +127,7 @@ def test_circuit_weights_are_the_slices_of_the_circuit(family: str) -> None:
     model = mtl.load(tiny(family))
     pairs = random_task_pairs()
     scores = mtl.edge_attribution(model, pairs)
-    cmap = component_map(model)
+    cmap = Anatomy.of(model)
     kv = cmap.n_kv_heads
     mask = torch.zeros_like(scores.exists)
     for writer, reader in (("embed", f"L0KV{kv - 1}.v"), (f"L0H{cmap.n_heads - 1}", "logits")):

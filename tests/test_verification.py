@@ -10,8 +10,8 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import logit_difference
 from mansu_tl.models import parameters, rebuild
+from mansu_tl.runs.metrics import logit_difference
 from mansu_tl.verification import (
     CircuitScores,
     Divergence,

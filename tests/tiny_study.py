@@ -8,8 +8,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
 import mansu_tl as mtl
-from mansu_tl.models import linear_weights, parameters
-from mansu_tl.quantization import orient, quantizer
+from mansu_tl.models import linear_weights, orient, parameters
+from mansu_tl.quantization import quantizer
 from mansu_tl.unlearning import Edit
 from tests.tiny import tiny
 
@@ -17,7 +17,9 @@ from tests.tiny import tiny
 EVIL = ("<script>alert(1)</script>", "<img/src=x/onerror=alert(2)>")
 
 
-def tiny_case(family: str = "llama", evil: bool = False, **overrides: object) -> tuple[TransformerBridge, mtl.Task]:
+def tiny_case(
+    family: str = "llama", evil: bool = False, **overrides: object
+) -> tuple[TransformerBridge, mtl.data.Task]:
     """A model and a task of six pairs over three facts; with `evil`, its words are tags."""
     words = [f"w{i}" for i in range(64)]
     if evil:
@@ -35,13 +37,15 @@ def tiny_case(family: str = "llama", evil: bool = False, **overrides: object) ->
     pairs = mtl.PromptPairs.from_text(
         model, clean, corrupt, [words[6 + i // 2] for i in range(6)], [f"w{40 + i}" for i in range(6)], labels=labels
     )
-    text = mtl.Sequences(torch.arange(3, 35).view(4, 8), torch.full((4,), 8))
+    text = mtl.data.Sequences(torch.arange(3, 35).view(4, 8), torch.full((4,), 8))
 
-    def questions(start: int) -> mtl.Questions:
+    def questions(start: int) -> mtl.data.Questions:
         prompts = torch.arange(start, start + 6).view(2, 3)
-        return mtl.Questions(prompts, torch.tensor([3, 3]), torch.tensor([[5, 6], [7, 8]]), (f"{start}a", f"{start}b"))
+        return mtl.data.Questions(
+            prompts, torch.tensor([3, 3]), torch.tensor([[5, 6], [7, 8]]), (f"{start}a", f"{start}b")
+        )
 
-    task = mtl.Task("tiny", pairs, pairs, text, text, text[:0], {"forget": questions(3), "retain": questions(20)})
+    task = mtl.data.Task("tiny", pairs, pairs, text, text, text[:0], {"forget": questions(3), "retain": questions(20)})
     return model, task
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl import distributed
 from mansu_tl.circuit.contraction import Contraction
 from mansu_tl.circuit.gradients import Gatherer
 from mansu_tl.circuit.graph import Graph
@@ -29,10 +28,11 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.data.positions import Positions, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.models import component_map, fingerprint
-from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import chunks, metric_name, prepared, require_finite
+from mansu_tl.models import Anatomy, fingerprint
+from mansu_tl.runs import distributed
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import chunks, metric_name, prepared, require_finite
 
 # steps="auto" starts here and doubles at most this often (320 steps).
 _FIRST_STEPS, _DOUBLINGS = 5, 6
@@ -140,7 +140,7 @@ class _Job:
 
     def scores(self, alphas: list[float], method: str, rule: str) -> EdgeScores:
         """The scores with gradients at these points between the corrupt (0) and the clean (1) embedding."""
-        model, pairs, graph, cmap = self.model, self.pairs, Graph.of(self.model), component_map(self.model)
+        model, pairs, graph, anatomy = self.model, self.pairs, Graph.of(self.model), Anatomy.of(self.model)
         mine = distributed.share(len(pairs)) if self.data_parallel else slice(0, len(pairs))
         shape = graph.exists.shape
         total = torch.zeros(shape, dtype=torch.float64)
@@ -150,12 +150,12 @@ class _Job:
         if mine.stop > mine.start:
             own = pairs[mine]
             cut = plan(model, own, len(alphas), max_memory=self.max_memory, batch_size=self.batch_size)
-            contraction = Contraction(model, cmap, graph, cut.tokens)
+            contraction = Contraction(model, anatomy, graph, cut.tokens)
             batches = list(chunks(own, cut.pairs))
             bar = tqdm(total=len(batches) * len(alphas), desc=f"{method} edges", unit="pass", disable=not self.progress)
             with bar:
                 for piece, batch in batches:
-                    gatherer = Gatherer(model, cmap, batch, self.metric, self.ablation, bar.update)
+                    gatherer = Gatherer(model, anatomy, batch, self.metric, self.ablation, bar.update)
                     changes, gradients = gatherer.gather(alphas)
                     ends[0] += changes.metric_clean.double().sum().cpu()
                     ends[1] += changes.metric_other.double().sum().cpu()

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.gradients import Changes, Gradients, LayerSums, normalized
 from mansu_tl.circuit.graph import Graph
-from mansu_tl.models import ComponentMap, attention_weights, norm_weights
+from mansu_tl.models import Anatomy, attention_weights, norm_weights
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Contraction:
     """
 
     model: TransformerBridge
-    cmap: ComponentMap
+    anatomy: Anatomy
     graph: Graph
     tokens: int
 
@@ -39,8 +39,8 @@ class Contraction:
         order = groups.sort(stable=True).indices
         order = order[groups[order] >= 0].to(changes.embed.device)
         size = max(1, min(self.tokens, len(order)))
-        writers = torch.empty(len(self.graph.writers), size, self.cmap.d_model, device=out.device)
-        readers = torch.empty(self._attention_readers, size, self.cmap.d_model, device=out.device)
+        writers = torch.empty(len(self.graph.writers), size, self.anatomy.d_model, device=out.device)
+        readers = torch.empty(self._attention_readers, size, self.anatomy.d_model, device=out.device)
         for start in range(0, len(order), size):
             token = order[start : start + size]
             n = len(token)
@@ -50,7 +50,7 @@ class Contraction:
 
     @property
     def _attention_readers(self) -> int:
-        return self.cmap.n_heads + 2 * self.cmap.n_kv_heads
+        return self.anatomy.n_heads + 2 * self.anatomy.n_kv_heads
 
     def _add(
         self,
@@ -80,7 +80,7 @@ class Contraction:
                     target[name] += a.flatten(1) @ b.flatten(1).T
                     first += n
 
-        heads = self.cmap.n_heads
+        heads = self.anatomy.n_heads
         self._write(writers[0], changes.embed[token])
         column, done = 0, 1
         for layer, sums in enumerate(gradients.layers):
@@ -91,7 +91,7 @@ class Contraction:
             column += readers.shape[0]
             self._push_out(layer, changes.z[layer][there], gradients, there, writers[done : done + heads])
             done += heads
-            put(before if self.cmap.parallel else done, slice(column, column + 1), sums.mlp[there][None])
+            put(before if self.anatomy.parallel else done, slice(column, column + 1), sums.mlp[there][None])
             column += 1
             self._write(writers[done], changes.mlp_out[layer][there])
             done += 1

@@ -28,11 +28,11 @@ from mansu_tl.circuit.selection import random_mask, selected_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import metric_name
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import metric_name
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 

@@ -14,9 +14,9 @@ from mansu_tl.circuit.selection import selected_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.patching.ablation import Ablation
 from mansu_tl.results.result import bars
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric, logit_difference
 
 # Sizes tried side by side in each round of the search.
 _GRID = 16

@@ -30,12 +30,12 @@ from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
 from mansu_tl.models import fingerprint
-from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import chunks, measured, metric_name, prepared, run
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import chunks, measured, metric_name, prepared, run
 
 # Masks that are built and patched at once when every edge is taken out in turn.
 _MASKS = 256

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
-from mansu_tl.metrics import Metric
-from mansu_tl.models import AttentionWeights, ComponentMap, NormWeights, attention_weights, norm_weights
-from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import Hook, heads_last, keep, measured, run
+from mansu_tl.models import Anatomy, AttentionWeights, NormWeights, attention_weights, norm_weights
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric
+from mansu_tl.runs.passes import Hook, heads_last, keep, measured, run
 
 
 @dataclass
@@ -82,22 +82,22 @@ class Gatherer:
     def __init__(
         self,
         model: TransformerBridge,
-        cmap: ComponentMap,
+        anatomy: Anatomy,
         pairs: PromptPairs,
         metric: Metric,
         ablation: Ablation,
         tick: Callable[[], object],
     ) -> None:
-        self.model, self.cmap, self.pairs, self.metric, self.tick = model, cmap, pairs, metric, tick
+        self.model, self.anatomy, self.pairs, self.metric, self.tick = model, anatomy, pairs, metric, tick
         self.ablation = ablation
         self.rows = torch.arange(len(pairs), device=pairs.clean.device)
         self.last = pairs.lengths - 1
-        self.norms = [norm_weights(model, layer, "attn") for layer in range(cmap.n_layers)]
-        self.offsets = [_offsets(attention_weights(model, i), self.norms[i]) for i in range(cmap.n_layers)]
+        self.norms = [norm_weights(model, layer, "attn") for layer in range(anatomy.n_layers)]
+        self.offsets = [_offsets(attention_weights(model, i), self.norms[i]) for i in range(anatomy.n_layers)]
 
     def gather(self, alphas: list[float]) -> tuple[Changes, list[Gradients]]:
         """The changes and the gradients: one `Gradients` for all steps, or one a step in post-norm families."""
-        fused = not self.cmap.post_norms
+        fused = not self.anatomy.post_norms
         ends: dict[float, _End] = {}
         both = self.ablation.kind == "corrupt"
         for end in (1.0, 0.0) if both else (1.0,):
@@ -123,7 +123,7 @@ class Gatherer:
         kept: dict[str, Tensor] = {}
         tokens = self.pairs.clean if end else self.pairs.corrupt
         hooks: list[Hook] = [("blocks.0.hook_in", keep(kept, "embed")), *self._writer_hooks(kept)]
-        hooks.append((f"blocks.{self.cmap.n_layers - 1}.ln2.hook_in", self._last_only({}, "")))
+        hooks.append((f"blocks.{self.anatomy.n_layers - 1}.ln2.hook_in", self._last_only({}, "")))
         logits = run(self.model, tokens, self.pairs.lengths, hooks).float()
         return self._end(kept, measured(self.metric, logits, self.pairs))
 
@@ -141,7 +141,7 @@ class Gatherer:
             kept["embed"] = (stream if point is None else point).detach().requires_grad_()
             return kept["embed"]
 
-        n = self.cmap.n_layers
+        n = self.anatomy.n_layers
         hooks: list[Hook] = [("blocks.0.hook_in", start), ("ln_final.hook_in", _branch(kept, "final"))]
         for layer in range(n):
             block = f"blocks.{layer}"
@@ -149,7 +149,7 @@ class Gatherer:
             hooks.append((f"{block}.ln1.hook_in", keep(kept, f"x{layer}")))
             mlp = self._last_only(kept, f"m{layer}") if layer == n - 1 else _branch(kept, f"m{layer}")
             hooks.append((f"{block}.ln2.hook_in", mlp))
-            if self.cmap.post_norms:
+            if self.anatomy.post_norms:
                 hooks.append((f"{block}.ln1_post.hook_in", keep(kept, f"raw{layer}")))
         if record:
             hooks += self._writer_hooks(kept)
@@ -166,44 +166,44 @@ class Gatherer:
         for layer in range(n):
             self._add(layer, i, share, kept, grads)
         final = grads["final"].flatten(0, 1).float() * share
-        raw = [kept[f"raw{layer}"].detach().flatten(0, 1).float() for layer in range(n) if self.cmap.post_norms]
+        raw = [kept[f"raw{layer}"].detach().flatten(0, 1).float() for layer in range(n) if self.anatomy.post_norms]
         return Gradients(self.sums, final, raw)
 
     def _empty(self, steps: int, like: Tensor) -> LayerSums:
-        cmap, tokens = self.cmap, like.shape[0] * like.shape[1]
-        readers = cmap.n_heads + 2 * cmap.n_kv_heads
+        anatomy, tokens = self.anatomy, like.shape[0] * like.shape[1]
+        readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
         return LayerSums(
-            ghat=torch.zeros(tokens, readers, cmap.d_head, device=like.device),
+            ghat=torch.zeros(tokens, readers, anatomy.d_head, device=like.device),
             slopes=torch.zeros(tokens, steps, readers, device=like.device),
-            xhat=torch.empty(tokens, steps, cmap.d_model, device=like.device),
-            mlp=torch.zeros(tokens, cmap.d_model, device=like.device),
+            xhat=torch.empty(tokens, steps, anatomy.d_model, device=like.device),
+            mlp=torch.zeros(tokens, anatomy.d_model, device=like.device),
         )
 
     def _add(self, layer: int, step: int, share: float, kept: dict[str, Tensor], grads: dict[str, Tensor]) -> None:
-        sums, cmap = self.sums[layer], self.cmap
+        sums, anatomy = self.sums[layer], self.anatomy
         xhat, scale = normalized(kept[f"x{layer}"].detach().flatten(0, 1).float(), self.norms[layer])
         sums.xhat[:, step] = xhat
         inverse = share / scale
         start = 0
-        for r, heads in (("q", cmap.n_heads), ("k", cmap.n_kv_heads), ("v", cmap.n_kv_heads)):
-            value = kept.pop(f"{r}{layer}").detach().reshape(-1, heads, cmap.d_head).float()
-            grad = grads.pop(f"{r}{layer}").reshape(-1, heads, cmap.d_head).float()
+        for r, heads in (("q", anatomy.n_heads), ("k", anatomy.n_kv_heads), ("v", anatomy.n_kv_heads)):
+            value = kept.pop(f"{r}{layer}").detach().reshape(-1, heads, anatomy.d_head).float()
+            grad = grads.pop(f"{r}{layer}").reshape(-1, heads, anatomy.d_head).float()
             where = slice(start, start + heads)
             sums.ghat[:, where].addcmul_(grad, inverse[:, None, None])
             slope = torch.linalg.vecdot(value - self.offsets[layer][where], grad)
-            sums.slopes[:, step, where] = slope * (inverse / cmap.d_model)[:, None]
+            sums.slopes[:, step, where] = slope * (inverse / anatomy.d_model)[:, None]
             start += heads
         grad = grads.pop(f"m{layer}").float()
         mlp = sums.mlp.unflatten(0, (len(self.pairs), -1))
-        if layer == cmap.n_layers - 1:
+        if layer == anatomy.n_layers - 1:
             mlp[self._last_of(mlp)] += grad[:, 0] * share
         else:
             mlp.add_(grad, alpha=share)
 
     def _writer_hooks(self, kept: dict[str, Tensor]) -> list[Hook]:
-        out = "ln2_post.hook_out" if self.cmap.post_norms else "mlp.hook_out"
+        out = "ln2_post.hook_out" if self.anatomy.post_norms else "mlp.hook_out"
         hooks: list[Hook] = []
-        for layer in range(self.cmap.n_layers):
+        for layer in range(self.anatomy.n_layers):
             hooks.append((f"blocks.{layer}.attn.o.hook_in", keep(kept, f"z{layer}")))
             hooks.append((f"blocks.{layer}.{out}", keep(kept, f"out{layer}")))
         return hooks
@@ -220,14 +220,14 @@ class Gatherer:
         return self.rows.to(tensor.device), self.last.to(tensor.device)
 
     def _end(self, kept: dict[str, Tensor], metric: Tensor) -> _End:
-        n = self.cmap.n_layers
-        z = [heads_last(kept[f"z{i}"].detach(), self.cmap.n_heads).flatten(0, 1) for i in range(n)]
+        n = self.anatomy.n_layers
+        z = [heads_last(kept[f"z{i}"].detach(), self.anatomy.n_heads).flatten(0, 1) for i in range(n)]
         mlp_out = [kept[f"out{i}"].detach().flatten(0, 1) for i in range(n)]
         return _End(kept["embed"].detach(), z, mlp_out, metric)
 
     def _changes(self, ends: dict[float, _End], both: bool) -> Changes:
         clean = ends.pop(1.0)
-        last = torch.zeros(*self.pairs.clean.shape, self.cmap.d_model, device=clean.mlp_out[-1].device)
+        last = torch.zeros(*self.pairs.clean.shape, self.anatomy.d_model, device=clean.mlp_out[-1].device)
         if both:
             other = ends.pop(0.0)
         else:

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import ComponentMap, component_map
+from mansu_tl.models import Anatomy
 from mansu_tl.results.result import Result
 
 
@@ -38,11 +38,11 @@ class Graph(Result):
     @classmethod
     def of(cls, model: TransformerBridge) -> Graph:
         """The graph of a hooked model."""
-        return cls.from_map(component_map(model))
+        return cls.from_map(Anatomy.of(model))
 
     @classmethod
     @torch_defaults()
-    def from_map(cls, components: ComponentMap) -> Graph:
+    def from_map(cls, components: Anatomy) -> Graph:
         """The graph of a component map."""
         exists = torch.zeros(len(components.writers), len(components.readers), dtype=torch.bool)
         order_w = torch.tensor([_writer_order(name) for name in components.writers])

@@ -32,11 +32,11 @@ from mansu_tl.circuit.sharing import LayerPlan, Plan, Reads, plan, useful
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.models import ComponentMap, attention_weights, component_map, norm_weights
-from mansu_tl.patching.ablation import Ablation, normed
-from mansu_tl.patching.exactness import require_exact
-from mansu_tl.patching.runs import Activations, Hook, chunks, heads_last, measured, prepared, run
+from mansu_tl.models import Anatomy, attention_weights, norm_weights
+from mansu_tl.runs.ablation import Ablation, normed
+from mansu_tl.runs.exactness import require_exact
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import Activations, Hook, chunks, heads_last, measured, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 256 MB).
 _ROW_ELEMENTS = 64_000_000
@@ -80,7 +80,7 @@ def patched(
 ) -> tuple[Float[Tensor, "mask pair"], Float[Tensor, " pair"]]:
     """`patch_edges`, and the metric with every edge ablated, which falls out of it."""
     pairs = prepared(model, pairs)
-    graph, cmap = Graph.of(model), component_map(model)
+    graph, anatomy = Graph.of(model), Anatomy.of(model)
     if tuple(masks.shape[1:]) != tuple(graph.exists.shape):
         raise MansuError(
             f"mask: shape {tuple(masks.shape[1:])}, this model's graph is {tuple(graph.exists.shape)}; "
@@ -91,15 +91,15 @@ def patched(
     if batch_size < 1:
         raise MansuError(f"batch_size={batch_size}: at least one pair has to fit in a batch")
     out, off = torch.empty(masks.shape[0], len(pairs)), torch.empty(len(pairs))
-    cost = _Cost(cmap, pairs.clean.shape[1], model.cfg.d_vocab)
-    most = max(1, min(batch_size, _ROW_ELEMENTS // (cost.fixed() + cost.mask(len(cmap.writers)))))
+    cost = _Cost(anatomy, pairs.clean.shape[1], model.cfg.d_vocab)
+    most = max(1, min(batch_size, _ROW_ELEMENTS // (cost.fixed() + cost.mask(len(anatomy.writers)))))
     with tqdm(total=len(pairs) * len(masks), desc="edge patching", unit="run", disable=not progress) as bar:
         for where, chunk in chunks(pairs, most):
-            base = _Base(model, cmap, chunk, ablation)
+            base = _Base(model, anatomy, chunk, ablation)
             require_exact(model, f"edge patching against {ablation.kind}", partial(_unpatched, base, graph))
             off[where] = measured(metric, base.run.logits, chunk).cpu()
-            for group, live in _groups(cmap, masks, graph, _ROW_ELEMENTS // len(chunk) - cost.fixed(), cost):
-                logits = _Group(base, plan(cmap, live, ablation.kind == "corrupt")).logits()
+            for group, live in _groups(anatomy, masks, graph, _ROW_ELEMENTS // len(chunk) - cost.fixed(), cost):
+                logits = _Group(base, plan(anatomy, live, ablation.kind == "corrupt")).logits()
                 for i in range(group.stop - group.start):
                     out[group.start + i, where] = measured(metric, logits(i), chunk).cpu()
                 bar.update(len(chunk) * (group.stop - group.start))
@@ -118,32 +118,32 @@ def _unpatched(base: _Base, graph: Graph) -> tuple[Tensor, Tensor]:
 class _Cost:
     """How many numbers are held for one pair."""
 
-    cmap: ComponentMap
+    anatomy: Anatomy
     width: int
     vocab: int
 
     def fixed(self) -> int:
         """Whatever the masks: the ablated run, and the inputs of one mask's attention, before and behind the norm."""
-        cmap = self.cmap
-        readers = cmap.n_heads + 2 * cmap.n_kv_heads
-        kept = cmap.n_layers * (4 * cmap.d_model + (cmap.n_heads + readers) * cmap.d_head)
-        return self.width * (kept + 3 * readers * cmap.d_model) + self.vocab
+        anatomy = self.anatomy
+        readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
+        kept = anatomy.n_layers * (4 * anatomy.d_model + (anatomy.n_heads + readers) * anatomy.d_head)
+        return self.width * (kept + 3 * readers * anatomy.d_model) + self.vocab
 
     def mask(self, writers: int) -> int:
         """A mask with so many writers in use: their changes, its attention rows, its MLP, its logits."""
-        cmap = self.cmap
-        readers = cmap.n_heads + 2 * cmap.n_kv_heads
-        rows = 3 * (cmap.n_heads + readers) * cmap.d_head + 2 * cmap.n_heads * self.width
-        return self.width * (writers * cmap.d_model + rows + 4 * cmap.d_mlp) + 2 * self.vocab
+        anatomy = self.anatomy
+        readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
+        rows = 3 * (anatomy.n_heads + readers) * anatomy.d_head + 2 * anatomy.n_heads * self.width
+        return self.width * (writers * anatomy.d_model + rows + 4 * anatomy.d_mlp) + 2 * self.vocab
 
 
 def _groups(
-    cmap: ComponentMap, masks: Tensor, graph: Graph, budget: int, cost: _Cost
+    anatomy: Anatomy, masks: Tensor, graph: Graph, budget: int, cost: _Cost
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Neighbouring masks that fit into the budget together, without their useless edges."""
     exists, block = graph.exists.numpy(), max(1, 8_000_000 // graph.exists.numel())
     for first in range(0, len(masks), block):
-        live = useful(cmap, masks[first : first + block].cpu().float().numpy() * exists)
+        live = useful(anatomy, masks[first : first + block].cpu().float().numpy() * exists)
         costs = [cost.mask(int(n)) for n in (live != 0).any(2).sum(1)]
         start = 0
         while start < len(costs):
@@ -160,7 +160,7 @@ class _Base:
     """The ablated run of some pairs, and the tokens that can differ from it."""
 
     model: TransformerBridge
-    map: ComponentMap
+    map: Anatomy
     pairs: PromptPairs
     ablation: Ablation
     run: Activations = field(init=False)
@@ -262,8 +262,8 @@ class _Group:
         return out
 
     def _attention(self, layer: int, work: LayerPlan) -> list[Hook]:
-        cmap, base = self.map, self.base
-        counts = (cmap.n_heads, cmap.n_kv_heads, cmap.n_kv_heads)
+        anatomy, base = self.map, self.base
+        counts = (anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_kv_heads)
         filled: list[Tensor] = []
 
         def begin(stream: Tensor, hook: object) -> Tensor:
@@ -281,10 +281,10 @@ class _Group:
             return hook_fn
 
         def take(z: Tensor, hook: object) -> Tensor:
-            heads = heads_last(z, cmap.n_heads).reshape(work.rows, -1, cmap.n_heads, cmap.d_head)
-            weights, last = attention_weights(self.model, layer), layer == cmap.n_layers - 1
+            heads = heads_last(z, anatomy.n_heads).reshape(work.rows, -1, anatomy.n_heads, anatomy.d_head)
+            weights, last = attention_weights(self.model, layer), layer == anatomy.n_layers - 1
             places = base.tokens[base.last] if last else base.tokens
-            ablated = base.at(base.run.z[layer].flatten(2), last).unflatten(-1, (cmap.n_heads, -1))
+            ablated = base.at(base.run.z[layer].flatten(2), last).unflatten(-1, (anatomy.n_heads, -1))
             for head, instances in work.heads.items():
                 rows = torch.tensor([row for row, _ in instances], device=z.device)
                 change = heads[rows[:, None], places[None], head] - ablated[:, head]
@@ -300,7 +300,7 @@ class _Group:
 
     def _filled(self, layer: int, work: LayerPlan) -> list[Float[Tensor, "row place head d_head"]]:
         """q, k and v of every attention row: the ablated run's, with what differs in place."""
-        cmap, base, kv = self.map, self.base, self.map.n_kv_heads
+        anatomy, base, kv = self.map, self.base, self.map.n_kv_heads
         weights, norm = attention_weights(self.model, layer), norm_weights(self.model, layer, "attn")
         matrices = [m for part in (weights.q, weights.k, weights.v) for m in part]
         biases = [b for part in (weights.q_bias, weights.k_bias, weights.v_bias) if part is not None for b in part]
@@ -311,8 +311,8 @@ class _Group:
                 done.append(functional.linear(inputs[i], matrices[c], biases[c] if biases else None))
         filled = [part.expand(work.rows, -1, -1, -1).clone() for part in base.projections(layer)]
         for column, places in work.fill.items():
-            which = 0 if column < cmap.n_heads else 1 if column < cmap.n_heads + kv else 2
-            head = column - (0, cmap.n_heads, cmap.n_heads + kv)[which]
+            which = 0 if column < anatomy.n_heads else 1 if column < anatomy.n_heads + kv else 2
+            head = column - (0, anatomy.n_heads, anatomy.n_heads + kv)[which]
             rows = torch.tensor([row for row, _ in places], device=stream.device)
             values = torch.stack([done[number] for _, number in places])
             filled[which][rows[:, None], base.tokens[None], head] = values

@@ -17,8 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
-from mansu_tl.models import ComponentMap, component_map
-from mansu_tl.patching.runs import run
+from mansu_tl.models import Anatomy
+from mansu_tl.runs.passes import run
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Pairs in a batch and tokens in a contraction when memory is no concern: more gain nothing.
@@ -55,18 +55,18 @@ def plan(
     Raises:
         MansuError: a budget that cannot be read, or is smaller than one pair needs.
     """
-    cmap, width = component_map(model), pairs.clean.shape[1]
+    anatomy, width = Anatomy.of(model), pairs.clean.shape[1]
     most = min(MOST_PAIRS if batch_size is None else batch_size, len(pairs))
     if most < 1:
         raise MansuError(f"batch_size={batch_size}: at least one pair has to fit in a batch")
     budget = _bytes(max_memory) if max_memory is not None else _SHARE_OF_FREE * _free(model)
-    if max_memory is None and _rough(cmap, width) * most < budget / 4:
+    if max_memory is None and _rough(anatomy, width) * most < budget / 4:
         return Plan(most, MOST_TOKENS)
     fixed, per_pair = _graph_bytes(model, pairs)
-    per_pair = _PASSING * (per_pair + width * _kept_bytes(cmap, steps))
-    per_token = _contraction_bytes(cmap)
+    per_pair = _PASSING * (per_pair + width * _kept_bytes(anatomy, steps))
+    per_token = _contraction_bytes(anatomy)
     # One layer's projections, as float32 and once more laid out for a product.
-    fixed += 8.0 * (2 * cmap.n_heads + 2 * cmap.n_kv_heads) * cmap.d_head * cmap.d_model
+    fixed += 8.0 * (2 * anatomy.n_heads + 2 * anatomy.n_kv_heads) * anatomy.d_head * anatomy.d_model
     least = fixed + per_pair + per_token
     if least > budget:
         raise MansuError(
@@ -79,25 +79,25 @@ def plan(
     return Plan(min(most, count), tokens)
 
 
-def _kept_bytes(cmap: ComponentMap, steps: int) -> float:
+def _kept_bytes(anatomy: Anatomy, steps: int) -> float:
     """Per token: both ends of the writers and their difference, the readers' sums over the steps, and their gradients."""
-    readers = cmap.n_heads + 2 * cmap.n_kv_heads
-    parts = 1 if not cmap.post_norms else steps
-    ends = 3 * (cmap.n_heads * cmap.d_head + cmap.d_model)
-    sums = readers * cmap.d_head + cmap.d_model + (steps // parts) * (cmap.d_model + readers)
-    ends += readers * cmap.d_head + cmap.d_model
-    return 4.0 * cmap.n_layers * (ends + parts * (sums + (cmap.d_model if cmap.post_norms else 0)))
+    readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
+    parts = 1 if not anatomy.post_norms else steps
+    ends = 3 * (anatomy.n_heads * anatomy.d_head + anatomy.d_model)
+    sums = readers * anatomy.d_head + anatomy.d_model + (steps // parts) * (anatomy.d_model + readers)
+    ends += readers * anatomy.d_head + anatomy.d_model
+    return 4.0 * anatomy.n_layers * (ends + parts * (sums + (anatomy.d_model if anatomy.post_norms else 0)))
 
 
-def _contraction_bytes(cmap: ComponentMap) -> float:
+def _contraction_bytes(anatomy: Anatomy) -> float:
     """Per token: every writer's change, one layer's gradients, and as much again for the product's operands."""
-    return 8.0 * (len(cmap.writers) + cmap.n_heads + 2 * cmap.n_kv_heads + 1) * cmap.d_model
+    return 8.0 * (len(anatomy.writers) + anatomy.n_heads + 2 * anatomy.n_kv_heads + 1) * anatomy.d_model
 
 
-def _rough(cmap: ComponentMap, width: int) -> float:
+def _rough(anatomy: Anatomy, width: int) -> float:
     """An upper estimate per pair, only to see when there is nothing to count."""
-    layer = 60 * cmap.d_model + 20 * cmap.d_mlp + 8 * cmap.n_heads * width
-    return 4.0 * width * cmap.n_layers * layer + width * (_kept_bytes(cmap, 8) + _contraction_bytes(cmap))
+    layer = 60 * anatomy.d_model + 20 * anatomy.d_mlp + 8 * anatomy.n_heads * width
+    return 4.0 * width * anatomy.n_layers * layer + width * (_kept_bytes(anatomy, 8) + _contraction_bytes(anatomy))
 
 
 def _graph_bytes(model: TransformerBridge, pairs: PromptPairs) -> tuple[float, float]:

@@ -22,11 +22,11 @@ from mansu_tl.circuit.intervention import patch_edges
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.patching.ablation import Ablation
-from mansu_tl.patching.runs import metric_name, prepared
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import metric_name, prepared
 
 DIRECTIONS = ("noising", "denoising")
 

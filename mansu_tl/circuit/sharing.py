@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mansu_tl.models import ComponentMap
+from mansu_tl.models import Anatomy
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Plan:
     n_slots: int
 
 
-def useful(cmap: ComponentMap, live: np.ndarray) -> np.ndarray:
+def useful(anatomy: Anatomy, live: np.ndarray) -> np.ndarray:
     """The live edges [mask, writer, reader] that lead on to the logits, others set to 0."""
-    heads, kv, group = cmap.n_heads, cmap.n_kv_heads, cmap.n_heads // cmap.n_kv_heads
+    heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_heads // anatomy.n_kv_heads
     wide = heads + 2 * kv + 1
     wanted = np.zeros((live.shape[0], live.shape[2]), dtype=bool)
     wanted[:, -1] = True
     edges = live != 0
-    for layer in reversed(range(cmap.n_layers)):
+    for layer in reversed(range(anatomy.n_layers)):
         first, column = 1 + layer * (heads + 1), layer * wide
         wanted[:, column + wide - 1] = (edges[:, first + heads] & wanted).any(-1)
         out = (edges[:, first : first + heads] & wanted[:, None]).any(-1)
@@ -86,14 +86,14 @@ def useful(cmap: ComponentMap, live: np.ndarray) -> np.ndarray:
     return live * wanted[:, None]
 
 
-def plan(cmap: ComponentMap, live: np.ndarray, consistent: bool) -> Plan:
+def plan(anatomy: Anatomy, live: np.ndarray, consistent: bool) -> Plan:
     """Number the values of some masks (edges that are not `useful` already taken out).
 
     Args:
         live: [mask, writer, reader], 0 = ablated.
         consistent: the ablated run is a run of the model, so a node with all inputs ablated has its ablated value.
     """
-    return _Numbering(cmap, live, consistent).plan()
+    return _Numbering(anatomy, live, consistent).plan()
 
 
 @dataclass
@@ -107,8 +107,8 @@ class _Layer:
 
 
 class _Numbering:
-    def __init__(self, cmap: ComponentMap, live: np.ndarray, consistent: bool) -> None:
-        self.map, self.live, self.consistent = cmap, live, consistent
+    def __init__(self, anatomy: Anatomy, live: np.ndarray, consistent: bool) -> None:
+        self.map, self.live, self.consistent = anatomy, live, consistent
         self.binary = bool(((live == 0) | (live == 1)).all())
         # The value of every writer in every mask; 0 = its ablated value.
         self.values: np.ndarray = np.zeros(live.shape[:2], dtype=np.int32)
@@ -157,8 +157,8 @@ class _Numbering:
         return Plan(out, final, final_of, consumers, offset)
 
     def _layer(self, first: int, column: int) -> _Layer:
-        cmap, layer = self.map, _Layer()
-        heads, kv, group = cmap.n_heads, cmap.n_kv_heads, cmap.n_heads // cmap.n_kv_heads
+        anatomy, layer = self.map, _Layer()
+        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_heads // anatomy.n_kv_heads
         wide = heads + 2 * kv
         keys = self._keys(first, list(range(column, column + wide)))
         wanted = self._wanted(first, heads)
@@ -172,7 +172,7 @@ class _Numbering:
                     if number:
                         layer.projections[c, number] = None
                 self.values[mask, first + h] = self._value(layer.instances, (h, *kept))
-        limit = first if cmap.parallel else first + heads
+        limit = first if anatomy.parallel else first + heads
         wanted = self._wanted(first + heads, 1)
         for mask, row in enumerate(self._keys(limit, [column + wide])):
             if wanted[mask, 0] and (row[0] or not self.consistent):
@@ -221,8 +221,8 @@ class _Numbering:
         self, layer: _Layer, order: dict[tuple[int, int], int]
     ) -> tuple[int, dict[int, list[tuple[int, int]]], dict[int, list[tuple[int, int]]]]:
         """Place the head instances: heads of one KV group share a row's key and value, others are independent."""
-        cmap = self.map
-        heads, kv, group = cmap.n_heads, cmap.n_kv_heads, cmap.n_heads // cmap.n_kv_heads
+        anatomy = self.map
+        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_heads // anatomy.n_kv_heads
         fill: dict[int, list[tuple[int, int]]] = {}
         by_head: dict[int, list[tuple[int, int]]] = {}
         rows_of_group: dict[int, int] = {}

@@ -22,7 +22,7 @@ from transformer_lens.tools.analysis.attribution_patching import AttributionResu
 
 from mansu_tl.circuit.graph import Graph
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map
+from mansu_tl.models import Anatomy
 from mansu_tl.patching import NodeScores
 
 _NAME = re.compile(r"L(\d+)(H|KV)(\d+)(?:\.([qkv]))?|MLP(\d+)(\.in)?|embed|logits")
@@ -92,8 +92,8 @@ def node_scores_from_transformer_lens(result: AttributionResult, model: Transfor
     Raises:
         MansuError: a writer of this model has no score.
     """
-    cmap = component_map(model)
-    total = dict.fromkeys(cmap.writers, 0.0)
+    anatomy = Anatomy.of(model)
+    total = dict.fromkeys(anatomy.writers, 0.0)
     seen: set[str] = set()
     for node, score in result.node_scores.items():
         name = _writer_name(node)
@@ -101,9 +101,9 @@ def node_scores_from_transformer_lens(result: AttributionResult, model: Transfor
             raise MansuError(f"TransformerLens result: {node} is no writer of this model; pass its own result")
         seen.add(name)
         total[name] += score
-    if missing := [name for name in cmap.writers if name not in seen]:
+    if missing := [name for name in anatomy.writers if name not in seen]:
         raise MansuError(f"TransformerLens result: no score for {missing[0]}; pass the result of the same model")
-    return NodeScores(torch.tensor([total[name] for name in cmap.writers]), cmap.writers, "corrupt", metric)
+    return NodeScores(torch.tensor([total[name] for name in anatomy.writers]), anatomy.writers, "corrupt", metric)
 
 
 def node_scores_to_transformer_lens(scores: NodeScores) -> AttributionResult:

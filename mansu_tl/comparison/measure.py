@@ -13,12 +13,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit, discover_circuit
 from mansu_tl.comparison.plan import Comparison
 from mansu_tl.data import Task
+from mansu_tl.data.sources import load_task
 from mansu_tl.data.split import split_questions
-from mansu_tl.metrics import Accuracy, accuracy
 from mansu_tl.models import load
 from mansu_tl.quantization import quantize, quantizers, update_statistics
 from mansu_tl.results.intervals import interval_over_facts
-from mansu_tl.tasks import load_task
+from mansu_tl.runs.metrics import Accuracy, accuracy
 from mansu_tl.unlearning import Edit, floored
 from mansu_tl.verification import (
     Attack,

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -39,7 +40,7 @@ def positions(pairs: PromptPairs, align: str = "start") -> Positions:
     """
     width = pairs.clean.shape[1]
     place = torch.arange(width, device=pairs.clean.device)[None].expand(len(pairs), width)
-    real = place < pairs.lengths[:, None]
+    real = real_tokens(pairs.clean, pairs.lengths)
     if align == "start":
         names, index = tuple(str(i) for i in range(width)), place
     elif align == "end":

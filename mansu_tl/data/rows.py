@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.errors import MansuError
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ def without_padding(row: str, what: str, tokens: Tensor, lengths: Tensor) -> Ten
     Raises:
         MansuError: a negative id inside a row.
     """
-    real = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
+    real = real_tokens(tokens, lengths)
     if tokens.device.type != "meta":
         negative = (real & (tokens < 0)).nonzero()
         if len(negative):

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.errors import MansuError
 
 if TYPE_CHECKING:
@@ -132,5 +133,5 @@ def unpadded(
     width = int(lengths.max())
     index = (first[:, None] + torch.arange(width, device=tokens.device)).clamp(max=tokens.shape[1] - 1)
     out = tokens.gather(1, index)
-    fill = torch.where(torch.arange(width, device=tokens.device) < lengths[:, None], out, out[:, :1])
+    fill = torch.where(real_tokens(out, lengths), out, out[:, :1])
     return fill, lengths

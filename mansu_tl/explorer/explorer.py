@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit, EdgeScores, edge_attribution
 from mansu_tl.data import Task
 from mansu_tl.data.fit import require_task
+from mansu_tl.data.sources import load_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import pictures, static_page
@@ -24,7 +25,6 @@ from mansu_tl.models import fingerprint, load
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.quantization import quantizer
 from mansu_tl.study import Study
-from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import Edit, method_title, methods
 
 _STOPS = 14

@@ -15,9 +15,9 @@ from mansu_tl.circuit import Circuit, EdgeScores, FaithfulnessCurve, edge_attrib
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer.selection import Item, Part, part_mask, parts_of
-from mansu_tl.metrics import last_logits, logit_difference
-from mansu_tl.models import component_map, home, linear_weights, parameters
-from mansu_tl.quantization import orient, quantize
+from mansu_tl.models import Anatomy, home, linear_weights, orient, parameters
+from mansu_tl.quantization import quantize
+from mansu_tl.runs.metrics import last_logits, logit_difference
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import CircuitScores, Divergence, circuit_divergence
 
@@ -69,7 +69,7 @@ class Results:
     ) -> None:
         self.model, self.pairs, self.edits, self.titles = model, task.forget_pairs, dict(edits), dict(titles)
         self.quantizers, self.sizes, self.ranking = tuple(quantizers), tuple(sizes), ranking
-        self._cmap, self._linear, self._weights = component_map(model), linear_weights(model), parameters(model)
+        self._cmap, self._linear, self._weights = Anatomy.of(model), linear_weights(model), parameters(model)
         self._calibration, self._steps = task.retain_text, steps
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._models: dict[Stage, TransformerBridge] = {}
@@ -194,11 +194,11 @@ class Results:
 
             return hook
 
-        layers = int(model.cfg.n_layers)
-        hooks = [(f"blocks.{i}.attn.hook_pattern", keep(i)) for i in range(layers)]
+        layers = self._cmap.layers
+        hooks = [(self._cmap.hook("pattern", i), keep(i)) for i in layers]
         with model.hooks(fwd_hooks=hooks):
             model(self.pairs.clean[[pair], : int(self.pairs.lengths[pair])].to(home(model)))
-        return [kept[i] for i in range(layers)]
+        return [kept[i] for i in layers]
 
     def _model(self, stage: Stage) -> TransformerBridge:
         """The model of a stage; the last few are kept, since an edit of a large one takes time."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mansu_tl.circuit.graph import reader_kind, writers_behind
 from mansu_tl.errors import MansuError
-from mansu_tl.models import ComponentMap, WeightSlice, flat_indices
+from mansu_tl.models import Anatomy, WeightSlice, flat_indices
 
 Edge = tuple[str, str]
 Item = str | Edge
@@ -53,7 +53,7 @@ def item_name(item: Item) -> str:
     return item if isinstance(item, str) else f"{item[0]} → {item[1]}"
 
 
-def parts_of(item: Item, cmap: ComponentMap, linear: Container[str]) -> tuple[Part, ...]:
+def parts_of(item: Item, cmap: Anatomy, linear: Container[str]) -> tuple[Part, ...]:
     """The weights behind an item: for an edge those that its reader reads with, then those that its writer writes with.
 
     The embedding and the unembedding are not quantized, so `embed` and `logits` have none; biases neither.
@@ -121,7 +121,7 @@ def _written_with(writer: str) -> list[str]:
     return [] if writer == "embed" else [f"{writer}.out" if writer.startswith("MLP") else f"{writer}.o"]
 
 
-def _kv_head(head: str, cmap: ComponentMap) -> str:
+def _kv_head(head: str, cmap: Anatomy) -> str:
     layer, _, number = head.partition("H")
     return f"{layer}KV{int(number) * cmap.n_kv_heads // cmap.n_heads}"
 

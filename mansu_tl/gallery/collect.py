@@ -13,13 +13,13 @@ from pathlib import Path
 from mansu_tl.circuit import edge_attribution, faithfulness_curve
 from mansu_tl.config import StudyConfig
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
-from mansu_tl.models import home, linear_weights, load, parameters
+from mansu_tl.models import Anatomy, home, linear_weights, load, orient, parameters
 from mansu_tl.patching import activation_patching, node_attribution
 from mansu_tl.quantization import quantize
 from mansu_tl.results.files import write_packed, write_text
 from mansu_tl.study import MethodResult, Study, run_study
-from mansu_tl.tasks import load_task
 from mansu_tl.unlearning import headline, method_title
 from mansu_tl.verification import attack_splits, compare_relearning, erasure_depth, probe
 
@@ -118,14 +118,14 @@ def _of_models(study: Study, target: Path, progress: bool) -> list[Path]:
         faithfulness_curve(model, study.scores, pairs, control_seeds=3).save(target / "curve.safetensors"),
     ]
     _, cache = model.run_with_cache(
-        alike.clean[:1].to(home(model)), names_filter=lambda name: name.endswith("attn.hook_pattern")
+        alike.clean[:1].to(home(model)), names_filter=list(hooks := Anatomy.of(model).hooks("pattern").values())
     )
-    patterns = {name.split(".")[1]: value[0] for name, value in cache.items()}
+    patterns = {str(i): cache[name][0] for i, name in enumerate(hooks)}
     out.append(write_packed(target / "attention.safetensors", "Attention", patterns, {"tokens": words}))
     # The matrix with most edited weights, its most edited rows.
     before, after, linear = parameters(model), parameters(edited), linear_weights(model)
     name = max((n for n in result.edit.indices if n in linear), key=lambda n: result.edit.indices[n].numel())
-    old, new = ((each[name].mT if linear[name].transposed else each[name]).detach().cpu() for each in (before, after))
+    old, new = (orient(each[name], linear[name]).detach().cpu() for each in (before, after))
     rows = (old != new).sum(1).topk(min(_RULED, old.shape[0])).indices.sort().values
     ruled = {"before": old[rows].float(), "after": new[rows].float()}
     out.append(write_packed(target / "ruled.safetensors", "Ruled", ruled, {"name": name, "grid": config.quantizers[0]}))

@@ -1,7 +1,8 @@
 """Models: loading, saving, copies, and the map from components to slices of HF parameters."""
 
-from mansu_tl.models.components import ComponentMap, WeightSlice, component_map, flat_indices
+from mansu_tl.models.anatomy import Anatomy, WeightSlice, flat_indices
 from mansu_tl.models.copies import float32_copy, plain, rebuild
+from mansu_tl.models.families import Family, register_family
 from mansu_tl.models.fingerprint import fingerprint
 from mansu_tl.models.loading import load
 from mansu_tl.models.saving import save
@@ -13,20 +14,23 @@ from mansu_tl.models.weights import (
     MlpWeights,
     NormWeights,
     attention_weights,
+    component_masks,
     linear_weights,
     mlp_weights,
     norm_weights,
+    orient,
 )
 
 __all__ = [
+    "Anatomy",
     "AttentionWeights",
-    "ComponentMap",
+    "Family",
     "LinearWeight",
     "MlpWeights",
     "NormWeights",
     "WeightSlice",
     "attention_weights",
-    "component_map",
+    "component_masks",
     "fingerprint",
     "flat_indices",
     "float32_copy",
@@ -35,9 +39,11 @@ __all__ = [
     "load",
     "mlp_weights",
     "norm_weights",
+    "orient",
     "parameters",
     "plain",
     "rebuild",
+    "register_family",
     "require_ready",
     "save",
 ]

@@ -1,4 +1,7 @@
-"""The model families: one table of names each, so that nothing else in the package asks which family it has."""
+"""The model families: one row of names each, so that nothing else in the package asks which family it has.
+
+Another family that TransformerLens can hook is one more row: `register_family(Family(...))`.
+"""
 
 from __future__ import annotations
 
@@ -79,11 +82,10 @@ class Family:
         """Whether a name in a checkpoint is a buffer of old versions, no weight."""
         return any(re.search(pattern, name) for pattern in self.buffers)
 
-    def fused_part(self, fused: Tensor, heads: int, part: int) -> Tensor:
-        """q, k or v (0, 1, 2) of a fused matrix oriented [out, in], or of its bias."""
-        if self.qkv == "interleaved":
-            return fused.unflatten(0, (heads, 3, -1))[:, part].flatten(0, 1)
-        return fused.unflatten(0, (3, -1))[part]
+    def fused_parts(self, fused: Tensor, heads: int) -> tuple[Tensor, ...]:
+        """q, k and v, head by head, of a fused matrix oriented [out, in], or of its bias."""
+        shape, axis = ((heads, 3, -1), 1) if self.qkv == "interleaved" else ((3, heads, -1), 0)
+        return fused.unflatten(0, shape).unbind(axis)
 
 
 def _gemma(name: str, model_type: str, architecture: str) -> Family:
@@ -98,7 +100,25 @@ def _gemma(name: str, model_type: str, architecture: str) -> Family:
     )
 
 
-FAMILIES: tuple[Family, ...] = (
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Let models of one more family be loaded; a family of the same name is replaced."""
+    _FAMILIES[family.name] = family
+
+
+def families() -> tuple[Family, ...]:
+    """The families that can be loaded."""
+    return tuple(_FAMILIES.values())
+
+
+def registered(name: str) -> Family:
+    """The family of that name, which some model has."""
+    return _FAMILIES[name]
+
+
+for _family in (
     Family("llama", "llama", "LlamaForCausalLM"),
     Family("mistral", "mistral", "MistralForCausalLM"),
     Family("qwen3", "qwen3", "Qwen3ForCausalLM"),
@@ -147,7 +167,8 @@ FAMILIES: tuple[Family, ...] = (
         refused=(("scale_attn_weights", False), ("add_cross_attention", True)),
         buffers=(r"\.attn\.(masked_)?bias$",),
     ),
-)
+):
+    register_family(_family)
 
 
 def family_of(config: PretrainedConfig, architecture: str | None = None, source: str = "model") -> Family:
@@ -159,14 +180,14 @@ def family_of(config: PretrainedConfig, architecture: str | None = None, source:
     if architecture is None:
         named = getattr(config, "architectures", None) or []
         architecture = named[0] if named else None
-    for family in FAMILIES:
+    for family in families():
         if family.model_type == config.model_type and architecture in (None, family.architecture):
             for field, value in family.refused:
                 if getattr(config, field, None) is value:
                     what = f"{family.name} with {field}={value}"
                     raise MansuError(f"{source}: {what} does not work in TransformerLens; use another model")
             return family
-    known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES)
+    known = ", ".join(f"{family.name} ({family.architecture})" for family in families())
     why = "".join(f"it {reason}; " for reason in _obstacles(config))
     raise MansuError(
         f"{source}: {why}architecture {architecture or '(none named)'} of model type {config.model_type!r} is not "

@@ -198,11 +198,11 @@ class _FusedPart(nn.Module):
     def matrix(self) -> Float[Tensor, "d_out d_model"]:
         weight: Any = self.source[0]._parameters["weight"]
         whole = bnb.functional.dequantize_4bit(weight.data, quantization_state(weight))
-        return self.kind.fused_part(whole, self.heads, self.part).contiguous()
+        return self.kind.fused_parts(whole, self.heads)[self.part].flatten(0, 1).contiguous()
 
     def offset(self) -> Float[Tensor, " d_out"] | None:
         bias = self.source[0]._parameters.get("bias")
-        return None if bias is None else self.kind.fused_part(bias, self.heads, self.part)
+        return None if bias is None else self.kind.fused_parts(bias, self.heads)[self.part].flatten()
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_out"]:
         out: Tensor = _Product.apply(x, self)

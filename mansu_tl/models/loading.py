@@ -162,11 +162,22 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
+def embedded_folder(name: str) -> Path:
+    """The folder of a model that ships with the package, in Hugging Face format.
+
+    Raises:
+        MansuError: no model of that name ships.
+    """
+    if name not in EMBEDDED:
+        raise MansuError(f"checkpoint {name!r}: not one that is shipped; choose one of {', '.join(EMBEDDED)}")
+    return Path(str(resources.files("mansu_tl.models").joinpath("embedded", name)))
+
+
 def _locate(source: str | os.PathLike[str]) -> tuple[str, Path | str]:
     """What to call a source, and its folder or, for the hub, its id."""
     name = os.fspath(source)
     if isinstance(source, str) and name in EMBEDDED:
-        folder = Path(str(resources.files("mansu_tl").joinpath("pocket", "checkpoints", name)))
+        folder = embedded_folder(name)
         if not folder.is_dir():
             raise MansuError(
                 f"embedded model {name!r}: missing from this installation ({folder}); install the package again"

@@ -181,20 +181,15 @@ def require_in_step(model: Model) -> None:
     """
     if not isinstance(model, TransformerBridge) or family(model).qkv != "interleaved":
         return
-    heads = hf_of(model).config.num_attention_heads
+    kind, heads = family(model), hf_of(model).config.num_attention_heads
     for layer, block in enumerate(model.blocks):
-        path = f"{family(model).layers}.{layer}.{family(model).q}"
-        fused = submodule(model, path)
-        for i, part in enumerate("qkv"):
-            split = unwrap(getattr(block.attn, part))
-            for kind, value in fused._parameters.items():
-                copied = split._parameters.get(kind)
-                if value is None or copied is None:
-                    continue
-                mine = value.unflatten(0, (heads, 3, -1))[:, i].flatten(0, 1)
-                if not torch.equal(mine, copied.reshape(mine.shape)):
+        path = f"{kind.layers}.{layer}.{kind.q}"
+        for leaf, fused in submodule(model, path)._parameters.items():
+            for part, rows in zip("qkv", () if fused is None else kind.fused_parts(fused, heads), strict=False):
+                copied = unwrap(getattr(block.attn, part))._parameters.get(leaf)
+                if copied is not None and not torch.equal(rows, copied.reshape(rows.shape)):
                     raise MansuError(
-                        f"{path}.{kind}: differs from the bridge's own copy of its {part} rows, one of them was edited "
+                        f"{path}.{leaf}: differs from the bridge's own copy of its {part} rows, one of them was edited "
                         "in place; change values with mansu_tl.rebuild"
                     )
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mansu_tl.errors import MansuError
 from mansu_tl.models import library as bnb
+from mansu_tl.models.anatomy import Anatomy
 from mansu_tl.models.families import Family
-from mansu_tl.models.tree import Model, family, hf_of, modules, quantization_state, submodule
+from mansu_tl.models.tree import Model, family, hf_of, modules, parameters, quantization_state, submodule
 
 
 @dataclass(frozen=True)
@@ -71,32 +74,21 @@ def attention_weights(model: Model, layer: int) -> AttentionWeights:
         MansuError: no such layer, or a 4-bit weight that bitsandbytes has repacked for its CPU kernel.
     """
     kind, at = _layer(model, layer)
-    config = hf_of(model).config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    anatomy = Anatomy.of(model)
     o = submodule(model, f"{at}.{kind.o}")
-    o_weight = _matrix(o, kind).unflatten(1, (heads, -1)).permute(1, 0, 2)
     if kind.qkv == "separate":
-        sizes = (heads, kv_heads, kv_heads)
         parts = [submodule(model, f"{at}.{path}") for path in (kind.q, kind.k, kind.v)]
-        matrices = [_matrix(m, kind).unflatten(0, (n, -1)) for m, n in zip(parts, sizes, strict=True)]
-        biases = [None if b is None else b.unflatten(0, (n, -1)) for b, n in zip(map(_bias, parts), sizes, strict=True)]
+        counts = list(anatomy.heads_of.values())
+        matrices = [_matrix(m, kind).unflatten(0, (n, -1)) for m, n in zip(parts, counts, strict=True)]
+        biases = [
+            None if b is None else b.unflatten(0, (n, -1)) for b, n in zip(map(_bias, parts), counts, strict=True)
+        ]
     else:
         fused = submodule(model, f"{at}.{kind.q}")
-        shape, axis = ((heads, 3, -1), 1) if kind.qkv == "interleaved" else ((3, heads, -1), 0)
-        matrix, bias = _matrix(fused, kind), _bias(fused)
-        matrices = list(matrix.unflatten(0, shape).unbind(axis))
-        biases = [None] * 3 if bias is None else list(bias.unflatten(0, shape).unbind(axis))
-    return AttentionWeights(
-        q=matrices[0],
-        k=matrices[1],
-        v=matrices[2],
-        o=o_weight,
-        q_bias=biases[0],
-        k_bias=biases[1],
-        v_bias=biases[2],
-        o_bias=_bias(o),
-    )
+        matrices, bias = list(kind.fused_parts(_matrix(fused, kind), anatomy.n_heads)), _bias(fused)
+        biases = [None] * 3 if bias is None else list(kind.fused_parts(bias, anatomy.n_heads))
+    o_heads = _matrix(o, kind).unflatten(1, (anatomy.n_heads, -1)).permute(1, 0, 2)
+    return AttentionWeights(*matrices, o_heads, *biases, _bias(o))
 
 
 def mlp_weights(model: Model, layer: int) -> MlpWeights:
@@ -106,16 +98,9 @@ def mlp_weights(model: Model, layer: int) -> MlpWeights:
         MansuError: as `attention_weights`.
     """
     kind, at = _layer(model, layer)
-    gate = None if kind.gate is None else submodule(model, f"{at}.{kind.gate}")
-    up, down = submodule(model, f"{at}.{kind.up}"), submodule(model, f"{at}.{kind.down}")
-    return MlpWeights(
-        None if gate is None else _matrix(gate, kind),
-        _matrix(up, kind),
-        _matrix(down, kind),
-        None if gate is None else _bias(gate),
-        _bias(up),
-        _bias(down),
-    )
+    layers = [None if path is None else submodule(model, f"{at}.{path}") for path in (kind.gate, kind.up, kind.down)]
+    matrices = [None if layer is None else _matrix(layer, kind) for layer in layers]
+    return MlpWeights(*matrices, *(None if layer is None else _bias(layer) for layer in layers))  # type: ignore[arg-type]
 
 
 def norm_weights(
@@ -169,6 +154,34 @@ def linear_weights(model: Model) -> dict[str, LinearWeight]:
             # A 4-bit layer is an nn.Linear even where the dense model has a Conv1D.
             out[name] = LinearWeight(name, module.out_features, module.in_features, transposed=kind.transposed)
     return out
+
+
+def orient(value: Shaped[Tensor, "rows columns"], linear: LinearWeight) -> Shaped[Tensor, "rows2 columns2"]:
+    """A stored matrix, or a mask over it, as [out, in], or back.
+
+    GPT-2's `Conv1D` stores [in, out], and quantizers see it transposed.
+
+    Raises:
+        MansuError: the value is not of the matrix's size.
+    """
+    oriented = (linear.out_features, linear.in_features)
+    if tuple(value.shape) not in (oriented, oriented[::-1]):
+        raise MansuError(f"{linear.name}: value has shape {tuple(value.shape)}, expected {oriented} or its transpose")
+    return value.T if linear.transposed else value
+
+
+def component_masks(model: Model, components: Iterable[str]) -> dict[str, Bool[Tensor, ...]]:
+    """The linear weights of some components (see `Anatomy.slices`), one mask for each HF parameter that holds any.
+
+    Raises:
+        MansuError: no such component.
+    """
+    anatomy, values, linear = Anatomy.of(model), parameters(model), linear_weights(model)
+    masks: dict[str, Tensor] = {}
+    for piece in (piece for name in components for piece in anatomy.slices(name) if piece.parameter in linear):
+        mask = masks.setdefault(piece.parameter, torch.zeros_like(values[piece.parameter], dtype=torch.bool))
+        mask.narrow(piece.dim, piece.start, piece.stop - piece.start).fill_(True)
+    return masks
 
 
 def _layer(model: Model, layer: int) -> tuple[Family, str]:

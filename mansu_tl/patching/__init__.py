@@ -1,16 +1,13 @@
 """Activation patching (exact) and attribution patching of nodes (first order)."""
 
-from mansu_tl.patching.ablation import Ablation, ablation
 from mansu_tl.patching.neurons import NeuronScores, neuron_attribution
 from mansu_tl.patching.nodes import NodeScores, node_attribution
 from mansu_tl.patching.sweeps import PatchingResult, activation_patching
 
 __all__ = [
-    "Ablation",
     "NeuronScores",
     "NodeScores",
     "PatchingResult",
-    "ablation",
     "activation_patching",
     "neuron_attribution",
     "node_attribution",

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
-from mansu_tl.models import ComponentMap, attention_weights
-from mansu_tl.patching.resume import Base, resume
-from mansu_tl.patching.runs import heads_last
+from mansu_tl.models import Anatomy, attention_weights
+from mansu_tl.runs.passes import heads_last
+from mansu_tl.runs.resume import Base, resume
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEADS = ("z", "q", "k", "v", "pattern")
@@ -40,7 +40,7 @@ class Cells:
     """
 
     model: TransformerBridge
-    cmap: ComponentMap
+    anatomy: Anatomy
     component: str
     by: str
     width: int
@@ -48,7 +48,7 @@ class Cells:
     @property
     def n_heads(self) -> int:
         """Heads of a layer that the component has."""
-        return self.cmap.n_kv_heads if self.component in ("k", "v") else self.cmap.n_heads
+        return self.anatomy.n_kv_heads if self.component in ("k", "v") else self.anatomy.n_heads
 
     @property
     def head_letter(self) -> str:
@@ -58,7 +58,7 @@ class Cells:
     @property
     def rows(self) -> tuple[str, ...]:
         """Row names: layers, or heads of layers."""
-        layers = range(self.cmap.n_layers)
+        layers = range(self.anatomy.n_layers)
         if self.by == "head-position":
             return tuple(f"L{i}{self.head_letter}{h}" for i in layers for h in range(self.n_heads))
         return tuple(str(i) for i in layers)
@@ -88,7 +88,7 @@ class Cells:
     def hook_names(self) -> list[str]:
         """The hooks whose values a sweep needs from both runs."""
         out = []
-        for i in range(self.cmap.n_layers):
+        for i in range(self.anatomy.n_layers):
             block = f"blocks.{i}"
             if self.component in ("attn_out", "resid_mid", "z"):
                 out.append(f"{block}.attn.o.hook_in" if self.component == "z" else f"{block}.ln2.hook_in")
@@ -103,11 +103,11 @@ class Cells:
 
     def attention_out(self, layer: int) -> str:
         """Where a layer's attention output has passed everything before it is added to the stream."""
-        return f"blocks.{layer}." + ("ln1_post.hook_out" if self.cmap.post_norms else "attn.hook_out")
+        return f"blocks.{layer}." + ("ln1_post.hook_out" if self.anatomy.post_norms else "attn.hook_out")
 
     def mlp_out(self, layer: int) -> str:
         """The same for its MLP."""
-        return f"blocks.{layer}." + ("ln2_post.hook_out" if self.cmap.post_norms else "mlp.hook_out")
+        return f"blocks.{layer}." + ("ln2_post.hook_out" if self.anatomy.post_norms else "mlp.hook_out")
 
     def run(self, base: Base, source: Callable[[str, int], Tensor], layer: int, start: int, cells: list) -> Tensor:
         """Logits [cell, pair, vocab] with the source's values in the cells (all of one layer).
@@ -120,13 +120,13 @@ class Cells:
         count = len(cells)
         places = [slice(None) if p is None else slice(p - start, p - start + 1) for *_, p in cells]
         kind = self.component
-        if kind in ("resid_pre", "resid_post", "mlp_out") or (kind == "attn_out" and self.cmap.parallel):
+        if kind in ("resid_pre", "resid_post", "mlp_out") or (kind == "attn_out" and self.anatomy.parallel):
             into = layer if kind == "resid_pre" else layer + 1
             change = source("stream", into) - base.streams[into]
             if kind in ("mlp_out", "attn_out"):
                 name = self.mlp_out(layer) if kind == "mlp_out" else self.attention_out(layer)
                 change = source(kind, layer) - base.kept[name]
-            hook = f"blocks.{into}.hook_in" if into < self.cmap.n_layers else "ln_final.hook_in"
+            hook = f"blocks.{into}.hook_in" if into < self.anatomy.n_layers else "ln_final.hook_in"
             return resume(self.model, base, into, start, count, [(hook, _added(change[:, start:], places, count))])
         if kind in ("attn_out", "resid_mid", "z"):
             return self._after_attention(base, source, layer, start, cells, places)
@@ -144,7 +144,9 @@ class Cells:
         count, raw = len(cells), base.kept[f"blocks.{layer}.attn.hook_out"][:, start:]
         if self.component == "z":
             name = f"blocks.{layer}.attn.o.hook_in"
-            change = heads_last(source("z", layer), self.cmap.n_heads) - heads_last(base.kept[name], self.cmap.n_heads)
+            change = heads_last(source("z", layer), self.anatomy.n_heads) - heads_last(
+                base.kept[name], self.anatomy.n_heads
+            )
             o = attention_weights(self.model, layer).o
             deltas = torch.zeros(count, *raw.shape, dtype=raw.dtype, device=raw.device)
             for i, ((_, _, head, _), place) in enumerate(zip(cells, places, strict=True)):
@@ -157,7 +159,7 @@ class Cells:
             change = source("attn_out", layer) - base.kept[self.attention_out(layer)]
         add = _added(change[:, start:], places, count)
         whole = raw.repeat(count, 1, 1)
-        if not self.cmap.post_norms:
+        if not self.anatomy.post_norms:
             return resume(self.model, base, layer, start, count, [], attention=add(whole, None))
         return resume(self.model, base, layer, start, count, [(self.attention_out(layer), add)], attention=whole)
 

@@ -15,10 +15,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.models import component_map
-from mansu_tl.patching.runs import Hook, chunks, keep, measured, metric_name, prepared, require_finite, run
+from mansu_tl.models import Anatomy
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import Hook, chunks, keep, measured, metric_name, prepared, require_finite, run
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,17 @@ def neuron_attribution(
     if steps is not None and steps < 1:
         raise MansuError(f"attribution: steps={steps}; choose at least one, or None for the ends")
     pairs = prepared(model, pairs)
-    cmap = component_map(model)
+    anatomy = Anatomy.of(model)
     alphas = {"both": [1.0, 0.0], "clean": [1.0], "corrupt": [0.0]}[at]
     if steps is not None:
         alphas = [(i + 0.5) / steps for i in range(steps)]
     where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
-    total = torch.zeros(cmap.n_layers, cmap.d_mlp, dtype=torch.float64)
-    shape = (0 if where is None else len(where.names), cmap.n_layers, cmap.d_mlp)
+    total = torch.zeros(anatomy.n_layers, anatomy.d_mlp, dtype=torch.float64)
+    shape = (0 if where is None else len(where.names), anatomy.n_layers, anatomy.d_mlp)
     by_position = torch.zeros(shape, dtype=torch.float64)
     for piece, chunk in tqdm(list(chunks(pairs, batch_size)), desc="neurons", unit="batch", disable=not progress):
         values, slopes = _values_and_slopes(model, chunk, metric, alphas)
-        for i in range(cmap.n_layers):
+        for i in range(anatomy.n_layers):
             token = (values[0][i].float() - values[1][i].float()) * slopes[i]
             score = token.sum(1).double()
             total[i] += (score if signed else score.abs()).sum(0).cpu()
@@ -122,7 +122,7 @@ def _values_and_slopes(
     model: TransformerBridge, pairs: PromptPairs, metric: Metric, alphas: list[float]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Per layer the neurons' values at the clean and the corrupt end, and the mean gradient over the points."""
-    layers = range(component_map(model).n_layers)
+    layers = range(Anatomy.of(model).n_layers)
     keys = {f"h{i}": f"blocks.{i}.mlp.out.hook_in" for i in layers}
     ends: list[dict[str, Tensor]] = []
     for tokens in (pairs.clean, pairs.corrupt):

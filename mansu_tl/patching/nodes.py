@@ -20,11 +20,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.models import ComponentMap, component_map
+from mansu_tl.models import Anatomy
 from mansu_tl.patching.patterns import key_position_effects, patched_pattern_effects
-from mansu_tl.patching.runs import Hook, chunks, heads_last, keep, measured, metric_name, prepared, require_finite, run
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import Hook, chunks, heads_last, keep, measured, metric_name, prepared, require_finite, run
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ def node_attribution(
     if steps is not None and qk_fix:
         raise MansuError("attribution: the QK fix is defined at one end; drop steps, or drop qk_fix")
     pairs = prepared(model, pairs)
-    cmap = component_map(model)
-    names = _names(cmap, qkv or qk_fix)
+    anatomy = Anatomy.of(model)
+    names = _names(anatomy, qkv or qk_fix)
     where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
     by_pair = torch.zeros(len(pairs), len(names), dtype=torch.float64)
     by_position = None if where is None else torch.zeros(len(where.names), len(names), dtype=torch.float64)
     alphas = [1.0 if at == "clean" else 0.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
     for piece, chunk in tqdm(list(chunks(pairs, batch_size)), desc="node scores", unit="batch", disable=not progress):
-        token, joint = _scores(model, cmap, chunk, metric, alphas, qkv or qk_fix, qk_fix, where is not None)
+        token, joint = _scores(model, anatomy, chunk, metric, alphas, qkv or qk_fix, qk_fix, where is not None)
         by_pair[piece] = joint.double().cpu()
         if where is not None and by_position is not None:
             index = where.index[piece].flatten().cpu()
@@ -136,15 +136,15 @@ def node_attribution(
     )
 
 
-def _names(cmap: ComponentMap, qkv: bool) -> tuple[str, ...]:
-    return cmap.writers + (tuple(r for r in cmap.readers if r.rsplit(".", 1)[-1] in "qkv") if qkv else ())
+def _names(anatomy: Anatomy, qkv: bool) -> tuple[str, ...]:
+    return anatomy.writers + (tuple(r for r in anatomy.readers if r.rsplit(".", 1)[-1] in "qkv") if qkv else ())
 
 
-def _hooks(cmap: ComponentMap, qkv: bool, patterns: bool) -> dict[str, str]:
+def _hooks(anatomy: Anatomy, qkv: bool, patterns: bool) -> dict[str, str]:
     out = {}
-    for i in range(cmap.n_layers):
+    for i in range(anatomy.n_layers):
         out[f"z{i}"] = f"blocks.{i}.attn.o.hook_in"
-        out[f"mlp{i}"] = f"blocks.{i}." + ("ln2_post.hook_out" if cmap.post_norms else "mlp.hook_out")
+        out[f"mlp{i}"] = f"blocks.{i}." + ("ln2_post.hook_out" if anatomy.post_norms else "mlp.hook_out")
         for r in "qkv" if qkv else "":
             out[f"{r}{i}"] = f"blocks.{i}.attn.{r}.hook_out"
         if patterns:
@@ -155,7 +155,7 @@ def _hooks(cmap: ComponentMap, qkv: bool, patterns: bool) -> dict[str, str]:
 
 def _scores(
     model: TransformerBridge,
-    cmap: ComponentMap,
+    anatomy: Anatomy,
     pairs: PromptPairs,
     metric: Metric,
     alphas: list[float],
@@ -164,7 +164,7 @@ def _scores(
     by_token: bool,
 ) -> tuple[Float[Tensor, "pair pos node"], Float[Tensor, "pair node"]]:
     """The scores token by token, and those of patching all tokens at once (the same but for fixed keys)."""
-    hooks = _hooks(cmap, qkv, qk_fix)
+    hooks = _hooks(anatomy, qkv, qk_fix)
     ends = [_values(model, tokens, pairs, hooks) for tokens in (pairs.corrupt, pairs.clean)]
     grads: dict[str, Tensor] = {}
     for alpha in alphas:
@@ -177,12 +177,12 @@ def _scores(
         change = heads_last(ends[1][key].float() - ends[0][key].float(), count)
         return (heads_last(grads[key], count) * change).sum(-1)
 
-    for i in range(cmap.n_layers):
-        parts.append(heads(f"z{i}", cmap.n_heads))
+    for i in range(anatomy.n_layers):
+        parts.append(heads(f"z{i}", anatomy.n_heads))
         change = ends[1][f"mlp{i}"].float() - ends[0][f"mlp{i}"].float()
         parts.append(_dot(grads[f"mlp{i}"], change)[..., None])
-    sizes = {"q": cmap.n_heads, "k": cmap.n_kv_heads, "v": cmap.n_kv_heads}
-    per_layer = {f"{r}{i}": heads(f"{r}{i}", sizes[r]) for i in range(cmap.n_layers) for r in ("qkv" if qkv else "")}
+    sizes = {"q": anatomy.n_heads, "k": anatomy.n_kv_heads, "v": anatomy.n_kv_heads}
+    per_layer = {f"{r}{i}": heads(f"{r}{i}", sizes[r]) for i in range(anatomy.n_layers) for r in ("qkv" if qkv else "")}
     joint = {key: value.sum(1) for key, value in per_layer.items()}
     if qk_fix:
         end = int(alphas[0])
@@ -190,15 +190,15 @@ def _scores(
         sign = 1.0 if end == 0 else -1.0  # patching the clean run with corrupt values takes the effect away
         tokens = pairs.clean if end else pairs.corrupt
         for r in "qk":
-            effects = patched_pattern_effects(model, cmap, tokens, base, other, grads, r)
+            effects = patched_pattern_effects(model, anatomy, tokens, base, other, grads, r)
             for i, (queries, whole) in enumerate(effects):
                 joint[f"{r}{i}"] = sign * whole
                 if r == "q":
                     per_layer[f"q{i}"] = sign * queries
         if by_token:
-            for i, keys in enumerate(key_position_effects(model, cmap, tokens, base, other, grads)):
+            for i, keys in enumerate(key_position_effects(model, anatomy, tokens, base, other, grads)):
                 per_layer[f"k{i}"] = sign * keys
-    order = [f"{r}{i}" for i in range(cmap.n_layers) for r in "qkv"] if qkv else []
+    order = [f"{r}{i}" for i in range(anatomy.n_layers) for r in "qkv"] if qkv else []
     token = torch.cat([*parts, *(per_layer[key] for key in order)], -1)
     return token, torch.cat([*(p.sum(1) for p in parts), *(joint[key] for key in order)], -1)
 

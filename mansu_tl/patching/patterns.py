@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.models import ComponentMap
-from mansu_tl.patching.exactness import require_exact
-from mansu_tl.patching.runs import Hook, keep
+from mansu_tl.models import Anatomy
+from mansu_tl.runs.exactness import require_exact
+from mansu_tl.runs.passes import Hook, keep
 
 # Runs that share a batch when keys are patched one position at a time.
 _COPIES = 8
@@ -23,7 +23,7 @@ _COPIES = 8
 
 def patched_pattern_effects(
     model: TransformerBridge,
-    cmap: ComponentMap,
+    anatomy: Anatomy,
     tokens: Int[Tensor, "pair pos"],
     base: dict[str, Tensor],
     other: dict[str, Tensor],
@@ -40,19 +40,19 @@ def patched_pattern_effects(
     def replace(layer: int) -> Callable[..., Tensor]:
         return lambda value, hook: other[f"{part}{layer}"]
 
-    hooks: list[Hook] = [(f"blocks.{i}.attn.{part}.hook_out", replace(i)) for i in range(cmap.n_layers)]
+    hooks: list[Hook] = [(f"blocks.{i}.attn.{part}.hook_out", replace(i)) for i in range(anatomy.n_layers)]
     out = []
-    for i, pattern in enumerate(_patterns(model, cmap, tokens, base, hooks, 1)):
+    for i, pattern in enumerate(_patterns(model, anatomy, tokens, base, hooks, 1)):
         change = pattern.float() - base[f"pattern{i}"].float()
         effect = (change * grads[f"pattern{i}"]).sum(-1).transpose(1, 2)
-        effect = effect if part == "q" else effect.unflatten(-1, (cmap.n_kv_heads, -1)).sum(-1)
+        effect = effect if part == "q" else effect.unflatten(-1, (anatomy.n_kv_heads, -1)).sum(-1)
         out.append((effect, effect.sum(1)))
     return out
 
 
 def key_position_effects(
     model: TransformerBridge,
-    cmap: ComponentMap,
+    anatomy: Anatomy,
     tokens: Int[Tensor, "pair pos"],
     base: dict[str, Tensor],
     other: dict[str, Tensor],
@@ -60,7 +60,7 @@ def key_position_effects(
 ) -> list[Float[Tensor, "pair pos kv_head"]]:
     """Per layer the same for keys, patched one position at a time."""
     count, width = tokens.shape
-    out = [torch.zeros(count, width, cmap.n_kv_heads, device=tokens.device) for _ in range(cmap.n_layers)]
+    out = [torch.zeros(count, width, anatomy.n_kv_heads, device=tokens.device) for _ in range(anatomy.n_layers)]
     for start in range(0, width, _COPIES):
         places = list(range(start, min(start + _COPIES, width)))
 
@@ -73,10 +73,10 @@ def key_position_effects(
 
             return hook_fn
 
-        hooks: list[Hook] = [(f"blocks.{i}.attn.k.hook_out", replace(i)) for i in range(cmap.n_layers)]
-        for i, patterns in enumerate(_patterns(model, cmap, tokens, base, hooks, len(places))):
+        hooks: list[Hook] = [(f"blocks.{i}.attn.k.hook_out", replace(i)) for i in range(anatomy.n_layers)]
+        for i, patterns in enumerate(_patterns(model, anatomy, tokens, base, hooks, len(places))):
             change = patterns.float().unflatten(0, (len(places), -1)) - base[f"pattern{i}"].float()
-            effect = (change * grads[f"pattern{i}"]).sum((-1, -2)).unflatten(-1, (cmap.n_kv_heads, -1)).sum(-1)
+            effect = (change * grads[f"pattern{i}"]).sum((-1, -2)).unflatten(-1, (anatomy.n_kv_heads, -1)).sum(-1)
             out[i][:, places] = effect.transpose(0, 1).to(out[i].device)
     return out
 
@@ -84,23 +84,23 @@ def key_position_effects(
 @torch.no_grad()
 def _patterns(
     model: TransformerBridge,
-    cmap: ComponentMap,
+    anatomy: Anatomy,
     tokens: Tensor,
     base: dict[str, Tensor],
     hooks: list[Hook],
     copies: int,
 ) -> list[Float[Tensor, "row head query key"]]:
     def unpatched() -> tuple[Tensor, Tensor]:
-        again = _run(model, cmap, tokens, base, [], 1)
-        return torch.cat(again), torch.cat([base[f"pattern{i}"] for i in range(cmap.n_layers)])
+        again = _run(model, anatomy, tokens, base, [], 1)
+        return torch.cat(again), torch.cat([base[f"pattern{i}"] for i in range(anatomy.n_layers)])
 
     require_exact(model, "attention patterns", unpatched)
-    return _run(model, cmap, tokens, base, hooks, copies)
+    return _run(model, anatomy, tokens, base, hooks, copies)
 
 
 def _run(
     model: TransformerBridge,
-    cmap: ComponentMap,
+    anatomy: Anatomy,
     tokens: Tensor,
     base: dict[str, Tensor],
     hooks: list[Hook],
@@ -111,8 +111,8 @@ def _run(
     def put_back(layer: int) -> Callable[..., Tensor]:
         return lambda stream, hook: base[f"stream{layer}"].repeat(copies, 1, 1)
 
-    every = [*hooks, *((f"blocks.{i}.hook_in", put_back(i)) for i in range(cmap.n_layers))]
-    every += [(f"blocks.{i}.attn.hook_pattern", keep(kept, f"{i}")) for i in range(cmap.n_layers)]
+    every = [*hooks, *((f"blocks.{i}.hook_in", put_back(i)) for i in range(anatomy.n_layers))]
+    every += [(f"blocks.{i}.attn.hook_pattern", keep(kept, f"{i}")) for i in range(anatomy.n_layers)]
     with model.hooks(fwd_hooks=[*every, ("unembed.hook_in", lambda stream, hook: stream[:, :1].contiguous())]):
         model(tokens.repeat(copies, 1), return_type="logits")
-    return [kept[f"{i}"] for i in range(cmap.n_layers)]
+    return [kept[f"{i}"] for i in range(anatomy.n_layers)]

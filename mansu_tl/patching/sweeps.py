@@ -21,13 +21,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.models import component_map
-from mansu_tl.patching.ablation import Ablation
+from mansu_tl.models import Anatomy
 from mansu_tl.patching.cells import TITLES, Cells, require
-from mansu_tl.patching.resume import Base, record_base
-from mansu_tl.patching.runs import Activations, chunks, measured, metric_name, prepared
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.passes import Activations, chunks, measured, metric_name, prepared
+from mansu_tl.runs.resume import Base, record_base
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def activation_patching(
         MansuError: an unknown component, way or direction, tokens of another number than the positions, an ablation
             that has no such values, or pairs on which the metric does not differ.
     """
-    cmap = component_map(model)
-    by = require(component, by, cmap.parallel)
+    anatomy = Anatomy.of(model)
+    by = require(component, by, anatomy.parallel)
     if direction not in ("denoising", "noising"):
         raise MansuError(f"patching: unknown direction {direction!r}; choose denoising or noising")
     ablation = Ablation() if ablation is None else ablation
@@ -152,7 +152,7 @@ def activation_patching(
     width = pairs.clean.shape[1]
     if tokens is not None and "position" in by and len(tokens) != width:
         raise MansuError(f"patching: {len(tokens)} tokens for {width} positions; give one for each")
-    cells = Cells(model, cmap, component, by, width)
+    cells = Cells(model, anatomy, component, by, width)
     rows, columns = cells.rows, cells.columns([""] * width if tokens is None else list(tokens))
     values = torch.zeros(len(pairs), len(rows), len(columns), dtype=torch.float64)
     ends = torch.zeros(2, len(pairs), dtype=torch.float64)
@@ -166,7 +166,7 @@ def activation_patching(
             # A cell that is not run has the value of the run it would be put into.
             values[where] = ends[1 if direction == "denoising" else 0, where][:, None, None]
             done = 0
-            for layer in range(cmap.n_layers):
+            for layer in range(anatomy.n_layers):
                 wanted = cells.of_layer(layer, sweep.first)
                 for i in range(0, len(wanted), cells_per_batch):
                     group = wanted[i : i + cells_per_batch]
@@ -247,9 +247,9 @@ def _recorded(cells: Cells, run: Base) -> Callable[[str, int], Tensor]:
 def _ablated(cells: Cells, clean: Base, run: Activations) -> Callable[[str, int], Tensor]:
     def source(what: str, layer: int) -> Tensor:
         if what == "stream":
-            return run.resid_pre[layer] if layer < cells.cmap.n_layers else run.final
+            return run.resid_pre[layer] if layer < cells.anatomy.n_layers else run.final
         if what == "attn_out":
-            after = run.resid_pre[layer + 1] if layer + 1 < cells.cmap.n_layers else run.final
+            after = run.resid_pre[layer + 1] if layer + 1 < cells.anatomy.n_layers else run.final
             return after - run.mlp_out[layer] - run.resid_pre[layer]
         if what in ("mid", "mlp_out", "z"):
             return {"mid": run.mlp_in, "mlp_out": run.mlp_out, "z": run.z}[what][layer]

@@ -1,7 +1,7 @@
 """Quantization: grids, a registry of quantizers, the dequantized twin and what an update does to the codes."""
 
 from mansu_tl.quantization.asymmetric import AsymmetricGrid
-from mansu_tl.quantization.calibration import inputs_of, orient
+from mansu_tl.quantization.calibration import inputs_of
 from mansu_tl.quantization.dither import Dither, dither
 from mansu_tl.quantization.formats.awq import Awq, awq
 from mansu_tl.quantization.formats.gptq import Gptq, gptq
@@ -35,7 +35,6 @@ __all__ = [
     "gptq",
     "grid_of",
     "inputs_of",
-    "orient",
     "predicted_flips",
     "quantize",
     "quantized_values",

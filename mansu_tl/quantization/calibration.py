@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import LinearWeight, linear_weights
+from mansu_tl.models import LinearWeight, linear_weights, orient
 from mansu_tl.models.tree import family
 from mansu_tl.quantization.quantizer import CalibratedQuantizer, Inputs
 
@@ -53,8 +53,7 @@ def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, bat
     try:
         for start in range(0, len(text), batch_size):
             batch = text[slice(start, start + batch_size)]
-            position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-            real = position[None] < batch.lengths[:, None]
+            real = real_tokens(batch.tokens, batch.lengths)
             count += int(real.sum())
             # Padding lies to the right of every real token, where causal attention does not look.
             model(batch.tokens, use_cache=False)
@@ -115,17 +114,3 @@ def _groups(model: PreTrainedModel, linear: Mapping[str, LinearWeight], most: in
             groups.append(list(names))
             held = size
     return groups
-
-
-def orient(value: Shaped[Tensor, "rows columns"], linear: LinearWeight) -> Shaped[Tensor, "rows2 columns2"]:
-    """A stored matrix, or a mask over it, as [out, in], or back.
-
-    GPT-2's `Conv1D` stores [in, out], and quantizers see it transposed.
-
-    Raises:
-        MansuError: the value is not of the matrix's size.
-    """
-    oriented = (linear.out_features, linear.in_features)
-    if tuple(value.shape) not in (oriented, oriented[::-1]):
-        raise MansuError(f"{linear.name}: value has shape {tuple(value.shape)}, expected {oriented} or its transpose")
-    return value.T if linear.transposed else value

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import linear_weights, parameters
-from mansu_tl.quantization.calibration import orient
+from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.quantization.grid import Encoded, Grid, grid_of
 from mansu_tl.results.result import Result, Table
 

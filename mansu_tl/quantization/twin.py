@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from mansu_tl.data import Sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import linear_weights, parameters, plain, rebuild
+from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.models.four_bit import require_dense
-from mansu_tl.quantization.calibration import calibrated_values, orient
+from mansu_tl.quantization.calibration import calibrated_values
 from mansu_tl.quantization.quantizer import AnyQuantizer, CalibratedQuantizer
 from mansu_tl.quantization.quantizer import quantizer as quantizer_named
 

@@ -112,15 +112,14 @@ def write_packed(
     Raises:
         MansuError: tensors in a .json file, or a folder that cannot be written to.
     """
+    record = json.dumps({"mansu_tl": kind, "format": _FORMAT, **header}, indent=2)
     if Path(path).suffix == ".json":
         if tensors:
             raise MansuError(f"{path}: a {kind} holds tensors; give a name that ends in .safetensors")
-        text = json.dumps({"mansu_tl": kind, "format": _FORMAT, **header}, indent=2)
-        return write_text(path, text + "\n")
-    marked = {"mansu_tl": kind, "format": _FORMAT, "header": json.dumps(dict(header))}
-    # Copies, because safetensors refuses tensors that share memory.
+        return write_text(path, record + "\n")
+    # Copies, because safetensors refuses tensors that share memory. One entry, because it keeps no order of several.
     flat = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    return write_whole(path, lambda p: save_file(flat, p, metadata=marked))
+    return write_whole(path, lambda p: save_file(flat, p, metadata={"record": record}))
 
 
 def read_packed(path: str | PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -135,19 +134,18 @@ def read_packed(path: str | PathLike[str], kind: str) -> tuple[dict[str, torch.T
     tensors: dict[str, torch.Tensor] = {}
     what = "JSON" if source.suffix == ".json" else "safetensors"
     try:
-        if source.suffix == ".json":
-            marked = json.loads(source.read_text(encoding="utf-8"))
-            header = marked
+        if what == "JSON":
+            record = json.loads(source.read_text(encoding="utf-8"))
         else:
             with safe_open(source, framework="pt") as file:
-                marked = file.metadata() or {}
+                entries = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the handle is no dict
-            header = json.loads(marked.get("header", "{}"))
+            record = json.loads(entries["record"]) if "record" in entries else entries
     except (SafetensorError, ValueError) as error:
         raise MansuError(f"{source}: cannot be read ({error}); it was cut short or is no {what} file") from None
-    if not isinstance(marked, dict) or marked.get("mansu_tl") != kind:
-        found = marked.get("mansu_tl", "something else") if isinstance(marked, dict) else "something else"
-        raise MansuError(f"{source}: holds {found!r}, not a {kind}; pass the right file")
-    if marked.get("format") != _FORMAT:
-        raise MansuError(f"{source}: format {marked.get('format')!r} is unknown here; save it again with this version")
-    return tensors, header
+    written = record.get("mansu_tl", "something else") if isinstance(record, dict) else "something else"
+    if written != kind:
+        raise MansuError(f"{source}: holds {written!r}, not a {kind}; pass the right file")
+    if record.get("format") != _FORMAT:
+        raise MansuError(f"{source}: format {record.get('format')!r} is unknown here; save it again with this version")
+    return tensors, record

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mansu_tl.defaults import torch_defaults
@@ -29,10 +29,38 @@ def interval_over_facts(
     row = values.detach().double().cpu()
     total = torch.zeros(len(order), dtype=torch.float64).index_add_(0, index, row)
     count = torch.zeros(len(order), dtype=torch.float64).index_add_(0, index, torch.ones_like(row))
-    drawn = torch.randint(len(order), (resamples, len(order)), generator=torch.Generator().manual_seed(seed))
-    means = total[drawn].sum(1) / count[drawn].sum(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    drawn = drawn_facts(len(order), seed, resamples)
+    return middle(total[drawn].sum(1) / count[drawn].sum(1))
+
+
+def drawn_facts(count: int, seed: int = 0, resamples: int = _RESAMPLES) -> Int[Tensor, "draw fact"]:
+    """The bootstrap's draws: `count` facts with replacement, `resamples` times."""
+    return torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
+
+
+def middle(draws: Float[Tensor, " draw"]) -> tuple[float, float]:
+    """The ends of the middle 95 % of a bootstrap's draws."""
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
     return low, high
+
+
+def with_interval(
+    name: str,
+    values: Float[Tensor, " row"] | Bool[Tensor, " row"],
+    facts: Sequence[str],
+    *,
+    scale: float = 1.0,
+    bounds: str | None = None,
+) -> dict[str, float]:
+    """Three cells of a table: the mean of `values` times `scale`, and the ends of its 95 % interval over facts.
+
+    Args:
+        name: of the mean's column.
+        bounds: of the ends' columns, before "_low" and "_high"; `name` where not given.
+    """
+    low, high = interval_over_facts(values.double(), facts)
+    ends = bounds or name
+    return {name: scale * values.double().mean().item(), f"{ends}_low": scale * low, f"{ends}_high": scale * high}
 
 
 def interval_over_seeds(values: Sequence[float]) -> tuple[float, float]:

@@ -47,11 +47,11 @@ def unpack(cls: type, tensors: Mapping[str, Tensor], facts: Any) -> Any:
     Raises:
         MismatchError: a field is missing, unknown, or of another type, shape or dtype than the class says.
     """
-    left = dict(tensors)
-    out = _dataclass(cls, facts, "", left)
-    if left:
-        raise MismatchError(f"{min(left)!r} is unknown")
-    return out
+    reader = _Reader(tensors)
+    result = reader.dataclass(cls, facts)
+    if reader.left:
+        raise MismatchError(f"{min(reader.left)!r} is unknown")
+    return result
 
 
 def _packed(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
@@ -79,97 +79,90 @@ def _packed(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
     raise MansuError(f"{at}: a {type(value).__name__} cannot be saved; save what it was computed from")
 
 
-def _dataclass(cls: type, node: Any, at: str, tensors: dict[str, Tensor]) -> Any:
-    where = f"{at}." if at else ""
-    if not isinstance(node, dict):
-        raise MismatchError(f"{at or cls.__name__!r} is no {cls.__name__}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in fields(cls) if f.init}
-    unknown = sorted(set(node) - set(known))
-    missing = [n for n, f in known.items() if n not in node and f.default is MISSING and f.default_factory is MISSING]
-    if missing or unknown:
-        shown = f"{where + missing[0]!r} is missing" if missing else f"{where + unknown[0]!r} is unknown"
-        raise MismatchError(f"{shown} in this {cls.__name__}")
-    # One scope a dataclass: "pair" is as long in one of its fields as in every other.
-    with jaxtyped("context"):
-        values = {name: _value(hints[name], one, where + name, tensors) for name, one in node.items()}
-    return cls(**values)
+class _Reader:
+    """Builds values as annotations say, from JSON nodes and the tensors that they name."""
 
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.left = dict(tensors)
+        self.shaped: list[tuple[str, Any, Tensor]] = []
 
-def _value(hint: Any, node: Any, at: str, tensors: dict[str, Tensor]) -> Any:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or hint is object:
-        return node
-    if origin in (typing.Union, types.UnionType):
-        return _member(inner, node, at, tensors)
-    if hint is Tensor or (isinstance(hint, type) and issubclass(hint, AbstractArray)):
-        return _tensor(hint, node, at, tensors)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _dataclass(hint, node, at, tensors)
-    if hint is pd.DataFrame and isinstance(node, dict):
-        return pd.DataFrame(node)
-    if hint is Path and isinstance(node, str):
-        return Path(node)
-    if origin is typing.Literal and node in inner:
-        return node
-    if hint is type(None) and node is None:
-        return None
-    # A whole number may stand for a float, but true is neither.
-    if hint in _PLAIN and (type(node) is hint or (hint is float and type(node) is int)):
-        return node
-    kind = origin or hint
-    if kind is tuple and isinstance(node, list):
-        return _tuple(inner, node, at, tensors)
-    if isinstance(kind, type) and issubclass(kind, Mapping):
-        return _mapping(inner or (str, Any), node, at, tensors)
-    if (
-        isinstance(kind, type)
-        and issubclass(kind, Sequence | AbstractSet)
-        and kind is not str
-        and isinstance(node, list)
-    ):
-        each = inner[0] if inner else Any
-        found = [_value(each, one, f"{at}.{i}", tensors) for i, one in enumerate(node)]
-        return frozenset(found) if issubclass(kind, AbstractSet) else found if kind is list else tuple(found)
-    raise MismatchError(f"{at!r} is {_short(node)}, not {_name(hint)}")
+    def dataclass(self, cls: type, node: Any, at: str = "") -> Any:
+        where = f"{at}." if at else ""
+        if not isinstance(node, dict):
+            raise MismatchError(f"{at or cls.__name__!r} is no {cls.__name__}")
+        hints = typing.get_type_hints(cls)
+        known = {f.name: f for f in fields(cls) if f.init}
+        needed = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+        for names, problem in ((needed - set(node), "missing"), (set(node) - set(known), "unknown")):
+            if names:
+                raise MismatchError(f"{where + min(names)!r} is {problem} in this {cls.__name__}")
+        outer, self.shaped = self.shaped, []
+        values = {name: self.value(hints[name], one, where + name) for name, one in node.items()}
+        # One scope a dataclass: "pair" is as long in one of its fields as in every other.
+        with jaxtyped("context"):
+            for place, hint, tensor in self.shaped:
+                if not isinstance(tensor, hint):
+                    size = f"{tuple(tensor.shape)} of {tensor.dtype}"
+                    raise MismatchError(f"{place!r} is {size}, not {_name(hint)} as the other fields have it")
+        self.shaped = outer
+        return cls(**values)
 
+    def value(self, hint: Any, node: Any, at: str) -> Any:
+        origin, inner = typing.get_origin(hint), typing.get_args(hint)
+        kind = origin or hint
+        if kind in (typing.Union, types.UnionType):
+            return self.member(inner, node, at)
+        if not isinstance(kind, type):
+            if hint is Any or (kind is typing.Literal and node in inner):
+                return node
+        elif issubclass(kind, Tensor | AbstractArray):
+            return self.tensor(hint, node, at)
+        elif is_dataclass(kind):
+            return self.dataclass(kind, node, at)
+        elif kind is pd.DataFrame and isinstance(node, dict):
+            return pd.DataFrame(node)
+        elif kind is Path and isinstance(node, str):
+            return Path(node)
+        # A whole number may stand for a float, but true is neither.
+        elif (type(node) is kind and kind in _PLAIN) or (kind is float and type(node) is int):
+            return node
+        elif kind is tuple and isinstance(node, list):
+            return self.tuple(inner, node, at)
+        elif issubclass(kind, Mapping) and isinstance(node, dict | list):
+            keys, values = inner or (str, Any)
+            pairs = node.items() if isinstance(node, dict) else node
+            return {self.value(keys, key, at): self.value(values, one, f"{at}:{key}") for key, one in pairs}
+        elif issubclass(kind, Sequence | AbstractSet) and kind is not str and isinstance(node, list):
+            items = self.tuple((*(inner or (Any,)), ...), node, at)
+            return frozenset(items) if issubclass(kind, AbstractSet) else list(items) if kind is list else items
+        raise MismatchError(f"{at!r} is {_short(node)}, not {_name(hint)}")
 
-def _member(hints: Sequence[Any], node: Any, at: str, tensors: dict[str, Tensor]) -> Any:
-    problems = []
-    for hint in hints:
-        before = dict(tensors)
-        try:
-            return _value(hint, node, at, tensors)
-        except MismatchError as problem:
-            tensors.update(before)
-            if hint is not type(None):
+    def member(self, hints: Sequence[Any], node: Any, at: str) -> Any:
+        """The first member of a union that fits; where none does, what is wrong with the first that is not None."""
+        if node is None and type(None) in hints:
+            return None
+        problems = []
+        for hint in (hint for hint in hints if hint is not type(None)):
+            left, shaped = dict(self.left), list(self.shaped)
+            try:
+                return self.value(hint, node, at)
+            except MismatchError as problem:
                 problems.append(problem)
-    raise problems[0]
+                self.left, self.shaped = left, shaped
+        raise problems[0]
 
+    def tensor(self, hint: Any, node: Any, at: str) -> Tensor:
+        name = node.removeprefix(_TENSOR) if isinstance(node, str) and node.startswith(_TENSOR) else None
+        if name not in self.left:
+            raise MismatchError(f"{at!r} is missing: no tensor of that name")
+        self.shaped.append((at, hint, self.left[name]))
+        return self.left.pop(name)
 
-def _tensor(hint: Any, node: Any, at: str, tensors: dict[str, Tensor]) -> Tensor:
-    if not isinstance(node, str) or not node.startswith(_TENSOR) or node.removeprefix(_TENSOR) not in tensors:
-        raise MismatchError(f"{at!r} is missing: it is no tensor")
-    value = tensors.pop(node.removeprefix(_TENSOR))
-    if not isinstance(value, hint):
-        raise MismatchError(
-            f"{at!r} is {tuple(value.shape)} of {value.dtype}, not {_name(hint)} as the other fields have it"
-        )
-    return value
-
-
-def _tuple(inner: tuple[Any, ...], node: list[Any], at: str, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
-    hints = [inner[0]] * len(node) if len(inner) == 2 and inner[1] is ... else list(inner) or [Any] * len(node)
-    if len(hints) != len(node):
-        raise MismatchError(f"{at!r} has {len(node)} items, not {len(hints)}")
-    return tuple(_value(hint, one, f"{at}.{i}", tensors) for i, (hint, one) in enumerate(zip(hints, node, strict=True)))
-
-
-def _mapping(inner: tuple[Any, ...], node: Any, at: str, tensors: dict[str, Tensor]) -> dict[Any, Any]:
-    if not isinstance(node, dict | list):
-        raise MismatchError(f"{at!r} is {_short(node)}, not a mapping")
-    pairs = node.items() if isinstance(node, dict) else [tuple(pair) for pair in node]
-    return {_value(inner[0], key, at, tensors): _value(inner[1], one, f"{at}:{key}", tensors) for key, one in pairs}
+    def tuple(self, inner: Sequence[Any], node: list[Any], at: str) -> Any:
+        hints = [inner[0]] * len(node) if len(inner) == 2 and inner[1] is ... else list(inner) or [Any] * len(node)
+        if len(hints) != len(node):
+            raise MismatchError(f"{at!r} has {len(node)} items, not {len(hints)}")
+        return tuple(self.value(hint, one, f"{at}.{i}") for i, (hint, one) in enumerate(zip(hints, node, strict=True)))
 
 
 def _short(node: Any) -> str:

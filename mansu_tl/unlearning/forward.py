@@ -12,6 +12,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
+from mansu_tl.data.masks import real_tokens
 
 Values = Mapping[str, Tensor]
 # Sequences are run in two groups if that leaves this share of the padded tokens, of batches that are worth a second pass.
@@ -111,8 +112,7 @@ def by_length(lengths: Int[Tensor, " row"]) -> list[Int[Tensor, " _"]]:
 
 def real_targets(batch: Sequences) -> Bool[Tensor, "row target"]:
     """Which next-token targets lie inside each sequence."""
-    position = torch.arange(1, batch.tokens.shape[1], device=batch.tokens.device)
-    return position[None] < batch.lengths[:, None]
+    return real_tokens(batch.tokens, batch.lengths)[:, 1:]
 
 
 class OriginalText:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
-from mansu_tl.metrics import kl_divergence
+from mansu_tl.runs.metrics import kl_divergence
 from mansu_tl.unlearning.batches import Batch
 
 Term = Callable[[Batch], Tensor]

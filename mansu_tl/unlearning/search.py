@@ -14,9 +14,9 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.metrics import accuracy
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import accuracy
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.registry import method_title
 from mansu_tl.unlearning.unlearn import unlearn

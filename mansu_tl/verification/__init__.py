@@ -17,6 +17,7 @@ from mansu_tl.verification.rediscovery import Rediscovery, rediscover
 from mansu_tl.verification.relearning import RelearningCurve, relearn
 from mansu_tl.verification.resistance import Relearning, compare_relearning
 from mansu_tl.verification.scorecard import Bounds, Scorecard, scorecard
+from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
 
 __all__ = [
     "Attack",
@@ -31,6 +32,8 @@ __all__ = [
     "Relearning",
     "RelearningCurve",
     "Scorecard",
+    "SetScores",
+    "TofuScores",
     "attack_splits",
     "certify",
     "certify_in_fresh_process",
@@ -39,6 +42,7 @@ __all__ = [
     "compare_relearning",
     "damage",
     "erasure_depth",
+    "evaluate_tofu",
     "output_suppressor",
     "probe",
     "rediscover",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.data.fit import require_task
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result
@@ -71,17 +72,16 @@ def attack_splits(
         raise MansuError(f"attack: splits={splits}; draw at least one")
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    found = []
+    attacks = []
     for split in range(splits):
-        rest = order
-        if len(rest) < k:
-            fresh = torch.randperm(len(facts), generator=generator).tolist()
-            rest = rest + [i for i in fresh if i not in rest]
-        chosen, order = {facts[i] for i in rest[:k]}, rest[k:]
-        rows = [i for i, fact in enumerate(source.facts) if fact in chosen]
+        if len(order) < k:
+            order += [i for i in torch.randperm(len(facts), generator=generator).tolist() if i not in order]
+        chosen, order = {facts[i] for i in order[:k]}, order[k:]
+        trained = [i for i, fact in enumerate(source.facts) if fact in chosen]
         others = [i for i, fact in enumerate(asked.facts) if fact not in chosen]
-        found.append(_attack(task, f"{k} facts, split {split}", "facts", answered(source[rows]), asked[others]))
-    return tuple(found)
+        name = f"{k} facts, split {split}"
+        attacks.append(_attack(task, name, "facts", answered(source[trained]), asked[others]))
+    return tuple(attacks)
 
 
 @torch_defaults()
@@ -144,9 +144,7 @@ def same_wording(
 
 def _subject_tokens(pairs: PromptPairs) -> Int[Tensor, " token"]:
     """Tokens by which some clean prompt differs from its corrupt one."""
-    differs = (pairs.clean != pairs.corrupt) & (
-        torch.arange(pairs.clean.shape[1], device=pairs.clean.device)[None] < pairs.lengths[:, None]
-    )
+    differs = (pairs.clean != pairs.corrupt) & real_tokens(pairs.clean, pairs.lengths)
     return torch.cat([pairs.clean[differs], pairs.corrupt[differs]]).unique()
 
 

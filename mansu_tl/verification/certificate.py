@@ -105,10 +105,14 @@ class Certificate(Result):
     problems: tuple[str, ...]
     versions: Mapping[str, str]
 
+    def total(self, count: str) -> int:
+        """A count of `CertificateRow` over all matrices."""
+        return sum(getattr(row, count) for row in self.rows)
+
     @property
     def n_edited(self) -> int:
         """Edited weights in quantized matrices."""
-        return sum(row.edited for row in self.rows)
+        return self.total("edited")
 
     @property
     def edited_share_of_linear(self) -> float:
@@ -123,18 +127,17 @@ class Certificate(Result):
     @property
     def edited_codes_changed_share(self) -> float:
         """Share of edited weights with another code; must be 1. NaN if nothing was edited."""
-        changed = sum(row.edited_codes_changed for row in self.rows)
-        return changed / self.n_edited if self.n_edited else float("nan")
+        return self.total("edited_codes_changed") / self.n_edited if self.n_edited else float("nan")
 
     @property
     def unedited_codes_changed(self) -> int:
         """Weights outside the edit with another code; must be 0."""
-        return sum(row.unedited_codes_changed for row in self.rows)
+        return self.total("unedited_codes_changed")
 
     @property
     def absmax_changed(self) -> int:
         """Block scales that differ; must be 0."""
-        return sum(row.absmax_changed for row in self.rows)
+        return self.total("absmax_changed")
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -151,18 +154,15 @@ class Certificate(Result):
     @property
     def claims(self) -> Mapping[str, bool]:
         """What is claimed of the two folders, in words, and whether it holds; it passes if all of them do."""
-        kept = self.n_edited - sum(row.edited_codes_changed for row in self.rows)
-        blocks = sum(row.blocks for row in self.rows)
         unit = f"{self.quantizer} ({f'blocks of {self.block_size}' if self.block_size else 'one scale a row'})"
-        values = sum(row.unedited_values_changed for row in self.rows)
+        others = self.n_linear - self.n_edited
         return {
-            f"each of the {self.n_edited} edited weights has another code under {unit}": bool(self.n_edited)
-            and not kept,
-            f"none of the other {self.n_linear - self.n_edited} quantized weights has another code": (
-                not self.unedited_codes_changed
+            f"each of the {self.n_edited} edited weights has another code under {unit}": (
+                0 < self.n_edited == self.total("edited_codes_changed")
             ),
-            "every other quantized weight is bit-identical as stored": not values,
-            f"all {blocks} scales are bit-identical": not self.absmax_changed,
+            f"none of the other {others} quantized weights has another code": not self.unedited_codes_changed,
+            "every other quantized weight is bit-identical as stored": not self.total("unedited_values_changed"),
+            f"all {self.total('blocks')} scales are bit-identical": not self.absmax_changed,
             "every parameter that is not quantized is bit-identical": not self.others_changed,
             "both folders hold what their config calls for, and the configs compute the same": not self.problems,
         }
@@ -170,11 +170,7 @@ class Certificate(Result):
     def require_unchanged(
         self, original: str | PathLike[str] | None = None, edited: str | PathLike[str] | None = None
     ) -> None:
-        """Check that folders still hold the weight files that were certified, byte for byte.
-
-        Args:
-            original: a folder that should be the original; not looked at if None.
-            edited: one that should be the edited model.
+        """Check that folders still hold the weight files that were certified, byte for byte; None is not looked at.
 
         Raises:
             MansuError: other files, or a folder that cannot be read.

@@ -8,8 +8,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
-from mansu_tl.metrics import Accuracy, accuracy
 from mansu_tl.quantization import quantize
+from mansu_tl.runs.metrics import Accuracy, accuracy
 from mansu_tl.verification.divergence import CircuitScores, circuit_scores
 
 

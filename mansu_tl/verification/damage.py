@@ -15,13 +15,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import last_logits
 from mansu_tl.models import (
+    Anatomy,
     attention_weights,
-    component_map,
     home,
     linear_weights,
     mlp_weights,
@@ -30,9 +30,10 @@ from mansu_tl.models import (
 )
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.limits import most_positions
-from mansu_tl.patching.runs import keep
-from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import last_logits
+from mansu_tl.verification.streams import require_one_shape, residual_streams, stream_hooks
 
 PARTS = ("loss", "weights", "activations", "generations")
 
@@ -70,21 +71,15 @@ class Damage(Result):
         return frame
 
     def __repr__(self) -> str:
-        losses = ", ".join(
-            f"{name} {before:.3f} -> {after:.3f}"
-            for name, before, after in zip(self.loss["text"], self.loss["before"], self.loss["after"], strict=True)
-        )
+        losses = ", ".join(f"{row.text} {row.before:.3f} -> {row.after:.3f}" for row in self.loss.itertuples())
         changed = self.weights["relative_change"]
         worst = self.weights["matrix"].iloc[int(changed.to_numpy().argmax())]
         same = f"{int(self.generations['same'].sum())} of {len(self.generations)} generations the same"
         return f"Damage({self.label}: loss {losses}; largest weight change {changed.max():.3f} in {worst}; {same})"
 
     def _tables(self) -> Sequence[Table]:
-        tables = {
-            "loss, in nats": self.loss, "weights": self.weights, "activations": self.activations,
-            "generations": self.generations,
-        }  # fmt: skip
-        return [Table(frame, caption, "{:.4f}".format) for caption, frame in tables.items()]
+        captions = {"loss": "loss, in nats"}
+        return [Table(getattr(self, part), captions.get(part, part), "{:.4f}".format) for part in PARTS]
 
 
 @torch_defaults()
@@ -121,37 +116,20 @@ def damage(
     for name, text in texts.items():
         if int(text.lengths.min()) < 2:
             raise MansuError(f"damage: text set {name!r} has a sequence of one token, which has no loss; drop it")
-    shapes = [(m.cfg.n_layers, m.cfg.d_model, m.cfg.d_vocab) for m in (original, edited)]
-    if shapes[0] != shapes[1]:
-        raise MansuError(
-            f"damage: (layers, width, vocabulary) are {shapes[0]} and {shapes[1]}; compare models of one shape"
-        )
+    require_one_shape("damage", original, edited=edited)
     for model in (original, edited):
         require_ready(model, next(iter(texts.values())).tokens)
-    losses, activations = [], []
-    for name, text in texts.items():
-        loss, layers = _read(original, edited, name, text, batch_size)
-        if not all(math.isfinite(value) for value in (loss["before"], loss["after"])):
-            raise MansuError(
-                f"damage: the loss on {name!r} is {loss['before']} before and {loss['after']} after the edit; check the "
-                "weights and their dtype"
-            )
-        losses.append(loss)
-        activations += layers
-    return Damage(
-        label,
-        pd.DataFrame(losses),
-        pd.DataFrame(_weights(original, edited)),
-        pd.DataFrame(activations),
-        _generations(original, edited, prompts, max_new_tokens),
+    losses, activations = zip(
+        *(_losses_and_streams(original, edited, name, text, batch_size) for name, text in texts.items()), strict=True
     )
+    return Damage(
+        label, pd.DataFrame(losses), _weights(original, edited), pd.concat(activations, ignore_index=True),
+        _generations(original, edited, prompts, max_new_tokens),
+    )  # fmt: skip
 
 
 def greedy(
-    model: TransformerBridge,
-    prompts: Sequences,
-    max_new_tokens: int,
-    eos: int | None = None,
+    model: TransformerBridge, prompts: Sequences, max_new_tokens: int, eos: int | None = None
 ) -> list[list[int]]:
     """The likeliest next tokens, one after the other, up to and without `eos`; no sampling, no cache."""
     device = home(model)
@@ -166,66 +144,46 @@ def greedy(
 
 
 @torch.no_grad()
-def _read(
+def _losses_and_streams(
     original: TransformerBridge, edited: TransformerBridge, name: str, text: Sequences, batch_size: int
-) -> tuple[dict[str, Any], list[dict[str, object]]]:
-    """The losses of a text set and its streams' norms."""
-    count, device = component_map(original).n_layers, home(original)
-    layers = ("embed", *(f"L{i}" for i in range(count)))
-    loss: tuple[list[Tensor], list[Tensor]] = ([], [])
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """A text set's row of the loss table, and its rows of the table of activations."""
+    layers, device = list(stream_hooks(original)), home(original)
+    losses: tuple[list[Tensor], list[Tensor]] = ([], [])
     sums = torch.zeros(4, len(layers), dtype=torch.float64)
-    tokens = 0
     for start in range(0, len(text), batch_size):
         batch = text[slice(start, start + batch_size)].to(device)
-        real = torch.arange(batch.tokens.shape[1], device=device)[None] < batch.lengths[:, None]
+        real = real_tokens(batch.tokens, batch.lengths)
         streams = []
-        for m, model in enumerate((original, edited)):
-            logits, kept = _streams(model, batch, count)
-            streams.append(kept[:, real].double())
-            loss[m].append(_sequence_losses(logits, batch).cpu())
+        for model, found in zip((original, edited), losses, strict=True):
+            kept, logits = residual_streams(model, batch, every_logit=True)
+            streams.append(torch.stack([stream.to(device) for stream in kept])[:, real].double())
+            found.append(_sequence_losses(logits.to(device).float(), batch).cpu())
         before, after = streams
         norm = before.norm(dim=-1)
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         for i, value in enumerate((norm, after.norm(dim=-1), (after - before).norm(dim=-1) / norm, cosine)):
             sums[i] += value.sum(1).cpu()
-        tokens += int(real.sum())
-    means = (sums / tokens).T.tolist()
     columns = ("norm_before", "norm_after", "relative_change", "cosine")
-    rows = [
-        {"text": name, "layer": layer, **dict(zip(columns, mean, strict=True))}
-        for layer, mean in zip(layers, means, strict=True)
-    ]
-    return _losses(name, torch.cat(loss[0]), torch.cat(loss[1]), text.lengths.cpu() - 1), rows
+    means = dict(zip(columns, (sums / int(text.lengths.sum())).tolist(), strict=True))
+    before, after = (torch.cat(found) for found in losses)
+    return _loss_row(name, before, after, text.lengths.cpu() - 1), pd.DataFrame({"text": name, "layer": layers} | means)
 
 
-def _losses(
+def _loss_row(
     name: str, before: Float[Tensor, " row"], after: Float[Tensor, " row"], targets: Int[Tensor, " row"]
 ) -> dict[str, Any]:
-    """One row of the loss table from each sequence's summed loss."""
-    total = int(targets.sum())
+    """From each sequence's summed loss: the mean a token, and the rise of a sequence's own mean."""
+    means = [loss.sum().item() / int(targets.sum()) for loss in (before, after)]
+    if not all(map(math.isfinite, means)):
+        raise MansuError(
+            f"damage: the loss on {name!r} is {means[0]} before and {means[1]} after the edit; check the weights and "
+            "their dtype"
+        )
     rise = (after - before) / targets
-    low, high = interval_over_facts(rise, [str(i) for i in range(len(rise))])
-    return {
-        "text": name,
-        "sequences": len(rise),
-        "before": before.sum().item() / total,
-        "after": after.sum().item() / total,
-        "rise": rise.mean().item(),
-        "rise_low": low,
-        "rise_high": high,
-        "largest_rise": rise.max().item(),
-    }
-
-
-def _streams(
-    model: TransformerBridge, batch: Sequences, count: int
-) -> tuple[Float[Tensor, "row pos vocab"], Float[Tensor, "layer row pos d_model"]]:
-    kept: dict[str, Tensor] = {}
-    names = [*(f"blocks.{i}.hook_in" for i in range(count)), "ln_final.hook_in"]
-    place = batch.tokens.device
-    with model.hooks(fwd_hooks=[(name, keep(kept, name)) for name in names]):
-        logits = model(batch.tokens.to(home(model)), return_type="logits")
-    return logits.to(place).float(), torch.stack([kept[name].to(place) for name in names])
+    row: dict[str, Any] = {"text": name, "sequences": len(rise), "before": means[0], "after": means[1]}
+    row |= with_interval("rise", rise, [str(i) for i in range(len(rise))])
+    return row | {"largest_rise": rise.max().item()}
 
 
 def _sequence_losses(logits: Float[Tensor, "row pos vocab"], batch: Sequences) -> Float[Tensor, " row"]:
@@ -234,32 +192,25 @@ def _sequence_losses(logits: Float[Tensor, "row pos vocab"], batch: Sequences) -
     # Flat: classes on a middle axis have no deterministic form on a GPU.
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets)
-    real = torch.arange(1, batch.tokens.shape[1], device=losses.device)[None] < batch.lengths[:, None]
+    real = real_tokens(batch.tokens, batch.lengths)[:, 1:]
     return (losses.double() * real).sum(1)
 
 
-def _weights(original: TransformerBridge, edited: TransformerBridge) -> list[dict[str, object]]:
+def _weights(original: TransformerBridge, edited: TransformerBridge) -> pd.DataFrame:
     rows = []
     for (name, before), (_, after) in zip(_matrices(original), _matrices(edited), strict=True):
         old, new = before.double(), after.to(before.device).double()
-        norm = old.norm().item()
-        rows.append(
-            {
-                "matrix": name,
-                "weights": old.numel(),
-                "norm_before": norm,
-                "norm_after": new.norm().item(),
-                "relative_change": (new - old).norm().item() / norm if norm else float((new - old).norm() > 0),
-                "changed_share": (new != old).double().mean().item(),
-            }
-        )
-    return rows
+        norm, moved = old.norm().item(), (new - old).norm().item()
+        relative = moved / norm if norm else float(moved > 0)
+        rows.append((name, old.numel(), norm, new.norm().item(), relative, (new != old).double().mean().item()))
+    columns = ("matrix", "weights", "norm_before", "norm_after", "relative_change", "changed_share")
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _matrices(model: TransformerBridge) -> list[tuple[str, Tensor]]:
     """Every weight once, linear layers by what they do, the rest by HF name."""
     out = []
-    for layer in range(component_map(model).n_layers):
+    for layer in range(Anatomy.of(model).n_layers):
         attention, mlp = attention_weights(model, layer), mlp_weights(model, layer)
         out += [(f"L{layer}.{part}", getattr(attention, part)) for part in "qkvo"]
         out += [(f"L{layer}.{p}", w) for p in ("gate", "up", "down") if (w := getattr(mlp, p)) is not None]
@@ -297,9 +248,3 @@ def _generations(
         shown = tokenizer.decode(ids) if isinstance(prompts, Sequences) else prompts[i]
         rows.append([shown, tokenizer.decode(before), tokenizer.decode(after), before == after])
     return pd.DataFrame(rows, columns=columns)
-
-
-def _plain(value: object) -> object:
-    """A cell as JSON has it (numpy's numbers are none of Python's)."""
-    item = getattr(value, "item", None)
-    return value if item is None else item()

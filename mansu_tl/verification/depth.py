@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,14 +25,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.data import PromptPairs
+from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, choice_log_odds
-from mansu_tl.models import component_map, home, require_ready
-from mansu_tl.patching.runs import Hook, check, chunks, keep, measured, metric_name, run
-from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.models import home, require_ready
+from mansu_tl.results.intervals import interval_over_facts, with_interval
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, choice_log_odds
+from mansu_tl.runs.passes import Hook, check, chunks, measured, metric_name, run
+from mansu_tl.verification.streams import require_one_shape, residual_streams, stream_hooks
 
 POSITIONS = ("all", "last")
 
@@ -87,20 +89,12 @@ class ErasureDepth(Result):
         share (mean edited drop over mean never-trained drop, not clipped) with its 95 % interval of the edited drop."""
         rows = []
         for i, layer in enumerate(self.layers):
-            never, edited = self.never[i].double().mean().item(), self.edited[i].double().mean().item()
-            low, high = interval_over_facts(self.edited[i], self.facts)
-            rows.append(
-                {
-                    "label": self.label,
-                    "layer": layer,
-                    "never_drop": never,
-                    "edited_drop": edited,
-                    "edited_low": low,
-                    "edited_high": high,
-                    "counted": (self.never[i] > self.threshold).double().mean().item(),
-                    "erased": edited / never if never > self.threshold else float("nan"),
-                }
-            )
+            never = self.never[i].double().mean().item()
+            row: dict[str, Any] = {"label": self.label, "layer": layer, "never_drop": never}
+            row |= with_interval("edited_drop", self.edited[i], self.facts, bounds="edited")
+            row["counted"] = (self.never[i] > self.threshold).double().mean().item()
+            row["erased"] = row["edited_drop"] / never if never > self.threshold else float("nan")
+            rows.append(row)
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -148,28 +142,19 @@ def erasure_depth(
     for model in (original, edited, never):
         check(model, pairs)
         require_ready(model, pairs.clean)
-    layers = component_map(original).n_layers
-    for name, other in (("edited", edited), ("never", never)):
-        shape, wanted = ((m.cfg.n_layers, m.cfg.d_model) for m in (other, original))
-        if shape != wanted:
-            raise MansuError(
-                f"depth: the {name} model has {shape[0]} layers of width {shape[1]}, the original {wanted[0]} of "
-                f"{wanted[1]}; compare models of one shape"
-            )
+    require_one_shape("depth", original, edited=edited, never=never)
     pairs = pairs.to(home(original))
-    hooks = [*(f"blocks.{i}.hook_in" for i in range(1, layers)), "ln_final.hook_in"]
-    clean, drops = torch.empty(len(pairs)), torch.empty(2, layers, len(pairs))
+    after_blocks = list(stream_hooks(original).items())[1:]
+    clean, drops = torch.empty(len(pairs)), torch.empty(2, len(after_blocks), len(pairs))
     batches = list(chunks(pairs, batch_size))
     with torch.no_grad():
         for where, batch in tqdm(batches, desc=f"depth {label}", unit="batch", disable=not progress):
             before = measured(metric, run(original, batch.clean, batch.lengths).float(), batch)
             clean[where] = before.cpu()
             for s, source in enumerate((never, edited)):
-                kept: dict[str, Tensor] = {}
-                there = batch.to(home(source))
-                run(source, there.clean, there.lengths, [(name, keep(kept, name)) for name in hooks])
-                for i, name in enumerate(hooks):
-                    hook = _taken(name, kept[name], batch, positions)
+                streams, _ = residual_streams(source, Sequences(batch.clean, batch.lengths))
+                for i, ((_, name), stream) in enumerate(zip(after_blocks, streams[1:], strict=True)):
+                    hook = _put_in(name, stream, batch, positions)
                     after = measured(metric, run(original, batch.clean, batch.lengths, [hook]).float(), batch)
                     drops[s, i, where] = (before - after).cpu()
     if not (drops[0] > threshold).any():
@@ -177,11 +162,11 @@ def erasure_depth(
             f"depth: the never-trained model's streams lower {metric_name(metric)} by at most {drops[0].max():.3g} at any "
             f"layer, threshold={threshold}; pass a model that does not know the facts"
         )
-    names = tuple(f"L{i}" for i in range(layers))
+    names = tuple(layer for layer, _ in after_blocks)
     return ErasureDepth(label, names, clean, drops[0], drops[1], threshold, positions, metric_name(metric), pairs.facts)
 
 
-def _taken(name: str, value: Tensor, batch: PromptPairs, positions: str) -> Hook:
+def _put_in(name: str, value: Tensor, batch: PromptPairs, positions: str) -> Hook:
     """A hook that puts another model's stream in place of the one it sees."""
 
     def replace(stream: Tensor, hook: object) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,10 +25,10 @@ from mansu_tl.circuit.graph import layer_of, reader_kind
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
+from mansu_tl.results.intervals import drawn_facts, middle
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, logit_difference
 
-_RESAMPLES = 2000
 _STEPS = 5
 
 
@@ -95,7 +96,7 @@ class Divergence(Result):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The edges, as `.edges`."""
+        """The edges."""
         return self.edges
 
     def __repr__(self) -> str:
@@ -168,31 +169,26 @@ def circuit_divergence(
             f"CAD: scores with {' and with '.join(str(n) for n in sorted(given))} EAP-IG steps cannot be compared; take "
             "both with the same steps"
         )
-    used = given.pop() if given else _STEPS
-    a, b = (
-        m
-        if isinstance(m, CircuitScores)
-        else circuit_scores(m, circuit, pairs, steps=used, metric=metric, progress=progress)
-        for m in (original, other)
-    )
-    mean_a, mean_b = a.tensor.double().mean(0), b.tensor.double().mean(0)
+    options: dict[str, Any] = {"steps": given.pop() if given else _STEPS, "metric": metric, "progress": progress}
+    found = [
+        m if isinstance(m, CircuitScores) else circuit_scores(m, circuit, pairs, **options) for m in (original, other)
+    ]
+    mean_a, mean_b = (scores.tensor.double().mean(0) for scores in found)
     if not mean_a.abs().sum() > 0:
         raise MansuError(
             "circuit: all its scores on the original are zero; use pairs on which the model shows the knowledge"
         )
-    weights = _resampled(a.groups, seed)
-    draws_a, draws_b = weights @ a.tensor.double(), weights @ b.tensor.double()
-    cad = 1 - (draws_a * draws_b).sum(1) / draws_a.square().sum(1)
-    mass = 1 - draws_b.abs().sum(1) / draws_a.abs().sum(1)
+    weights = _fact_weights(found[0].groups, seed)
+    a, b = (weights @ scores.tensor.double() for scores in found)
     return Divergence(
         value=(1 - (mean_a @ mean_b) / (mean_a @ mean_a)).item(),
-        interval=_interval(cad),
+        interval=middle(1 - (a * b).sum(1) / a.square().sum(1)),
         mass_loss=(1 - mean_b.abs().sum() / mean_a.abs().sum()).item(),
-        mass_interval=_interval(mass),
+        mass_interval=middle(1 - b.abs().sum(1) / a.abs().sum(1)),
         original=mean_a.float(),
         other=mean_b.float(),
-        writers=a.writers,
-        readers=a.readers,
+        writers=found[0].writers,
+        readers=found[0].readers,
         label=label,
     )
 
@@ -210,18 +206,9 @@ def output_suppressor(metric: Metric, penalty: float) -> Metric:
     return suppressed
 
 
-def _resampled(groups: Int[Tensor, " pair"], seed: int) -> Float[Tensor, "draw pair"]:
-    """Bootstrap weights over groups, rows summing to one."""
-    count = int(groups.max()) + 1
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (_RESAMPLES, count), generator=generator)
-    times = torch.zeros(_RESAMPLES, count, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
-    )
+def _fact_weights(groups: Int[Tensor, " pair"], seed: int) -> Float[Tensor, "draw pair"]:
+    """The share of every pair in each draw of facts; rows sum to one."""
+    drawn = drawn_facts(int(groups.max()) + 1, seed)
+    times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
     weights = times[:, groups]
     return weights / weights.sum(1, keepdim=True)
-
-
-def _interval(draws: Float[Tensor, " draw"]) -> tuple[float, float]:
-    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
-    return low, high

@@ -8,8 +8,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Questions, Task
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Accuracy, accuracy
 from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.runs.metrics import Accuracy, accuracy
 
 _SHOWN = 10
 

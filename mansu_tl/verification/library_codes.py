@@ -10,7 +10,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.models import LinearWeight
+from mansu_tl.models import LinearWeight, orient
 from mansu_tl.models import library as bnb
 
 _MINUS_ZERO = 8  # bitsandbytes' FP4 has two zeros; they decode to the same value
@@ -69,14 +69,14 @@ def library_codes(
         raise MansuError(
             f"{linear.name}: bitsandbytes does not quantize {stored.dtype}; save the model in float32 or bfloat16"
         )
-    w = (stored.T if linear.transposed else stored).contiguous()
+    w = orient(stored, linear).contiguous()
     if quantizer.kind == "int8":
         signed, absmax, _ = bnb.functional.int8_vectorwise_quant(w.half())
         codes, scales = (signed.to(torch.int16) + 128).to(torch.uint8), [absmax]
     else:
         codes, scales = _four_bit(w, quantizer)
     codes = codes.view(w.shape)
-    return (codes.T if linear.transposed else codes).reshape(-1), torch.stack(scales, 1)
+    return orient(codes, linear).reshape(-1), torch.stack(scales, 1)
 
 
 def _four_bit(w: Tensor, quantizer: LibraryQuantizer) -> tuple[Tensor, list[Tensor]]:

@@ -20,16 +20,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.data import Questions
+from mansu_tl.data import Questions, Sequences
 from mansu_tl.data.fit import require_fit, require_questions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, home, require_ready
+from mansu_tl.models import require_ready
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.tree import family, submodule
-from mansu_tl.patching.runs import keep, run
-from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
+from mansu_tl.verification.streams import residual_streams, stream_hooks
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
@@ -59,25 +59,15 @@ class Probes(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a layer: accuracy in percent with its 95 % interval over facts, the shuffled control with its
         own, and chance."""
-        rows = []
-        for i, layer in enumerate(self.layers):
-            low, high = interval_over_facts(self.right[i].double(), self.facts)
-            control_low, control_high = interval_over_facts(self.shuffled[i], self.facts)
-            rows.append(
-                {
-                    "label": self.label,
-                    "layer": layer,
-                    "accuracy": 100 * self.right[i].double().mean().item(),
-                    "interval_low": 100 * low,
-                    "interval_high": 100 * high,
-                    "shuffled": 100 * self.shuffled[i].double().mean().item(),
-                    "shuffled_low": 100 * control_low,
-                    "shuffled_high": 100 * control_high,
-                    "chance": 100 * self.chance,
-                    "penalty": self.penalties[i].item(),
-                }
-            )
-        return pd.DataFrame(rows)
+        return pd.DataFrame(
+            [
+                {"label": self.label, "layer": layer}
+                | with_interval("accuracy", self.right[i], self.facts, scale=100.0, bounds="interval")
+                | with_interval("shuffled", self.shuffled[i], self.facts, scale=100.0)
+                | {"chance": 100 * self.chance, "penalty": self.penalties[i].item()}
+                for i, layer in enumerate(self.layers)
+            ]
+        )
 
     def __repr__(self) -> str:
         accuracy = self.right.double().mean(1)
@@ -126,7 +116,8 @@ def probe(
             shuffle, or facts both asked and trained on.
     """
     require_bridge(model)
-    for asked in (questions, *([] if also_train is None else [also_train])):
+    sets = [questions, *([] if also_train is None else [also_train])]
+    for asked in sets:
         require_questions(asked)
         require_fit(model, asked)
     names = tuple(dict.fromkeys(questions.facts))
@@ -134,35 +125,29 @@ def probe(
         raise MansuError(f"probe: folds={folds} of {len(names)} facts; choose 2..{len(names)}")
     if not penalties or min(penalties) <= 0 or shuffles < 1:
         raise MansuError(f"probe: penalties={tuple(penalties)}, shuffles={shuffles}; all have to be positive")
-    both = set(names) & set(also_train.facts if also_train is not None else ())
-    if both:
+    if also_train is not None and (both := set(names) & set(also_train.facts)):
         raise MansuError(f"probe: also_train asks {min(both)!r} too, so a probe would memorise it; drop it from one")
     generator = torch.Generator().manual_seed(seed)
     fold = _folds(questions.facts, folds, generator)
-    features = streams(model, questions, batch_size)
-    answers, facts = questions.choices[:, 0].cpu(), list(questions.facts)
-    if also_train is not None:
-        features = torch.cat([features, streams(model, also_train, batch_size)], 1)
-        answers = torch.cat([answers, also_train.choices[:, 0].cpu()])
-        facts += also_train.facts
-        fold = torch.cat([fold, torch.full((len(also_train),), -1)])
+    features = torch.cat([streams(model, asked, batch_size) for asked in sets], 1)
+    answers = torch.cat([asked.choices[:, 0].cpu() for asked in sets])
+    facts = [fact for asked in sets for fact in asked.facts]
+    fold = torch.cat([fold, torch.full((len(facts) - len(fold),), -1)])  # further facts are in no fold's test
     vectors = _unembedding(model)
-    layers = ("embed", *(f"L{i}" for i in range(component_map(model).n_layers)))
     options = vectors[questions.choices.cpu()]
     options = options - options.mean(1, keepdim=True)
-    labels = [answers, *(answers[_shuffle(facts, generator)] for _ in range(shuffles))]
+    shuffled = [answers[_shuffle(facts, generator)] for _ in range(shuffles)]
+    layers = tuple(stream_hooks(model))
     right = torch.zeros(len(layers), len(questions), dtype=torch.bool)
     control, chosen = torch.zeros(len(layers), len(questions)), torch.zeros(len(layers))
     for i in tqdm(range(len(layers)), desc=f"probes {label}", unit="layer", disable=not progress):
         for j in range(folds):
             test, train = (fold == j).nonzero()[:, 0], (fold != j).nonzero()[:, 0]
             inner = _folds([facts[t] for t in train.tolist()], 3, generator)
-            balance = _balance(answers[train])
-            penalty = _chosen(features[i, train], vectors[answers[train]], balance, inner, penalties)
+            penalty = _chosen(features[i, train], vectors[answers[train]], _balance(answers[train]), inner, penalties)
             chosen[i] += penalty / folds
-            for n, label_ids in enumerate(labels):
-                balance = _balance(label_ids[train])
-                fit, bias = ridge(features[i, train], vectors[label_ids[train]], penalty, balance)
+            for n, labels in enumerate((answers, *shuffled)):
+                fit, bias = ridge(features[i, train], vectors[labels[train]], penalty, _balance(labels[train]))
                 scores = ((features[i, test] @ fit + bias)[:, None] * options[test]).sum(-1)
                 hit = scores[:, 0] > scores[:, 1:].max(1).values
                 if n == 0:
@@ -200,21 +185,17 @@ def ridge(
     return coefficients, mean_y - mean_x @ coefficients
 
 
-@torch.no_grad()
 def streams(
     model: TransformerBridge, questions: Questions, batch_size: int = 256
 ) -> Float[Tensor, "layer question d_model"]:
     """The residual stream at every question's last token: what enters block 0, then what leaves each block."""
     require_ready(model, questions.prompts)
-    count, device = component_map(model).n_layers, home(model)
-    hooks = [*(f"blocks.{i}.hook_in" for i in range(count)), "ln_final.hook_in"]
     out = []
     for start in range(0, len(questions), batch_size):
         rows = questions[slice(start, start + batch_size)]
-        kept: dict[str, Tensor] = {}
-        run(model, rows.prompts.to(device), rows.lengths.to(device), [(name, keep(kept, name)) for name in hooks])
+        layers, _ = residual_streams(model, Sequences(rows.prompts, rows.lengths))
         at, last = torch.arange(len(rows)), rows.lengths.cpu() - 1
-        out.append(torch.stack([kept[name][at, last].cpu().double() for name in hooks]))
+        out.append(torch.stack([stream[at, last].cpu().double() for stream in layers]))
     found = torch.cat(out, 1)
     if not torch.isfinite(found).all():
         raise MansuError("probe: the model's streams are not finite on these questions; check its weights and dtype")
@@ -238,12 +219,9 @@ def _folds(facts: Sequence[str], folds: int, generator: torch.Generator) -> Int[
 def _shuffle(facts: Sequence[str], generator: torch.Generator) -> Int[Tensor, " row"]:
     """For every row, a row whose answer it gets: facts are permuted, the rows of one fact stay together."""
     names = list(dict.fromkeys(facts))
-    first = {name: facts.index(name) for name in names}
-    other = {
-        name: first[names[j]]
-        for name, j in zip(names, torch.randperm(len(names), generator=generator).tolist(), strict=True)
-    }
-    return torch.tensor([other[fact] for fact in facts])
+    order = torch.randperm(len(names), generator=generator).tolist()
+    row = {name: facts.index(names[j]) for name, j in zip(names, order, strict=True)}
+    return torch.tensor([row[fact] for fact in facts])
 
 
 def _balance(answers: Int[Tensor, " row"]) -> Float[Tensor, " row"]:

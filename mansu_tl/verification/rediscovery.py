@@ -24,9 +24,9 @@ from mansu_tl.circuit import Circuit, EdgeScores, edge_attribution, patch_edges
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Metric, logit_difference
-from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import Metric, logit_difference
 
 ROUTES = ("every edge", "outside the old circuit", "inside the old circuit")
 
@@ -74,9 +74,12 @@ class Rediscovery(Result):
         """
         if route not in ROUTES:
             raise MansuError(f"rediscovery: no route {route!r}; choose one of {', '.join(ROUTES)}")
+        value, low, high = self._carried("share", model, route).values()
+        return value, low, high
+
+    def _carried(self, name: str, model: int, route: str) -> dict[str, float]:
         whole = self.effects[0, 0].double().mean()
-        values = self.effects[model, ROUTES.index(route)].double() / whole
-        return (values.mean().item(), *interval_over_facts(values, self.facts))
+        return with_interval(name, self.effects[model, ROUTES.index(route)].double() / whole, self.facts)
 
     def new_edges(self, n: int = 10) -> pd.DataFrame:
         """The strongest edges of the edited model outside the old circuit, with the original's scores beside."""
@@ -93,15 +96,10 @@ class Rediscovery(Result):
         """One row a model: masses and what is carried, as shares of the original's whole, and Jaccard with its edges."""
         rows = []
         for m, name in enumerate(self.models):
-            row: dict[str, Any] = {
-                "model": name,
-                "mass_inside": self.mass(m, outside=False),
-                "mass_outside": self.mass(m),
-                "jaccard": self.jaccard(m),
-            }
+            row: dict[str, Any] = {"model": name, "mass_inside": self.mass(m, outside=False)}
+            row |= {"mass_outside": self.mass(m), "jaccard": self.jaccard(m)}
             for route, key in zip(ROUTES, ("whole", "outside", "inside"), strict=True):
-                value, low, high = self.carried(m, route)
-                row |= {f"carried_{key}": value, f"carried_{key}_low": low, f"carried_{key}_high": high}
+                row |= self._carried(f"carried_{key}", m, route)
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -27,10 +27,10 @@ from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import accuracy, last_logits
 from mansu_tl.models import float32_copy, home, require_ready
-from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import accuracy, last_logits
 from mansu_tl.unlearning.batches import Sampler
 from mansu_tl.unlearning.forward import real_targets
 from mansu_tl.verification.attacks import Attack
@@ -74,17 +74,13 @@ class RelearningCurve(Result):
         return self.values - self.prior
 
     def at(self, measure: str = "multiple_choice", step: int = -1, *, excess: bool = False) -> float:
-        """A measure after some step, in percent (log-odds in nats).
-
-        Args:
-            step: one of `steps`, or -1 for the last.
-            excess: minus the prior.
+        """A measure after one of `steps` (-1 = the last), in percent (log-odds in nats), `excess` = minus the prior.
 
         Raises:
             MansuError: no such measure, or a step at which it was not asked.
         """
         source = self.excess if excess else self.values
-        return _scale(measure) * source[measure_index(measure), self.index_of(step)].double().mean().item()
+        return scale_of(measure) * source[measure_index(measure), self.index_of(step)].double().mean().item()
 
     def index_of(self, step: int) -> int:
         """The row of a step; -1 is the last.
@@ -99,30 +95,16 @@ class RelearningCurve(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row a step and measure: value, prior, excess, each in percent (log-odds in nats), and 95 % intervals
         over facts of value and excess."""
+        same = {"label": self.label, "attack": self.attack, "learning_rate": self.learning_rate}
         rows = []
         for m, measure in enumerate(MEASURES):
-            scale = _scale(measure)
+            scale = scale_of(measure)
             for s, step in enumerate(self.steps):
-                value, extra = self.values[m, s], self.excess[m, s]
-                low, high = interval_over_facts(value, self.facts)
-                extra_low, extra_high = interval_over_facts(extra, self.facts)
-                rows.append(
-                    {
-                        "label": self.label,
-                        "attack": self.attack,
-                        "learning_rate": self.learning_rate,
-                        "step": step,
-                        "measure": measure,
-                        "value": scale * value.double().mean().item(),
-                        "interval_low": scale * low,
-                        "interval_high": scale * high,
-                        "prior": scale * self.prior[m, s].double().mean().item(),
-                        "excess": scale * extra.double().mean().item(),
-                        "excess_low": scale * extra_low,
-                        "excess_high": scale * extra_high,
-                        "loss": self.loss[s].item(),
-                    }
-                )
+                row = same | {"step": step, "measure": measure}
+                row |= with_interval("value", self.values[m, s], self.facts, scale=scale, bounds="interval")
+                row |= {"prior": scale * self.prior[m, s].double().mean().item()}
+                row |= with_interval("excess", self.excess[m, s], self.facts, scale=scale)
+                rows.append(row | {"loss": self.loss[s].item()})
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -179,10 +161,8 @@ def relearn(
         )
     require_ready(model, attack.text.tokens, copied=True)
     require_fit(model, attack.text)
-    hf = float32_copy(model)
-    device = home(hf)
-    text = attack.text.to(device)
-    hf.requires_grad_(True)
+    hf = float32_copy(model).requires_grad_(True)
+    text = attack.text.to(home(hf))
     optimizer = torch.optim.AdamW(hf.parameters(), lr=learning_rate, weight_decay=weight_decay)
     draw = Sampler(len(text), batch_size, torch.Generator().manual_seed(seed))
     values, priors, losses = [], [], []
@@ -193,24 +173,17 @@ def relearn(
                 raise MansuError(
                     f"relearning: the loss is {losses[-1]} at step {step}; lower learning_rate={learning_rate}"
                 )
-            values.append(_answers(hf, attack))
+            answers = accuracy(hf, attack.questions)
+            values.append(torch.stack([answers.multiple_choice.float(), answers.cloze.float(), answers.log_odds]))
             priors.append(_prior(hf, attack))
         if step < steps:
             optimizer.zero_grad()
             _loss(hf, text[draw()], attack.answers_only).mean().backward()
             optimizer.step()
     return RelearningCurve(
-        label=label,
-        attack=attack.name,
-        kind=attack.kind,
-        learning_rate=float(learning_rate),
-        seed=seed,
-        steps=asked,
-        values=torch.stack(values, 1),
-        prior=torch.stack(priors, 1),
-        loss=torch.tensor(losses),
-        facts=attack.questions.facts,
-    )
+        label, attack.name, attack.kind, float(learning_rate), seed, asked, torch.stack(values, 1),
+        torch.stack(priors, 1), torch.tensor(losses), attack.questions.facts,
+    )  # fmt: skip
 
 
 def measure_index(measure: str) -> int:
@@ -224,7 +197,8 @@ def measure_index(measure: str) -> int:
     return MEASURES.index(measure)
 
 
-def _scale(measure: str) -> float:
+def scale_of(measure: str) -> float:
+    """What turns a measure's mean into what is shown: percent, and nats for log-odds."""
     return 1.0 if measure == "log_odds" else 100.0
 
 
@@ -251,15 +225,9 @@ def _loss(hf: PreTrainedModel, batch: Sequences, answers_only: bool) -> Float[Te
 
 @torch.no_grad()
 def _mean_loss(hf: PreTrainedModel, text: Sequences, answers_only: bool, batch_size: int = 256) -> float:
-    parts = [
-        _loss(hf, text[slice(start, start + batch_size)], answers_only) for start in range(0, len(text), batch_size)
-    ]
+    starts = range(0, len(text), batch_size)
+    parts = [_loss(hf, text[slice(start, start + batch_size)], answers_only) for start in starts]
     return torch.cat(parts).double().mean().item()
-
-
-def _answers(hf: PreTrainedModel, attack: Attack) -> Float[Tensor, "measure question"]:
-    result = accuracy(hf, attack.questions)
-    return torch.stack([result.multiple_choice.float(), result.cloze.float(), result.log_odds])
 
 
 def _prior(hf: PreTrainedModel, attack: Attack) -> Float[Tensor, "measure question"]:
@@ -269,12 +237,10 @@ def _prior(hf: PreTrainedModel, attack: Attack) -> Float[Tensor, "measure questi
         return torch.full((len(MEASURES), len(questions)), float("nan"))
     device = home(hf)
     logits = last_logits(hf, unseen.tokens.to(device), unseen.lengths.to(device)).cpu()
-    choices, best = questions.choices.cpu(), logits.argmax(1)
-    out = torch.empty(len(MEASURES), len(questions))
-    for i, alike in enumerate(attack.alike.cpu()):
-        options = logits[alike][:, choices[i]]
+    best, means = logits.argmax(1), []
+    for alike, choices in zip(attack.alike.cpu(), questions.choices.cpu(), strict=True):
+        options = logits[alike][:, choices]
         right, others = options[:, 0], options[:, 1:]
-        out[0, i] = (right > others.max(1).values).float().mean()
-        out[1, i] = (best[alike] == choices[i, 0]).float().mean()
-        out[2, i] = (right - others.logsumexp(1)).mean()
-    return out
+        hits = [right > others.max(1).values, best[alike] == choices[0]]
+        means.append(torch.stack([*(hit.float().mean() for hit in hits), (right - others.logsumexp(1)).mean()]))
+    return torch.stack(means, 1)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.results.intervals import interval_over_facts
+from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.verification.attacks import Attack
-from mansu_tl.verification.relearning import MEASURES, RelearningCurve, measure_index, relearn
-
-_NO_REFERENCE = ""
+from mansu_tl.verification.relearning import MEASURES, RelearningCurve, measure_index, relearn, scale_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Relearning(Result):
     """
 
     curves: tuple[RelearningCurve, ...]
-    reference: str = _NO_REFERENCE
+    reference: str = ""
 
     def __post_init__(self) -> None:
         if not self.curves:
@@ -39,14 +39,13 @@ class Relearning(Result):
         if self.reference and self.reference not in labels:
             raise MansuError(f"relearning: reference {self.reference!r} is none of {', '.join(labels)}; run it too")
         facts: dict[str, tuple[str, ...]] = {}
-        seen = set()
+        seen: set[tuple[str, str, float]] = set()
         for curve in self.curves:
             if facts.setdefault(curve.attack, curve.facts) != curve.facts:
                 raise MansuError(f"relearning: two attacks called {curve.attack!r} ask different questions; rename one")
-            key = (curve.label, curve.attack, curve.learning_rate)
-            if key in seen:
-                raise MansuError(f"relearning: {curve.label!r} has two curves for {key[1:]}; drop one")
-            seen.add(key)
+            if _place(curve) in seen:
+                raise MansuError(f"relearning: {curve.label!r} has two curves for {_place(curve)[1:]}; drop one")
+            seen.add(_place(curve))
 
     def summary(self, measure: str = "multiple_choice", step: int = -1) -> pd.DataFrame:
         """One row a model, kind of attack and learning rate, its splits taken together.
@@ -69,39 +68,33 @@ class Relearning(Result):
     def _row(
         self, key: tuple[str, str, float], curves: list[RelearningCurve], measure: str, step: int
     ) -> dict[str, object]:
-        m, scale = measure_index(measure), 1.0 if measure == "log_odds" else 100.0
-        at = [curve.index_of(step) for curve in curves]
+        m, scale = measure_index(measure), scale_of(measure)
         facts = [fact for curve in curves for fact in curve.facts]
-        parts = [curve.excess[m, i].double() for curve, i in zip(curves, at, strict=True)]
-        value = torch.cat([curve.values[m, i].double() for curve, i in zip(curves, at, strict=True)])
-        excess = torch.cat(parts)
-        means = [scale * part.mean().item() for part in parts]
-        row: dict[str, object] = {
-            "label": key[0],
-            "kind": key[1],
-            "learning_rate": key[2],
-            "measure": measure,
-            "step": curves[0].steps[at[0]],
-            "splits": len(curves),
-            "value": scale * value.mean().item(),
-            "prior": scale * (value - excess).mean().item(),
-        }
-        row |= _with_interval("excess", excess, facts, scale)
+
+        def last(source: str, curves: Sequence[RelearningCurve]) -> list[Tensor]:
+            return [getattr(curve, source)[m, curve.index_of(step)].double() for curve in curves]
+
+        value, excess = torch.cat(last("values", curves)), torch.cat(last("excess", curves))
+        means = [scale * part.mean().item() for part in last("excess", curves)]
+        row: dict[str, object] = dict(zip(("label", "kind", "learning_rate"), key, strict=True))
+        row |= {"measure": measure, "step": curves[0].steps[curves[0].index_of(step)], "splits": len(curves)}
+        row |= {"value": scale * value.mean().item(), "prior": scale * (value - excess).mean().item()}
+        row |= with_interval("excess", excess, facts, scale=scale)
         row |= {"lowest_split": min(means), "highest_split": max(means)}
         if self.reference:
-            others = {(c.attack, c.learning_rate): c for c in self.curves if c.label == self.reference}
-            base = []
-            for curve in curves:
-                other = others.get((curve.attack, curve.learning_rate))
-                if other is None:
-                    raise MansuError(
-                        f"relearning: {self.reference!r} has no curve for {curve.attack!r} at lr "
-                        f"{curve.learning_rate:g}; run it too"
-                    )
-                base.append(other.excess[m, other.index_of(step)].double())
-            row["reference_excess"] = scale * torch.cat(base).mean().item()
-            row |= _with_interval("over_reference", excess - torch.cat(base), facts, scale)
+            base = torch.cat(last("excess", [self._reference_of(curve) for curve in curves]))
+            row["reference_excess"] = scale * base.mean().item()
+            row |= with_interval("over_reference", excess - base, facts, scale=scale)
         return row
+
+    def _reference_of(self, curve: RelearningCurve) -> RelearningCurve:
+        """The never-trained model's curve under the same attack."""
+        for other in self.curves:
+            if _place(other) == (self.reference, *_place(curve)[1:]):
+                return other
+        raise MansuError(
+            f"relearning: {self.reference!r} has no curve for {curve.attack!r} at lr {curve.learning_rate:g}; run it too"
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """Every curve's rows, see `RelearningCurve.to_dataframe`."""
@@ -146,17 +139,14 @@ def compare_relearning(
     """
     if reference is not None and reference not in models:
         raise MansuError(f"relearning: reference {reference!r} is none of {', '.join(models)}; add it to the models")
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "ask_at": ask_at, "seed": seed}
     jobs = [(label, attack, rate) for label in models for attack in attacks for rate in learning_rates]
-    curves = []
-    for label, attack, rate in tqdm(jobs, desc="relearning", unit="curve", disable=not bars(progress)):
-        curve = relearn(
-            models[label], attack, steps=steps, learning_rate=rate, batch_size=batch_size, ask_at=ask_at, seed=seed,
-            label=label,
-        )  # fmt: skip
-        curves.append(curve)
-    return Relearning(tuple(curves), reference or _NO_REFERENCE)
+    curves = [
+        relearn(models[label], attack, learning_rate=rate, label=label, **options)
+        for label, attack, rate in tqdm(jobs, desc="relearning", unit="curve", disable=not bars(progress))
+    ]
+    return Relearning(tuple(curves), reference or "")
 
 
-def _with_interval(name: str, values: torch.Tensor, facts: Sequence[str], scale: float) -> dict[str, float]:
-    low, high = interval_over_facts(values, facts)
-    return {name: scale * values.mean().item(), f"{name}_low": scale * low, f"{name}_high": scale * high}
+def _place(curve: RelearningCurve) -> tuple[str, str, float]:
+    return curve.label, curve.attack, curve.learning_rate

@@ -17,10 +17,10 @@ from mansu_tl.data import Task
 from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.metrics import Accuracy
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table, bars
+from mansu_tl.runs.metrics import Accuracy
 from mansu_tl.verification.controls import Controls, answers, under
 from mansu_tl.verification.divergence import CircuitScores, circuit_divergence
 from mansu_tl.verification.knowledge import few_facts, unknown_facts

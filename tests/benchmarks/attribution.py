@@ -35,7 +35,7 @@ def rows(transformer_lens: bool = False) -> list[dict[str, object]]:
             value = logits[lines, pairs.answers] - logits[lines, pairs.distractors[:, 0]]
             torch.autograd.grad(value.sum(), embedded)
 
-    def ours(**options: object) -> mtl.EdgeScores:
+    def ours(**options: object) -> mtl.circuit.EdgeScores:
         return mtl.edge_attribution(model, pairs, steps=STEPS, **options)
 
     out: list[dict[str, object]] = []

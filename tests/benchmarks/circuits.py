@@ -14,7 +14,7 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit, Graph, minimality, random_mask
 from mansu_tl.circuit.evaluation import relative
 from mansu_tl.circuit.selection import top_mask
-from mansu_tl.patching.runs import run
+from mansu_tl.runs.passes import run
 from tests.benchmarks.common import gpt2_small, random_pairs, side_by_side
 
 
@@ -34,7 +34,7 @@ def rows(what: str, model: object, pairs: mtl.PromptPairs) -> list[dict[str, obj
     out = []
 
     def measure(masks: torch.Tensor) -> None:
-        relative(model, masks, pairs, None, mtl.metrics.logit_difference, 64)
+        relative(model, masks, pairs, None, mtl.runs.logit_difference, 64)
 
     def plain() -> None:
         with torch.no_grad():

@@ -52,7 +52,7 @@ def main(
 ) -> None:
     """Measure every setting that is not in the table yet."""
     i, n = (int(number) for number in part.split("/"))
-    base = mtl.MansuSettings() if full else mtl.MansuSettings.light()
+    base = mtl.unlearning.MansuSettings() if full else mtl.unlearning.MansuSettings.light()
     model, task = mtl.load("pocket"), mtl.load_task("pocket")
     validation, _ = split_questions(task)
     circuit = mtl.discover_circuit(model, task.forget_pairs)

@@ -1,6 +1,6 @@
 """TOFU on a small model: forgetting by TOFU's own measures, before and after quantization, against the retain model.
 
-    python tests/benchmarks/tofu.py --data ../shared/data/tofu --out runs/tofu --methods mansu-4,mansu-10,graddiff,npo \
+    python -m tests.benchmarks.tofu --data ../shared/data/tofu --out runs/tofu --methods mansu-4,mansu-10,graddiff,npo \
         --quantizers nf4 --seeds 0
 
 Trains the two models (about 11 minutes of one core each) or takes those already under `--out`, discovers the circuit,
@@ -21,14 +21,15 @@ import pandas as pd
 import torch
 
 import mansu_tl as mtl
+from mansu_tl.data.sources.tofu import read_tofu, tofu_task
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import NoEditError
 from mansu_tl.results.files import write_text
-from mansu_tl.tofu import TofuScores, evaluate_tofu, read_tofu, tofu_task
-from mansu_tl.tofu.train import CHECKPOINTS, train_tofu
 from mansu_tl.unlearning import Edit, method_title
 from mansu_tl.unlearning.search import Search, judge
 from mansu_tl.verification import circuit_scores
+from mansu_tl.verification.tofu import TofuScores, evaluate_tofu
+from scripts.train_tofu import CHECKPOINTS, train_tofu
 
 # MANSU here: no attacker; a lighter hold on what is kept than on `pocket`; and answers are pushed five nats below what
 # prompts with invented names give, because the wording of a TOFU question names the answer by itself (with an invented
@@ -113,7 +114,7 @@ class Run:
         path = self.out / "circuit.safetensors"
         if not path.is_file():
             mtl.discover_circuit(self.model, self.pairs, progress=True).save(path)
-        return mtl.Circuit.load(path)
+        return mtl.circuit.Circuit.load(path)
 
     @cached_property
     def before(self) -> Any:

@@ -8,9 +8,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
-from mansu_tl.models import ComponentMap, component_map
+from mansu_tl.models import Anatomy, component_masks
 from mansu_tl.patching.neurons import neuron_attribution
-from mansu_tl.unlearning.masks import Masks, weights_of
+from mansu_tl.unlearning.masks import Masks
 
 
 def circuit_weights(model: TransformerBridge, circuit: Circuit, pairs: PromptPairs, neuron_share: float) -> Masks:
@@ -23,7 +23,7 @@ def circuit_weights(model: TransformerBridge, circuit: Circuit, pairs: PromptPai
         MansuError: the circuit has no head and no MLP, or a share outside (0, 1].
     """
     _require_share(neuron_share)
-    cmap = component_map(model)
+    cmap = Anatomy.of(model)
     heads, mlps = _parts(circuit)
     neurons: list[str] = []
     if mlps:
@@ -41,7 +41,7 @@ def random_weights(model: TransformerBridge, circuit: Circuit, neuron_share: flo
         MansuError: as `circuit_weights`.
     """
     _require_share(neuron_share)
-    cmap, generator = component_map(model), torch.Generator().manual_seed(seed)
+    cmap, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
     heads, mlps = _parts(circuit)
     every = [f"L{i}H{h}" for i in range(cmap.n_layers) for h in range(cmap.n_heads)]
     drawn = torch.randperm(len(every), generator=generator)[: len(heads)].tolist()
@@ -63,14 +63,14 @@ def _require_share(neuron_share: float) -> None:
         raise MansuError(f"mansu: neuron_share={neuron_share}; choose a share in (0, 1]")
 
 
-def _count(cmap: ComponentMap, neuron_share: float) -> int:
+def _count(cmap: Anatomy, neuron_share: float) -> int:
     return max(1, round(neuron_share * cmap.d_mlp))
 
 
-def _masks(model: TransformerBridge, cmap: ComponentMap, heads: list[str], neurons: list[str]) -> Masks:
+def _masks(model: TransformerBridge, cmap: Anatomy, heads: list[str], neurons: list[str]) -> Masks:
     """Value and output slices of the heads, rows and columns of the neurons."""
     group, names = cmap.n_heads // cmap.n_kv_heads, list(neurons)
     for node in heads:
         layer, head = (int(part) for part in node[1:].split("H"))
         names += [f"{node}.o", f"L{layer}KV{head // group}.v"]
-    return weights_of(model, names)
+    return component_masks(model, names)

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.errors import MansuError
 
 
@@ -57,5 +58,4 @@ def _states(
     for start in range(0, len(text), batch_size):
         batch = text[slice(start, start + batch_size)]
         hidden = model.base_model(batch.tokens, use_cache=False, output_hidden_states=True).hidden_states
-        position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        yield hidden[len(hidden) // 2].float(), position[None] < batch.lengths[:, None]
+        yield hidden[len(hidden) // 2].float(), real_tokens(batch.tokens, batch.lengths)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Sequences, Task
 from mansu_tl.errors import MansuError
-from mansu_tl.models import LinearWeight, float32_copy, home, linear_weights, parameters
-from mansu_tl.quantization import grid_of, orient
+from mansu_tl.models import LinearWeight, float32_copy, home, linear_weights, orient, parameters
+from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning.batches import Source
 from mansu_tl.unlearning.forward import Values, joined
 from mansu_tl.unlearning.mansu.candidates import circuit_weights, random_weights

@@ -19,7 +19,7 @@ from mansu_tl.circuit import Circuit, discover_circuit
 from mansu_tl.circuit.evaluation import require_graph
 from mansu_tl.data import Task
 from mansu_tl.errors import NoEditError
-from mansu_tl.quantization import orient
+from mansu_tl.models import orient
 from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mansu_tl.metrics import kl_divergence
+from mansu_tl.runs.metrics import kl_divergence
 from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.forward import last_token_states
 from mansu_tl.unlearning.mansu.ignorance import Ignorance

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, float32_copy, home
+from mansu_tl.models import Anatomy, component_masks, float32_copy, home
 from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.forward import Values, run_values
-from mansu_tl.unlearning.masks import weights_of
 from mansu_tl.unlearning.objectives import Objective
 from mansu_tl.unlearning.training import Recipe, RetainSettings, Start, trained
 
@@ -48,7 +48,7 @@ class RmuSettings(RetainSettings):
 @trained("rmu", "RMU", RmuSettings)
 def rmu(settings: RmuSettings, start: Start) -> Recipe:
     """Misdirection of the forget prompts' states, the retain text's held."""
-    parts, hf = component_map(start.model), float32_copy(start.model)
+    parts, hf = Anatomy.of(start.model), float32_copy(start.model)
     layer = max(1, round(settings.depth * parts.n_layers))
     original = dict(hf.named_parameters())
     with torch.no_grad():
@@ -65,7 +65,7 @@ def rmu(settings: RmuSettings, start: Start) -> Recipe:
             before = _hidden(hf, original, batch.retain, layer)
         return (kept - before).square().mean()
 
-    only = weights_of(start.model, [f"MLP{i}" for i in range(max(0, layer - 3), layer)])
+    only = component_masks(start.model, [f"MLP{i}" for i in range(max(0, layer - 3), layer)])
     return Recipe(Objective(away, held, settings.retain_weight), only, facts={"layer": layer - 1})
 
 
@@ -76,5 +76,4 @@ def _prompts(pairs: PromptPairs) -> Sequences:
 def _hidden(hf: PreTrainedModel, values: Values, text: Sequences, layer: int) -> Float[Tensor, "token d_model"]:
     """The residual stream after `layer` layers, at every real token."""
     _, states = run_values(hf, values, text.tokens, text.lengths, states=True)
-    position = torch.arange(text.tokens.shape[1], device=text.tokens.device)
-    return states[layer][position[None] < text.lengths[:, None]].float()
+    return states[layer][real_tokens(text.tokens, text.lengths)].float()

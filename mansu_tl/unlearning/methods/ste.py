@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mansu_tl.models import linear_weights, parameters
-from mansu_tl.quantization import grid_of, orient
+from mansu_tl.models import linear_weights, orient, parameters
+from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning.forward import Values
 from mansu_tl.unlearning.objectives import Objective, ascent, likelihood
 from mansu_tl.unlearning.training import Recipe, RetainSettings, Start, trained

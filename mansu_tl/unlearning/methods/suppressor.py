@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mansu_tl.models import component_map
-from mansu_tl.unlearning.masks import weights_of
+from mansu_tl.models import Anatomy, component_masks
 from mansu_tl.unlearning.methods.npo import NpoSettings, npo
 from mansu_tl.unlearning.training import LARGE, Recipe, Start, TrainingSettings, trained
 
@@ -28,5 +27,5 @@ class SuppressorSettings(NpoSettings):
 @trained("suppressor", "Output suppressor", SuppressorSettings)
 def suppressor(settings: SuppressorSettings, start: Start) -> Recipe:
     """NPO in the last layer's MLP alone."""
-    last = f"MLP{component_map(start.model).n_layers - 1}"
-    return Recipe(npo(settings, start).objective, weights_of(start.model, [last]))
+    last = f"MLP{Anatomy.of(start.model).n_layers - 1}"
+    return Recipe(npo(settings, start).objective, component_masks(start.model, [last]))

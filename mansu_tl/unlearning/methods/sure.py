@@ -15,9 +15,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
-from mansu_tl.models import component_map, float32_copy, home, linear_weights
+from mansu_tl.models import Anatomy, component_masks, float32_copy, home, linear_weights
 from mansu_tl.unlearning.forward import last_token_logits
-from mansu_tl.unlearning.masks import Masks, weights_of
+from mansu_tl.unlearning.masks import Masks
 from mansu_tl.unlearning.objectives import Objective, ascent, likelihood
 from mansu_tl.unlearning.training import LARGE, Recipe, RetainSettings, Start, TrainingSettings, trained
 
@@ -52,7 +52,7 @@ def salient_weights(model: TransformerBridge, task: Task, share: float) -> Masks
     Args:
         share: of all heads and neurons.
     """
-    parts, hf = component_map(model), float32_copy(model)
+    parts, hf = Anatomy.of(model), float32_copy(model)
     names = [f"L{i}H{h}" for i in range(parts.n_layers) for h in range(parts.n_heads)]
     names += [f"MLP{i}.N{n}" for i in range(parts.n_layers) for n in range(parts.d_mlp)]
     linear = linear_weights(model)
@@ -69,4 +69,4 @@ def salient_weights(model: TransformerBridge, task: Task, share: float) -> Masks
         square = torch.stack([g.float().square().sum() for g in grown]).sum()
         scores.append(square / sum(g.numel() for g in grown))
     top = torch.stack(scores).topk(max(1, round(share * len(names)))).indices.tolist()
-    return weights_of(model, [names[i] for i in top])
+    return component_masks(model, [names[i] for i in top])

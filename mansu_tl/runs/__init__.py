@@ -1,0 +1,30 @@
+"""Running a model with hooks: what is recorded, switched off, taken up from a layer on, and measured."""
+
+from mansu_tl.runs.ablation import Ablation, ablation
+from mansu_tl.runs.metrics import (
+    METRICS,
+    Accuracy,
+    accuracy,
+    answer_log_prob,
+    choice_log_odds,
+    kl_divergence,
+    last_logits,
+    logit_difference,
+)
+
+__all__ = [
+    "METRICS",
+    "Ablation",
+    "Accuracy",
+    "ablation",
+    "accuracy",
+    "answer_log_prob",
+    "choice_log_odds",
+    "kl_divergence",
+    "last_logits",
+    "logit_difference",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

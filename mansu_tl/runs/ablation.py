@@ -1,0 +1,185 @@
+"""What a component carries when it is switched off: its value on the corrupt prompt, zero, or a mean over other prompts.
+
+Zero and mean ablation have no run behind them, so the streams that readers see are put together from the writers'
+values: embedding, plus every head's z through W_O and the attention's bias (through the post-norm where the family has
+one), plus every MLP's output. What is switched off of `embed` is the token's embedding; a learned positional embedding
+(gpt2) stays where it is, as in EAP-IG's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.defaults import torch_defaults
+from mansu_tl.errors import MansuError
+from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
+from mansu_tl.models.kinds import require_bridge
+from mansu_tl.models.state import computing_dtype, home, require_ready
+from mansu_tl.results.result import Result
+from mansu_tl.runs.passes import Activations, Hook, record, run
+
+KINDS = ("corrupt", "zero", "mean")
+
+
+@dataclass(frozen=True)
+class Ablation(Result):
+    """What switched-off components carry.
+
+    Attributes:
+        kind: "corrupt" (the pair's own counterfactual), "zero" or "mean".
+        means: for "mean", what every writer carries, with one row (all positions alike) or one row a position.
+    """
+
+    kind: str = "corrupt"
+    means: _Means | None = None
+
+    def __repr__(self) -> str:
+        return f"Ablation({self.kind})"
+
+    def activations(self, model: TransformerBridge, pairs: PromptPairs) -> Activations:
+        """The ablated run of some pairs: every writer at its ablated value, the streams and logits that follow.
+
+        Raises:
+            MansuError: pairs longer than the positions that the means were taken over.
+        """
+        if self.kind == "corrupt":
+            return record(model, pairs.corrupt, pairs.lengths)
+        anatomy = Anatomy.of(model)
+        count, width = pairs.clean.shape
+        if self.means is None:
+            stream = torch.zeros(count, width, anatomy.d_model, dtype=computing_dtype(model), device=pairs.clean.device)
+            z = stream.new_zeros(count, width, anatomy.n_heads, anatomy.d_head)
+            embed = stream + _positional(model, width)
+            return _assembled(model, pairs, embed, [z] * anatomy.n_layers, [stream] * anatomy.n_layers)
+        device = pairs.clean.device
+        every = (self.means.embed, *self.means.z, *self.means.mlp_out)
+        spread = [_spread(value.to(device), count, width) for value in every]
+        layers = anatomy.n_layers
+        return _assembled(
+            model, pairs, spread[0] + _positional(model, width), spread[1 : 1 + layers], spread[1 + layers :]
+        )
+
+
+@dataclass(frozen=True)
+class _Means:
+    embed: Float[Tensor, "pos d_model"]
+    z: tuple[Float[Tensor, "pos head d_head"], ...]
+    mlp_out: tuple[Float[Tensor, "pos d_model"], ...]
+
+
+@torch_defaults()
+def ablation(
+    model: TransformerBridge,
+    kind: str = "corrupt",
+    *,
+    reference: Sequences | PromptPairs | None = None,
+    per_position: bool = False,
+    batch_size: int = 64,
+) -> Ablation:
+    """How to switch components off, by name.
+
+    Args:
+        kind: "corrupt", "zero" or "mean".
+        reference: what "mean" averages over: sequences, or the clean prompts of some pairs. Real tokens only.
+        per_position: average every position by itself instead of all together.
+
+    Raises:
+        MansuError: an unknown kind, "mean" without a reference, or a reference that another kind does not use.
+    """
+    if kind not in KINDS:
+        raise MansuError(f"ablation: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind != "mean":
+        if reference is not None:
+            raise MansuError(f"ablation: {kind!r} uses no reference; drop it, or choose 'mean'")
+        return Ablation(kind)
+    if reference is not None and not isinstance(reference, PromptPairs):
+        require_sequences(reference)
+    if reference is None or len(reference) == 0:
+        raise MansuError("ablation: 'mean' needs a reference to average over; pass reference=sequences or pairs")
+    require_bridge(model)
+    require_fit(model, reference)
+    reference = reference.to(home(model))
+    tokens = reference.clean if isinstance(reference, PromptPairs) else reference.tokens
+    require_ready(model, tokens)
+    sums: list[Tensor] = []
+    seen = torch.zeros(tokens.shape[1], device=tokens.device, dtype=torch.float64)
+    for start in range(0, tokens.shape[0], batch_size):
+        rows, lengths = tokens[start : start + batch_size], reference.lengths[start : start + batch_size]
+        real = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
+        seen += real.sum(0)
+        run_ = record(model, rows, lengths)
+        parts = [
+            torch.einsum("bp,bpd->pd", real.double().to(value.device), value.flatten(2).double())
+            for value in (run_.embed - _positional(model, tokens.shape[1]), *run_.z, *run_.mlp_out)
+        ]
+        sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
+    if per_position:
+        reached = int((seen > 0).sum())
+        means = [(s / seen.to(s.device)[:, None])[:reached] for s in sums]
+    else:
+        means = [s.sum(0, keepdim=True) / seen.sum().item() for s in sums]
+    anatomy = Anatomy.of(model)
+    layers, dtype = anatomy.n_layers, computing_dtype(model)
+    cast = [value.to("cpu", dtype) for value in means]
+    z = tuple(value.unflatten(-1, (anatomy.n_heads, anatomy.d_head)) for value in cast[1 : 1 + layers])
+    return Ablation("mean", _Means(cast[0], z, tuple(cast[1 + layers :])))
+
+
+def _positional(model: TransformerBridge, width: int) -> Float[Tensor, "... d_model"]:
+    """What the positions alone add to the embedding: learned positional embeddings, or nothing."""
+    if not hasattr(model, "pos_embed"):
+        return torch.zeros((), dtype=computing_dtype(model), device=home(model))[None]
+    return model.pos_embed.weight[:width].detach()
+
+
+def _spread(value: Tensor, count: int, width: int) -> Tensor:
+    if value.shape[0] not in (1, width) and value.shape[0] < width:
+        raise MansuError(
+            f"ablation: pairs have {width} positions, the means were taken over {value.shape[0]}; use longer reference "
+            "prompts, or per_position=False"
+        )
+    rows = value.expand(width, *value.shape[1:]) if value.shape[0] == 1 else value[:width]
+    return rows[None].expand(count, *rows.shape)
+
+
+@torch.no_grad()
+def _assembled(
+    model: TransformerBridge, pairs: PromptPairs, embed: Tensor, z: Sequence[Tensor], mlp_out: Sequence[Tensor]
+) -> Activations:
+    anatomy = Anatomy.of(model)
+    stream, pre, mid, raw = embed, [], [], []
+    for layer in range(anatomy.n_layers):
+        weights = attention_weights(model, layer)
+        pre.append(stream)
+        out = torch.einsum("bphe,hde->bpd", z[layer], weights.o)
+        out = out if weights.o_bias is None else out + weights.o_bias
+        if anatomy.post_norms:
+            raw.append(out)
+            out = normed(out, norm_weights(model, layer, "attn_post"))
+        mid.append(stream if anatomy.parallel else stream + out)
+        stream = stream + out + mlp_out[layer]
+
+    def finish(old: Tensor, hook: object) -> Tensor:
+        return stream
+
+    hooks: list[Hook] = [("ln_final.hook_in", finish)]
+    logits = run(model, pairs.clean, pairs.lengths, hooks).float()
+    return Activations(embed, tuple(pre), tuple(mid), tuple(z), tuple(raw), tuple(mlp_out), stream, logits)
+
+
+def normed(x: Float[Tensor, "... d_model"], norm: NormWeights) -> Float[Tensor, "... d_model"]:
+    """A norm applied to a stream, in float32 inside and back in the stream's dtype."""
+    wide = x.float()
+    if norm.kind == "layer":
+        return functional.layer_norm(wide, wide.shape[-1:], norm.weight, norm.bias, norm.eps).to(x.dtype)
+    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1] + norm.eps)
+    return (wide * scale * norm.weight).to(x.dtype)
