@@ -40,6 +40,11 @@ class StudyConfig(Digested):
         faithfulness: target of the circuit.
         steps: EAP-IG steps.
         settings: per method, the settings that differ from its defaults.
+
+    Example:
+        >>> config = mtl.StudyConfig(model="pocket", methods=("mansu", "npo"), quantizers=("nf4", "int8"))
+        >>> print(config.to_toml().splitlines()[2])
+        methods = ["mansu", "npo"]
     """
 
     model: str = "pocket"

@@ -22,6 +22,11 @@ class MansuError(ValueError):
     IPython and Jupyter show it with the line of the cell that caused it and without the calls inside the package:
     `%tb Verbose` shows those of the last error, `%xmode Verbose` of every error from then on. The command line prints it
     without a traceback and exits with status 2. Everything else that is raised is a bug.
+
+    Example:
+        >>> mtl.quantize(mtl.load("pocket"), "nf5")
+        Traceback (most recent call last):
+        mansu_tl.errors.MansuError: ...
     """
 
     def _render_traceback_(self) -> list[str]:

@@ -151,6 +151,10 @@ def run_study(
     Raises:
         MansuError: another run is writing into the folder, it cannot be written to, a model that does not know what it is
             to forget, or anything the stages refuse.
+
+    Example:
+        >>> study = mtl.run_study(mtl.StudyConfig(methods=("mansu", "graddiff")), "runs/first")
+        >>> study.summary()
     """
     if workers is not None and workers < 1:
         raise MansuError(f"run_study: workers={workers}; choose at least 1")

@@ -1,4 +1,4 @@
-"""The command line: a first task that runs as it stands, checks before the work, README's own example, Ctrl-C."""
+"""The command line: a first task that runs as it stands, checks before the work, the documentation's own example, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.starter import write_starter
 from tests.terminal import terminal
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -51,10 +51,10 @@ def test_a_first_task_runs_as_it_stands(tmp_path: Path, monkeypatch, capsys) -> 
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_readmes_config_and_task_run_as_they_stand(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_pages_config_and_task_run_as_they_stand(tmp_path: Path, monkeypatch, capsys) -> None:
     config = next(block for block in blocks("toml") if "task =" in block)
     task = next(block for block in blocks("json") if '"set"' in block)
     (tmp_path / "CONFIG.toml").write_text(config, encoding="utf-8")

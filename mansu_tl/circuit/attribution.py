@@ -80,6 +80,12 @@ def edge_attribution(
     Raises:
         MansuError: an unknown method, rule or end, fewer than one step, or no convergence with steps="auto"; a metric,
             a memory budget or pairs that do not fit.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> scores = mtl.edge_attribution(model, task.forget_pairs[:8], steps=5)
+        >>> tuple(scores.tensor.shape) == (len(scores.writers), len(scores.readers))
+        True
     """
     if method not in ("eap", "eap-ig", "clean-corrupted"):
         raise MansuError(f"attribution: unknown method {method!r}; choose eap, eap-ig or clean-corrupted")

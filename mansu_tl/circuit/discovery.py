@@ -53,6 +53,12 @@ def discover_circuit(
     Raises:
         MansuError: a target outside (0, 1], an unknown selection, pairs on which the model shows no difference, or a
             target that even the full graph misses.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> circuit = mtl.discover_circuit(model, task.forget_pairs[:16], faithfulness=0.8)
+        >>> circuit.faithfulness >= 0.8
+        True
     """
     if not 0 < faithfulness <= 1:
         raise MansuError(f"circuit: faithfulness={faithfulness}; choose a target in (0, 1]")

@@ -71,6 +71,12 @@ class PromptPairs(Result):
         lengths: real tokens of each pair.
         labels: a name for each pair, used in tables and hover texts.
         spans: named stretches of positions, for scores gathered over them.
+
+    Example:
+        >>> model = mtl.load("pocket")
+        >>> clean, corrupt = ["the catalyst of amber balm is"], ["the catalyst of hollow brew is"]
+        >>> len(mtl.PromptPairs.from_text(model, clean, corrupt, ["dreamash"], [["leafsilver"]]))
+        1
     """
 
     clean: Int[Tensor, "pair pos"]

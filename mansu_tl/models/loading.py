@@ -85,6 +85,11 @@ def load(
         MansuError: no such source, an unsupported architecture, a checkpoint that is broken, incomplete, not finite or
             quantized in another way, or devices that are not there or too small. Only safetensors are read and no
             remote code is run.
+
+    Example:
+        >>> model = mtl.load("pocket")
+        >>> model.cfg.n_layers
+        4
     """
     if quantized is not None:
         quantization_config(quantized, torch.float32)

@@ -134,6 +134,11 @@ def activation_patching(
     Raises:
         MansuError: an unknown component, way or direction, tokens of another number than the positions, an ablation
             that has no such values, or pairs on which the metric does not differ.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> sweep = mtl.activation_patching(model, task.forget_pairs[:8])
+        >>> frame = sweep.to_dataframe()
     """
     anatomy = Anatomy.of(model)
     by = require(component, by, anatomy.parallel)

@@ -103,6 +103,10 @@ def quantizers(kind: str | None = None) -> tuple[str, ...]:
 
     Raises:
         MansuError: another kind.
+
+    Example:
+        >>> "nf4" in mtl.quantizers()
+        True
     """
     if kind is None:
         return tuple(name for each in _KINDS for name in quantizers(each))

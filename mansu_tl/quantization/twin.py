@@ -43,6 +43,11 @@ def quantize(
     Raises:
         MansuError: an unknown quantizer, one that is not installed, one that needs calibration text and gets none, or
             a model that `mansu_tl.models.rebuild` refuses.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> mtl.accuracy(mtl.quantize(model, "nf4"), task.questions["forget"]).mc_percent
+        100.0
     """
     return rebuild(model, quantized_values(model, quantizer, calibration=calibration, progress=progress))
 

@@ -112,8 +112,9 @@ class _Reader:
         kind = origin or hint
         if kind in (typing.Union, types.UnionType):
             return self.member(inner, node, at)
-        if not isinstance(kind, type):
-            if hint is Any or (kind is typing.Literal and node in inner):
+        # Any first: from Python 3.11 on it is a class, and nothing would be one of its instances.
+        if hint is Any or kind is typing.Literal:
+            if hint is Any or node in inner:
                 return node
         elif issubclass(kind, Tensor | AbstractArray):
             return self.tensor(hint, node, at)

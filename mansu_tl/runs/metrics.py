@@ -163,6 +163,11 @@ def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, b
 
     Raises:
         MansuError: the set is empty or no question set, it does not fit the model, or the model's logits are not finite.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> mtl.accuracy(model, task.questions["forget"]).mc_percent
+        100.0
     """
     _require_language_model(model)
     require_questions(questions)

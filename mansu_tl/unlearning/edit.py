@@ -30,6 +30,11 @@ class Edit(Result):
         new: per parameter, the values after.
         facts: settings, seed and measurements of the run that made it (JSON-able).
         history: one row a logged step, columns as the method names them.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> path = mtl.unlearn(model, task, "graddiff", max_steps=1).save("edit.safetensors")
+        >>> edited = mtl.Edit.load(path).apply(model)
     """
 
     method: str

@@ -69,7 +69,12 @@ def register(method: Method) -> Method:
 
 
 def methods() -> tuple[str, ...]:
-    """The names that `unlearn` takes."""
+    """The names that `unlearn` takes.
+
+    Example:
+        >>> "mansu" in mtl.methods()
+        True
+    """
     return tuple(_METHODS)
 
 

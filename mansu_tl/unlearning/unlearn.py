@@ -49,6 +49,11 @@ def unlearn(
 
     Raises:
         MansuError: an unknown method or setting, no hooked model, no task, or a model that `require_ready` refuses.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> edit = mtl.unlearn(model, task, "graddiff", seed=0, max_steps=2)
+        >>> edited = edit.apply(model)
     """
     chosen = method_flags(method)
     require_bridge(model)

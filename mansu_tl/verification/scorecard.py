@@ -180,6 +180,12 @@ def scorecard(
         edited_scores: the edited model's `circuit_scores` by quantizer, to reuse them.
         seed: of the bootstrap.
         progress: show a bar over the quantizers; None = in notebooks.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> circuit = mtl.discover_circuit(model, task.forget_pairs)
+        >>> edited = mtl.unlearn(model, task, "mansu", circuit=circuit).apply(model)
+        >>> card = mtl.scorecard(model, edited, task, circuit, quantizers=["nf4"])
     """
     limits = bounds or Bounds()
     for each in (model, edited):

@@ -40,6 +40,11 @@ def load_task(
     Raises:
         MansuError: no such file, a file or table without a tokenizer, rows that `read_task` refuses, or the embedded task
             for a model that speaks other words.
+
+    Example:
+        >>> task = mtl.load_task("pocket")
+        >>> len(task.forget_pairs), len(task.questions["forget"])
+        (192, 192)
     """
     if isinstance(source, str) and source == "pocket":
         _require_pockets_words(tokenizer)
