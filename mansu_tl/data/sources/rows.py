@@ -1,55 +1,61 @@
-"""A forget/retain task from rows: a JSON-lines file, a JSON array, a table or a list of dicts.
+"""A forget/retain task from rows: those of a table or a list of dicts, and whatever a file's reader yields.
 
-The fields of a row are in `mansu_tl.data.lines`. A pair of the retain or near sets is also kept as text, its answer
-attached.
+The fields of a row are in `mansu_tl.data.sources.fields`. A pair of the retain or near sets is also kept as text, its
+answer attached.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
 
+import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from mansu_tl.data.answers import AnswerSpace, joined, require_answer_space
 from mansu_tl.data.fit import require_fit
-from mansu_tl.data.lines import PAIR_SETS, TEXT_SETS, Row, Rows, read_rows
 from mansu_tl.data.pairs import PromptPairs
-from mansu_tl.data.task import Questions, Sequences, Task
+from mansu_tl.data.sources.fields import PAIR_SETS, TEXT_SETS, Row, checked_row
+from mansu_tl.data.sources.registry import register_source
+from mansu_tl.data.task import HELD_OUT, Questions, Sequences, Task
 from mansu_tl.data.text import TextSource, encode, pad, pad_id, text_source
-from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
+from mansu_tl.results.files import local
 
 
-@torch_defaults()
-def read_task(
-    source: Rows,
-    tokenizer: TextSource,
-    *,
-    name: str | None = None,
-    prepend_bos: bool | None = None,
-    answer_space: AnswerSpace = "auto",
-) -> Task:
-    """A task from a JSON-lines file (gzipped or not), a JSON array, a DataFrame or a list of dicts.
+def rows_reader(rows: Callable[[Any], Iterable[tuple[str, object]]]) -> Callable[..., Task]:
+    """A source's `read`, for a format whose rows are those of a task file.
 
     Args:
-        tokenizer: a tokenizer, or the hooked model itself; then every row is held against the model's positions too.
-        name: the task's name; the file's stem where not given, "rows" for a table.
-        prepend_bos: put a BOS token in front of every prompt and text; None = what the family does, for a bare
-            tokenizer yes if it has one.
-        answer_space: whether a space stands between a prompt and its answers where a row does not say; see
-            `PromptPairs.from_text`.
-
-    Raises:
-        MansuError: no such file; a row that is no such object, with its line; an empty forget or retain set; a fact or
-            a prompt that is asked in the forget set and in another one; prompts of unequal token length or longer than
-            the model; an answer of several tokens.
+        rows: from what `load_task` is given (a path, say) every row as a dict, with the name that errors call it.
     """
-    require_answer_space(answer_space, "task")
-    title, where, rows = read_rows(source)
-    reader = _Reader(tokenizer, prepend_bos, answer_space)
+
+    def read(
+        source: Any,
+        tokenizer: TextSource,
+        *,
+        name: str | None = None,
+        prepend_bos: bool | None = None,
+        answer_space: AnswerSpace = "auto",
+    ) -> Task:
+        require_answer_space(answer_space, "task")
+        title = where = "rows"
+        if isinstance(source, str | PathLike):
+            path = local(source)
+            title, where = path.name.removesuffix(".gz").rpartition(".")[0] or path.name, str(path)
+        found = [checked_row(row_name, row) for row_name, row in rows(source)]
+        if not found:
+            raise MansuError(f"{where}: holds no row; write one object a line")
+        return _task(name or title, where, found, _Reader(tokenizer, prepend_bos, answer_space))
+
+    return read
+
+
+def _task(name: str, where: str, rows: Sequence[Row], reader: _Reader) -> Task:
     groups = {s: [row for row in rows if row["set"] == s] for s in (*PAIR_SETS, *TEXT_SETS)}
     trained = {s: [row for row in groups[s] if not row["held_out"]] for s in PAIR_SETS}
     for needed in ("forget", "retain"):
@@ -63,15 +69,17 @@ def read_task(
             chosen = [row for row in groups[kind] if row["held_out"] is held_out]
             if chosen:
                 asked[f"{kind}_paraphrase" if held_out else kind] = reader.pairs(chosen)
+    counts = Counter(row["set"] + HELD_OUT * row["held_out"] for row in rows)
+    order = [kind + end for kind in (*PAIR_SETS, *TEXT_SETS) for end in ("", HELD_OUT)]
     return Task(
-        name=name or title,
+        name=name,
         forget_pairs=asked["forget"],
         retain_pairs=asked["retain"],
         retain_text=reader.sequences([*map(reader.sentence, trained["retain"]), *map(_text, groups["text"])], least=2),
         near_text=reader.sequences([*map(reader.sentence, trained["near"])], least=2),
         unseen=reader.sequences([*map(_text, groups["unseen"])], least=1),
-        questions={key: _questions(pairs) for key, pairs in asked.items()},
-        lines=_counted(rows),
+        questions={key: Questions.of_pairs(pairs) for key, pairs in asked.items()},
+        lines={key: counts[key] for key in order if counts[key]},
     )
 
 
@@ -102,6 +110,7 @@ class _Reader:
             self.bos,
             labels=[f"{row['fact']} / {row['name'].rpartition(', ')[2]}" for row in rows],
             names=[row["name"] for row in rows],
+            facts=[row["fact"] for row in rows],
             answer_space=[self._space(row) for row in rows],
         )
         if self.model is not None:
@@ -131,18 +140,6 @@ class _Reader:
         return row.get("answer_space", self.answer_space)
 
 
-def _questions(pairs: PromptPairs) -> Questions:
-    choices = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
-    return Questions(pairs.clean, pairs.lengths, choices, pairs.facts)
-
-
-def _counted(rows: Sequence[Row]) -> dict[str, int]:
-    """How many rows each set has, held-out wordings apart."""
-    found = Counter(f"{row['set']}, held out" if row["held_out"] else row["set"] for row in rows)
-    order = [key for kind in (*PAIR_SETS, *TEXT_SETS) for key in (kind, f"{kind}, held out")]
-    return {key: found[key] for key in order if found[key]}
-
-
 def _text(row: Row) -> tuple[str, str]:
     return row["text"], row["name"]
 
@@ -158,3 +155,20 @@ def _require_apart(where: str, forget: Sequence[Row], name: str, others: Sequenc
                 f"{where}: forget and {name} share {len(both)} {what}, e.g. {example!r} ({first[example]['name']}; "
                 f"{both[example]['name']}); remove it from one"
             )
+
+
+def _objects(source: object) -> Iterator[tuple[str, object]]:
+    if isinstance(source, pd.DataFrame):
+        columns = [str(column) for column in source.columns]
+        if len(set(columns)) < len(columns):
+            raise MansuError(f"rows: columns {columns} have one twice; rename it")
+        values = source.to_numpy(dtype=object).tolist() if len(columns) else []
+        source = [dict(zip(columns, row, strict=True)) for row in values]
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise MansuError(
+            f"task: got a {type(source).__name__}; pass a file, a DataFrame or a list of rows (one dict for each)"
+        )
+    yield from ((f"row {i}", row) for i, row in enumerate(source))
+
+
+register_source("rows", "a DataFrame or a list of dicts, in Python", rows_reader(_objects), claims=lambda source: True)
