@@ -32,8 +32,8 @@ from mansu_tl.plots.layered import bundled, path, place
 from mansu_tl.plots.ordering import crossings, untangled
 from mansu_tl.plots.panels import Panel, series_styles
 from mansu_tl.plots.theme import fixed, number, theme_named
-from mansu_tl.quantization.flips import predicted_flips
-from mansu_tl.quantization.registry import grid_of
+from mansu_tl.quantization import grid_of
+from mansu_tl.quantization.statistics import predicted_flips
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.verification import Divergence
 from mansu_tl.verification.depth import ErasureDepth
