@@ -14,6 +14,8 @@ import typer
 
 from mansu_tl import __version__
 from mansu_tl.checking import Check, check_study
+from mansu_tl.data.sources import source as task_source
+from mansu_tl.data.sources import sources as source_names
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization import quantizers as quantizer_names
 from mansu_tl.starter import write_starter
@@ -210,6 +212,12 @@ def quantizers() -> None:
     kinds = {"grid": "fixed cells: can be floored and counted", "calibrated": "calibrated on the retain text"}
     kinds["library"] = "a library's own codes"
     _list((name, text) for kind, text in kinds.items() for name in quantizer_names(kind))
+
+
+@app.command()
+def sources() -> None:
+    """List where tasks may come from: name, and what it reads."""
+    _list((name, task_source(name).about) for name in source_names())
 
 
 def _list(rows: Iterable[Sequence[str]]) -> None:

@@ -22,6 +22,11 @@ class MansuError(ValueError):
     IPython and Jupyter show it with the line of the cell that caused it and without the calls inside the package:
     `%tb Verbose` shows those of the last error, `%xmode Verbose` of every error from then on. The command line prints it
     without a traceback and exits with status 2. Everything else that is raised is a bug.
+
+    Example:
+        >>> mtl.quantize(mtl.load("pocket"), "nf5")
+        Traceback (most recent call last):
+        mansu_tl.errors.MansuError: ...
     """
 
     def _render_traceback_(self) -> list[str]:
@@ -42,7 +47,7 @@ class NoEditError(MansuError):
 
 def _caller(error: BaseException, shell: Any) -> str:
     """The last line of the user's own code on the way to the error."""
-    found = ""
+    user_line = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGE):
@@ -51,5 +56,5 @@ def _caller(error: BaseException, shell: Any) -> str:
             continue
         cell = shell.compile.format_code_name(file) if shell is not None else None
         where = " ".join(cell) if cell else file
-        found = f"{where}, line {line}: {linecache.getline(file, line).strip()}"
-    return found
+        user_line = f"{where}, line {line}: {linecache.getline(file, line).strip()}"
+    return user_line

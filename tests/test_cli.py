@@ -1,4 +1,4 @@
-"""The command line: a first task that runs as it stands, checks before the work, README's own example, Ctrl-C."""
+"""The command line: a first task that runs as it stands, checks before the work, the documentation's own example, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
+import mansu_tl as mtl
 from mansu_tl.checking import check_study
 from mansu_tl.cli import main
+from mansu_tl.data.sources import sources
 from mansu_tl.errors import MansuError
 from mansu_tl.starter import write_starter
 from mansu_tl.study.config import StudyConfig
 from tests.terminal import terminal
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -51,10 +53,10 @@ def test_a_first_task_runs_as_it_stands(tmp_path: Path, monkeypatch, capsys) -> 
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_readmes_config_and_task_run_as_they_stand(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_pages_config_and_task_run_as_they_stand(tmp_path: Path, monkeypatch, capsys) -> None:
     config = next(block for block in blocks("toml") if "task =" in block)
     task = next(block for block in blocks("json") if '"set"' in block)
     (tmp_path / "CONFIG.toml").write_text(config, encoding="utf-8")
@@ -168,3 +170,21 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(starter: Path, tmp_p
     assert "interrupted; what is finished is kept" in said and f"run {path} --out {tmp_path / 'out'} --quiet" in said
     assert "Traceback" not in said
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("command", "names", "line"),
+    [
+        ("methods", mtl.methods(), r"mansu +MANSU, takes the circuit, claims the floor"),
+        ("quantizers", mtl.quantizers(), r"gptq-int4-g64 +calibrated on the retain text"),
+        ("sources", sources(), r"jsonl +\S.*"),
+    ],
+)
+def test_what_there_is_is_listed_one_a_line(
+    command: str, names: tuple[str, ...], line: str, monkeypatch, capsys
+) -> None:
+    assert cli(monkeypatch, command) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [each.split()[0] for each in said] == list(names)
+    assert any(re.fullmatch(line, each) for each in said)
+    assert all(len(each.split(maxsplit=1)) == 2 for each in said)

@@ -50,6 +50,11 @@ def explore(
     Raises:
         MansuError: ipywidgets or anywidget is missing, a model without task or edits, arguments beside a study that
             it brings itself, or anything that `Explorer` refuses.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> edit = mtl.unlearn(model, task, "graddiff")
+        >>> mtl.explore(model, task, edit)
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:

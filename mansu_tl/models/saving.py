@@ -35,6 +35,12 @@ def save(model: Model, folder: str | PathLike[str], *, dtype: torch.dtype | None
     Raises:
         MansuError: the folder holds something else than a model, or cannot be written; weights of several dtypes, or
             weights that the new dtype cannot hold.
+
+    Example:
+        >>> model = mtl.load("pocket")
+        >>> folder = mtl.save(model, "out/model")
+        >>> mtl.load("out/model").cfg.n_layers
+        4
     """
     target = local(folder)
     _require_replaceable(target)

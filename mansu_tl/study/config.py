@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mansu_tl.data.sources import beside
 from mansu_tl.errors import MansuError
 from mansu_tl.models.loading import EMBEDDED
 from mansu_tl.quantization import quantizer
@@ -31,7 +32,7 @@ class StudyConfig(Plan):
 
     Attributes:
         model: an embedded name, a folder, or a hub id.
-        task: an embedded name or a JSON-lines file.
+        task: a task file, an embedded name, or another source (`load_task`): "tofu:FOLDER".
         methods: unlearning methods, in the order of the tables.
         quantizers: what each edited model is quantized with.
         never: a model that never learnt the forget facts, as a reference for CAD; "" = none.
@@ -40,6 +41,11 @@ class StudyConfig(Plan):
         faithfulness: target of the circuit.
         steps: EAP-IG steps.
         settings: per method, the settings that differ from its defaults.
+
+    Example:
+        >>> config = mtl.StudyConfig(model="pocket", methods=("mansu", "npo"), quantizers=("nf4", "int8"))
+        >>> print(config.to_toml().splitlines()[2])
+        methods = ["mansu", "npo"]
     """
 
     model: str = "pocket"
@@ -134,8 +140,9 @@ class StudyConfig(Plan):
                 f"{source}: model = {model!r} without a task; the default task is that of the embedded models, so give "
                 'task = "FILE.jsonl" (mansu-tl new DIR writes one)'
             )
-        for key in ("model", "task", "never"):
+        for key in ("model", "never"):
             values[key] = _beside(source, values.get(key, getattr(cls(), key)))
+        values["task"] = beside(values.get("task", cls().task), source.parent)
         values["also"] = tuple(_beside(source, name) for name in values.get("also", ()))
         return cls(**values, settings=settings)
 

@@ -17,7 +17,7 @@ from mansu_tl.circuit import Circuit, EdgeScores, FaithfulnessCurve
 from mansu_tl.patching import PatchingResult
 from mansu_tl.patching.nodes import NodeScores
 from mansu_tl.quantization import UpdateStatistics, grid_of
-from mansu_tl.quantization.flips import predicted_flips
+from mansu_tl.quantization.statistics import predicted_flips
 from mansu_tl.study.figures import figures as comparison_figures
 from mansu_tl.study.kept import Kept
 from mansu_tl.study.table import read_table

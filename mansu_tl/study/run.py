@@ -59,6 +59,10 @@ def run_study(
     Raises:
         MansuError: another run is writing into the folder, it cannot be written to, a model that does not know what it is
             to forget, or anything the stages refuse.
+
+    Example:
+        >>> study = mtl.run_study(mtl.StudyConfig(methods=("mansu", "graddiff")), "runs/first")
+        >>> study.summary()
     """
     folder, toml = Path(out), config.to_toml()
     require_engine(on, workers)

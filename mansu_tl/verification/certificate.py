@@ -231,6 +231,12 @@ def certify(
     Raises:
         MansuError: a folder that cannot be read, a quantizer that bitsandbytes does not have, or indices that do not
             fit the model. Everything that is merely wrong with the edited folder is a fault of the certificate.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> edited = mtl.unlearn(model, task, "graddiff", max_steps=1).apply(model)
+        >>> mtl.certify(mtl.save(model, "original"), mtl.save(edited, "edited")).passed
+        False
     """
     library = library_quantizer(quantizer)
     before, after = SavedModel(original), SavedModel(edited)

@@ -160,6 +160,13 @@ def circuit_divergence(
 
     Raises:
         MansuError: the circuit has no edge, all its scores on the original are zero, or scores of other steps.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> pairs, never = task.forget_pairs[:16], mtl.load("pocket-never")
+        >>> circuit = mtl.discover_circuit(model, pairs, faithfulness=0.8)
+        >>> round(mtl.circuit_divergence(model, never, circuit, pairs).value, 1)
+        1.0
     """
     if circuit.n_edges == 0:
         raise MansuError("circuit: it has no edge, so nothing can diverge; lower the threshold or the target")

@@ -149,6 +149,12 @@ def scorecard(
         original_scores: the original's `circuit_scores` on the task's forget pairs, to reuse them.
         seed: of the bootstrap.
         progress: show a bar over the quantizers; None = in notebooks.
+
+    Example:
+        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
+        >>> circuit = mtl.discover_circuit(model, task.forget_pairs)
+        >>> edited = mtl.unlearn(model, task, "mansu", circuit=circuit).apply(model)
+        >>> card = mtl.scorecard(model, edited, task, circuit, quantizers=["nf4"])
     """
     for each in (model, edited):
         require_bridge(each)
