@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -45,8 +46,20 @@ def run(
     hooks: list[Hook] | None = None,
 ) -> Float[Tensor, "row vocab"]:
     """Logits at the last real token, with `hooks` in place; only that position is unembedded."""
-    with model.hooks(fwd_hooks=[*(hooks or []), (UNEMBED, last_token(lengths))]):
-        return model(tokens, return_type="logits")[:, 0].to(tokens.device)
+    return forward(model, tokens, [*(hooks or []), (UNEMBED, last_token(lengths))])[:, 0].to(tokens.device)
+
+
+def forward(
+    model: TransformerBridge, tokens: Int[Tensor, "row pos"], hooks: Sequence[Hook], **given: Any
+) -> Float[Tensor, "row2 pos2 vocab"]:
+    """The logits of a pass with `hooks` in place, one after another where several share a point.
+
+    Args:
+        given: further arguments of the model's own forward.
+    """
+    with model.hooks(fwd_hooks=list(hooks)):
+        logits: Tensor = model(tokens, return_type="logits", **given)
+    return logits
 
 
 @torch.no_grad()
