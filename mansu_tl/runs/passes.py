@@ -109,34 +109,21 @@ def heads_last(z: Tensor, n_heads: int) -> Float[Tensor, "pair pos head d_head"]
 
 
 def prepared(model: TransformerBridge, pairs: PromptPairs) -> PromptPairs:
-    """The pairs on the model's device, once both are known to give right scores.
-
-    Raises:
-        MansuError: as `check`, or a model that `require_ready` refuses.
-    """
+    """The pairs on the model's device, once both are known to give right scores."""
     check(model, pairs)
     require_ready(model, pairs.clean)
     return pairs.to(home(model))
 
 
 def check(model: TransformerBridge, pairs: PromptPairs) -> None:
-    """Refuse pairs that would give wrong scores silently.
-
-    Raises:
-        MansuError: no hooked model or no pairs, tokens that the model has no embedding for, or prompts longer than it has
-            positions.
-    """
+    """Refuse pairs that would give wrong scores silently."""
     require_bridge(model)
     require_pairs(pairs)
     require_fit(model, pairs)
 
 
 def require_finite(what: str, values: Float[Tensor, "*any"], model: TransformerBridge) -> None:
-    """Refuse a result that is no number.
-
-    Raises:
-        MansuError: some of it is NaN or infinite.
-    """
+    """Refuse a result that is no number."""
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise MansuError(

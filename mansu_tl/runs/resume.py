@@ -82,9 +82,6 @@ def resume(
         layer: the first block that is run; the number of blocks = only the final norm and the unembedding.
         start: the first position that is run, not past any row's last token.
         attention: what the first block's attention gives out, instead of computing it.
-
-    Raises:
-        MansuError: with nothing patched, a resumed run of this model gives something else than `base`.
     """
     require_exact(model, "resumed run", lambda: _unpatched(model, base))
     return _resumed(model, base, layer, start, copies, hooks, attention)
