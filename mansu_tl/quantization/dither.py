@@ -138,11 +138,7 @@ def dither(
     require_dense(model, "dither")
     live, linear = parameters(model), linear_weights(model)
     shape = (len(residence), len(sizes))
-    counts = {key: torch.zeros(shape, dtype=torch.int64) for key in ("moved", "flips")}
-    sums = {
-        key: torch.zeros(shape, dtype=torch.float64)
-        for key in ("uniform", "by_position", "inner", "update_square", "realised_square")
-    }
+    totals: dict[str, Tensor] = {}
     edges = position_edges()
     positions = torch.zeros(len(residence), len(edges) - 1, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +152,8 @@ def dither(
             positions[i] += cells.positions()
             for j, size in enumerate(sizes):
                 for key, value in cells.shaken(unit, size).items():
-                    (counts if key in counts else sums)[key][i, j] += value
+                    kind = torch.int64 if isinstance(value, int) else torch.float64
+                    totals.setdefault(key, torch.zeros(shape, dtype=kind))[i, j] += value
     return Dither(
         quantizer=grid.name,
         noise=noise,
@@ -166,8 +163,7 @@ def dither(
         residence=torch.tensor(residence, dtype=torch.float64),
         position_edges=edges,
         position_counts=positions,
-        **counts,
-        **sums,
+        **totals,
     )
 
 

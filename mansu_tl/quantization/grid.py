@@ -48,7 +48,6 @@ class Grid(Quantizer):
     "absmax" below is whatever the grid keeps of a block: its absmax, or its two ends (`AsymmetricGrid`).
 
     Attributes:
-        name: what `quantizer(name)` knows it by.
         levels: the value of each code at absmax 1, ascending from -1 to 1.
         block_size: elements that share a scale; None = a row is a block.
     """
