@@ -239,10 +239,7 @@ class Grid(Quantizer):
         return w.reshape(-1).float()
 
     def _code(
-        self,
-        values: Float32[Tensor, " weight"],
-        scale: Float32[Tensor, " weight *ends"],
-        tail: Int[Tensor, " tail"],
+        self, values: Float32[Tensor, " weight"], scale: Float32[Tensor, " weight *ends"], tail: Int[Tensor, " tail"]
     ) -> UInt8[Tensor, " weight"]:
         """Codes of flat values; `tail` are the indices of those in a shorter last block."""
         safe = scale.clamp(min=_SMALLEST_SCALE)
