@@ -55,8 +55,6 @@ def circuit(
         reference: another circuit of the same graph; its edges that `circuit` lacks are grey, its scores in the hover texts.
         emphasis: how many of the strongest edges stand out; by default all of up to 120, the 60 strongest of more.
         untangle: order the heads of a layer so that few of the strong edges cross (up to 16 heads a layer); else by number.
-        title: plain text; by default the number of edges and the faithfulness.
-        theme: "light" or "dark".
 
     Raises:
         MansuError: the circuit has no edge, a negative emphasis, or the reference belongs to another graph.
@@ -74,10 +72,13 @@ def circuit(
     )
     placement = place(circuit.writers, pairs_of(pd.concat([frame, missing])), circuit.kv_groups, columns)
     faithful = "" if math.isnan(circuit.faithfulness) else f", faithfulness {circuit.faithfulness:.2f}"
+    how_to_read = f"Edges run upward; {circuit.how}" + (
+        "" if reference is None else f"; compared with: {reference.how}"
+    )
     figure = new_figure(
         look,
         title or f"Circuit of {circuit.n_edges} edges{faithful}",
-        f"Edges run upward; {circuit.how}" + ("" if reference is None else f"; compared with: {reference.how}"),
+        how_to_read,
         190 + (112 if placement.n_layers <= 6 else 84) * (placement.n_layers + 1.25),
     )
     panel, top = Panel(figure, look), float(frame["score"].abs().max())
@@ -91,11 +92,7 @@ def circuit(
 
 
 def require_edges(circuit: Circuit) -> pd.DataFrame:
-    """A circuit's table of edges.
-
-    Raises:
-        MansuError: it has none.
-    """
+    """A circuit's table of edges; a `MansuError` where it has none."""
     frame = circuit.to_dataframe()
     if frame.empty:
         raise MansuError("circuit: it has no edge to draw; select more edges or lower the faithfulness target")
@@ -103,11 +100,7 @@ def require_edges(circuit: Circuit) -> pd.DataFrame:
 
 
 def require_same_graph(circuit: Circuit, other: Circuit) -> None:
-    """Refuse circuits of different graphs.
-
-    Raises:
-        MansuError: they are.
-    """
+    """Refuse circuits of different graphs with a `MansuError`."""
     if (circuit.writers, circuit.readers) != (other.writers, other.readers):
         raise MansuError("circuits: they belong to graphs of different shape; compare circuits of one architecture")
 
@@ -141,15 +134,13 @@ def draw_panel(
     labels: Mapping[str, str] | None = None,
     panels: int = 1,
 ) -> None:
-    """Draw one circuit into one panel.
+    """Draw one circuit into one of `panels` panels.
 
     Args:
         frame: its edges, with columns writer, reader and score.
         top: the |score| that the widest edges stand for.
         beside: another circuit whose scores are added to the hover texts.
-        emphasis: how many edges stand out.
-        labels: texts of nodes, where they are not those of their names.
-        panels: how many there are, side by side.
+        labels: texts of nodes, where they are not their names.
     """
     strong = emphasised(frame, emphasis).tolist()
     sizes = [size if front else _BUNDLED for size, front in zip(width_classes(frame, top)[0], strong, strict=True)]

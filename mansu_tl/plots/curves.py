@@ -16,7 +16,6 @@ from mansu_tl.plots.panels import (
     Panel,
     distinct,
     legend_below,
-    panel_titles,
     series_styles,
     whiskers,
 )  # fmt: skip
@@ -45,13 +44,11 @@ def faithfulness_curves(
     look = theme_named(theme)
     if not curves:
         raise MansuError("faithfulness curves: none given; pass at least one result of faithfulness_curve()")
-    figure = new_figure(
-        look,
-        title or "How few edges carry the behaviour",
+    how_to_read = (
         "Share of the metric's clean-corrupt difference that a circuit keeps, every other edge carrying its ablated "
-        "value. Grey: random circuits of the same size.",
-        500,
+        "value. Grey: random circuits of the same size."
     )
+    figure = new_figure(look, title or "How few edges carry the behaviour", how_to_read, 500)
     panel, looks, in_legend = Panel(figure, look), series_styles(list(curves), look), True
     for name, curve in curves.items():
         sizes = np.array(curve.sizes)
@@ -116,19 +113,20 @@ def relearning(
     looks = series_styles(list(dict.fromkeys(table["label"])), look, [result.reference])
     what = "above the model's own prior" if excess else "asked about facts that are not in the attack"
     trained = "a few forget facts" if kind == "facts" else "unrelated text"
+    how_to_read = f"Forget questions, {what}. Bands: 95 % intervals over facts. " + (
+        f"Above the dotted line ({result.reference}) = knowledge that came back." if result.reference else ""
+    )
+    grid = {
+        "rows": len(measures),
+        "cols": len(rates),
+        "shared_xaxes": True,
+        "shared_yaxes": True,
+        "horizontal_spacing": 0.04,
+        "vertical_spacing": 0.07,
+        "subplot_titles": [f"attack at learning rate {rate:g}" for rate in rates],
+    }
     figure = new_figure(
-        look,
-        title or f"What fine-tuning on {trained} brings back",
-        f"Forget questions, {what}. Bands: 95 % intervals over facts. "
-        + (f"Above the dotted line ({result.reference}) = knowledge that came back." if result.reference else ""),
-        190 + 235 * len(measures),
-        rows=len(measures),
-        cols=len(rates),
-        shared_xaxes=True,
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        vertical_spacing=0.07,
-        subplot_titles=[f"attack at learning rate {rate:g}" for rate in rates],
+        look, title or f"What fine-tuning on {trained} brings back", how_to_read, 190 + 235 * len(measures), **grid
     )
     x = np.log2(1 + np.array(steps)).tolist()
     lowest = table.groupby("label")["learning_rate"].min()
@@ -155,7 +153,6 @@ def relearning(
         figure.update_yaxes(title_text=axis, row=row, col=1)
     figure.update_xaxes(tickvals=x, ticktext=[str(step) for step in steps], showgrid=False, zeroline=False)
     figure.update_xaxes(title_text="fine-tuning steps (log scale)", row=len(measures))
-    panel_titles(figure)
     legend_below(figure, 88, 24)
     return figure
 
@@ -184,13 +181,11 @@ def probes(
     layers = _layers(tables[0])
     if any(_layers(table) != layers for table in tables):
         raise MansuError("probes: the results were taken at different layers; compare models of one shape")
-    figure = new_figure(
-        look,
-        title or "Can the answer still be read from inside?",
+    how_to_read = (
         "Linear probes of the residual stream at the prompt's last token, asked about facts that they were not fitted "
-        "on. Bands: 95 % intervals over facts; grey strip: probes fitted to shuffled answers.",
-        500,
+        "on. Bands: 95 % intervals over facts; grey strip: probes fitted to shuffled answers."
     )
+    figure = new_figure(look, title or "Can the answer still be read from inside?", how_to_read, 500)
     panel, x = Panel(figure, look), list(range(len(layers)))
     shuffled = pd.concat(tables).groupby(level=0)
     low, high = shuffled["shuffled_low"].min().tolist(), shuffled["shuffled_high"].max().tolist()
@@ -240,17 +235,12 @@ def erasure_depth(
                 "never-trained model, metric and set of pairs"
             )
     metric = several[0].metric.replace("_", " ")
-    figure = new_figure(
-        look,
-        title or "How deep does the forgetting go?",
+    how_to_read = (
         f"Left: loss of {metric} in the original when its residual stream ({several[0].positions} positions)"
-        " is taken from another model. Right: the share of it that the never-trained model's stream costs.",
-        480,
-        rows=1,
-        cols=2,
-        column_widths=[0.66, 0.34],
-        horizontal_spacing=0.15,
+        " is taken from another model. Right: the share of it that the never-trained model's stream costs."
     )
+    grid = {"rows": 1, "cols": 2, "column_widths": [0.66, 0.34], "horizontal_spacing": 0.15}
+    figure = new_figure(look, title or "How deep does the forgetting go?", how_to_read, 480, **grid)
     left, right = Panel(figure, look, 1, 1), Panel(figure, look, 1, 2)
     x, looks = list(range(len(layers))), series_styles(labels, look)
     left.mark(

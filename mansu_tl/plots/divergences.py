@@ -14,7 +14,6 @@ from mansu_tl.plots.panels import (
     Panel,
     intervals_of,
     legend_below,
-    named,
     require_columns,
     series_styles,
     whiskers,
@@ -47,15 +46,16 @@ def circuit_divergence(
     look = theme_named(theme)
     if not divergences:
         raise MansuError("circuit divergence: none given; pass at least one result of circuit_divergence()")
-    shown, beside = named(divergences, "circuit divergence"), dict(references or {})
+    shown = dict(divergences) if isinstance(divergences, Mapping) else {d.label: d for d in divergences}
+    if len(shown) != len(divergences):
+        raise MansuError("circuit divergence: two results have the same label; pass a mapping label -> result")
+    beside = dict(references or {})
     rows = [*shown.values(), *beside.values()]
-    figure = new_figure(
-        look,
-        title or "Circuit attribution divergence (CAD)",
+    how_to_read = (
         "0 = the circuit is intact, 1 = gone, above 1 = inverted. Bars: CAD with its 95 % interval over facts; "
-        "diamonds: mass loss.",
-        190 + 46 * len(rows),
+        "diamonds: mass loss."
     )
+    figure = new_figure(look, title or "Circuit attribution divergence (CAD)", how_to_read, 190 + 46 * len(rows))
     panel = Panel(figure, look)
     hatched = {"shape": "/", "fgcolor": look.neutral, "bgcolor": look.band, "size": 6}
     grey = {"color": look.band, "line": {"color": look.neutral, "width": 1.2}, "pattern": hatched}
@@ -127,13 +127,11 @@ def divergence_plane(
     if twice.any():
         row = rows[twice].iloc[0]
         raise MansuError(f"CAD plane: {row['label']!r} has two rows for quantizer {row['quantizer']!r}; drop one")
-    figure = new_figure(
-        look,
-        title or "Erased, or only suppressed?",
+    how_to_read = (
         "Across: what is left of the circuit (0 = intact, 1 = gone). Upright: what the model answers. Rings: full "
-        "precision; filled: quantized.",
-        640,
+        "precision; filled: quantized."
     )
+    figure = new_figure(look, title or "Erased, or only suppressed?", how_to_read, 640)
     panel, looks = Panel(figure, look), series_styles(rows["label"].astype(str).tolist(), look)
     ends = (min(-0.12, float(rows["cad"].min()) - 0.1), max(1.2, float(rows["cad"].max()) + 0.1))
     _quadrants(panel, ends, cad_bound, accuracy_bound)
@@ -187,17 +185,13 @@ def divergence_by_layer(
     layers, share = [*tables[0].index], 100 * tables[0]["share"].to_numpy()
     names = ["embed" if i < 0 else f"layer {i}" for i in layers]
     z = np.array([table["cad"] for table in tables])
-    figure = new_figure(
-        look,
-        title or "Where the mechanism went, layer by layer",
+    how_to_read = (
         "CAD over the edges that start in each layer: 0 = intact, 1 = gone, above 1 = inverted. Bars: what the layer "
-        "carries of the original circuit.",
-        300 + 40 * len(divergences),
-        rows=2,
-        cols=1,
-        shared_xaxes=True,
-        row_heights=[0.3, 0.7],
-        vertical_spacing=0.06,
+        "carries of the original circuit."
+    )
+    grid = {"rows": 2, "cols": 1, "shared_xaxes": True, "row_heights": [0.3, 0.7], "vertical_spacing": 0.06}
+    figure = new_figure(
+        look, title or "Where the mechanism went, layer by layer", how_to_read, 300 + 40 * len(divergences), **grid
     )
     above, below = Panel(figure, look, 1, 1), Panel(figure, look, 2, 1)
     above.bars(

@@ -29,8 +29,6 @@ class Placement:
         nodes: centre of every writer with an edge, and of `logits`.
         bars: KV heads shared by several query heads, drawn as a bar under their group: left, right and height.
         stubs: from a bar up to the heads of its group that are drawn.
-        n_layers: layers of the model.
-        n_heads: heads of a layer.
     """
 
     nodes: dict[str, Point]
@@ -51,10 +49,7 @@ class Placement:
 
 
 def place(
-    writers: Sequence[str],
-    edges: Sequence[tuple[str, str]],
-    kv_groups: int,
-    columns: Mapping[str, int] | None = None,
+    writers: Sequence[str], edges: Sequence[tuple[str, str]], kv_groups: int, columns: Mapping[str, int] | None = None
 ) -> Placement:
     """Positions for the given edges; nodes without an edge are left out.
 

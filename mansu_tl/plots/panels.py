@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.theme import Theme, plain, translucent
+from mansu_tl.plots.theme import Theme, new_figure, plain, translucent
 
 _COLOURS = {
     "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7A5195", "#8C564B"),
@@ -59,12 +60,8 @@ def series_styles(labels: Sequence[str], look: Theme, references: Sequence[str] 
 class Panel:
     """One panel of a figure, and what is drawn into it.
 
-    Attributes:
-        figure: of which it is a part.
-        look: the theme.
-        row: from 1; None where the figure has one panel only.
-        col: from 1.
-        first: its groups stand in the legend, those of other panels do not again.
+    Row and column count from 1 and are None where there is one panel only. Groups of the `first` stand in the legend;
+    those of others do not again.
     """
 
     figure: go.Figure
@@ -93,12 +90,8 @@ class Panel:
     ) -> None:
         """Points, lines or both.
 
-        Args:
-            name: for the legend, escaped.
-            hover: plotly's template of what a mark tells; "" = nothing.
-            data: of each mark, for the template.
-            group: what the legend switches together, in all panels.
-            legend: whether the name stands there; by default in the group's first panel.
+        `hover` is plotly's template of what a mark tells ("" = nothing), `data` what it knows of each mark, `group` what
+        the legend switches together, `legend` whether the name stands there (by default in the group's first panel).
         """
         self.figure.add_scatter(
             x=x, y=y, mode=mode, name=name, customdata=data, **self._shared(hover, group, legend), **style
@@ -131,15 +124,8 @@ class Panel:
         colorbar: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> None:
-        """A heat map; cells without a value show the band's colour.
-
-        Args:
-            scale: of the colours.
-            ends: the values at its ends.
-            bar: title of the colour bar.
-            texts: written into the cells.
-            gap: between cells, in pixels.
-        """
+        """A heat map with a colour scale, the values at its ends, a title of its bar, and texts in the cells; cells
+        without a value show the band's colour."""
         bars = {"title": {"text": bar}, "thickness": 14, "outlinewidth": 0, **(colorbar or {})}
         self.figure.add_heatmap(
             z=z, zmin=ends[0], zmax=ends[1], colorscale=scale, xgap=gap, ygap=gap, hoverongaps=False, text=texts,
@@ -174,12 +160,7 @@ class Panel:
     def note(
         self, x: Any, y: Any, text: str, *, size: float | int = 11, colour: str | None = None, **place: Any
     ) -> None:
-        """Text at a point.
-
-        Args:
-            text: escaped.
-            colour: muted where not given; "" = the figure's own.
-        """
+        """Escaped text at a point, muted where no colour is given; "" = the figure's own."""
         font: dict[str, Any] = {"size": size}
         if colour != "":
             font["color"] = colour or self.look.muted
@@ -247,29 +228,43 @@ def segments(parts: Sequence[tuple[Numbers, Numbers]]) -> tuple[list[Any], list[
 
 
 def legend_below(figure: go.Figure, bottom: int = 96, more: int = 0) -> None:
-    """A legend in one line under the figure, and room for it.
-
-    Args:
-        bottom: margin, in pixels.
-        more: room for the titles of panels, added to the margin on top.
-    """
+    """A legend in one line under the figure and room for it, and `more` room on top, for the titles of panels."""
     figure.update_layout(
         legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
         margin={"b": bottom, "t": figure.layout.margin.t + more},
     )
 
 
-def panel_titles(figure: go.Figure, size: int = 13) -> None:
-    """Set the size of the titles over panels."""
-    figure.update_annotations(font={"size": size}, selector={"yref": "paper"})
+def new_panels(
+    look: Theme,
+    title: str,
+    subtitle: str,
+    names: Sequence[str],
+    across: int,
+    heights: tuple[int, int],
+    gap: int,
+    **grid: Any,
+) -> list[Panel]:
+    """The panels of a new figure, one a name (plain text), `across` of them side by side; see `new_figure`.
+
+    Args:
+        heights: in pixels, of all that is around the panels and of each row of them.
+        gap: between the rows, in pixels.
+    """
+    down = math.ceil(len(names) / across)
+    height, titles = heights[0] + heights[1] * down, [plain(name) for name in names]
+    grid |= {
+        "rows": down,
+        "cols": across,
+        "vertical_spacing": gap / height if down > 1 else 0,
+        "subplot_titles": titles,
+    }
+    figure = new_figure(look, title, subtitle, height, **grid)
+    return [Panel(figure, look, i // across + 1, i % across + 1, i == 0) for i in range(len(names))]
 
 
 def require_columns(what: str, rows: pd.DataFrame, names: Sequence[str]) -> None:
-    """Refuse a table that lacks columns or rows.
-
-    Raises:
-        MansuError: it does.
-    """
+    """Refuse a table that lacks columns or rows with a `MansuError`."""
     lacking = [name for name in names if name not in rows.columns]
     if lacking:
         raise MansuError(f"{what}: the table has no column {', '.join(lacking)}; it needs {', '.join(names)}")
@@ -278,11 +273,7 @@ def require_columns(what: str, rows: pd.DataFrame, names: Sequence[str]) -> None
 
 
 def distinct(what: str, labels: Sequence[str]) -> list[str]:
-    """The labels, of which there has to be at least one, and no two alike.
-
-    Raises:
-        MansuError: it is not so.
-    """
+    """The labels; where there is none, or two are alike, a `MansuError`."""
     if not labels:
         raise MansuError(f"{what}: none given; pass at least one result")
     if len(set(labels)) != len(labels):
@@ -305,17 +296,3 @@ def padded(low: float | int, high: float | int, share: float | int = 0.07) -> li
     """Ends of an axis with some room beyond the values."""
     pad = share * (high - low or 1.0)
     return [low - pad, high + pad]
-
-
-def named(results: Mapping[str, Any] | Sequence[Any], what: str) -> dict[str, Any]:
-    """Results by label: a mapping's keys, else their own.
-
-    Raises:
-        MansuError: none, or two of one label.
-    """
-    if isinstance(results, Mapping):
-        return dict(results)
-    out = {each.label: each for each in results}
-    if len(out) != len(results):
-        raise MansuError(f"{what}: two results have the same label; pass a mapping label -> result")
-    return out

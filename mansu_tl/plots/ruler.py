@@ -77,13 +77,11 @@ def ruler(
         return _Block(number, weights, codes, (scales[0], scales[1]), levels)
 
     shown = [block_of(number) for number in chosen]
-    figure = new_figure(
-        look,
-        title or f"On the {grid.name} ruler{': ' if name else ''}{name}",
+    how_to_read = (
         "Each mark is a weight, as a share of its block's largest. Thin lines: where one code ends and the next begins; "
-        "ticks below: the codes' values, to which the edited weights are followed.",
-        520,
+        "ticks below: the codes' values, to which the edited weights are followed."
     )
+    figure = new_figure(look, title or f"On the {grid.name} ruler{': ' if name else ''}{name}", how_to_read, 520)
     panel = Panel(figure, look)
     # The slider rewrites the first annotation.
     line = {"xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}

@@ -45,13 +45,11 @@ def node_scores(scores: NodeScores, *, most: int = 30, title: str | None = None,
     share = 100 * float(np.abs(values[order]).sum()) / (float(np.abs(values).sum()) or 1)
     metric = scores.metric.replace("_", " ")
     whole = "What each node is worth" if len(order) == len(values) else f"The {len(order)} nodes that matter most"
-    figure = new_figure(
-        look,
-        title or whole,
+    how_to_read = (
         f"Estimated effect on the {metric} of restoring each node's output; positive supports the answer. "
-        f"Shown: {fixed(share, 0)} % of all |score| in {len(values)} nodes.",
-        170 + 22 * len(order),
+        f"Shown: {fixed(share, 0)} % of all |score| in {len(values)} nodes."
     )
+    figure = new_figure(look, title or whole, how_to_read, 170 + 22 * len(order))
     panel = Panel(figure, look)
     for positive, name, colour, hatch in (
         (True, "supports the answer", look.positive, ""),
@@ -99,13 +97,11 @@ def attribution_scatter(
     require_columns("attribution scatter", frame, ["name", "exact", "attribution"])
     x, y = frame["exact"].to_numpy(float), frame["attribution"].to_numpy(float)
     together = f", correlation {fixed(float(np.corrcoef(x, y)[0, 1]), 3)}" if len(x) > 2 and x.std() and y.std() else ""
-    figure = new_figure(
-        look,
-        title or "When can the linear estimate be trusted?",
+    how_to_read = (
         f"Each point is a node or an edge: its exact effect by activation patching across, the linear estimate upright. "
-        f"{len(x)} points, mean error {number(float(np.abs(x - y).mean()))}{together}.",
-        600,
+        f"{len(x)} points, mean error {number(float(np.abs(x - y).mean()))}{together}."
     )
+    figure = new_figure(look, title or "When can the linear estimate be trusted?", how_to_read, 600)
     panel = Panel(figure, look)
     ends = padded(min(x.min(), y.min(), 0.0), max(x.max(), y.max(), 0.0))
     panel.mark(ends, ends, "estimate = exact", line={"color": look.muted, "width": 1.3})
@@ -139,13 +135,11 @@ def divergence_scatter(divergence: Divergence, *, title: str | None = None, them
     if frame.empty:
         raise MansuError(f"circuit divergence {label!r}: it has no edge to draw; use a circuit that has some")
     low, high = divergence.interval
-    figure = new_figure(
-        look,
-        title or f"{label}: edge scores before and after",
+    how_to_read = (
         f"CAD {fixed(divergence.value, 3)}, 95 % interval {fixed(low, 3)} to {fixed(high, 3)}; "
-        f"mass loss {fixed(divergence.mass_loss, 3)}; {len(frame)} edges.",
-        600,
+        f"mass loss {fixed(divergence.mass_loss, 3)}; {len(frame)} edges."
     )
+    figure = new_figure(look, title or f"{label}: edge scores before and after", how_to_read, 600)
     panel = Panel(figure, look)
     x, y = frame["original"].to_numpy(float), frame["other"].to_numpy(float)
     across = padded(min(x.min(), 0.0), max(x.max(), 0.0), 0.06)
@@ -219,12 +213,8 @@ def stage_scores(
             raise MansuError(f"stage scores: {len(stage.values)} values, {len(labels)} labels; give one for each pair")
     if chosen is not None and not 0 <= chosen < len(labels):
         raise MansuError(f"stage scores: pair {chosen}, there are {len(labels)}; choose 0..{len(labels) - 1}")
-    figure = new_figure(
-        look,
-        title or "Score at every stage",
-        "Each mark is a pair; the bar is the mean over pairs, its whisker the 95 % interval over facts.",
-        190 + 88 * len(stages),
-    )
+    how_to_read = "Each mark is a pair; the bar is the mean over pairs, its whisker the 95 % interval over facts."
+    figure = new_figure(look, title or "Score at every stage", how_to_read, 190 + 88 * len(stages))
     panel, rows, shown = Panel(figure, look), range(len(stages)), [plain(label) for label in labels]
     # Spread evenly within the row, the same pair at the same height in every row.
     heights = [_SPREAD * (2 * ((i * _GOLDEN) % 1) - 1) for i in range(len(labels))]

@@ -119,6 +119,7 @@ def new_figure(look: Theme, title: str, subtitle: str = "", height: float | int 
         grid: of panels, as for plotly's `make_subplots`; one panel where not given.
     """
     figure = make_subplots(**grid) if grid else go.Figure()
+    figure.update_annotations(font={"size": 13})  # the panels' titles
     lines = textwrap.wrap(subtitle, _SUBTITLE_WIDTH)
     if len(lines) > 1:  # of about equal length
         even = textwrap.wrap(subtitle, len(subtitle) // len(lines) + 12)

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.panels import PERCENT, Panel, legend_below, panel_titles, require_columns
+from mansu_tl.plots.panels import PERCENT, Panel, legend_below, require_columns
 from mansu_tl.plots.theme import fixed, new_figure, number, plain, theme_named
 from mansu_tl.quantization import UpdateStatistics
 
@@ -34,19 +34,25 @@ def bins(statistics: UpdateStatistics, *, title: str | None = None, theme: str =
         raise MansuError("update: it changed no weight, so there is nothing to draw; compare two different models")
     total = statistics.to_dataframe().iloc[-1]
     share = f"{number(100 * float(total['share']))} %"
+    how_to_read = (
+        f"{int(total['codes_changed']):,} of {int(total['changed']):,} changed weights take another code "
+        f"({int(total['weights']):,} weights in all). A weight at a code's value has to move about half a bin."
+    )
+    grid = {
+        "rows": 2,
+        "cols": 2,
+        "specs": [[{}, {"rowspan": 2}], [{}, None]],
+        "column_widths": [0.66, 0.34],
+        "row_heights": [0.58, 0.42],
+        "vertical_spacing": 0.09,
+        "horizontal_spacing": 0.11,
+    }
     figure = new_figure(
         look,
         title or f"{share} of the changed weights change their {statistics.quantizer} code",
-        f"{int(total['codes_changed']):,} of {int(total['changed']):,} changed weights take another code "
-        f"({int(total['weights']):,} weights in all). A weight at a code's value has to move about half a bin.",
+        how_to_read,
         560,
-        rows=2,
-        cols=2,
-        specs=[[{}, {"rowspan": 2}], [{}, None]],
-        column_widths=[0.66, 0.34],
-        row_heights=[0.58, 0.42],
-        vertical_spacing=0.09,
-        horizontal_spacing=0.11,
+        **grid,
     )
     above, below, right = Panel(figure, look, 1, 1), Panel(figure, look, 2, 1), Panel(figure, look, 1, 2)
     edges = statistics.ratio_edges.cpu().numpy()
@@ -117,19 +123,21 @@ def dither(
     for table in predictions.values():
         require_columns("dither", table, _PREDICTION)
     rows = 2 if positions else 1
-    figure = new_figure(
-        look,
-        title or "Why an update survives rounding, or does not",
+    how_to_read = (
         "Weights anywhere in their cells: rounding works as dither, and an update of a tenth of a bin changes a tenth of "
-        "the codes. Weights at their codes' values: nothing happens below half a bin.",
-        640 if positions else 480,
-        rows=rows,
-        cols=len(predictions),
-        row_heights=[0.32, 0.68] if positions else [1.0],
-        shared_yaxes=True,
-        horizontal_spacing=0.06,
-        vertical_spacing=0.2,
-        subplot_titles=[plain(name) for name in predictions],
+        "the codes. Weights at their codes' values: nothing happens below half a bin."
+    )
+    grid = {
+        "rows": rows,
+        "cols": len(predictions),
+        "row_heights": [0.32, 0.68] if positions else [1.0],
+        "shared_yaxes": True,
+        "horizontal_spacing": 0.06,
+        "vertical_spacing": 0.2,
+        "subplot_titles": [plain(name) for name in predictions],
+    }
+    figure = new_figure(
+        look, title or "Why an update survives rounding, or does not", how_to_read, 640 if positions else 480, **grid
     )
     for col, (name, table) in enumerate(predictions.items(), 1):
         if positions is not None:
@@ -150,7 +158,6 @@ def dither(
     figure.update_xaxes(**names, type="log", range=[start, 0.6], zeroline=False, row=rows)
     figure.update_yaxes(**PERCENT, zeroline=False, row=rows)
     figure.update_yaxes(title_text="code changed, %", row=rows, col=1)
-    panel_titles(figure)
     legend_below(figure, 92, 24)
     return figure
 
