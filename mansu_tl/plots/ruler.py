@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
@@ -59,9 +59,9 @@ def ruler(
     if encoded[0].absmax.ndim != 1:
         raise MansuError(f"ruler: {grid.name} has no fixed codes to draw; use nf4, fp4 or int4")
     size = grid.block_size or before.shape[1]
-    edited = (matrices[0] != matrices[1]).reshape(-1)
-    count = -(-len(edited) // size)
-    chosen = _most_edited(edited, size, count) if blocks is None else list(blocks)
+    edited = matrices[0] != matrices[1]
+    count = -(-edited.numel() // size)
+    chosen = (most_edited(edited, size, _MOST_BLOCKS) or [0]) if blocks is None else list(blocks)
     for block in chosen:
         if not 0 <= block < count:
             raise MansuError(f"ruler: block {block}, the matrix has {count}; choose 0..{count - 1}")
@@ -173,11 +173,12 @@ class _Block:
         )
 
 
-def _most_edited(edited: Tensor, size: int, count: int) -> list[int]:
-    """The blocks with most edited weights, in order of their numbers."""
-    hits = torch.nn.functional.pad(edited, (0, count * size - len(edited))).view(count, size).sum(1)
-    best = torch.argsort(hits, descending=True, stable=True)[:_MOST_BLOCKS]
-    return sorted(best[hits[best] > 0].tolist()) or [0]
+def most_edited(edited: Bool[Tensor, "*any"], size: int, most: int) -> list[int]:
+    """The blocks of a matrix that hold most edited weights, in order of their numbers; none without one."""
+    count = -(-edited.numel() // size)
+    hits = torch.nn.functional.pad(edited.reshape(-1), (0, count * size - edited.numel())).view(count, size).sum(1)
+    best = torch.argsort(hits, descending=True, stable=True)[:most]
+    return sorted(best[hits[best] > 0].tolist())
 
 
 def _scale(panel: Panel, levels: np.ndarray, bounds: list[float]) -> None:
