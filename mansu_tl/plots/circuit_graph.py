@@ -25,7 +25,7 @@ from mansu_tl.plots.circuit_look import (
 )  # fmt: skip
 from mansu_tl.plots.layered import MLP_COLUMN, Placement, bundled, path, place
 from mansu_tl.plots.ordering import untangled
-from mansu_tl.plots.panels import BARE, Panel, segments
+from mansu_tl.plots.panels import BARE, Panel, marker, segments
 from mansu_tl.plots.theme import new_figure, number, plain, theme_named
 
 _LABELLED_HEADS = 16
@@ -184,14 +184,14 @@ def _middles(
         parts[reader_kind(reader)].append((xs[at], ys[at], ring, [writer, reader, score, text]))
     for kind, points in parts.items():
         xs, ys, rings, data = (list(each) for each in zip(*points, strict=True))
-        marker = {
+        circles = {
             "size": [ring or 9 for ring in rings],
             "color": [panel.look.paper if ring else "rgba(0,0,0,0)" for ring in rings],
             "line": {"width": [1.5 if ring else 0 for ring in rings], "color": edge_colour(panel.look, kind, False)},
         }
         name = f"edges into {KINDS[kind]}"
         panel.mark(
-            xs, ys, name, "markers", hover="%{customdata[3]}", data=data, marker=marker, group=kind, legend=False
+            xs, ys, name, "markers", hover="%{customdata[3]}", data=data, marker=circles, group=kind, legend=False
         )
 
 
@@ -241,12 +241,7 @@ def _nodes(
             hover="%{customdata[0]}<br>in %{customdata[3]}, out %{customdata[4]}",
             data=[[n, *both, *map(number, both)] for n, both in zip(names, sums, strict=True)],
             legend=False,
-            marker={
-                "symbol": shape,
-                "size": size,
-                "color": panel.look.paper,
-                "line": {"width": 1.5, "color": panel.look.ink},
-            },
+            marker=marker(shape, size, panel.look.paper, panel.look.ink, 1.5),
             text=[labels.get(n, n if n in ends else _short(n) if written else "") for n in names],
             textfont={"size": font, "color": panel.look.ink},
             textposition=[ends.get(n, "middle center") for n in names],

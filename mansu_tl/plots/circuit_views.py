@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -61,13 +62,8 @@ def circuit_stages(
     layers = placements[0].n_layers
     how_to_read = "One scale and layout for all panels: width is |score|, blue supports the answer, orange with a ring "
     how_to_read += "opposes it."
-    grid = {
-        "rows": 1,
-        "cols": len(frames),
-        "shared_yaxes": True,
-        "horizontal_spacing": 0.015,
-        "subplot_titles": [f"<b>{plain(name)}</b><br>{plain(note)}" for name, note in notes.items()],
-    }
+    grid: dict[str, Any] = {"rows": 1, "cols": len(frames), "shared_yaxes": True, "horizontal_spacing": 0.015}
+    grid["subplot_titles"] = [f"<b>{plain(name)}</b><br>{plain(note)}" for name, note in notes.items()]
     figure = new_figure(
         look,
         title or "What became of the circuit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,15 +117,14 @@ def relearning(
     how_to_read = f"Forget questions, {what}. Bands: 95 % intervals over facts. " + (
         f"Above the dotted line ({result.reference}) = knowledge that came back." if result.reference else ""
     )
-    grid = {
+    grid: dict[str, Any] = {
         "rows": len(measures),
         "cols": len(rates),
-        "shared_xaxes": True,
-        "shared_yaxes": True,
         "horizontal_spacing": 0.04,
         "vertical_spacing": 0.07,
-        "subplot_titles": [f"attack at learning rate {rate:g}" for rate in rates],
     }
+    grid |= {"shared_xaxes": True, "shared_yaxes": True}
+    grid["subplot_titles"] = [f"attack at learning rate {rate:g}" for rate in rates]
     figure = new_figure(
         look, title or f"What fine-tuning on {trained} brings back", how_to_read, 190 + 235 * len(measures), **grid
     )
@@ -164,10 +164,6 @@ def probes(
 
     Bands are 95 % intervals over facts. The reference (a model that never learnt the facts) is dotted and grey; the
     shaded strip spans what probes reach that are fitted to shuffled answers; the dashed line is guessing.
-
-    Args:
-        results: one a model, probed at the same layers.
-        reference: the label of the never-trained model.
 
     Raises:
         MansuError: none given, two of one label, different layers, or a reference that is none of them.
@@ -215,9 +211,6 @@ def erasure_depth(
 
     The never-trained model's stream is the reference (dotted): an edited model that reaches its line at every layer
     holds no more than a model that never learnt. Bands are 95 % intervals over facts; at the right the depth score.
-
-    Args:
-        results: one an edited model, against the same never-trained model.
 
     Raises:
         MansuError: none given, two of one label, or other layers, metrics or never-trained models.

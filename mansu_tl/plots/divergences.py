@@ -166,9 +166,6 @@ def divergence_by_layer(
     A layer's CAD is 1 - <a, b> / <a, a> over its edges alone; the whole CAD is their mean, weighted with each layer's
     share of <a, a>, which the bars show.
 
-    Args:
-        divergences: results for the same circuit by label.
-
     Raises:
         MansuError: none given, no edge, or results of different circuits.
     """

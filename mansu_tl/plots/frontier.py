@@ -17,6 +17,7 @@ from mansu_tl.plots.panels import (
     Style,
     intervals_of,
     legend_below,
+    marker,
     new_panels,
     padded,
     require_columns,
@@ -101,12 +102,7 @@ def frontier(
         size = (900 / len(columns), 350.0)
         if len(ringed):
             at = (float(ringed[x].iloc[0]), float(ringed[column].iloc[0]))
-            ring = {
-                "symbol": "circle-open",
-                "size": _RING,
-                "color": look.ink,
-                "line": {"width": 2.4, "color": look.ink},
-            }
+            ring = marker("circle-open", _RING, look.ink, look.ink, 2.4)
             panel.mark([at[0]], [at[1]], f"default: {plain(default)}", "markers", group="default", marker=ring)
             reach = [_RING / 2 * (end - start) / pixels for (start, end), pixels in zip(spans, size, strict=True)]
             boxes.append((at[0] - reach[0], at[1] - reach[1], at[0] + reach[0], at[1] + reach[1]))

@@ -169,10 +169,7 @@ def attention_patterns(
 ) -> go.Figure:
     """Draw what each head attends to in one prompt: queries downward, keys across, one panel a head.
 
-    Args:
-        patterns: attention probabilities of one prompt.
-        tokens: the prompt's tokens.
-        heads: their names; numbered where not given.
+    Heads are numbered where no names are given.
 
     Raises:
         MansuError: no head, or tokens or names of another number.

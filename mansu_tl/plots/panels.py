@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "star", "cross", "hexagon", "pentagon")
 BARE: dict[str, Any] = {"showgrid": False, "zeroline": False, "showline": False, "ticks": ""}  # an axis of names
 PERCENT: dict[str, Any] = {"range": [-4, 104], "tickvals": [0, 25, 50, 75, 100]}
+Number = float | int
 Numbers = Sequence[Any] | np.ndarray
 
 
@@ -98,35 +99,17 @@ class Panel:
         )
 
     def bars(
-        self,
-        x: Numbers,
-        y: Numbers,
-        name: str | None = None,
-        *,
-        hover: str = "",
-        data: Any = None,
-        legend: bool | None = None,
-        **style: Any,
+        self, x: Numbers, y: Numbers, name: str, *, hover: str, data: Any = None, legend: Any = None, **style: Any
     ) -> None:
         """Bars, upright where not said otherwise; see `mark`."""
         self.figure.add_bar(x=x, y=y, name=name, customdata=data, **self._shared(hover, None, legend), **style)
 
     def heat(
-        self,
-        z: Any,
-        scale: Any,
-        ends: tuple[float | int, float | int],
-        bar: str,
-        *,
-        hover: str,
-        texts: Any = None,
-        gap: int | None = 1,
-        colorbar: Mapping[str, Any] | None = None,
-        **more: Any,
+        self, z: Any, scale: Any, ends: Numbers, bar: str, *, hover: str, texts: Any = None, gap: Any = 1, **more: Any
     ) -> None:
         """A heat map with a colour scale, the values at its ends, a title of its bar, and texts in the cells; cells
         without a value show the band's colour."""
-        bars = {"title": {"text": bar}, "thickness": 14, "outlinewidth": 0, **(colorbar or {})}
+        bars = {"title": {"text": bar}, "thickness": 14, "outlinewidth": 0, **more.pop("colorbar", {})}
         self.figure.add_heatmap(
             z=z, zmin=ends[0], zmax=ends[1], colorscale=scale, xgap=gap, ygap=gap, hoverongaps=False, text=texts,
             texttemplate=None if texts is None else "%{text}", textfont={"size": 11}, colorbar=bars,
@@ -141,25 +124,11 @@ class Panel:
             fill="toself", fillcolor=translucent(colour, 0.16), line={"width": 0},
         )  # fmt: skip
 
-    def series(
-        self, x: Numbers, y: Numbers, name: str, style: Style, *, hover: str, data: Any, group: str = ""
-    ) -> None:
-        """A line through points."""
-        self.mark(
-            x,
-            y,
-            name,
-            "lines+markers",
-            hover=hover,
-            data=data,
-            group=group or None,
-            line=style.line,
-            marker=style.marker,
-        )
+    def series(self, x: Numbers, y: Numbers, name: str, style: Style, **told: Any) -> None:
+        """A line through points; see `mark`."""
+        self.mark(x, y, name, "lines+markers", line=style.line, marker=style.marker, **told)
 
-    def note(
-        self, x: Any, y: Any, text: str, *, size: float | int = 11, colour: str | None = None, **place: Any
-    ) -> None:
+    def note(self, x: Any, y: Any, text: str, *, size: Number = 11, colour: str | None = None, **place: Any) -> None:
         """Escaped text at a point, muted where no colour is given; "" = the figure's own."""
         font: dict[str, Any] = {"size": size}
         if colour != "":
@@ -167,14 +136,7 @@ class Panel:
         self.figure.add_annotation(x=x, y=y, text=text, showarrow=False, font=font, **place, **self.where)
 
     def level(
-        self,
-        value: Any,
-        text: str = "",
-        *,
-        upright: bool = False,
-        width: float | int = 1.2,
-        dash: str = "dash",
-        **place: Any,
+        self, at: Any, text: str = "", *, upright: bool = False, width: Number = 1.2, dash: str = "dash", **place: Any
     ) -> None:
         """A reference line across the panel, level or upright, and what it is."""
         line = {"color": self.look.muted, "width": width, "dash": dash}
@@ -185,7 +147,7 @@ class Panel:
             **{f"annotation_{key}": each for key, each in place.items()},
         }
         draw = self.figure.add_vline if upright else self.figure.add_hline
-        draw(**{"x" if upright else "y": value}, line=line, **(noted if text else {}), **self.where)
+        draw(**{"x" if upright else "y": at}, line=line, **(noted if text else {}), **self.where)
 
     def x(self, **axis: Any) -> None:
         """Set up the horizontal axis."""
@@ -195,7 +157,7 @@ class Panel:
         """Set up the vertical axis."""
         self.figure.update_yaxes(**axis, **self.where)
 
-    def rows(self, names: Sequence[str], pad: float | int = 0.6, **axis: Any) -> None:
+    def rows(self, names: Sequence[str], pad: Number = 0.6, **axis: Any) -> None:
         """One row a name, the first on top."""
         bare = {key: each for key, each in BARE.items() if key != "showgrid"}
         shown = [plain(name) for name in names]
@@ -215,6 +177,11 @@ def whiskers(values: Numbers, lows: Numbers, highs: Numbers, colour: str) -> dic
         "arrayminus": [max(0.0, float(v - low)) for v, low in zip(values, lows, strict=True)],
     }
     return {"type": "data", "symmetric": False, **ends, "color": colour, "thickness": 1.4, "width": 4}
+
+
+def marker(symbol: str, size: Number, fill: str, rim: str, width: Number) -> dict[str, Any]:
+    """A mark with a rim of some width in pixels."""
+    return {"symbol": symbol, "size": size, "color": fill, "line": {"color": rim, "width": width}}
 
 
 def segments(parts: Sequence[tuple[Numbers, Numbers]]) -> tuple[list[Any], list[Any]]:
@@ -292,7 +259,7 @@ def intervals_of(part: pd.DataFrame, name: str) -> tuple[list[float], list[float
     return low, high
 
 
-def padded(low: float | int, high: float | int, share: float | int = 0.07) -> list[float]:
+def padded(low: Number, high: Number, share: Number = 0.07) -> list[float]:
     """Ends of an axis with some room beyond the values."""
     pad = share * (high - low or 1.0)
     return [low - pad, high + pad]

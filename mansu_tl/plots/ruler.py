@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.panels import BARE, Panel, legend_below, segments
+from mansu_tl.plots.panels import BARE, Panel, legend_below, marker, segments
 from mansu_tl.plots.theme import new_figure, number, plain, theme_named
 from mansu_tl.quantization import Grid
 
@@ -93,13 +93,12 @@ def ruler(
         ("crossed", look.positive, 1.6, "solid", "circle", 9),
         ("back", look.negative, 1.6, "dot", "x", 9),
     ):
-        marker = {"symbol": symbol, "size": mark, "color": colour, "line": {"width": 1.6, "color": colour}}
         figure.add_scatter(
             **shown[0].trace(kind),
             mode="lines+markers",
             name=_NAMES[kind],
             line={"color": colour, "width": width, "dash": dash},
-            marker=marker,
+            marker=marker(symbol, mark, colour, colour, 1.6),
             hovertemplate="%{customdata}<extra></extra>",
         )
     if len(shown) > 1:
@@ -112,13 +111,8 @@ def ruler(
                 }
             ]
         )  # fmt: skip
-    panel.x(
-        title_text="weight / absmax of its block",
-        range=[-1.04, 1.04],
-        tickvals=[-1, -0.5, 0, 0.5, 1],
-        showgrid=False,
-        zeroline=False,
-    )
+    ticks = {"range": [-1.04, 1.04], "tickvals": [-1, -0.5, 0, 0.5, 1]}
+    panel.x(title_text="weight / absmax of its block", **ticks, showgrid=False, zeroline=False)
     panel.y(**BARE, tickvals=[1, 0.5, 0], ticktext=["before", "after", "codes"], range=[-0.28, 1.18])
     legend_below(figure, 170 if len(shown) > 1 else 96)
     figure.update_layout(margin={"t": 120})
@@ -189,12 +183,7 @@ def _scale(panel: Panel, levels: np.ndarray, bounds: list[float]) -> None:
         panel.figure.add_shape(type="rect", x0=low, x1=high, y0=-0.24, y1=1.12, **style)
     lines = segments([([bound, bound], [-0.24, 1.12]) for bound in bounds])
     panel.mark(*lines, "boundaries", line={"color": look.grid, "width": 1}, legend=False)
-    ticks = {
-        "symbol": "line-ns-open",
-        "size": 16,
-        "color": look.ink,
-        "line": {"width": 2.4 if few else 1, "color": look.ink},
-    }
+    ticks = marker("line-ns-open", 16, look.ink, look.ink, 2.4 if few else 1)
     panel.mark(
         levels, [0.0] * len(levels), "codes", "markers+text" if few else "markers", legend=False, marker=ticks,
         hover="code %{text}: %{x:.4f}", text=[str(i) for i in range(len(levels))], textposition="bottom center",

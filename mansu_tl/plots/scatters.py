@@ -29,10 +29,6 @@ _SPREAD = 0.24  # of a row, either side
 def node_scores(scores: NodeScores, *, most: int = 30, title: str | None = None, theme: str = "light") -> go.Figure:
     """Draw the nodes of largest |score| as bars, largest on top; what opposes the answer is hatched and orange.
 
-    Args:
-        scores: scores of nodes.
-        most: how many are drawn.
-
     Raises:
         MansuError: there is no node, or `most` is below one.
     """
@@ -168,14 +164,7 @@ def divergence_scatter(divergence: Divergence, *, title: str | None = None, them
 
 @dataclass(frozen=True)
 class StageScore:
-    """A score in one model.
-
-    Attributes:
-        name: what the model is.
-        values: of every pair.
-        mean: over pairs.
-        interval: its 95 % interval.
-    """
+    """A score in one model: of every pair, the mean over them and its 95 % interval."""
 
     name: str
     values: Float[Tensor, " pair"]
@@ -194,13 +183,7 @@ def stage_scores(
 ) -> go.Figure:
     """Draw a score before an edit, after it and after quantization, one row each; zero is where nothing is left.
 
-    Traces, in order: the pairs, the chosen pair, the means.
-
-    Args:
-        stages: from the top down.
-        labels: a name for each pair, for the hover texts.
-        chosen: a pair that is marked in every row.
-        metric: what the scores are measured in.
+    Traces, in order: the pairs (with a label each, for the hover texts), the chosen pair, the means.
 
     Raises:
         MansuError: no stage, labels of another number, or a chosen pair that is not there.
