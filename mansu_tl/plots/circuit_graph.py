@@ -25,8 +25,8 @@ from mansu_tl.plots.circuit_look import (
 )  # fmt: skip
 from mansu_tl.plots.layered import MLP_COLUMN, Placement, bundled, path, place
 from mansu_tl.plots.ordering import untangled
-from mansu_tl.plots.panels import BARE, Panel, marker, segments
-from mansu_tl.plots.theme import new_figure, number, plain, theme_named
+from mansu_tl.plots.panels import BARE, Panel, marker, new_panel, segments
+from mansu_tl.plots.theme import number, plain, theme_named
 
 _LABELLED_HEADS = 16
 _FAINT_OPACITIES = (0.22, 0.5)  # of many and of few
@@ -75,20 +75,20 @@ def circuit(
     how_to_read = f"Edges run upward; {circuit.how}" + (
         "" if reference is None else f"; compared with: {reference.how}"
     )
-    figure = new_figure(
+    panel = new_panel(
         look,
         title or f"Circuit of {circuit.n_edges} edges{faithful}",
         how_to_read,
         190 + (112 if placement.n_layers <= 6 else 84) * (placement.n_layers + 1.25),
     )
-    panel, top = Panel(figure, look), float(frame["score"].abs().max())
+    top = float(frame["score"].abs().max())
     if reference is not None:
         xs, ys = segments([path(placement, *pair) for pair in pairs_of(missing)])
         line = {"width": 1, "color": look.neutral}
         panel.mark(xs, ys, "only in the reference", line=line, opacity=0.5, group="reference", legend=False)
     draw_panel(panel, frame, placement, circuit.kv_groups, top, beside=reference, emphasis=emphasis)
     draw_legend(panel, frame, top, len(missing), emphasis)
-    return figure
+    return panel.figure
 
 
 def require_edges(circuit: Circuit) -> pd.DataFrame:

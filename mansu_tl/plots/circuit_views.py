@@ -15,7 +15,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.plots.circuit_graph import draw_panel, pairs_of, require_edges, require_same_graph
 from mansu_tl.plots.circuit_look import draw_legend
 from mansu_tl.plots.layered import place
-from mansu_tl.plots.panels import Panel
+from mansu_tl.plots.panels import Panel, new_panel
 from mansu_tl.plots.theme import fixed, new_figure, plain, theme_named
 from mansu_tl.verification import Divergence
 
@@ -98,13 +98,13 @@ def circuit_layers(circuit: Circuit, *, title: str | None = None, theme: str = "
         f"Heads of a layer as one part, scores of all edges between two parts added up: {len(grouped)} bundles. "
         f"{circuit.how[:1].upper()}{circuit.how[1:]}."
     )
-    figure = new_figure(
+    panel = new_panel(
         look, title or f"{circuit.n_edges} edges, layer by layer", how_to_read, 190 + 100 * (placement.n_layers + 1.25)
     )
-    panel, top = Panel(figure, look), float(grouped["score"].abs().max())
+    top = float(grouped["score"].abs().max())
     draw_panel(panel, grouped, placement, 1, top, labels=dict.fromkeys(heads, "heads"))
     draw_legend(panel, grouped, top)
-    return figure
+    return panel.figure
 
 
 def _summed_by_layer(frame: pd.DataFrame) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from mansu_tl.plots.panels import (
     Panel,
     distinct,
     legend_below,
+    new_panel,
     series_styles,
     whiskers,
 )  # fmt: skip
@@ -49,8 +50,8 @@ def faithfulness_curves(
         "Share of the metric's clean-corrupt difference that a circuit keeps, every other edge carrying its ablated "
         "value. Grey: random circuits of the same size."
     )
-    figure = new_figure(look, title or "How few edges carry the behaviour", how_to_read, 500)
-    panel, looks, in_legend = Panel(figure, look), series_styles(list(curves), look), True
+    panel = new_panel(look, title or "How few edges carry the behaviour", how_to_read, 500)
+    looks, in_legend = series_styles(list(curves), look), True
     for name, curve in curves.items():
         sizes = np.array(curve.sizes)
         some = np.flatnonzero(sizes > 0)
@@ -76,8 +77,8 @@ def faithfulness_curves(
     ticks = {"dtick": 1, "minor": {"ticks": "outside", "ticklen": 2}}
     panel.x(type="log", title_text="edges selected (log scale)", **ticks)
     panel.y(title_text="faithfulness", zeroline=True)
-    legend_below(figure)
-    return figure
+    legend_below(panel.figure)
+    return panel.figure
 
 
 def relearning(
@@ -181,8 +182,8 @@ def probes(
         "Linear probes of the residual stream at the prompt's last token, asked about facts that they were not fitted "
         "on. Bands: 95 % intervals over facts; grey strip: probes fitted to shuffled answers."
     )
-    figure = new_figure(look, title or "Can the answer still be read from inside?", how_to_read, 500)
-    panel, x = Panel(figure, look), list(range(len(layers)))
+    panel = new_panel(look, title or "Can the answer still be read from inside?", how_to_read, 500)
+    x = list(range(len(layers)))
     shuffled = pd.concat(tables).groupby(level=0)
     low, high = shuffled["shuffled_low"].min().tolist(), shuffled["shuffled_high"].max().tolist()
     panel.band(x, low, high, look.neutral, "shuffled answers")
@@ -200,8 +201,8 @@ def probes(
     panel.level(chance, f"chance {number(chance)} %")
     panel.x(tickvals=x, ticktext=layers, title_text="stream after", showgrid=False, zeroline=False)
     panel.y(title_text="probe accuracy, %", **PERCENT)
-    legend_below(figure)
-    return figure
+    legend_below(panel.figure)
+    return panel.figure
 
 
 def erasure_depth(

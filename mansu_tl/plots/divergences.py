@@ -14,6 +14,7 @@ from mansu_tl.plots.panels import (
     Panel,
     intervals_of,
     legend_below,
+    new_panel,
     require_columns,
     series_styles,
     whiskers,
@@ -55,8 +56,7 @@ def circuit_divergence(
         "0 = the circuit is intact, 1 = gone, above 1 = inverted. Bars: CAD with its 95 % interval over facts; "
         "diamonds: mass loss."
     )
-    figure = new_figure(look, title or "Circuit attribution divergence (CAD)", how_to_read, 190 + 46 * len(rows))
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or "Circuit attribution divergence (CAD)", how_to_read, 190 + 46 * len(rows))
     hatched = {"shape": "/", "fgcolor": look.neutral, "bgcolor": look.band, "size": 6}
     grey = {"color": look.band, "line": {"color": look.neutral, "width": 1.2}, "pattern": hatched}
     _bars(panel, 0, shown, "models", {"color": look.positive_soft, "line": {"width": 0}})
@@ -74,8 +74,8 @@ def circuit_divergence(
     panel.rows([*shown, *beside], 0.5, showgrid=False)
     names = [*(plain(label) for label in shown), *(f"<i>{plain(label)}</i>" for label in beside)]
     panel.y(ticktext=names)
-    legend_below(figure, 88, 21)
-    return figure
+    legend_below(panel.figure, 88, 21)
+    return panel.figure
 
 
 def _bars(panel: Panel, start: int, part: Mapping[str, Divergence], name: str, marker: Mapping[str, object]) -> None:
@@ -131,15 +131,15 @@ def divergence_plane(
         "Across: what is left of the circuit (0 = intact, 1 = gone). Upright: what the model answers. Rings: full "
         "precision; filled: quantized."
     )
-    figure = new_figure(look, title or "Erased, or only suppressed?", how_to_read, 640)
-    panel, looks = Panel(figure, look), series_styles(rows["label"].astype(str).tolist(), look)
+    panel = new_panel(look, title or "Erased, or only suppressed?", how_to_read, 640)
+    looks = series_styles(rows["label"].astype(str).tolist(), look)
     ends = (min(-0.12, float(rows["cad"].min()) - 0.1), max(1.2, float(rows["cad"].max()) + 0.1))
     _quadrants(panel, ends, cad_bound, accuracy_bound)
     for label, part in rows.assign(quantizer=rows["quantizer"].fillna("").astype(str)).groupby("label", sort=False):
         style, name = looks[str(label)], plain(label)
         full, quantized = part[part["quantizer"] == ""], part[part["quantizer"] != ""]
         for end in quantized[["cad", "accuracy"]].to_numpy(float).tolist() if len(full) else ():
-            _arrow(figure, full[["cad", "accuracy"]].to_numpy(float)[0].tolist(), end, style.colour)
+            _arrow(panel.figure, full[["cad", "accuracy"]].to_numpy(float)[0].tolist(), end, style.colour)
         for i, quantizer in enumerate(part["quantizer"]):
             point = part.iloc[i : i + 1]
             values = {key: [float(point[key].iloc[0])] for key in ("cad", "accuracy")}
@@ -154,8 +154,8 @@ def divergence_plane(
             )  # fmt: skip
     panel.x(title_text=_CAD, range=ends, zeroline=False, showgrid=False)
     panel.y(title_text=plain(measure), range=[-8, 112], zeroline=False, showgrid=False)
-    legend_below(figure)
-    return figure
+    legend_below(panel.figure)
+    return panel.figure
 
 
 def divergence_by_layer(

@@ -76,16 +76,11 @@ def write_images(
             raise MansuError(
                 f"{Path(path)}: no image format is called {suffix!r}; end it in one of {', '.join(_FORMATS)}"
             )
-        size = {
-            "width": width or figure.layout.width or _WIDTH,
-            "height": height or figure.layout.height or _HEIGHT,
-            "scale": scale,
-        }
-        jobs.append((figure.to_dict(), {"format": suffix[1:], **size}))
+        size = {"width": width or figure.layout.width or _WIDTH, "height": height or figure.layout.height or _HEIGHT}
+        jobs.append((figure.to_dict(), {"format": suffix[1:], "scale": scale, **size}))
     images = _drawn(jobs, progress) if jobs else []
-    return [
-        write_whole(path, partial(Path.write_bytes, data=image)) for path, image in zip(figures, images, strict=True)
-    ]
+    pairs = zip(figures, images, strict=True)
+    return [write_whole(path, partial(Path.write_bytes, data=image)) for path, image in pairs]
 
 
 def write_html(figure: go.Figure, path: str | PathLike[str], title: str) -> Path:
@@ -95,10 +90,7 @@ def write_html(figure: go.Figure, path: str | PathLike[str], title: str) -> Path
 
 
 def html(figure: go.Figure, name: str) -> str:
-    """A figure as an HTML element with the id `name`, for a page that has plotly.js in it.
-
-    Without plotly's button that sends a figure to its cloud.
-    """
+    """A figure as an HTML element with the id `name`, for a page that has plotly.js in it; no button for plotly's cloud."""
     config = {
         "displaylogo": False,
         "responsive": True,

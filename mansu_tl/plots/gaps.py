@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mansu_tl.plots.panels import BARE, Panel, legend_below, new_panels, require_columns, segments, whiskers
-from mansu_tl.plots.theme import Theme, new_figure, number, plain, signed, theme_named
+from mansu_tl.plots.panels import BARE, Panel, legend_below, new_panel, new_panels, require_columns, segments, whiskers
+from mansu_tl.plots.theme import Theme, number, plain, signed, theme_named
 
 _SEEDS = ("method", "quantizer", "seed", "value_before", "value_after")
 _ACROSS = 3
@@ -122,8 +122,7 @@ def gap_matrix(
         f"PTQ gap: {measure} after quantization minus before, mean over seeds. Orange and + = knowledge came back; "
         "blue and − = it fell further; grey = not measured."
     )
-    figure = new_figure(look, title or "What quantization brings back, in points", how_to_read, 210 + 34 * len(methods))
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or "What quantization brings back, in points", how_to_read, 210 + 34 * len(methods))
     panel.heat(
         z, [[0, high], [0.5, zero], [1, low]], (-top, top), "points", gap=2,
         hover="%{y}, %{x}<br>gap %{text} points (%{customdata[0]} to %{customdata[1]}, %{customdata[2]} seeds)",
@@ -133,7 +132,7 @@ def gap_matrix(
     )  # fmt: skip
     panel.x(**BARE, side="bottom")
     panel.y(**BARE, autorange="reversed")
-    return figure
+    return panel.figure
 
 
 def _dumbbells(

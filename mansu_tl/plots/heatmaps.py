@@ -18,7 +18,7 @@ from mansu_tl.circuit import EdgeScores
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
 from mansu_tl.patching import NodeScores, PatchingResult
-from mansu_tl.plots.panels import BARE, Panel, new_panels
+from mansu_tl.plots.panels import BARE, Panel, new_panel, new_panels
 from mansu_tl.plots.theme import Theme, fixed, new_figure, number, plain, theme_named
 
 _ALL_LABELS = 48  # names up to which every one is written
@@ -84,13 +84,13 @@ def patching(result: PatchingResult, *, title: str | None = None, theme: str = "
     done = "restored" if result.direction == "denoising" else "destroyed"
     how_to_read = f"Share of the clean-corrupt difference in {result.metric} that one patch has {done}, "
     how_to_read += "1 = all of it; 0 = no effect."
-    figure = new_figure(
+    panel = new_panel(
         look,
         title or f"{result.direction.capitalize()} the {result.component}",
         how_to_read,
         190 + max(200, 34 * len(z)),
     )
-    panel, few = Panel(figure, look), z.size <= _VALUES_IN_CELLS
+    few = z.size <= _VALUES_IN_CELLS
     low, zero, high = look.diverging
     panel.heat(
         z, [[0, low], [0.5, zero], [1, high]], (-top, top), "share", texts=_written(z, few),
@@ -99,7 +99,7 @@ def patching(result: PatchingResult, *, title: str | None = None, theme: str = "
     )  # fmt: skip
     panel.x(**{**BARE, **_ticks(result.columns)}, title_text=plain(result.column_axis))
     panel.y(**{**BARE, **_ticks(result.rows)}, title_text=plain(result.row_axis))
-    return figure
+    return panel.figure
 
 
 def head_scores(scores: NodeScores, *, title: str | None = None, theme: str = "light") -> go.Figure:

@@ -58,20 +58,16 @@ def place(
     """
     n_layers = 1 + max(layer_of(name) for name in writers)
     n_heads = sum(name.startswith("L0H") for name in writers)
-    senders = {writer for writer, _ in edges}
-    direct = {
-        target
-        for _, reader in edges
-        for target in (writers_behind(reader, kv_groups) or ["logits"])
-        if kv_groups == 1 or reader_kind(reader) not in "kv"
-    }
-    drawn = senders | direct
+    shared = {reader for _, reader in edges if kv_groups > 1 and reader_kind(reader) in "kv"}
+    drawn = {writer for writer, _ in edges}
+    for reader in {reader for _, reader in edges} - shared:
+        drawn |= set(writers_behind(reader, kv_groups) or ["logits"])
     nodes = {name: _centre(name, n_layers, n_heads, columns) for name in (*writers, "logits") if name in drawn}
     bars: dict[str, tuple[float, float, float]] = {}
     stubs: list[tuple[Point, Point]] = []
-    for _, reader in edges:
+    for reader in (reader for _, reader in edges if reader in shared):
         name = reader.partition(".")[0]
-        if kv_groups == 1 or reader_kind(reader) not in "kv" or name in bars:
+        if name in bars:
             continue
         group = [_centre(head, n_layers, n_heads, columns) for head in writers_behind(reader, kv_groups)]
         y = group[0][1] - _BAR_Y

@@ -202,6 +202,11 @@ def legend_below(figure: go.Figure, bottom: int = 96, more: int = 0) -> None:
     )
 
 
+def new_panel(look: Theme, title: str, subtitle: str, height: Number) -> Panel:
+    """The panel of a new figure; see `new_figure`."""
+    return Panel(new_figure(look, title, subtitle, height), look)
+
+
 def new_panels(
     look: Theme,
     title: str,

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.panels import BARE, Panel, legend_below, marker, segments
-from mansu_tl.plots.theme import new_figure, number, plain, theme_named
+from mansu_tl.plots.panels import BARE, Panel, legend_below, marker, new_panel, segments
+from mansu_tl.plots.theme import number, plain, theme_named
 from mansu_tl.quantization import Grid
 
 _MOST_BLOCKS = 40
@@ -81,19 +81,18 @@ def ruler(
         "Each mark is a weight, as a share of its block's largest. Thin lines: where one code ends and the next begins; "
         "ticks below: the codes' values, to which the edited weights are followed."
     )
-    figure = new_figure(look, title or f"On the {grid.name} ruler{': ' if name else ''}{name}", how_to_read, 520)
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or f"On the {grid.name} ruler{': ' if name else ''}{name}", how_to_read, 520)
     # The slider rewrites the first annotation.
     line = {"xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
     panel.note(0, 1.02, shown[0].text(), size=13, colour="", **line)
     _scale(panel, levels, grid.bounds.tolist())
-    first = len(figure.data)
+    first = len(panel.figure.data)
     for kind, colour, width, dash, symbol, mark in (
         ("kept", look.neutral, 0.4, "solid", "line-ns-open", 12),
         ("crossed", look.positive, 1.6, "solid", "circle", 9),
         ("back", look.negative, 1.6, "dot", "x", 9),
     ):
-        figure.add_scatter(
+        panel.figure.add_scatter(
             **shown[0].trace(kind),
             mode="lines+markers",
             name=_NAMES[kind],
@@ -103,7 +102,7 @@ def ruler(
         )
     if len(shown) > 1:
         steps = [each.step(list(range(first, first + len(_NAMES)))) for each in shown]
-        figure.update_layout(
+        panel.figure.update_layout(
             sliders=[
                 {
                     "steps": steps, "currentvalue": {"prefix": "block ", "font": {"size": 13}}, "pad": {"t": 52, "b": 8},
@@ -114,9 +113,9 @@ def ruler(
     ticks = {"range": [-1.04, 1.04], "tickvals": [-1, -0.5, 0, 0.5, 1]}
     panel.x(title_text="weight / absmax of its block", **ticks, showgrid=False, zeroline=False)
     panel.y(**BARE, tickvals=[1, 0.5, 0], ticktext=["before", "after", "codes"], range=[-0.28, 1.18])
-    legend_below(figure, 170 if len(shown) > 1 else 96)
-    figure.update_layout(margin={"t": 120})
-    return figure
+    legend_below(panel.figure, 170 if len(shown) > 1 else 96)
+    panel.figure.update_layout(margin={"t": 120})
+    return panel.figure
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.patching import NodeScores, PatchingResult
 from mansu_tl.plots.circuit_look import KINDS
 from mansu_tl.plots.labels import apart
-from mansu_tl.plots.panels import Panel, legend_below, padded, require_columns, series_styles, whiskers
-from mansu_tl.plots.theme import fixed, new_figure, number, plain, theme_named
+from mansu_tl.plots.panels import legend_below, new_panel, padded, require_columns, series_styles, whiskers
+from mansu_tl.plots.theme import fixed, number, plain, theme_named
 from mansu_tl.verification import Divergence
 
 _SYMBOLS = {"q": "circle", "k": "square", "v": "diamond", "mlp": "triangle-up", "logits": "x"}
@@ -45,8 +45,7 @@ def node_scores(scores: NodeScores, *, most: int = 30, title: str | None = None,
         f"Estimated effect on the {metric} of restoring each node's output; positive supports the answer. "
         f"Shown: {fixed(share, 0)} % of all |score| in {len(values)} nodes."
     )
-    figure = new_figure(look, title or whole, how_to_read, 170 + 22 * len(order))
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or whole, how_to_read, 170 + 22 * len(order))
     for positive, name, colour, hatch in (
         (True, "supports the answer", look.positive, ""),
         (False, "opposes it", look.negative, "/"),
@@ -67,8 +66,8 @@ def node_scores(scores: NodeScores, *, most: int = 30, title: str | None = None,
     order_of_names = {"categoryorder": "array", "categoryarray": names[::-1]}
     panel.y(**order_of_names, showgrid=False, showline=False, ticks="", tickfont={"size": 11})
     legend = {"x": 1, "y": 0, "xanchor": "right", "yanchor": "bottom"}
-    figure.update_layout(bargap=0.25, legend=legend, showlegend=min(drawn) < 0)
-    return figure
+    panel.figure.update_layout(bargap=0.25, legend=legend, showlegend=min(drawn) < 0)
+    return panel.figure
 
 
 def attribution_scatter(
@@ -97,8 +96,7 @@ def attribution_scatter(
         f"Each point is a node or an edge: its exact effect by activation patching across, the linear estimate upright. "
         f"{len(x)} points, mean error {number(float(np.abs(x - y).mean()))}{together}."
     )
-    figure = new_figure(look, title or "When can the linear estimate be trusted?", how_to_read, 600)
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or "When can the linear estimate be trusted?", how_to_read, 600)
     ends = padded(min(x.min(), y.min(), 0.0), max(x.max(), y.max(), 0.0))
     panel.mark(ends, ends, "estimate = exact", line={"color": look.muted, "width": 1.3})
     kinds = frame["kind"].astype(str) if "kind" in frame.columns else pd.Series("nodes", index=frame.index)
@@ -115,7 +113,7 @@ def attribution_scatter(
         panel.note(x[at], y[at], plain(frame["name"].iloc[at]), xanchor="left", xshift=8)
     panel.x(title_text="exact effect of patching", range=ends, zeroline=False)
     panel.y(title_text="estimate by attribution", range=ends, zeroline=False)
-    return figure
+    return panel.figure
 
 
 def divergence_scatter(divergence: Divergence, *, title: str | None = None, theme: str = "light") -> go.Figure:
@@ -135,8 +133,7 @@ def divergence_scatter(divergence: Divergence, *, title: str | None = None, them
         f"CAD {fixed(divergence.value, 3)}, 95 % interval {fixed(low, 3)} to {fixed(high, 3)}; "
         f"mass loss {fixed(divergence.mass_loss, 3)}; {len(frame)} edges."
     )
-    figure = new_figure(look, title or f"{label}: edge scores before and after", how_to_read, 600)
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or f"{label}: edge scores before and after", how_to_read, 600)
     x, y = frame["original"].to_numpy(float), frame["other"].to_numpy(float)
     across = padded(min(x.min(), 0.0), max(x.max(), 0.0), 0.06)
     upright = padded(min(x.min(), y.min(), 0.0), max(x.max(), y.max(), 0.0), 0.06)
@@ -159,7 +156,7 @@ def divergence_scatter(divergence: Divergence, *, title: str | None = None, them
         panel.note(x[at], y[at], f"{plain(writer)} → {plain(reader)}", size=10, yshift=11)
     panel.x(title_text="score in the original", range=across, zeroline=False)
     panel.y(title_text=f"score in: {plain(label)}", range=upright, zeroline=False)
-    return figure
+    return panel.figure
 
 
 @dataclass(frozen=True)
@@ -197,8 +194,8 @@ def stage_scores(
     if chosen is not None and not 0 <= chosen < len(labels):
         raise MansuError(f"stage scores: pair {chosen}, there are {len(labels)}; choose 0..{len(labels) - 1}")
     how_to_read = "Each mark is a pair; the bar is the mean over pairs, its whisker the 95 % interval over facts."
-    figure = new_figure(look, title or "Score at every stage", how_to_read, 190 + 88 * len(stages))
-    panel, rows, shown = Panel(figure, look), range(len(stages)), [plain(label) for label in labels]
+    panel = new_panel(look, title or "Score at every stage", how_to_read, 190 + 88 * len(stages))
+    rows, shown = range(len(stages)), [plain(label) for label in labels]
     # Spread evenly within the row, the same pair at the same height in every row.
     heights = [_SPREAD * (2 * ((i * _GOLDEN) % 1) - 1) for i in range(len(labels))]
     dots = {"size": 5, "color": look.positive_soft, "opacity": 0.55, "line": {"width": 0}}
@@ -222,8 +219,8 @@ def stage_scores(
     panel.level(0, upright=True, width=1, dash="solid")
     panel.x(title_text=f"score, {plain(metric)}", zeroline=False)
     panel.rows([stage.name for stage in stages], showgrid=False)
-    legend_below(figure, 92)
-    return figure
+    legend_below(panel.figure, 92)
+    return panel.figure
 
 
 def _beside(scores: NodeScores, exact: PatchingResult | None) -> pd.DataFrame:
