@@ -46,7 +46,17 @@ WITHOUT_MODEL = {
         "norm_weights",
         "parameters",
     ),
-    *("awq", "doubled", "gptq", "grid_of", "orient", "register_family", "quantizer", "quantizers", "register_quantizer"),
+    *(
+        "awq",
+        "doubled",
+        "gptq",
+        "grid_of",
+        "orient",
+        "register_family",
+        "quantizer",
+        "quantizers",
+        "register_quantizer",
+    ),
     *("floored", "headline", "method_flags", "method_title", "methods", "register", "settings_of", "trained"),
     *("explore", "run_study"),  # made of the others
     "save",  # inside "certify"

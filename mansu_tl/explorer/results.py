@@ -19,6 +19,7 @@ from mansu_tl.explorer.selection import Item, Part, part_mask, parts_of
 from mansu_tl.models import Anatomy, home, linear_weights, orient, parameters
 from mansu_tl.quantization import quantize
 from mansu_tl.runs.metrics import last_logits, logit_difference
+from mansu_tl.runs.passes import forward, keep
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import CircuitScores, Divergence, circuit_divergence
 
@@ -184,10 +185,11 @@ class Results:
     @torch.no_grad()
     def _patterns(self, stage: Stage, pair: int) -> list[Tensor]:
         model = self._model(stage)
-        names = [self._cmap.hook("pattern", i) for i in self._cmap.layers]
-        prompt = self.pairs.clean[[pair], : int(self.pairs.lengths[pair])].to(home(model))
-        _, cache = model.run_with_cache(prompt, names_filter=lambda name: name in names)
-        return [cache[name][0].detach().float().cpu() for name in names]
+        kept: dict[str, Tensor] = {}
+        hooks = self._cmap.hooks("pattern")
+        tokens = self.pairs.clean[[pair], : int(self.pairs.lengths[pair])].to(home(model))
+        forward(model, tokens, [(hook, keep(kept, key)) for key, hook in hooks.items()])
+        return [kept[key][0].float().cpu() for key in hooks]
 
     def _model(self, stage: Stage) -> TransformerBridge:
         """The model of a stage; the last few are kept, since an edit of a large one takes time."""
