@@ -46,8 +46,18 @@ WITHOUT_MODEL = {
         "norm_weights",
         "parameters",
     ),
-    *("awq", "doubled", "gptq", "grid_of", "orient", "register_family", "quantizer", "quantizers"),
-    *("floored", "headline", "method_flags", "method_title", "methods", "settings_of"),
+    *(
+        "awq",
+        "doubled",
+        "gptq",
+        "grid_of",
+        "orient",
+        "register_family",
+        "quantizer",
+        "quantizers",
+        "register_quantizer",
+    ),
+    *("floored", "headline", "method_flags", "method_title", "methods", "register", "settings_of", "trained"),
     *("explore", "run_study"),  # made of the others
     "save",  # inside "certify"
     "certify_in_fresh_process",  # a process of its own

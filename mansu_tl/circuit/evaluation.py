@@ -15,7 +15,7 @@ ablated value, by default that of the corrupt prompt):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -24,18 +24,17 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.circuit import Circuit
-from mansu_tl.circuit.graph import Graph, require_names
+from mansu_tl.circuit.graph import Graph, edge_frame, require_names
 from mansu_tl.circuit.intervention import patched
 from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import fingerprint
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import chunks, measured, metric_name, prepared, run
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.passes import chunks, prepared, run
 
 # Masks that are built and patched at once when every edge is taken out in turn.
 _MASKS = 256
@@ -81,17 +80,11 @@ class Minimality(Result):
         if what == "nodes":
             frame = pd.DataFrame({"node": self.nodes, "drop": self.node_drops.tolist()})
         elif what == "edges":
-            rows, columns = self.mask.nonzero(as_tuple=True)
-            frame = pd.DataFrame(
-                {
-                    "writer": [self.writers[i] for i in rows.tolist()],
-                    "reader": [self.readers[i] for i in columns.tolist()],
-                    "drop": self.edge_drops[rows, columns].tolist(),
-                }
-            )
+            frame = edge_frame(self.writers, self.readers, self.mask, self.edge_drops)
+            frame = frame[["writer", "reader", "score"]].rename(columns={"score": "drop"})
         else:
             raise MansuError(f"minimality: what={what!r}; choose edges or nodes")
-        return frame.sort_values("drop", ascending=False, kind="stable").reset_index(drop=True)
+        return frame.sort_values("drop", ascending=False, kind="stable", ignore_index=True)
 
     def _check(self) -> None:
         possible = require_names(self.writers, self.readers)
@@ -106,9 +99,6 @@ class Minimality(Result):
 
     def _tables(self) -> Sequence[Table]:
         return (Table(self.to_dataframe(), "edges that are worth most first", "{:.4f}".format, rows=10),)
-
-
-_TENSORS = ("edge_drops", "node_drops", "mask")
 
 
 @torch_defaults()
@@ -175,24 +165,13 @@ def minimality(
     require_graph(model, circuit)
     if circuit.n_edges == 0:
         raise MansuError("circuit: it has no edge whose worth could be measured; select more edges")
-    edges = circuit.mask.nonzero().tolist()
+    edges = [(w, r) for w, r in circuit.mask.nonzero().tolist()]
     nodes = [name for name in circuit.nodes if name != "embed"]
-    masks = circuit.mask.float()[None].expand(1 + len(edges) + len(nodes), -1, -1)
-    parts = []
-    for start in range(0, len(masks), _MASKS):
-        part = masks[start : start + _MASKS].clone()
-        for i in range(len(part)):
-            number = start + i - 1
-            if 0 <= number < len(edges):
-                part[i, edges[number][0], edges[number][1]] = 0
-            elif number >= len(edges):
-                node = nodes[number - len(edges)]
-                part[i, circuit.writers.index(node)] = 0
-                part[i][:, _own_columns(circuit, node)] = 0
-        parts.append(part)
-    whole, *rest = [
-        value for part in parts for value in relative(model, part, pairs, ablation, metric, batch_size, progress)
-    ]
+    parts, values = [None, *edges, *nodes], []
+    for start in range(0, len(parts), _MASKS):
+        masks = torch.stack([_without(circuit, part) for part in parts[start : start + _MASKS]])
+        values += relative(model, masks, pairs, ablation, metric, batch_size, progress)
+    whole, *rest = values
     drops = torch.zeros_like(circuit.scores)
     for (w, r), value in zip(edges, rest[: len(edges)], strict=True):
         drops[w, r] = whole - value
@@ -226,12 +205,6 @@ def random_faithfulness(
     return relative(model, masks.float(), pairs, ablation, metric, batch_size)
 
 
-@torch_defaults()
-def refreshed(model: TransformerBridge, circuit: Circuit, pairs: PromptPairs) -> Circuit:
-    """The same edges with their faithfulness measured on other pairs or another model."""
-    return replace(circuit, faithfulness=faithfulness(model, circuit, pairs), model=fingerprint(model))
-
-
 def relative(
     model: TransformerBridge,
     masks: Float[Tensor, "mask writer reader"],
@@ -241,11 +214,7 @@ def relative(
     batch_size: int,
     progress: bool = False,
 ) -> list[float]:
-    """The faithfulness of many masks.
-
-    Raises:
-        MansuError: the model shows no difference on these pairs.
-    """
+    """The faithfulness of many masks."""
     ablation, pairs = ablation or Ablation(), prepared(model, pairs)
     values, off = patched(model, pairs, masks, ablation, metric, batch_size, progress)
     clean, ablated = clean_metric(model, pairs, metric, batch_size), off.double().mean().item()
@@ -274,11 +243,7 @@ def clean_metric(model: TransformerBridge, pairs: PromptPairs, metric: Metric, b
 
 
 def require_graph(model: TransformerBridge, circuit: Circuit) -> Graph:
-    """The model's graph, if the circuit is one of its.
-
-    Raises:
-        MansuError: the circuit belongs to another architecture.
-    """
+    """The model's graph, if the circuit is one of its."""
     graph = Graph.of(model)
     if circuit.writers != graph.writers or circuit.readers != graph.readers:
         raise MansuError("circuit: its writers and readers are not this model's; discover one on this model")
@@ -292,6 +257,16 @@ def require_graph(model: TransformerBridge, circuit: Circuit) -> Graph:
     return graph
 
 
-def _own_columns(circuit: Circuit, writer: str) -> list[int]:
-    """The readers of one writer alone; keys and values that it shares with other heads stay."""
-    return [i for i in circuit.columns(writer) if circuit.kv_groups == 1 or "KV" not in circuit.readers[i]]
+def _without(circuit: Circuit, part: tuple[int, int] | str | None) -> Float[Tensor, "writer reader"]:
+    """The circuit's mask without an edge, or without a writer and the readers of that writer alone.
+
+    Keys and values that it shares with other heads stay.
+    """
+    mask = circuit.mask.float()
+    if isinstance(part, tuple):
+        mask[part] = 0
+    elif part is not None:
+        shared = circuit.kv_groups > 1
+        mask[circuit.writers.index(part)] = 0
+        mask[:, [i for i in circuit.columns(part) if not (shared and "KV" in circuit.readers[i])]] = 0
+    return mask

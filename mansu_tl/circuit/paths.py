@@ -25,8 +25,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import metric_name, prepared
+from mansu_tl.runs.metrics import Metric, logit_difference, metric_name
+from mansu_tl.runs.passes import prepared
 
 DIRECTIONS = ("noising", "denoising")
 

@@ -29,11 +29,7 @@ Splitter = Callable[[nn.Module], tuple[nn.Module, ...]]
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How bitsandbytes is asked to load: blocks of 64, absmax in float32, computing in `dtype`.
-
-    Raises:
-        MansuError: an unknown kind.
-    """
+    """How bitsandbytes is asked to load: blocks of 64, absmax in float32, computing in `dtype`."""
     if kind not in KINDS:
         raise MansuError(
             f"quantized={kind!r}: unknown; choose one of {', '.join(KINDS)}, or None for the dense model (its twin "
@@ -43,25 +39,20 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def stored_kind(config: PretrainedConfig, name: str) -> str | None:
-    """The 4-bit kind that a checkpoint's config says it is stored in; None for a dense one.
-
-    Raises:
-        MansuError: it is quantized in another way.
-    """
-    found: Any = getattr(config, "quantization_config", None)
-    if found is None:
+    """The 4-bit kind that a checkpoint's config says it is stored in; None for a dense one."""
+    asked: Any = getattr(config, "quantization_config", None)
+    if asked is None:
         return None
-    said = found if isinstance(found, dict) else found.to_dict()
-    method = said.get("quant_method", "unknown")
+    settings = asked if isinstance(asked, dict) else asked.to_dict()
+    method = settings.get("quant_method", "unknown")
     method = str(getattr(method, "value", method))
-    four = said.get("load_in_4bit", said.get("_load_in_4bit", False))
-    if method != "bitsandbytes" or not four:
+    if method != "bitsandbytes" or not settings.get("load_in_4bit", settings.get("_load_in_4bit", False)):
         what = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
         raise MansuError(
             f"{name}: this checkpoint is quantized with {what}; only 4-bit bitsandbytes ones can be hooked, pass such "
             "a one or the dense checkpoint"
         )
-    return str(said.get("bnb_4bit_quant_type", "fp4"))
+    return str(settings.get("bnb_4bit_quant_type", "fp4"))
 
 
 def packed(model: Model) -> Iterator[tuple[str, Any]]:
@@ -81,9 +72,6 @@ def require_dense(model: Model, what: str) -> None:
 
     Args:
         what: what was asked for, as in "editing".
-
-    Raises:
-        MansuError: the model is 4-bit.
     """
     for name, module in packed(model):
         raise MansuError(
@@ -93,26 +81,18 @@ def require_dense(model: Model, what: str) -> None:
 
 
 def require_kind(model: Model, kind: str, name: str) -> None:
-    """Refuse a model whose 4-bit layers are not of this kind.
-
-    Raises:
-        MansuError: there is such a layer.
-    """
+    """Refuse a model whose 4-bit layers are not of this kind."""
     for path, module in packed(model):
-        have = module.weight.quant_state.quant_type
-        if have != kind:
+        stored = module.weight.quant_state.quant_type
+        if stored != kind:
             raise MansuError(
-                f"{name}: quantized={kind!r}, but {path} is stored in {have} already; leave quantized= out, or pass "
+                f"{name}: quantized={kind!r}, but {path} is stored in {stored} already; leave quantized= out, or pass "
                 "the dense checkpoint"
             )
 
 
 def convert(hf: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """The dense model with every linear layer but the output embedding made a 4-bit one, in place.
-
-    Raises:
-        MansuError: an unknown kind.
-    """
+    """The dense model with every linear layer but the output embedding made a 4-bit one, in place."""
     asked = quantization_config(kind, dense_dtype(hf))
     head = family_of(hf.config, type(hf).__name__).head
     for path, module in list(modules(hf)):
@@ -126,24 +106,15 @@ def convert(hf: PreTrainedModel, kind: str) -> PreTrainedModel:
 
 
 def repack(fresh: PreTrainedModel, source: Model) -> None:
-    """Put copies of the 4-bit layers of `source` into a fresh model of its config, bytes and statistics as they are.
-
-    Raises:
-        MansuError: a weight that bitsandbytes has repacked for its CPU kernel.
-    """
+    """Put copies of the 4-bit layers of `source` into a fresh model of its config, bytes and statistics as they are."""
     for path, old in packed(source):
         state = copy.deepcopy(quantization_state(old.weight))
         codes = old.weight.data.detach().clone()
         fresh.set_submodule(path, _layer(type(fresh.get_submodule(path)), codes, state, old.bias))
 
 
-def settle(hf: PreTrainedModel, name: str) -> None:
-    """Make every 4-bit layer compute in the model's dtype, from its codes as stored.
-
-    Raises:
-        MansuError: a weight was repacked by an earlier forward, holds NaN or infinity, or is laid out as bitsandbytes
-            decodes it wrongly.
-    """
+def compute_from_codes(hf: PreTrainedModel, name: str) -> None:
+    """Make every 4-bit layer compute in the model's dtype, from its codes as stored."""
     dtype = dense_dtype(hf)
     for path, layer in packed(hf):
         state = quantization_state(layer.weight)

@@ -26,10 +26,7 @@ class AsymmetricGrid(Grid):
     """
 
     def _code(
-        self,
-        values: Float32[Tensor, " weight"],
-        scale: Float32[Tensor, " weight *ends"],
-        tail: Int[Tensor, " tail"],
+        self, values: Float32[Tensor, " weight"], scale: Float32[Tensor, " weight *ends"], tail: Int[Tensor, " tail"]
     ) -> UInt8[Tensor, " weight"]:
         if scale.ndim != 2:
             raise MansuError(f"{self.name}: a block has two ends, low and high; pass the scales as [weight, 2]")
@@ -93,8 +90,3 @@ class AsymmetricGrid(Grid):
         size = (high - low) / torch.full_like(high, self._last)
         zero = -(low / size).nan_to_num(nan=0.0).round()
         return size, zero.clamp(0, self._last)
-
-
-def asymmetric_levels(bits: int) -> Float32[Tensor, " code"]:
-    """The 2 ** bits places from 0 to 1."""
-    return torch.arange(2**bits) / (2**bits - 1)

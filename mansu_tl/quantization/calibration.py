@@ -16,7 +16,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, linear_weights, orient
 from mansu_tl.models.tree import family
-from mansu_tl.quantization.base import CalibratedQuantizer, Inputs
+from mansu_tl.quantization.quantizer import CalibratedQuantizer, Inputs
 
 _MOST_BYTES = 2**30
 
@@ -68,11 +68,7 @@ def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, bat
 
 @torch.no_grad()
 def calibrated_values(
-    model: PreTrainedModel,
-    quantizer: CalibratedQuantizer,
-    text: Sequences,
-    *,
-    progress: bool = False,
+    model: PreTrainedModel, quantizer: CalibratedQuantizer, text: Sequences, *, progress: bool = False
 ) -> dict[str, Tensor]:
     """Q(w) of every matrix that quantized loading quantizes, as stored; `model` is used up where sequential.
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.quantization.base import Quantizer
+from mansu_tl.quantization.quantizer import AnyQuantizer, Quantizer, quantizer, quantizers
 
 # bitsandbytes divides by nothing smaller than this, so that a block of zeros encodes to zeros.
 _SMALLEST_SCALE = 1e-38
@@ -48,7 +48,6 @@ class Grid(Quantizer):
     "absmax" below is whatever the grid keeps of a block: its absmax, or its two ends (`AsymmetricGrid`).
 
     Attributes:
-        name: what `quantizer(name)` knows it by.
         levels: the value of each code at absmax 1, ascending from -1 to 1.
         block_size: elements that share a scale; None = a row is a block.
     """
@@ -239,10 +238,7 @@ class Grid(Quantizer):
         return w.reshape(-1).float()
 
     def _code(
-        self,
-        values: Float32[Tensor, " weight"],
-        scale: Float32[Tensor, " weight *ends"],
-        tail: Int[Tensor, " tail"],
+        self, values: Float32[Tensor, " weight"], scale: Float32[Tensor, " weight *ends"], tail: Int[Tensor, " tail"]
     ) -> UInt8[Tensor, " weight"]:
         """Codes of flat values; `tail` are the indices of those in a shorter last block."""
         safe = scale.clamp(min=_SMALLEST_SCALE)
@@ -299,6 +295,21 @@ class Grid(Quantizer):
 
     def _edges(self, device: torch.device) -> Float32[Tensor, " edge"]:
         return torch.cat([self.levels[:1], self.bounds, self.levels[-1:]]).to(device)
+
+
+def grid_of(name: str | AnyQuantizer) -> Grid:
+    """The quantizer of that name where it has fixed cells, which floors and update statistics need.
+
+    Raises:
+        MansuError: as `quantizer`, or a quantizer without cells.
+    """
+    found = quantizer(name)
+    if not isinstance(found, Grid):
+        raise MansuError(
+            f"quantizer {found.name!r}: a weight's code there depends on other weights, so it has no cells to count or "
+            f"cross; choose one of {', '.join(quantizers('grid'))}"
+        )
+    return found
 
 
 def _spread(absmax: Float[Tensor, " block *ends"], n: int, block_size: int) -> Float[Tensor, " weight *ends"]:

@@ -1,0 +1,62 @@
+"""From a circuit to the weights that an edit may touch."""
+
+from __future__ import annotations
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.circuit import Circuit
+from mansu_tl.data import PromptPairs
+from mansu_tl.errors import MansuError
+from mansu_tl.models import Anatomy, component_masks
+from mansu_tl.patching.neurons import neuron_attribution
+from mansu_tl.unlearning.masks import Masks
+
+
+def circuit_weights(model: TransformerBridge, circuit: Circuit, pairs: PromptPairs, neuron_share: float) -> Masks:
+    """The linear weights of a circuit, as one mask per HF parameter.
+
+    A head of the circuit brings its value and output slices (what it moves, not where it looks). An MLP brings the
+    `neuron_share` of its neurons with the largest mean |attribution| on `pairs`: their input rows and output columns.
+
+    Raises:
+        MansuError: the circuit has no head and no MLP, or a share outside (0, 1].
+    """
+    heads, mlps, count = _parts(model, circuit, neuron_share)
+    scores = neuron_attribution(model, pairs).tensor if mlps else torch.empty(0)
+    neurons = [f"{node}.N{i}" for node in mlps for i in scores[int(node[3:])].topk(count).indices.tolist()]
+    return _masks(model, heads, neurons)
+
+
+def random_weights(model: TransformerBridge, circuit: Circuit, neuron_share: float, seed: int) -> Masks:
+    """As many heads and neurons as `circuit_weights` takes, drawn from the whole model: the circuit's control.
+
+    Raises:
+        MansuError: as `circuit_weights`.
+    """
+    heads, mlps, count = _parts(model, circuit, neuron_share)
+    sizes, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
+    every = [f"L{i}H{h}" for i in range(sizes.n_layers) for h in range(sizes.n_heads)]
+    drawn = torch.randperm(len(every), generator=generator)[: len(heads)].tolist()
+    neurons = torch.randperm(sizes.n_layers * sizes.d_mlp, generator=generator)[: len(mlps) * count].tolist()
+    return _masks(model, [every[i] for i in drawn], [f"MLP{i // sizes.d_mlp}.N{i % sizes.d_mlp}" for i in neurons])
+
+
+def _parts(model: TransformerBridge, circuit: Circuit, neuron_share: float) -> tuple[list[str], list[str], int]:
+    """The circuit's heads and MLPs, and how many neurons an MLP brings."""
+    if not 0 < neuron_share <= 1:
+        raise MansuError(f"mansu: neuron_share={neuron_share}; choose a share in (0, 1]")
+    nodes = [node for node in circuit.nodes if node != "embed"]
+    if not nodes:
+        raise MansuError("circuit: it has no head and no MLP, so no weight can be edited; discover a larger one")
+    heads, mlps = ([n for n in nodes if n.startswith("MLP") == mlp] for mlp in (False, True))
+    return heads, mlps, max(1, round(neuron_share * Anatomy.of(model).d_mlp))
+
+
+def _masks(model: TransformerBridge, heads: list[str], neurons: list[str]) -> Masks:
+    """Value and output slices of the heads, rows and columns of the neurons."""
+    sizes, names = Anatomy.of(model), list(neurons)
+    for node in heads:
+        layer, head = (int(part) for part in node[1:].split("H"))
+        names += [f"{node}.o", f"L{layer}KV{head * sizes.n_kv_heads // sizes.n_heads}.v"]
+    return component_masks(model, names)

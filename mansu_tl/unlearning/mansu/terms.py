@@ -1,0 +1,187 @@
+"""What MANSU minimises: the forget prompts answered as the model answers what it never saw, the rest as before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mansu_tl.data import PromptPairs, Sequences, Task
+from mansu_tl.runs.metrics import kl_divergence
+from mansu_tl.unlearning.batches import Batch
+from mansu_tl.unlearning.forward import last_token_states
+from mansu_tl.unlearning.mansu.settings import MansuSettings
+from mansu_tl.unlearning.objectives import Objective
+
+# Numbers of one kind (logits, compared tokens) that exist at one time.
+_MOST_NUMBERS = 2**26
+
+
+def objective(settings: MansuSettings, unknown: Ignorance) -> Objective:
+    """Its forget and retain terms; what it adds (attacker, null space) hangs on the update and stands in the solver."""
+
+    def forget(batch: Batch) -> Float[Tensor, ""]:
+        pairs, reference = batch.pairs, unknown.of(batch.rows)
+        if settings.representation_weight:
+            logits, states = last_token_states(batch.model, batch.values, pairs.clean, pairs.lengths)
+            away = representation_loss(states, reference.state, reference.spread)
+        else:
+            logits, away = batch.forget_logits, batch.forget_logits.new_zeros(())
+        return settings.representation_weight * away + forget_loss(
+            logits,
+            reference.reference,
+            reference.pool,
+            pairs.answers,
+            divergence_weight=settings.divergence_weight,
+            margin=settings.margin,
+            margin_weight=settings.margin_weight,
+            band=settings.band,
+            band_weight=settings.band_weight,
+        )
+
+    def retain(batch: Batch) -> Float[Tensor, ""]:
+        """Mean over far tokens plus `near_weight` times the mean over near ones, as one weighted pass."""
+        found, weight = batch.retained, settings.near_weight
+        is_near = found.rows >= batch.n_far
+        weights = torch.where(is_near, weight / is_near.sum().clamp_min(1), 1 / (~is_near).sum())
+        original = batch.retained_before
+        return retain_loss(found.logits, original, found.targets, weights, likelihood=settings.likelihood)
+
+    return Objective(forget, retain, settings.retain_weight)
+
+
+def forget_loss(
+    logits: Float[Tensor, "row vocab"],
+    reference: Float[Tensor, "row vocab"],
+    pool: Bool[Tensor, "row vocab"],
+    answers: Int[Tensor, " row"],
+    *,
+    divergence_weight: float,
+    margin: float,
+    margin_weight: float,
+    band: float,
+    band_weight: float,
+) -> Float[Tensor, ""]:
+    """Distance from ignorance, in nats.
+
+    Three parts, each with its weight: KL(never seen || model); a hinge that keeps the answer `margin` nats below what
+    never-seen prompts give it (a divergence alone stops while the answer is still the likeliest option); and a Huber of
+    width `band` on the answer pool's centred log-probabilities, which flattens them to the reference in both directions.
+    """
+    log_p = logits.log_softmax(-1)
+    log_q = reference.clamp_min(1e-9).log()
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    divergence = kl_divergence(logits, log_q).mean()
+    excess = log_p[rows, answers] - log_q[rows, answers] + margin
+    hinge = excess.relu().mean()
+    weight = pool.float()
+    count = weight.sum(1, keepdim=True)
+    gap = log_p - log_q
+    centred = (gap - (gap * weight).sum(1, keepdim=True) / count) * weight
+    flat = torch.nn.functional.huber_loss(centred, torch.zeros_like(centred), delta=band, reduction="none")
+    return divergence_weight * divergence + margin_weight * hinge + band_weight * (flat.sum(1) / count[:, 0]).mean()
+
+
+def representation_loss(
+    hidden: Float[Tensor, "row layer d_model"],
+    mean: Float[Tensor, "row layer d_model"],
+    spread: Float[Tensor, "row layer"],
+) -> Float[Tensor, ""]:
+    """How far forget prompts' hidden states lie from those of never-seen prompts of the same wording.
+
+    The squared distance to the never-seen mean, in units of the never-seen prompts' own mean squared distance to it:
+    1 = as far as a name that stands for nothing. Averaged over layers. Our definition, after representation-level
+    erasure towards unknown entities.
+    """
+    distance = (hidden - mean).square().sum(-1)
+    return (distance / spread).mean()
+
+
+def retain_loss(
+    logits: Float[Tensor, "token vocab"],
+    original: Float[Tensor, "token vocab"],
+    targets: Int[Tensor, " token"],
+    weights: Float[Tensor, " token"],
+    *,
+    likelihood: float,
+) -> Float[Tensor, ""]:
+    """KL(original || model) on the retain tokens plus `likelihood` times their cross-entropy, weighted by token."""
+    total = weights.sum()
+    divergence = (kl_divergence(logits, original) * weights).sum() / total
+    entropy = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum() / total
+    return divergence + likelihood * entropy
+
+
+@dataclass(frozen=True)
+class Ignorance:
+    """What the original model says where it knows nothing, by the wording of the forget prompts. Our definition."""
+
+    wording: Int[Tensor, " pair"]  # the row below that each forget prompt has
+    reference: Float[Tensor, "wording vocab"]  # mean next-token distribution over never-seen prompts of that wording
+    pool: Bool[Tensor, "wording vocab"]  # tokens that answer any forget prompt of that wording
+    state: Float[Tensor, "wording layer d_model"]  # mean residual stream of those prompts, at their last token
+    spread: Float[Tensor, "wording layer"]  # their mean squared distance to it
+
+    def of(self, rows: Int[Tensor, " row"]) -> Ignorance:
+        """The same for some of the forget prompts, each with a row of its own."""
+        at = self.wording[rows]
+        every = torch.arange(len(at), device=at.device)
+        return Ignorance(every, self.reference[at], self.pool[at], self.state[at], self.spread[at])
+
+
+def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
+    """Measure the "never seen" distribution of the original model.
+
+    Every forget prompt is matched with the never-seen prompts of closest wording: those that agree with it most where
+    it does not differ from its own corrupt prompt. Where the task has no never-seen prompts, the corrupt prompts stand in.
+    """
+    pairs = task.forget_pairs
+    unseen = task.unseen if len(task.unseen) else Sequences(pairs.corrupt, pairs.lengths)
+    closest, wording = _closest(pairs, unseen).unique(dim=0, return_inverse=True)
+    mean = closest.float() / closest.sum(1, keepdim=True)
+    values, parts = dict(model.named_parameters()), []
+    vocab = model.get_output_embeddings().weight.shape[0]
+    reference = torch.zeros(len(closest), vocab, device=mean.device)
+    rows = max(1, _MOST_NUMBERS // vocab)
+    for start in range(0, len(unseen), rows):
+        part = unseen[slice(start, start + rows)]
+        with torch.no_grad():
+            logits, hidden = last_token_states(model, values, part.tokens, part.lengths)
+        reference += mean[:, start : start + rows] @ logits.softmax(-1)
+        parts.append(hidden)
+    states = torch.cat(parts)
+    state = torch.einsum("wu,uld->wld", mean, states)
+    square = torch.einsum("wu,ul->wl", mean, states.square().sum(-1))
+    pool = torch.zeros_like(reference, dtype=torch.bool)
+    options = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
+    pool[wording[:, None].expand_as(options), options] = True
+    spread = square - state.square().sum(-1)
+    # A single prompt of that wording has no spread of its own: all never-seen prompts' around their mean stands in.
+    common = (states - states.mean(0)).square().sum(-1).mean(0)
+    spread = torch.where(closest.sum(1, keepdim=True) > 1, spread, common)
+    return Ignorance(wording, reference, pool, state, spread)
+
+
+def _closest(pairs: PromptPairs, unseen: Sequences) -> Bool[Tensor, "pair unseen"]:
+    """The never-seen prompts that share most tokens with each pair, aligned at the last real one, over its wording:
+    where clean and corrupt do not differ."""
+    width = max(pairs.clean.shape[1], unseen.tokens.shape[1])
+
+    def from_end(tokens: Tensor, lengths: Tensor, fill: int) -> Tensor:
+        out = torch.full((tokens.shape[0], width), fill, device=tokens.device)
+        for i, length in enumerate(lengths.tolist()):
+            out[i, width - length :] = tokens[i, :length]
+        return out
+
+    clean, corrupt = from_end(pairs.clean, pairs.lengths, -1), from_end(pairs.corrupt, pairs.lengths, -1)
+    other = from_end(unseen.tokens, unseen.lengths, -2)
+    rows = max(1, _MOST_NUMBERS // max(1, other.numel()))
+    parts = []
+    for start in range(0, len(pairs), rows):
+        mine, differs = clean[start : start + rows], (clean != corrupt)[start : start + rows]
+        shared = ((mine[:, None] == other[None]) & ~differs[:, None]).sum(-1)
+        parts.append(shared == shared.max(1, keepdim=True).values)
+    return torch.cat(parts)
