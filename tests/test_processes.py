@@ -22,10 +22,11 @@ from mansu_tl.processes import Job, Processes, StageBar, is_small, one_thread
 from mansu_tl.results.locks import held
 from mansu_tl.study import run_study
 from tests.terminal import terminal
-from tests.tiny import tiny
+from tests.tiny import SMALL_TASK, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = StudyConfig(
+    task=SMALL_TASK,
     methods=("graddiff",),
     quantizers=("nf4",),
     never="",
@@ -76,13 +77,13 @@ def test_what_a_process_refuses_is_the_users_error(tmp_path: Path) -> None:
         run_study(config, tmp_path, progress=False, workers=2)
 
 
-SCRIPT = """
+SCRIPT = f"""
 from pathlib import Path
 Path("begun").open("a").write("once ")
 import mansu_tl as mtl
 config = mtl.StudyConfig(
-    methods=("graddiff",), quantizers=("nf4",), never="", also=("pocket-fp",), faithfulness=0.6, steps=1,
-    settings={"graddiff": {"max_steps": 3, "check_every": 2, "stop_over_chance": -100.0}},
+    task={SMALL_TASK!r}, methods=("graddiff",), quantizers=("nf4",), never="", also=("pocket-fp",), faithfulness=0.6, steps=1,
+    settings={{"graddiff": {{"max_steps": 3, "check_every": 2, "stop_over_chance": -100.0}}}},
 )
 print(mtl.run_study(config, "out", progress=False, workers=2))
 """
