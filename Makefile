@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python >= 3.10:
-#   make demo   sets up .venv, installs the package, runs the whole road and prints where the report is
+#   make demo   sets up .venv, installs the package, runs everything on the embedded models and prints where the report is
 #   make test   the same set-up, then the checks and the tests
 # Both install exactly the versions in constraints.txt. make docs builds the documentation into site/.
 PYTHON ?= python3

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mansu_tl.data.sources import beside
 from mansu_tl.errors import MansuError
 from mansu_tl.models.loading import EMBEDDED
 from mansu_tl.names import short_names
@@ -31,7 +32,7 @@ class StudyConfig(Digested):
 
     Attributes:
         model: an embedded name, a folder, or a hub id.
-        task: an embedded name or a JSON-lines file.
+        task: a task file, an embedded name, or another source (`load_task`): "tofu:FOLDER".
         methods: unlearning methods, in the order of the tables.
         quantizers: what each edited model is quantized with.
         never: a model that never learnt the forget facts, as a reference for CAD; "" = none.
@@ -117,8 +118,9 @@ class StudyConfig(Digested):
                 f"{source}: model = {model!r} without a task; the default task is that of the embedded models, so give "
                 'task = "FILE.jsonl" (mansu-tl new DIR writes one)'
             )
-        for key in ("model", "task", "never"):
+        for key in ("model", "never"):
             values[key] = _beside(source, values.get(key, getattr(cls(), key)))
+        values["task"] = beside(values.get("task", cls().task), source.parent)
         values["also"] = tuple(_beside(source, name) for name in values.get("also", ()))
         return cls(**values, settings=settings)
 

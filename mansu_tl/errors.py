@@ -47,7 +47,7 @@ class NoEditError(MansuError):
 
 def _caller(error: BaseException, shell: Any) -> str:
     """The last line of the user's own code on the way to the error."""
-    found = ""
+    user_line = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGE):
@@ -56,5 +56,5 @@ def _caller(error: BaseException, shell: Any) -> str:
             continue
         cell = shell.compile.format_code_name(file) if shell is not None else None
         where = " ".join(cell) if cell else file
-        found = f"{where}, line {line}: {linecache.getline(file, line).strip()}"
-    return found
+        user_line = f"{where}, line {line}: {linecache.getline(file, line).strip()}"
+    return user_line

@@ -77,8 +77,8 @@ def tiny_task() -> mtl.data.Task:
     corrupt = clean.clone()
     corrupt[:, 1] += 7
     answers, distractors = torch.tensor([6 + f for f, _ in rows]), torch.tensor([[40 + f, 43 + f, 46] for f, _ in rows])
-    lengths, labels = torch.tensor([4 + w for _, w in rows]), [f"fact {f} / t{w}" for f, w in rows]
-    pairs = mtl.PromptPairs.from_tokens(clean, corrupt, answers, distractors, lengths, labels)
+    lengths, names = torch.tensor([4 + w for _, w in rows]), [f"fact {f}" for f, _ in rows]
+    pairs = mtl.PromptPairs.from_tokens(clean, corrupt, answers, distractors, lengths, names, facts=names)
     drawn = torch.randint(3, 60, (12, 8), generator=torch.Generator().manual_seed(0))
     text = mtl.data.Sequences(drawn, torch.full((12,), 8))
     near = mtl.data.Sequences(drawn[:2, :5], torch.tensor([4, 5]))

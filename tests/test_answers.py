@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 import mansu_tl as mtl
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.answers import joined, seam
-from mansu_tl.data.jsonl import read_task
 from mansu_tl.data.sources.tofu.tokens import answer_ids
 from mansu_tl.errors import MansuError
 from tests.tiny import tiny_tokenizer
@@ -256,7 +255,7 @@ def test_a_task_joins_its_sentences_as_its_pairs(tmp_path: Path) -> None:
     def words(ids: torch.Tensor) -> list[str]:
         return BYTES.convert_ids_to_tokens(ids.tolist())
 
-    task = read_task(file, BYTES)
+    task = mtl.load_task(file, tokenizer=BYTES)
     assert words(task.forget_pairs.answers) == ["Paris", "\u0120Paris"]
     texts = [
         BYTES.decode(row[:n].tolist()) for row, n in zip(task.near_text.tokens, task.near_text.lengths, strict=True)
@@ -270,7 +269,7 @@ def test_a_task_joins_its_sentences_as_its_pairs(tmp_path: Path) -> None:
     glued = mtl.load_task(file, tokenizer=BYTES, answer_space=False)
     assert words(glued.questions["near"].choices[:, 0]) == ["\u0120Paris", "\u0120Paris"]
     with pytest.raises(MansuError, match=r"task: answer_space is 'no'; choose \"auto\", true or false"):
-        read_task(file, BYTES, answer_space="no")
+        mtl.load_task(file, tokenizer=BYTES, answer_space="no")
 
 
 def test_greater_than_prompts_end_inside_a_number() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_equals_central_differences_of_exact_patching(family: str, at: str) -> N
 
 
 def swapped(pairs: PromptPairs) -> PromptPairs:
-    return PromptPairs(pairs.corrupt, pairs.clean, pairs.answers, pairs.distractors, pairs.lengths)
+    return replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,8 +17,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint, linear_weights, parameters, rebuild
 from mansu_tl.quantization import quantize
 from mansu_tl.quantization.dither import dither
-from mansu_tl.quantization.hqq_adapter import hqq
-from mansu_tl.quantization.torchao_adapter import torchao
+from mansu_tl.quantization.formats.hqq import hqq
+from mansu_tl.quantization.formats.torchao import torchao
 from mansu_tl.results import files
 from mansu_tl.results.store import Store
 from mansu_tl.unlearning import Edit, unlearn
@@ -274,7 +274,9 @@ def test_a_model_folder_is_there_whole_or_as_it_was(model, edit, tmp_path, monke
     assert sorted(everything(tmp_path)) == sorted(before)
 
 
-@pytest.mark.parametrize(("method", "inside"), [("mansu", "mansu.retain_loss"), ("ga", "training.last_token_logits")])
+@pytest.mark.parametrize(
+    ("method", "inside"), [("mansu", "mansu.terms.retain_loss"), ("ga", "batches.last_token_logits")]
+)
 def test_an_interrupted_edit_leaves_the_model_as_it_was(model, task, circuit, monkeypatch, method, inside):
     untouched = fingerprint(model)
     where = f"mansu_tl.unlearning.{inside}"

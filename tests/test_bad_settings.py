@@ -11,9 +11,7 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.models import fingerprint
-from mansu_tl.quantization.fp4 import fp4
-from mansu_tl.quantization.int4 import int4_asymmetric
-from mansu_tl.quantization.nf4 import nf4
+from mansu_tl.quantization.formats.grids import fp4, int4_asymmetric, nf4
 from mansu_tl.unlearning import unlearn
 from tests.test_bad_input import QUICK, Interrupted, circuit, everything, model, refused, task  # noqa: F401
 from tests.tiny import tiny

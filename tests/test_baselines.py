@@ -15,12 +15,28 @@ from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, linear_weights, parameters, plain
 from mansu_tl.quantization import quantize
-from mansu_tl.unlearning import TrainingSettings, unlearn
-from mansu_tl.unlearning.baselines.sure import salient_weights
-from mansu_tl.unlearning.batches import joined
+from mansu_tl.unlearning import (
+    Edit,
+    Method,
+    Objective,
+    Recipe,
+    RetainSettings,
+    TrainingSettings,
+    methods,
+    objectives,
+    register,
+    registry,
+    settings_of,
+    trained,
+    unlearn,
+)
+from mansu_tl.unlearning.batches import Batch, Source
+from mansu_tl.unlearning.forward import joined
+from mansu_tl.unlearning.methods.sure import salient_weights
+from mansu_tl.unlearning.objectives import ascent, divergence, likelihood
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector
 from mansu_tl.unlearning.search import Search, Trial, search
-from mansu_tl.unlearning.training import Batch, train
+from mansu_tl.unlearning.training import Start, train
 from tests.tiny import sliced_task
 
 
@@ -34,45 +50,33 @@ def task():
     return sliced_task(16, retain=48)
 
 
-class ReachedError(Exception):
-    """The loop was reached: the test has seen what it wanted."""
+def recipe_of(model, task, method: str, seed: int = 0, **settings) -> Recipe:
+    """What a method does in the shared training."""
+    module = importlib.import_module(f"mansu_tl.unlearning.methods.{method.replace('ga-kl', 'ga').replace('-', '_')}")
+    make = getattr(module, method.replace("-", "_"))
+    return make(settings_of(method, settings), Start(model, task, seed))
 
 
-def module_of(method: str):
-    # The package exports functions under the modules' own names.
-    return importlib.import_module(f"mansu_tl.unlearning.baselines.{method.replace('ga-kl', 'ga').replace('-', '_')}")
+def batch_of(hf, values, pairs, text, original=None, before=None) -> Batch:
+    """A batch of all these pairs and sequences, held against `original`."""
+    source = Source(hf, values if original is None else original, pairs, text, text[:0])
+    every, rows = torch.arange(len(text)), torch.arange(len(pairs))
+    answers = source.original_answers if before is None else lambda rows: before
+    return Batch(hf, values, pairs, rows, text, every, len(text), source.text, answers)
 
 
 def first_loss(monkeypatch, model, task, method: str, **settings) -> float:
     """A method's loss where the answer has logit 2 (6 in the original), everything else 0, and retain terms are known."""
-    seen: list[float] = []
     answer = int(task.forget_pairs.answers[0])
     logits, before = torch.zeros(1, 443), torch.zeros(1, 443)
     logits[0, answer], before[0, answer] = 2.0, 6.0
-
-    def loop(model, task, name, loss, training, **rest):
-        seen.append(
-            loss(
-                Batch(
-                    plain(model),
-                    {},
-                    {},
-                    task.forget_pairs[[0]],
-                    torch.tensor([0]),
-                    task.retain_text,
-                    lambda rows: before,
-                )
-            ).item()
-        )
-        raise ReachedError
-
-    monkeypatch.setattr(Batch, "forget_logits", lambda self: logits)
-    monkeypatch.setattr(Batch, "retain_loss", lambda self: torch.tensor(0.25))
-    monkeypatch.setattr(Batch, "retain_divergence", lambda self: torch.tensor(0.125))
-    monkeypatch.setattr(module_of(method), "train", loop)
-    with pytest.raises(ReachedError):
-        unlearn(model, task, method, **settings)
-    return seen[0]
+    objective = recipe_of(model, task, method, **settings).objective
+    monkeypatch.setattr(Batch, "forget_logits", property(lambda self: logits))
+    monkeypatch.setattr(objectives, "cross_entropy", lambda found, targets: torch.tensor(0.25))
+    monkeypatch.setattr(objectives, "kl_divergence", lambda found, original: torch.tensor(0.125))
+    hf = plain(model)
+    values = {name: value.detach() for name, value in hf.named_parameters()}
+    return objective(batch_of(hf, values, task.forget_pairs[[0]], task.retain_text[:2], before=before)).item()
 
 
 LOG_P = 2.0 - math.log(math.exp(2.0) + 442)
@@ -107,40 +111,28 @@ def test_retain_divergence_is_zero_at_the_original_and_the_kl_elsewhere(model, t
     hf, other = plain(model), plain(mtl.load("pocket-never"))
     here, there = (dict(m.named_parameters()) for m in (hf, other))
     text = task.retain_text[slice(0, 2)]
-    rest = (task.forget_pairs[[0]], torch.tensor([0]), text, lambda rows: torch.zeros(1, 443))
-    assert Batch(hf, here, here, *rest).retain_divergence().item() == pytest.approx(0, abs=1e-6)
+    pair = task.forget_pairs[[0]]
+    assert divergence(batch_of(hf, here, pair, text)).item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         p, q = (m(text.tokens).logits[:, :-1].double().log_softmax(-1) for m in (hf, other))
     real = torch.arange(1, text.tokens.shape[1])[None] < text.lengths[:, None]
     wanted = (p.exp() * (p - q)).sum(-1)[real].mean().item()
-    assert Batch(hf, there, here, *rest).retain_divergence().item() == pytest.approx(wanted, rel=1e-4)
+    assert divergence(batch_of(hf, there, pair, text, here)).item() == pytest.approx(wanted, rel=1e-4)
 
 
-def test_rmu_by_hand(monkeypatch, model, task) -> None:
+def test_rmu_by_hand(model, task) -> None:
     """On the un-edited model the retain term is 0 and the other the distance to the steering vector."""
-    seen: list[float] = []
-
-    def loop(model, task, name, loss, training, **rest):
-        hf = plain(model)
-        values = dict(hf.named_parameters())
-        every = torch.arange(len(task.forget_pairs))
-        seen.append(
-            loss(
-                Batch(hf, values, values, task.forget_pairs, every, task.retain_text, lambda rows: torch.zeros(16, 443))
-            ).item()
-        )
-        raise ReachedError
-
-    monkeypatch.setattr(module_of("rmu"), "train", loop)
-    with pytest.raises(ReachedError):
-        unlearn(model, task, "rmu", seed=4, steering=3.0, depth=0.5)
+    hf = plain(model)
+    values = dict(hf.named_parameters())
+    objective = recipe_of(model, task, "rmu", seed=4, steering=3.0, depth=0.5).objective
+    loss = objective(batch_of(hf, values, task.forget_pairs, task.retain_text)).item()
     pairs = task.forget_pairs
     with torch.no_grad():
         hidden = plain(model)(pairs.clean, output_hidden_states=True).hidden_states[2]
     states = hidden[torch.arange(pairs.clean.shape[1])[None] < pairs.lengths[:, None]]
     u = torch.rand(128, generator=torch.Generator().manual_seed(4))
     target = 3.0 * states.norm(dim=-1).mean() * u / u.norm()
-    assert seen[0] == pytest.approx((states - target).square().mean().item(), rel=1e-5)
+    assert loss == pytest.approx((states - target).square().mean().item(), rel=1e-5)
 
 
 def test_rmu_moves_only_its_layers_and_the_suppressor_only_the_last_mlp(model, task) -> None:
@@ -188,30 +180,19 @@ def test_null_space_updates_leave_retain_inputs_where_they_were(model, task) -> 
         null_projector(torch.eye(4), 0.1, "w")
 
 
-def test_straight_through_sees_the_quantized_model(monkeypatch, task) -> None:
+def test_straight_through_sees_the_quantized_model(task) -> None:
     """Its forget logits are those of the NF4 twin, and gradients reach the weights behind the rounding."""
-    seen = {}
-
-    def loop(model, task, name, loss, training, *, view, **rest):
-        hf = plain(model)
-        values = {n: p.detach().clone().requires_grad_() for n, p in hf.named_parameters()}
-        every = torch.arange(len(task.forget_pairs))
-        batch = Batch(
-            hf, view(values), values, task.forget_pairs, every, task.retain_text, lambda rows: torch.zeros(16, 443)
-        )
-        seen["logits"] = batch.forget_logits()
-        (seen["grad"],) = torch.autograd.grad(seen["logits"].sum(), values["model.layers.0.mlp.up_proj.weight"])
-        raise ReachedError
-
-    monkeypatch.setattr(module_of("ste"), "train", loop)
     model = mtl.load("pocket-fp")
-    with pytest.raises(ReachedError):
-        unlearn(model, task, "ste")
+    hf = plain(model)
+    values = {n: p.detach().clone().requires_grad_() for n, p in hf.named_parameters()}
+    view = recipe_of(model, task, "ste").view
+    logits = batch_of(hf, view(values), task.forget_pairs, task.retain_text, values).forget_logits
+    (grad,) = torch.autograd.grad(logits.sum(), values["model.layers.0.mlp.up_proj.weight"])
     pairs = task.forget_pairs
     with torch.no_grad():
         wanted = plain(quantize(model, "nf4"))(pairs.clean).logits[torch.arange(16), pairs.lengths - 1]
-    torch.testing.assert_close(seen["logits"].detach(), wanted, rtol=0, atol=1e-4)
-    assert seen["grad"].abs().max() > 0
+    torch.testing.assert_close(logits.detach(), wanted, rtol=0, atol=1e-4)
+    assert grad.abs().max() > 0
 
 
 def test_the_shared_loop_holds_what_may_not_move(model, task) -> None:
@@ -219,11 +200,47 @@ def test_the_shared_loop_holds_what_may_not_move(model, task) -> None:
     mask = torch.zeros(320, 128, dtype=torch.bool)
     mask[7] = True
     settings = TrainingSettings(learning_rate=1e-2, max_steps=2)
-    edit = train(model, task, "x", lambda b: b.answer_log_prob(b.forget_logits()).mean(), settings, only={name: mask})
+    edit = train(model, task, "x", Recipe(Objective(ascent), only={name: mask}), settings)
     assert set(edit.indices) == {name}
     assert mask.flatten()[edit.indices[name]].all()
     with pytest.raises(MansuError, match="no weight may move"):
-        train(model, task, "x", lambda b: b.retain_loss(), settings, only={name: mask & False})
+        train(model, task, "x", Recipe(Objective(likelihood), only={name: mask & False}), settings)
+
+
+def test_a_method_is_one_file(model, task, monkeypatch, tmp_path: Path) -> None:
+    """Written beside the package, imported, and run by its name; a name is given once."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    (tmp_path / "ga_held.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from mansu_tl.unlearning import Objective, Recipe, RetainSettings, trained\n"
+        "from mansu_tl.unlearning.objectives import ascent, divergence\n"
+        "@dataclass(frozen=True)\n"
+        "class Settings(RetainSettings):\n"
+        "    power: float = 1.0\n"
+        "@trained('ga-held', 'GA, held', Settings, searched=False)\n"
+        "def ga_held(settings, start):\n"
+        "    return Recipe(Objective(lambda b: settings.power * ascent(b), divergence, settings.retain_weight))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("ga_held")
+    assert methods()[-1] == "ga-held" and mtl.methods() == methods()
+    options = {"max_steps": 3, "learning_rate": 1e-4}
+    edit = unlearn(model, task, "ga-held", retain_weight=0.5, **options)
+    assert edit.method == "ga-held"
+    same = unlearn(model, task, "ga-kl", divergence_weight=0.5, **options)
+    assert all(torch.equal(value, same.new[name]) for name, value in edit.new.items())
+    other = unlearn(model, task, "ga-held", power=-1.0, **options)
+    assert any(not torch.equal(value, edit.new[name]) for name, value in other.new.items())
+    with pytest.raises(MansuError, match=r"ga-held: unknown setting 'powr'.*did you mean 'power'"):
+        unlearn(model, task, "ga-held", powr=1.0)
+
+    def nothing(model, task, settings, *, circuit=None, **rest) -> Edit:
+        return Edit.between(model, {}, "nothing", {"circuit": circuit})
+
+    register(Method("nothing", "Nothing", TrainingSettings, nothing, takes_circuit=True))
+    assert unlearn(model, task, "nothing").n_weights == 0
+    with pytest.raises(MansuError, match="method 'npo': registered already, as NPO"):
+        trained("npo", "Mine", RetainSettings)(lambda settings, start: Recipe(Objective(ascent)))
 
 
 @pytest.mark.parametrize(

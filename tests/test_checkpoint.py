@@ -11,9 +11,9 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.unlearning import checkpoint as checkpoint_module
-from mansu_tl.unlearning import mansu as mansu_module
-from mansu_tl.unlearning import training
+from mansu_tl.unlearning import objectives
 from mansu_tl.unlearning.checkpoint import Checkpoint
+from mansu_tl.unlearning.mansu import terms
 from tests.tiny import sliced_task
 
 MANSU = {"steps": 24, "learning_rate": 0.5, "fisher_sequences": 4, "retain_batch": 8, "adversary_every": 4,
@@ -55,7 +55,7 @@ def test_an_interrupted_edit_goes_on_to_the_same_edit(
     file = tmp_path / "state.safetensors"
     monkeypatch.setattr(checkpoint_module, "_EVERY", 0.0)
     with monkeypatch.context() as inner:
-        where = (mansu_module, "retain_loss") if method == "mansu" else (training.Batch, "retain_loss")
+        where = (terms, "retain_loss") if method == "mansu" else (objectives, "softplus")
         interrupted_at(18 if method == "mansu" else 9, *where, inner)
         with pytest.raises(KeyboardInterrupt):
             mtl.unlearn(model, task, method, seed=3, checkpoint=file, **given, **options)
@@ -72,7 +72,7 @@ def test_an_interrupted_edit_goes_on_to_the_same_edit(
     # Another seed, or other settings, are another edit.
     mtl.unlearn(model, task, method, seed=4, checkpoint=file, **given, **options)
     with monkeypatch.context() as inner:
-        where = (mansu_module, "retain_loss") if method == "mansu" else (training.Batch, "retain_loss")
+        where = (terms, "retain_loss") if method == "mansu" else (objectives, "softplus")
         interrupted_at(18 if method == "mansu" else 9, *where, inner)
         with pytest.raises(KeyboardInterrupt):
             mtl.unlearn(model, task, method, seed=3, checkpoint=file, **given, **options)

@@ -14,7 +14,8 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.data import PromptPairs, Task
-from mansu_tl.data.jsonl import read_task
+from mansu_tl.data.sources import register_source, registry, rows_reader, sources
+from mansu_tl.data.sources import source as source_of
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint
 from tests.tiny import tiny, tiny_tokenizer
@@ -89,7 +90,7 @@ def test_a_task_file_becomes_the_sets_it_names(tmp_path: Path) -> None:
         {"set": "text", "text": "w6 w7 w3"},
         {"set": "unseen", "text": "w50 w5"},
     ]
-    task = read_task(write(tmp_path / "t.jsonl", rows), TOKENIZER)
+    task = mtl.load_task(write(tmp_path / "t.jsonl", rows), tokenizer=TOKENIZER)
     assert task.name == "t"
     assert {key: len(value) for key, value in task.questions.items()} == {
         "forget": 1, "forget_paraphrase": 1, "retain": 1, "near": 1,
@@ -190,7 +191,7 @@ def test_a_task_file_becomes_the_sets_it_names(tmp_path: Path) -> None:
 )
 def test_bad_task_files_are_refused(rows, message: str, tmp_path: Path) -> None:
     with pytest.raises(MansuError, match=message):
-        read_task(write(tmp_path / "t.jsonl", rows), TOKENIZER)
+        mtl.load_task(write(tmp_path / "t.jsonl", rows), tokenizer=TOKENIZER)
 
 
 def test_the_summary_adds_up_to_the_file(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_the_summary_adds_up_to_the_file(tmp_path: Path) -> None:
     ]
     file = write(tmp_path / "t.jsonl", rows)
     file.write_text(file.read_text().replace("\n", "\n\n  \n"))  # blank lines are no rows
-    task = read_task(file, TOKENIZER)
+    task = mtl.load_task(file, tokenizer=TOKENIZER)
     assert task.lines == {
         "forget": 3, "forget, held out": 1, "retain": 1, "near": 1, "near, held out": 2, "text": 4, "unseen": 1,
     }  # fmt: skip
@@ -245,7 +246,7 @@ def same(task: Task, other: Task) -> bool:
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Task:
-    return read_task(write(tmp_path / "plain.jsonl", ROWS), TOKENIZER)
+    return mtl.load_task(write(tmp_path / "plain.jsonl", ROWS), tokenizer=TOKENIZER)
 
 
 def text_of(rows: list[object], end: str = "\n") -> str:
@@ -287,7 +288,7 @@ def test_a_home_folder_may_be_written_as_a_tilde(plain: Task, tmp_path: Path, mo
 def test_only_line_feeds_and_carriage_returns_end_a_line(tmp_path: Path, mark: str) -> None:
     """`str.splitlines` also ends one at these, which are legal inside a JSON string."""
     rows = [*ROWS, {"set": "text", "text": f"w8{mark}w9"}]
-    task = read_task(write(tmp_path / "t.jsonl", [text_of([row]) for row in rows]), TOKENIZER)
+    task = mtl.load_task(write(tmp_path / "t.jsonl", [text_of([row]) for row in rows]), tokenizer=TOKENIZER)
     assert sum(task.lines.values()) == len(rows)
     assert task.retain_text.tokens[-1].tolist() == [1, 8, 9, 0, 0]
 
@@ -317,7 +318,11 @@ def test_only_line_feeds_and_carriage_returns_end_a_line(tmp_path: Path, mark: s
         ("t.jsonl.bz2", b"BZh9rest", "packed with bzip2"),
         ("t.jsonl.xz", b"\xfd7zXZ\x00", "packed with xz"),
         ("cut.jsonl.gz", gzip.compress(text_of(ROWS).encode())[:-12], "cut.jsonl.gz: cannot be read"),
-        ("t.csv", b"set,clean\nforget,w3", r"t.csv: a table, .*load_task\(pd.read_csv\('t.csv'\), tokenizer=model\)"),
+        ("t.csv", b"set,clean\nforget,w3", "t.csv, row 0: 'answer' is missing; a forget line needs it"),
+        ("wide.csv", b"set,text\ntext,w3,w4", "no table|unknown key|row 0"),
+        ("list.csv", b"set,distractors\nforget,[w3", r"list.csv, row 0: distractors '\[w3' is no list; write \["),
+        ("empty.tsv", b"", "empty.tsv: no table"),
+        ("head.tsv", b"set\ttext\n", "head.tsv: holds no row"),
         ("t.parquet", b"PAR1", r"load_task\(pd.read_parquet\('t.parquet'\)"),
         ("empty.jsonl", b"", "empty.jsonl: holds no row; write one object a line"),
         ("empty.json", b"[]", "empty.json: holds no row"),
@@ -372,10 +377,10 @@ def test_what_pandas_writes_is_read(plain: Task, tmp_path: Path) -> None:
         file = tmp_path / f"{name}.jsonl"
         table.to_json(file, orient="records", lines=True)
         assert '"corrupt":null' in file.read_text()
-        assert same(read_task(file, TOKENIZER), plain)
+        assert same(mtl.load_task(file, tokenizer=TOKENIZER), plain)
     packed = tmp_path / "packed.jsonl.gz"
     frame.assign(held_out=frame["held_out"].eq(True)).to_json(packed, orient="records", lines=True)
-    assert same(read_task(packed, TOKENIZER), plain)
+    assert same(mtl.load_task(packed, tokenizer=TOKENIZER), plain)
 
 
 @pytest.mark.parametrize(
@@ -418,6 +423,79 @@ def test_bad_rows_and_tables_are_refused(rows, message: str) -> None:
         mtl.load_task(rows)
 
 
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.tsv", "\t"), ("t.csv.gz", ",")])
+def test_what_pandas_writes_as_a_table_is_read(plain: Task, tmp_path: Path, name: str, separator: str) -> None:
+    pd.DataFrame(ROWS).to_csv(tmp_path / name, sep=separator, index=False)
+    task = mtl.load_task(tmp_path / name, tokenizer=TOKENIZER)
+    assert same(task, plain) and task.name == "t"
+    by_json = pd.DataFrame(ROWS).assign(distractors=[json.dumps(row.get("distractors", "")) for row in ROWS])
+    by_json.iloc[:3].to_csv(tmp_path / "json.csv", index=False)
+    again = mtl.load_task(f"csv:{tmp_path / 'json.csv'}", tokenizer=TOKENIZER)
+    assert torch.equal(again.forget_pairs.options, plain.forget_pairs.options)
+
+
+def test_a_cell_of_a_table_may_be_one_distractor_and_upper_case(tmp_path: Path) -> None:
+    header = "set,clean,corrupt,answer,distractors,held_out"
+    lines = ["forget,w3 w9,w3 w8,w30,w40,FALSE", "forget,w4 w9,w4 w8,w30,w40,True", "retain,w5 w9,w5 w8,w31,w41,"]
+    (tmp_path / "t.csv").write_text("\n".join([header, *lines]))
+    task = mtl.load_task(tmp_path / "t.csv", tokenizer=TOKENIZER)
+    assert task.lines == {"forget": 1, "forget, held out": 1, "retain": 1}
+    (tmp_path / "t.csv").write_text("\n".join([header, *lines]).replace("FALSE", "no"))
+    with pytest.raises(MansuError, match="t.csv, row 0: held_out is 'no'; write true or false"):
+        mtl.load_task(tmp_path / "t.csv", tokenizer=TOKENIZER)
+
+
+@pytest.fixture
+def capitals(monkeypatch):
+    """A format of an outsider's own: "subject|other|answer|wrong" lines, forget above a rule and retain below."""
+    monkeypatch.setattr(registry, "_SOURCES", dict(registry._SOURCES))
+
+    def rows(source):
+        part = "forget"
+        for number, line in enumerate(Path(source).read_text().splitlines(), 1):
+            subject, _, rest = line.partition("|")
+            if not rest:
+                part = "retain"
+                continue
+            other, answer, wrong = rest.split("|")
+            row = {"set": part, "clean": f"{subject} w9", "corrupt": f"{other} w9"}
+            yield f"{source}, line {number}", row | {"answer": answer, "distractors": [wrong], "fact": subject}
+
+    register_source(
+        "capitals", "lines of four", rows_reader(rows), claims=lambda source: str(source).endswith(".capitals")
+    )
+
+
+def test_an_outsiders_source_is_one_registration(capitals, tmp_path: Path) -> None:
+    assert sources()[-1] == "capitals" and source_of("capitals").about == "lines of four"
+    file = tmp_path / "t.capitals"
+    file.write_text("w3|w4|w30|w31\n---\nw5|w6|w32|w33\n")
+    for name in (file, f"capitals:{file}"):
+        task = mtl.load_task(name, tokenizer=TOKENIZER)
+        assert task.name == "t" and task.forget_pairs.facts == ("w3",) and task.retain_pairs.answers.tolist() == [32]
+    assert mtl.load_task(f"capitals:{file}?name=mine", tokenizer=TOKENIZER).name == "mine"
+    (tmp_path / "other").write_text(file.read_text())
+    assert mtl.load_task(tmp_path / "other", kind="capitals", tokenizer=TOKENIZER).name == "other"
+    file.write_text("w3|w4|w30|w30\n---\nw5|w6|w32|w33\n")
+    with pytest.raises(MansuError, match="t.capitals, line 1: .*answer 'w30' are the same token"):
+        mtl.load_task(file, tokenizer=TOKENIZER)
+    with pytest.raises(MansuError, match="source 'capitals': registered already"):
+        register_source("capitals", "again", rows_reader(lambda source: []))
+
+
+def test_sources_and_options_that_are_not_there_are_named() -> None:
+    with pytest.raises(MansuError, match="source 'muse': unknown; choose one of rows, jsonl, csv, tofu, pocket"):
+        mtl.load_task("x", kind="muse", tokenizer=TOKENIZER)
+    with pytest.raises(MansuError, match="source 'pocket' has no option 'near'; known: seed"):
+        mtl.load_task("pocket?near=3")
+    with pytest.raises(MansuError, match="seed='x' for source 'pocket'; give a whole number"):
+        mtl.load_task("pocket", seed="x")
+    assert mtl.load_task("pocket?seed=1").digest() == mtl.load_task("pocket", seed=1).digest()
+
+
 def test_a_model_is_held_against_every_line(tmp_path: Path) -> None:
     """The tokenizer of a model that knows fewer words, or has fewer positions, than the file needs."""
     model = mtl.load(tiny("llama"), tokenizer=tiny_tokenizer(80))
@@ -456,7 +534,7 @@ def test_results_go_to_a_home_folder_and_to_any_name(tmp_path: Path, monkeypatch
     folder = mtl.save(model, "~/m \N{TEST TUBE}")
     assert folder == tmp_path / "m \N{TEST TUBE}"
     assert fingerprint(mtl.load("~/m \N{TEST TUBE}")) == fingerprint(mtl.load(folder)) == fingerprint(model)
-    scores = mtl.edge_attribution(model, read_task(ROWS, model).forget_pairs, steps=1)
+    scores = mtl.edge_attribution(model, mtl.load_task(ROWS, tokenizer=model).forget_pairs, steps=1)
     assert scores.save("~/s.safetensors") == tmp_path / "s.safetensors"
     assert torch.equal(mtl.circuit.EdgeScores.load("~/s.safetensors").tensor, scores.tensor)
 

@@ -24,7 +24,7 @@ from tests.tiny import tiny
 
 
 def small_task() -> Task:
-    pairs = replace(random_pairs(n=3), labels=("a / 1", "a / 2", "b / 1"))
+    pairs = replace(random_pairs(n=3), facts=tuple("aab"), labels=("a / 1", "a / 2", "b / 1"))
     pairs = replace(pairs, spans=(Span("subject", torch.tensor([1, 1, 2]), torch.tensor([2, 2, 3])),))
     text = Sequences(pairs.clean, pairs.lengths)
     asked = Questions(

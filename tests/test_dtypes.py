@@ -14,7 +14,7 @@ from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.models.copies import cast
 from mansu_tl.quantization import grid_of, inputs_of
 from mansu_tl.unlearning import Edit
-from mansu_tl.unlearning.floor import Floor
+from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.verification import certify, damage, probe, relearn
 from mansu_tl.verification.attacks import attack_splits
 from tests.road import BASELINES, MANSU, Case, case

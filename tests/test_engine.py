@@ -57,16 +57,20 @@ def test_scores_at_a_position_equal_central_differences_of_patching_there(family
 
     def delta(writer: str, amount: float) -> torch.Tensor:
         if writer == "embed":
-            return amount * (clean.embed - corrupt.embed)
+            return amount * (clean.value("stream", 0) - corrupt.value("stream", 0))
         layer = layer_of(writer)
         if writer.startswith("MLP"):
-            return amount * (clean.mlp_out[layer] - corrupt.mlp_out[layer])
+            return amount * (clean.value("mlp_out", layer) - corrupt.value("mlp_out", layer))
         head = int(writer.split("H")[1])
-        part = (clean.z[layer] - corrupt.z[layer])[:, :, head] @ attention_weights(model, layer).o[head].T
+        part = (clean.value("z", layer) - corrupt.value("z", layer))[:, :, head] @ attention_weights(model, layer).o[
+            head
+        ].T
         if not cmap.post_norms:
             return amount * part
         norm = norm_weights(model, layer, "attn_post")
-        return normed(clean.attn_raw[layer] + amount * part, norm) - normed(clean.attn_raw[layer], norm)
+        return normed(clean.value("attn_raw", layer) + amount * part, norm) - normed(
+            clean.value("attn_raw", layer), norm
+        )
 
     def metric_with(writer: str, reader: str, position: int, amount: float) -> float:
         layer, kind = layer_of(reader), reader_kind(reader)
@@ -83,7 +87,7 @@ def test_scores_at_a_position_equal_central_differences_of_patching_there(family
             weights, norm = attention_weights(model, layer), norm_weights(model, layer, "attn")
             head = int(reader.split(".")[0].split("KV" if kind != "q" else "H")[1])
             matrix, bias = getattr(weights, kind), getattr(weights, f"{kind}_bias")
-            new = normed(moved(clean.resid_pre[layer]), norm) @ matrix[head].T
+            new = normed(moved(clean.value("stream", layer)), norm) @ matrix[head].T
             out = value.clone().reshape(*value.shape[:2], matrix.shape[0], -1)
             out[:, :, head] = new if bias is None else new + bias[head]
             return out.reshape(value.shape)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
-from mansu_tl.data import PromptPairs, Questions, Sequences
+from mansu_tl.data import Questions, Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint, parameters, plain, rebuild
 from mansu_tl.results.intervals import interval_over_facts
@@ -540,7 +540,7 @@ def test_rediscovery_refuses_what_makes_no_sense() -> None:
         rediscover(model, model, circuit, pairs, label="original")
     with pytest.raises(MansuError, match="not this model's"):
         rediscover(model, mtl.load(tiny("llama", num_hidden_layers=3)), circuit, pairs)
-    same = PromptPairs(pairs.clean, pairs.clean, pairs.answers, pairs.distractors, pairs.lengths)
+    same = dataclasses.replace(pairs, corrupt=pairs.clean)
     with pytest.raises(MansuError, match="no difference"):
         rediscover(model, model, circuit, same)
 
@@ -662,7 +662,7 @@ def test_intervals_draw_facts_not_rows() -> None:
     assert apart[1] - apart[0] < 0.5 * (together[1] - together[0])
     half = per_fact.std().item() * 1.96 / 20**0.5
     assert together[1] - together[0] == pytest.approx(2 * half, rel=0.2)
-    assert dataclasses.replace(random_pairs(), labels=()).facts == tuple(str(i) for i in range(len(random_pairs())))
+    assert random_pairs().facts == tuple(str(i) for i in range(len(random_pairs())))
 
 
 def test_losses_are_per_token(pocket, task) -> None:

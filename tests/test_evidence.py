@@ -1,4 +1,4 @@
-"""The numbers in README and docs are lines of committed tables, and those tables follow from the measures."""
+"""The numbers in the documentation are lines of committed tables, and those tables follow from the measures."""
 
 from __future__ import annotations
 

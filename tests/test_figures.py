@@ -25,15 +25,15 @@ from mansu_tl.circuit.curve import FaithfulnessCurve
 from mansu_tl.errors import MansuError
 from mansu_tl.patching import PatchingResult
 from mansu_tl.patching.nodes import NodeScores
-from mansu_tl.plots import attention
+from mansu_tl.plots import heatmaps
 from mansu_tl.plots.circuit_look import FAINT
 from mansu_tl.plots.labels import label_points
 from mansu_tl.plots.layered import bundled, path, place
 from mansu_tl.plots.ordering import crossings, untangled
-from mansu_tl.plots.series import series_styles
+from mansu_tl.plots.panels import Panel, series_styles
 from mansu_tl.plots.theme import fixed, number, theme_named
-from mansu_tl.quantization.flips import predicted_flips
-from mansu_tl.quantization.registry import grid_of
+from mansu_tl.quantization import grid_of
+from mansu_tl.quantization.statistics import predicted_flips
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.verification import Divergence
 from mansu_tl.verification.depth import ErasureDepth
@@ -254,7 +254,7 @@ def test_relearning_draws_means_and_intervals_of_all_splits_together() -> None:
     figure = plots.relearning(result, chance=25)
     lines = [t for t in named(figure, "edited") if t.mode == "lines+markers"]
     assert len(lines) == 4  # two rates, two measures
-    assert sum(bool(t.showlegend) for t in lines) == 1
+    assert sum(t.showlegend is not False for t in lines) == 1
     mine = [c for c in result.curves if c.label == "edited" and c.kind == "facts" and c.learning_rate == 3e-4]
     answers = torch.cat([c.values[0, 2].double() for c in mine])
     low, high = interval_over_facts(answers, [*FACTS, *FACTS])
@@ -842,7 +842,8 @@ def test_layers_add_up_a_circuits_edges() -> None:
 def test_labels_do_not_lie_on_points_or_each_other() -> None:
     figure = make_subplots(rows=1, cols=1)
     xs, ys = [0.0, 0.5, 0.5, 0.5, 1.0], [0.0, 0.5, 0.5, 0.501, 1.0]
-    label_points(figure, xs, ys, ["a", "b", "c" * 60, "d", EVIL], [[0, 1], [0, 1]], (800, 300), theme_named("light"))
+    panel = Panel(figure, theme_named("light"), 1, 1)
+    label_points(panel, xs, ys, ["a", "b", "c" * 60, "d", EVIL], [[0, 1], [0, 1]], (800, 300))
     texts = [a.text for a in figure.layout.annotations]
     assert texts[0] == "a"
     assert len(texts) == len(set(texts)) < 6
@@ -867,12 +868,12 @@ def test_methods_table_is_as_wide_as_its_words() -> None:
 
 def test_attention_view_falls_back_to_plotly_and_uses_circuitsvis(monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = torch.eye(2)[None]
-    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    monkeypatch.setattr(heatmaps, "find_spec", lambda name: None)
     assert isinstance(plots.attention_view(patterns, ["a", "b"]), go.Figure)
     asked: dict[str, Any] = {}
     fake = SimpleNamespace(attention_patterns=lambda **given: asked.update(given) or "widget")
-    monkeypatch.setattr(attention, "find_spec", lambda name: object())
-    monkeypatch.setattr(attention, "import_module", lambda name: {"circuitsvis.attention": fake}[name])
+    monkeypatch.setattr(heatmaps, "find_spec", lambda name: object())
+    monkeypatch.setattr(heatmaps, "import_module", lambda name: {"circuitsvis.attention": fake}[name])
     assert plots.attention_view(patterns, ["a", "b"]) == "widget"
     assert asked["tokens"] == ["a", "b"]
     assert asked["attention_head_names"] == ["H0"]

@@ -46,8 +46,8 @@ WITHOUT_MODEL = {
         "norm_weights",
         "parameters",
     ),
-    *("awq", "doubled", "gptq", "grid_of", "orient", "register_family", "quantizer", "quantizers"),
-    *("floored", "headline", "method_flags", "method_title", "methods", "settings_of"),
+    *("awq", "doubled", "gptq", "grid_of", "orient", "register_family", "quantizer", "quantizers", "register_quantizer"),
+    *("floored", "headline", "method_flags", "method_title", "methods", "register", "settings_of", "trained"),
     *("explore", "run_study"),  # made of the others
     "save",  # inside "certify"
     "certify_in_fresh_process",  # a process of its own
@@ -302,7 +302,7 @@ def test_weights_made_under_inference_mode_are_refused_or_copied(usual) -> None:
         pairs = mtl.PromptPairs(
             **{f.name: getattr(usual.task.forget_pairs, f.name) for f in dataclasses.fields(mtl.PromptPairs)}
         )
-        pairs = dataclasses.replace(pairs, clean=pairs.clean + 0, answers=pairs.answers + 0, lengths=pairs.lengths + 0)
+        pairs = dataclasses.replace(pairs, clean=pairs.clean + 0, options=pairs.options + 0, lengths=pairs.lengths + 0)
     task = dataclasses.replace(usual.task, forget_pairs=pairs)
     assert pairs.clean.is_inference()
     assert mtl.unlearn(usual.model, task, "npo", max_steps=1, stop_over_chance=-1e3).n_weights

@@ -135,8 +135,8 @@ def test_zero_and_mean_ablation_put_those_values_in(family: str, kind: str) -> N
     values = how.activations(model, pairs)
     post = Anatomy.of(model).post_norms
     for component, hook_name, value in (
-        ("mlp_out", "blocks.1.ln2_post.hook_out" if post else "blocks.1.mlp.hook_out", values.mlp_out[1]),
-        ("z", "blocks.1.attn.o.hook_in", values.z[1]),
+        ("mlp_out", "blocks.1.ln2_post.hook_out" if post else "blocks.1.mlp.hook_out", values.value("mlp_out", 1)),
+        ("z", "blocks.1.attn.o.hook_in", values.value("z", 1)),
     ):
         result = activation_patching(
             model, pairs, component=component, direction="noising", ablation=how, per_pair=True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnbf
 import pytest
@@ -27,10 +30,12 @@ from mansu_tl.quantization import (
     quantized_values,
     quantizer,
     quantizers,
-    registry,
+    register_quantizer,
     update_statistics,
 )
 from tests.tiny import FAMILIES, tiny
+
+module = importlib.import_module("mansu_tl.quantization.quantizer")  # the package has a function of that name
 
 ASYMMETRIC = ("int4-asym-g64", "int4-asym-g128")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,8 +88,34 @@ def test_every_name_makes_the_quantizer_of_that_name_and_kinds_part_them():
         quantizers("ptq")
 
 
+def test_a_quantizer_is_one_file(monkeypatch, tmp_path: Path):
+    """Written beside the package and imported: the twin, the floor's cells and the statistics take it by name."""
+    monkeypatch.setattr(module, "_QUANTIZERS", dict(module._QUANTIZERS))
+    (tmp_path / "ternary.py").write_text(
+        "import torch\n"
+        "from mansu_tl.quantization import Grid, gptq, register_quantizer\n"
+        "def ternary(block_size=64):\n"
+        "    return Grid(f'ternary-g{block_size}', torch.tensor([-1.0, 0.0, 1.0]), block_size)\n"
+        "register_quantizer('ternary-g64', ternary, 'grid')\n"
+        "register_quantizer('gptq-ternary-g64', lambda: gptq(ternary()), 'calibrated')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("ternary")
+    assert quantizers("grid")[-1] == "ternary-g64" and quantizers("calibrated")[-1] == "gptq-ternary-g64"
+    bridge = load(tiny("llama"))
+    for name in ("ternary-g64", "gptq-ternary-g64"):
+        twin = parameters(quantize(bridge, name, text()))
+        for key in linear_weights(bridge):
+            # A grid's blocks cross rows, GPTQ's groups end with the row.
+            rows = [twin[key].detach().reshape(-1)] if name == "ternary-g64" else twin[key].detach()
+            assert all(len(block.unique()) <= 3 for row in rows for block in row.split(64))
+    assert update_statistics(bridge, bridge, "ternary-g64").quantizer == "ternary-g64"
+    with pytest.raises(MansuError, match="quantizer 'nf4': registered already"):
+        register_quantizer("nf4", lambda: quantizer("fp4"), "grid")
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setattr(registry, "find_spec", lambda package: None)
+    monkeypatch.setattr(module, "find_spec", lambda package: None)
     assert quantizers("library") == ()
     for name, extra in (("hqq-int4-g64", "hqq"), ("torchao-int4-g64", "torchao"), ("torchao-int8", "torchao")):
         with pytest.raises(MansuError, match=rf"{name}.*is not installed; pip install 'mansu-tl\[{extra}\]'"):

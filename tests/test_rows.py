@@ -76,8 +76,45 @@ def questions_of(**changed: object) -> Questions:
 def test_pairs_of_bad_tensors_are_refused(changed: dict[str, object], message: str) -> None:
     with pytest.raises(MansuError, match=message):
         pairs_of(**changed)
-    with pytest.raises(MansuError, match=message):  # and without from_tokens
-        made(PromptPairs, **(vars(pairs_of()) | {"clean": IDS, "corrupt": IDS + 20} | changed))
+    given = {"answers": torch.tensor([13, 14]), "distractors": torch.tensor([[15, 16], [17, 18]])} | changed
+    answers, distractors = given.pop("answers"), given.pop("distractors")
+    if answers.ndim == 1:
+        options = torch.cat([answers[:, None], distractors], 1)[..., None]
+        with pytest.raises(MansuError, match=message):  # and without from_tokens
+            made(PromptPairs, **({"clean": IDS, "corrupt": IDS + 20, "lengths": LENGTHS, "options": options} | given))
+
+
+def test_answers_of_several_tokens_are_carried_and_refused_where_one_is_measured() -> None:
+    texts = ["w3 w4", "w3 w4 w5"], ["w3 w6", "w3 w6 w5"]
+    answers, wrong = ["w7 w8", "w9"], [["w7", "w8 w8"], ["w9 w30", "w31"]]
+    with pytest.raises(MansuError, match="pair 0: answer 'w7 w8' continues 'w3 w4' as 2 tokens"):
+        PromptPairs.from_text(tiny_tokenizer(), *texts, answers, wrong)
+    pairs = PromptPairs.from_text(tiny_tokenizer(), *texts, answers, wrong, one_token=False)
+    assert pairs.options.tolist() == [[[7, 8], [7, -1], [8, 8]], [[9, -1], [9, 30], [31, -1]]]
+    assert pairs.asked.tolist() == [2, 3] and pairs.chance == pytest.approx(100 / 3)
+    assert pairs[[1]].options.tolist() == pairs.options[1:].tolist() and pairs.to("meta").options.shape == (2, 3, 2)
+    model = mtl.load(tiny("llama"))
+    require_fit(model, pairs)
+    for measure in (mtl.edge_attribution, mtl.activation_patching, mtl.node_attribution, mtl.discover_circuit):
+        with pytest.raises(MansuError, match="answers of up to 2 tokens, and this measures one; choose answers"):
+            measure(model, pairs)
+    for options, message in (
+        ([[[7, 8], [7, 8]]], r"pair 0: tokens \[7, 8\] is the answer and a distractor"),
+        ([[[7, 8], [9, -1], [9, -1]]], "pair 0: token 9 is a distractor twice"),
+        ([[[7, 8], [-1, 9]]], "pair 0: option -1 is negative"),
+        ([[[7, 8, 9], [9, -1, 9]]], "pair 0: option 9 stands behind the padding; .* -1 only follows"),
+    ):
+        with pytest.raises(MansuError, match=message):
+            PromptPairs(IDS[:1], IDS[:1] + 20, torch.tensor(options), LENGTHS[:1])
+
+
+def test_a_pairs_fact_is_a_field_and_stays_with_it() -> None:
+    pairs = pairs_of(facts=("a / b", "a / b"), labels=["one", "two"])
+    assert pairs.facts == ("a / b", "a / b") and pairs.fact_numbers().tolist() == [0, 0]
+    assert pairs_of().facts == ("0", "1") and pairs_of()[[1]].facts == ("1",)
+    assert Questions.of_pairs(pairs).facts == pairs.facts
+    with pytest.raises(MansuError, match="3 facts for 2 pairs; give one for each or none"):
+        pairs_of(facts=("a", "b", "c"))
 
 
 def test_lists_are_told_what_to_pass() -> None:

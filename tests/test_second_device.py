@@ -7,12 +7,11 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.quantization import grid_of
-from mansu_tl.unlearning import MansuSettings, TrainingSettings
+from mansu_tl.unlearning import MansuSettings, TrainingSettings, method_flags
 from mansu_tl.unlearning import checkpoint as checkpoint_module
-from mansu_tl.unlearning.baselines import NpoSettings, npo
 from mansu_tl.unlearning.checkpoint import Checkpoint
-from mansu_tl.unlearning.floor import Floor
-from mansu_tl.unlearning.mansu import mansu
+from mansu_tl.unlearning.mansu.floor import Floor
+from mansu_tl.unlearning.methods.npo import NpoSettings
 from tests.road import MANSU, STAGES, Case, Numbers, case
 from tests.second_device import DEVICE, MisplacedError, SecondDevice
 
@@ -189,10 +188,11 @@ def test_an_interrupted_edit_goes_on_there(second, tmp_path, monkeypatch, method
                 raise KeyboardInterrupt
 
     seen: list[int] = []
-    function, settings = {
-        "mansu": (mansu, MansuSettings(**{**MANSU, "restrict": "none", "steps": 8, "adversary_every": 1})),
-        "npo": (npo, NpoSettings(training=TrainingSettings(max_steps=8, stop_over_chance=-1e3))),
+    settings = {
+        "mansu": MansuSettings(**{**MANSU, "restrict": "none", "steps": 8, "adversary_every": 1}),
+        "npo": NpoSettings(training=TrainingSettings(max_steps=8, stop_over_chance=-1e3)),
     }[method]
+    function = method_flags(method).run
     with second:
         there = case("llama", DEVICE)
         extra = {"circuit": there.circuit} if method == "mansu" else {}

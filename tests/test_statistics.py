@@ -14,8 +14,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, load, parameters, rebuild
 from mansu_tl.quantization import quantize, quantizer, update_statistics
 from mansu_tl.quantization.dither import Dither, dither
-from mansu_tl.quantization.flips import crossing_share, predicted_flips
-from mansu_tl.quantization.statistics import UpdateStatistics
+from mansu_tl.quantization.statistics import UpdateStatistics, crossing_share, predicted_flips
 from tests.tiny import FAMILIES, tiny
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K"

@@ -174,7 +174,8 @@ def test_wordings_of_one_fact_share_its_number() -> None:
         ["w4", "w5", "w3"],
         ["w7"] * 3,
         ["w8"] * 3,
-        labels=["b / one", "a / one", "b / two"],
+        facts=["b", "a", "b"],
     )
     assert pairs.facts == ("b", "a", "b")
+    assert pairs[1:].facts == ("a", "b")
     assert pairs.fact_numbers().tolist() == [0, 1, 0]

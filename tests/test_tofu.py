@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mansu_tl as mtl
+from mansu_tl.cli import main
 from mansu_tl.data.sources.tofu import Item, Tofu, read_tofu, tofu_task
 from mansu_tl.data.sources.tofu.files import PER_AUTHOR, prompt
 from mansu_tl.data.sources.tofu.tokens import answer_ids
@@ -275,6 +276,32 @@ def test_the_task_keeps_its_promises(folder: Path, trained: dict[str, Path]) -> 
     assert {"forget", "forget_paraphrase", "near", "retain", "retain_paraphrase"} == set(task.questions)
     again = tofu_task(folder, model, per_answer=1, near=30, unseen_names=2)
     assert torch.equal(again.forget_pairs.corrupt, pairs.corrupt)
+
+
+def test_tofu_is_a_source_of_studies(
+    folder: Path, trained: dict[str, Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Named in a config, beside it, with options; `mansu-tl check` looks at all of it."""
+    model = mtl.load(trained["tofu-full"])
+    direct = tofu_task(folder, model, per_answer=1, near=30, unseen_names=2)
+    options = "per_answer=1&near=30&unseen_names=2"
+    assert mtl.load_task(f"tofu:{folder}?{options}", tokenizer=model).digest() == direct.digest()
+    assert mtl.load_task(folder, tokenizer=model, per_answer=1, near=30, unseen_names=2).digest() == direct.digest()
+    (tmp_path / "files").symlink_to(folder)
+    (tmp_path / "c.toml").write_text(
+        f'model = "{trained["tofu-full"]}"\ntask = "tofu:files?{options}"\nmethods = ["graddiff"]\n', encoding="utf-8"
+    )
+    config = mtl.StudyConfig.read(tmp_path / "c.toml")
+    assert mtl.load_task(config.task, tokenizer=model).digest() == direct.digest()
+    monkeypatch.setattr("sys.argv", ["mansu-tl", "check", str(tmp_path / "c.toml")])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr()
+    assert f"{len(direct.forget_pairs)} forget pairs" in said.out and "task of tofu-full:" not in said.err
+    with pytest.raises(mtl.MansuError, match="near=400 of 80"):
+        mtl.load_task(f"tofu:{folder}", tokenizer=model)
+    with pytest.raises(mtl.MansuError, match="source 'tofu' has no option 'nearest'; known: per_answer, near"):
+        mtl.load_task(f"tofu:{folder}?nearest=3", tokenizer=model)
 
 
 def test_a_task_that_cannot_be_is_refused(folder: Path, trained: dict[str, Path]) -> None:

@@ -16,11 +16,12 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, fingerprint, linear_weights, parameters, plain
 from mansu_tl.quantization import quantizer
 from mansu_tl.unlearning import Edit, methods, unlearn
-from mansu_tl.unlearning.adversary import attacked
-from mansu_tl.unlearning.batches import OriginalText, by_length, ignorance, sequence_logits
-from mansu_tl.unlearning.candidates import circuit_weights
-from mansu_tl.unlearning.floor import Floor
-from mansu_tl.unlearning.objective import forget_loss
+from mansu_tl.unlearning.forward import OriginalText, by_length, sequence_logits
+from mansu_tl.unlearning.mansu.adversary import attacked
+from mansu_tl.unlearning.mansu.candidates import circuit_weights
+from mansu_tl.unlearning.mansu.floor import Floor
+from mansu_tl.unlearning.mansu.ignorance import ignorance
+from mansu_tl.unlearning.mansu.terms import forget_loss
 from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, sequence_loss
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, sliced_task, tiny

@@ -27,7 +27,7 @@ def test_a_deprecation_by_others_is_no_error(module: str, category: type[Warning
 
 
 @pytest.mark.parametrize("category", DEPRECATIONS)
-@pytest.mark.parametrize("module", ["mansu_tl", "mansu_tl.circuit.gradients", "tests.tiny", "torch_like.other"])
+@pytest.mark.parametrize("module", ["mansu_tl", "mansu_tl.circuit.attribution", "tests.tiny", "torch_like.other"])
 def test_a_deprecation_by_us_is_an_error(module: str, category: type[Warning]) -> None:
     with pytest.raises(category, match="is deprecated"):
         warn_from(module, category)

@@ -7,6 +7,19 @@ The score of an edge u -> v is the mean over pairs of the sum over positions of
 the first-order change of the metric m when u's message to v alone goes from corrupt to clean. EAP (Syed et al. 2023,
 arXiv 2310.10348) takes the gradient at one end; EAP-IG (Hanna et al. 2024, arXiv 2403.17806) averages it over
 embeddings interpolated between the ends; "clean-corrupted" averages the gradients of the two ends.
+
+`_Job.scores` walks through a batch of pairs in three steps:
+
+1. **Gather** (`_gathered`): one forward and backward pass a point, gradients taken at each projection's output (q, k, v of
+   d_head numbers) rather than at a per-head copy of its input. With x^ the normalized input, s its scale, w the norm's
+   weight, W' = W diag(w), b the projection's bias (the norm's included), the gradient at the norm's input is, at point i,
+
+       ( W'^T g_i - mean(W'^T g_i) [LayerNorm only] - x^_i <q_i - b, g_i> / d_model ) / s_i,
+
+   so sum_i g_i / s_i is all that has to be kept, with a correction of rank `steps`.
+2. **Change** (`_changes`): what every writer wrote on the clean prompt minus what it writes when it is switched off.
+3. **Contract** (`Contraction`): <change of u, gradient at v> for all edges, token by token. Vectors of d_model numbers
+   exist only for a few tokens at a time, built layer by layer, so the memory of this step does not grow with the pairs.
 """
 
 from __future__ import annotations
@@ -14,25 +27,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.circuit.contraction import Contraction
-from mansu_tl.circuit.gradients import Gatherer
+from mansu_tl.circuit.contraction import Changes, Contraction, LayerSlopes, Slopes, normalized
 from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.memory import plan
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.data.positions import Positions, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import Anatomy, fingerprint
+from mansu_tl.models import Anatomy, NormWeights, attention_weights, fingerprint, norm_weights
 from mansu_tl.runs import distributed
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import chunks, metric_name, prepared, require_finite
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.passes import chunks, heads_last, prepared, require_finite
+from mansu_tl.runs.points import CLEAN, CORRUPT, End, Path, Point, between
 
 # steps="auto" starts here and doubles at most this often (320 steps).
 _FIRST_STEPS, _DOUBLINGS = 5, 6
@@ -110,23 +124,18 @@ def edge_attribution(
     if steps != "auto":
         if not isinstance(steps, int) or steps < 1:
             raise MansuError(f'attribution: steps={steps}; EAP-IG needs a whole number from 1 up, or "auto"')
-        return job.scores(_alphas(steps, rule), method, rule)
+        return job.scores(between(steps, rule), method, rule)
     if not tolerance > 0:
         raise MansuError(f"attribution: tolerance={tolerance}; choose a share above 0, such as 0.02")
     for doubling in range(_DOUBLINGS + 1):
         count = _FIRST_STEPS * 2**doubling
-        out = job.scores(_alphas(count, rule), method, rule)
+        out = job.scores(between(count, rule), method, rule)
         if out.relative_residual <= tolerance:
             return out
     raise MansuError(
         f"attribution: after {count} steps the residual is still {out.relative_residual:.3g} of the metric's change, "
         f"tolerance={tolerance}; raise the tolerance, use rule='midpoint', or a smoother metric"
     )
-
-
-def _alphas(steps: int, rule: str) -> list[float]:
-    shift = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]
-    return [(i + shift) / steps for i in range(steps)]
 
 
 @dataclass(frozen=True)
@@ -146,28 +155,28 @@ class _Job:
 
     def scores(self, alphas: list[float], method: str, rule: str) -> EdgeScores:
         """The scores with gradients at these points between the corrupt (0) and the clean (1) embedding."""
-        model, pairs, graph, anatomy = self.model, self.pairs, Graph.of(self.model), Anatomy.of(self.model)
-        mine = distributed.share(len(pairs)) if self.data_parallel else slice(0, len(pairs))
+        model, pairs, graph = self.model, self.pairs, Graph.of(self.model)
+        share = distributed.share(len(pairs)) if self.data_parallel else slice(0, len(pairs))
         shape = graph.exists.shape
         total = torch.zeros(shape, dtype=torch.float64)
-        by_pair = torch.zeros(mine.stop - mine.start, *shape) if self.per_pair else None
+        by_pair = torch.zeros(share.stop - share.start, *shape) if self.per_pair else None
         by_position = torch.zeros(len(self.where.names), *shape, dtype=torch.float64) if self.where else None
         ends = torch.zeros(2, dtype=torch.float64)
-        if mine.stop > mine.start:
-            own = pairs[mine]
-            cut = plan(model, own, len(alphas), max_memory=self.max_memory, batch_size=self.batch_size)
-            contraction = Contraction(model, anatomy, graph, cut.tokens)
-            batches = list(chunks(own, cut.pairs))
-            bar = tqdm(total=len(batches) * len(alphas), desc=f"{method} edges", unit="pass", disable=not self.progress)
-            with bar:
+        if share.stop > share.start:
+            cut = plan(model, pairs[share], len(alphas), max_memory=self.max_memory, batch_size=self.batch_size)
+            contraction = Contraction(model, graph, cut.tokens)
+            batches = list(chunks(pairs[share], cut.pairs))
+            count = len(batches) * len(alphas)
+            with tqdm(total=count, desc=f"{method} edges", unit="pass", disable=not self.progress) as bar:
                 for piece, batch in batches:
-                    gatherer = Gatherer(model, anatomy, batch, self.metric, self.ablation, bar.update)
-                    changes, gradients = gatherer.gather(alphas)
-                    ends[0] += changes.metric_clean.double().sum().cpu()
-                    ends[1] += changes.metric_other.double().sum().cpu()
-                    index = None if self.where is None else self.where.index[mine][piece]
+                    path, slopes = _gathered(model, batch, self.metric, self.ablation.kind == "corrupt", alphas, bar)
+                    clean, other = path.ends[CLEAN], path.ends.get(CORRUPT) or self._switched_off(batch)
+                    ends += torch.stack([clean.metric.double().sum(), other.metric.double().sum()]).cpu()
+                    changes = _changes(Anatomy.of(model), batch, clean, other)
+                    del path, clean, other
+                    index = None if self.where is None else self.where.index[share][piece]
                     groups, rows = self._groups(batch, index)
-                    parts = contraction.scores(changes, gradients, groups, len(rows)).cpu()
+                    parts = contraction.scores(changes, slopes, groups, len(rows)).cpu()
                     total += parts.double().sum(0)
                     if by_pair is not None:
                         by_pair[piece].index_add_(0, rows[:, 0], parts)
@@ -179,7 +188,7 @@ class _Job:
             by_position = None if by_position is None else distributed.summed(by_position)
         tensor = total / len(pairs) * graph.exists
         require_finite("edge scores", tensor, model)
-        clean, other = (ends / len(pairs)).tolist()
+        metric_clean, metric_corrupt = (ends / len(pairs)).tolist()
         return EdgeScores(
             tensor=tensor.float(),
             writers=graph.writers,
@@ -189,27 +198,142 @@ class _Job:
             rule=rule,
             steps=len(alphas),
             metric=metric_name(self.metric),
-            metric_clean=clean,
-            metric_corrupt=other,
-            residual=abs(tensor[0].sum().item() - (clean - other)),
+            metric_clean=metric_clean,
+            metric_corrupt=metric_corrupt,
+            residual=abs(tensor[0].sum().item() - (metric_clean - metric_corrupt)),
             model=fingerprint(model),
             per_pair=None if by_pair is None else by_pair * graph.exists,
             per_position=None if by_position is None else (by_position / len(pairs) * graph.exists).float(),
             positions=() if self.where is None else self.where.names,
         )
 
+    def _switched_off(self, batch: PromptPairs) -> End:
+        """The end without a run behind it: every writer at its ablated value."""
+        recorded, last = self.ablation.activations(self.model, batch), f"mlp_out{Anatomy.of(self.model).n_layers - 1}"
+        values = recorded.values | {"embed": recorded.value("stream", 0)}
+        values[last] = values[last][_last_of(batch, values[last])][:, None]
+        return End(values, measured(self.metric, recorded.logits, batch))
+
     def _groups(
         self, batch: PromptPairs, index: Int[Tensor, "pair pos"] | None
     ) -> tuple[Int[Tensor, " token"], Int[Tensor, "group 2"]]:
         """The group of every token, and the (pair, position row) behind each group."""
         count, width = batch.clean.shape
-        real = torch.arange(width)[None] < batch.lengths.cpu()[:, None]
+        counted = real_tokens(batch.clean, batch.lengths).cpu()
         pair = torch.arange(count)[:, None].expand(count, width) if self.per_pair else torch.zeros(count, width).long()
         row = torch.zeros(count, width).long() if index is None else index.cpu()
         n_rows = 1 if self.where is None else len(self.where.names)
         if self.ablation.kind == "corrupt":
             # In front of the first changed token both runs are the same, so no writer changes there.
-            real &= (batch.clean != batch.corrupt).cpu().cumsum(1) > 0
-        groups = torch.where(real & (row >= 0), pair * n_rows + row, -1).flatten()
+            counted &= (batch.clean != batch.corrupt).cpu().cumsum(1) > 0
+        groups = torch.where(counted & (row >= 0), pair * n_rows + row, -1).flatten()
         n_pairs = count if self.per_pair else 1
         return groups, torch.cartesian_prod(torch.arange(n_pairs), torch.arange(n_rows)).reshape(-1, 2)
+
+
+def _gathered(
+    model: TransformerBridge, batch: PromptPairs, metric: Metric, both: bool, alphas: list[float], bar: tqdm
+) -> tuple[Path, list[Slopes]]:
+    """Step 1: the path walked, and the readers' gradients summed over its points, or one a point in post-norm families.
+
+    Only the last token's logits are measured, so the last block's MLP runs at that position alone, and the other
+    positions of the final stream are not those of a plain run.
+    """
+    anatomy = Anatomy.of(model)
+    last, final = anatomy.n_layers - 1, anatomy.hook("stream", anatomy.n_layers)
+    path = Path(
+        model,
+        batch,
+        metric,
+        at_ends=anatomy.hooks("z", "mlp_out"),
+        slopes={**anatomy.hooks("q", "k", "v", "mlp_in"), "final": final},
+        seen=anatomy.hooks("attn_norm_in", *(("attn_raw",) if anatomy.post_norms else ())),
+        both=both,
+        last_only=anatomy.hook("mlp_in", last),
+    )
+    norms = [norm_weights(model, i, "attn") for i in anatomy.layers]
+    offsets = [_offsets(model, i, norms[i]) for i in anatomy.layers]
+    out: list[Slopes] = []
+    steps, weight = 1 if anatomy.post_norms else len(alphas), 1 / len(alphas)
+    for number, point in enumerate(path.points(alphas)):
+        if not out or anatomy.post_norms:
+            raw = [point.values[f"attn_raw{i}"].flatten(0, 1).float() for i in anatomy.layers if anatomy.post_norms]
+            final_sum = torch.zeros_like(point.gradients["final"].flatten(0, 1), dtype=torch.float32)
+            inputs = [point.values[f"attn_norm_in{i}"] for i in anatomy.layers]
+            out.append(Slopes([_empty(anatomy, steps, x) for x in inputs], final_sum, raw))
+        out[-1].final.add_(point.gradients["final"].flatten(0, 1).float(), alpha=weight)
+        for i, sums in enumerate(out[-1].layers):
+            _add_point(anatomy, sums, i, point, number % steps, weight, norms[i], offsets[i])
+            gradient, mlp = point.gradients.pop(f"mlp_in{i}").float(), sums.mlp.unflatten(0, (len(batch), -1))
+            if i == last:
+                mlp[_last_of(batch, mlp)] += gradient[:, 0] * weight
+            else:
+                mlp.add_(gradient, alpha=weight)
+        bar.update()
+    return path, out
+
+
+def _empty(anatomy: Anatomy, steps: int, like: Float[Tensor, "pair pos d_model"]) -> LayerSlopes:
+    tokens, readers, on = like.shape[0] * like.shape[1], anatomy.n_attention_readers, like.device
+    return LayerSlopes(
+        ghat=torch.zeros(tokens, readers, anatomy.d_head, device=on),
+        slopes=torch.zeros(tokens, steps, readers, device=on),
+        xhat=torch.empty(tokens, steps, anatomy.d_model, device=on),
+        mlp=torch.zeros(tokens, anatomy.d_model, device=on),
+    )
+
+
+def _add_point(
+    anatomy: Anatomy, sums: LayerSlopes, layer: int, point: Point, step: int, weight: float,
+    norm: NormWeights, offset: Float[Tensor, "reader d_head"],
+) -> None:  # fmt: skip
+    """One layer's attention at one point."""
+    xhat, scale = normalized(point.values.pop(f"attn_norm_in{layer}").flatten(0, 1).float(), norm)
+    sums.xhat[:, step] = xhat
+    inverse = weight / scale
+    start = 0
+    for r, heads in anatomy.heads_of.items():
+        value, grad = (
+            part.pop(f"{r}{layer}").reshape(-1, heads, anatomy.d_head).float()
+            for part in (point.values, point.gradients)
+        )
+        where = slice(start, start + heads)
+        sums.ghat[:, where].addcmul_(grad, inverse[:, None, None])
+        slope = torch.linalg.vecdot(value - offset[where], grad)
+        sums.slopes[:, step, where] = slope * (inverse / anatomy.d_model)[:, None]
+        start += heads
+
+
+def _offsets(model: TransformerBridge, layer: int, norm: NormWeights) -> Float[Tensor, "reader d_head"]:
+    """Each projection's bias, the norm's included."""
+    parts, weights = [], attention_weights(model, layer)
+    for name in "qkv":
+        matrix, bias = getattr(weights, name), getattr(weights, f"{name}_bias")
+        offset = torch.zeros(matrix.shape[:2], device=matrix.device) if bias is None else bias.float()
+        parts.append(offset if norm.bias is None else offset + matrix.float() @ norm.bias.float())
+    return torch.cat(parts)
+
+
+def _last_of(batch: PromptPairs, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of every row's last token, on the tensor's device."""
+    return torch.arange(len(batch), device=tensor.device), (batch.lengths - 1).to(tensor.device)
+
+
+def _changes(anatomy: Anatomy, batch: PromptPairs, clean: End, other: End) -> Changes:
+    """Step 2."""
+
+    def change(key: str) -> Tensor:
+        return (clean.values[key] - other.values[key]).flatten(0, 1)
+
+    def of_heads(key: str) -> Tensor:
+        a, b = (heads_last(end.values[key], anatomy.n_heads) for end in (clean, other))
+        return (a - b).flatten(0, 1)
+
+    last_mlp = change(f"mlp_out{anatomy.n_layers - 1}").float()
+    at_all = torch.zeros(*batch.clean.shape, anatomy.d_model, device=last_mlp.device)
+    at_all[_last_of(batch, at_all)] = last_mlp
+    return Changes(
+        embed=change("embed"),
+        z=[of_heads(f"z{i}") for i in anatomy.layers],
+        mlp_out=[*(change(f"mlp_out{i}") for i in anatomy.layers[:-1]), at_all.flatten(0, 1)],
+    )

@@ -14,9 +14,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import Node
 
 from mansu_tl.circuit import transformer_lens_io as interop
-from mansu_tl.circuit.graph import Graph, kv_groups, layer_of, prune, reader_kind, require_names, writers_behind
+from mansu_tl.circuit.graph import Graph, edge_frame, kv_groups, prune, require_names, writers_behind
 from mansu_tl.circuit.scores import EdgeScores
-from mansu_tl.circuit.selection import greedy_mask, threshold_mask, top_mask
+from mansu_tl.circuit.selection import selected_mask, threshold_mask
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint
 from mansu_tl.results.result import Result, Table
@@ -57,9 +57,8 @@ class Circuit(Result):
         Raises:
             MansuError: `n` is not between 1 and the number of edges, or an unknown ranking.
         """
-        _require_size(scores, n)
         how = f"top {n} edges by {_ranked(scores, by)}, pruned"
-        return cls.from_mask(scores, top_mask(scores, n, by), how, faithfulness)
+        return cls.from_mask(scores, selected_mask(scores, n, "top", by, least=1), how, faithfulness)
 
     @classmethod
     def greedy(cls, scores: EdgeScores, n: int, faithfulness: float = float("nan"), *, by: str = "absolute") -> Circuit:
@@ -71,9 +70,8 @@ class Circuit(Result):
         Raises:
             MansuError: as `top`.
         """
-        _require_size(scores, n)
         how = f"{n} edges grown from the logits by {_ranked(scores, by)}, pruned"
-        return cls.from_mask(scores, greedy_mask(scores, n, by), how, faithfulness)
+        return cls.from_mask(scores, selected_mask(scores, n, "greedy", by, least=1), how, faithfulness)
 
     @classmethod
     def above(cls, scores: EdgeScores, threshold: float, *, by: str = "absolute") -> Circuit:
@@ -137,18 +135,7 @@ class Circuit(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an edge, largest |score| first."""
-        rows, columns = self.mask.nonzero(as_tuple=True)
-        frame = pd.DataFrame(
-            {
-                "writer": [self.writers[i] for i in rows.tolist()],
-                "reader": [self.readers[i] for i in columns.tolist()],
-                "kind": [reader_kind(self.readers[i]) for i in columns.tolist()],
-                "writer_layer": [layer_of(self.writers[i]) for i in rows.tolist()],
-                "score": self.scores[rows, columns].tolist(),
-            }
-        )
-        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
-        return frame.loc[order].reset_index(drop=True)
+        return edge_frame(self.writers, self.readers, self.mask, self.scores)
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """A directed graph over writers plus `logits`; edge keys are reader kinds, with `score` and `reader`.
@@ -215,12 +202,6 @@ class Circuit(Result):
 
     def _tables(self) -> Sequence[Table]:
         return (Table(self.to_dataframe(), "largest |score| first", "{:.4f}".format, rows=10),)
-
-
-def _require_size(scores: EdgeScores, n: int) -> None:
-    total = int(scores.exists.sum())
-    if not 1 <= n <= total:
-        raise MansuError(f"circuit: n={n} edges, the graph has {total}; choose 1..{total}")
 
 
 def _ranked(scores: EdgeScores, by: str) -> str:

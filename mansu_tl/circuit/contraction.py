@@ -1,46 +1,84 @@
-"""The one place where writers meet readers: <change of u, gradient at v>, for all edges, token by token.
-
-Head changes and pulled-back gradients of d_model numbers exist only for a few tokens at a time, built layer by layer
-from what `gradients.py` kept in d_head numbers; so the memory of this step does not grow with the pairs.
-"""
+"""The last step of edge attribution, where writers meet readers: <change of u, gradient at v>, for all edges."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.circuit.gradients import Changes, Gradients, LayerSums, normalized
 from mansu_tl.circuit.graph import Graph
-from mansu_tl.models import Anatomy, attention_weights, norm_weights
+from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
+
+
+@dataclass
+class Changes:
+    """The writers' side: clean minus switched off, tokens flattened to one axis."""
+
+    embed: Float[Tensor, "token d_model"]
+    z: list[Float[Tensor, "token head d_head"]]
+    mlp_out: list[Float[Tensor, "token d_model"]]
+
+
+@dataclass
+class LayerSlopes:
+    """What one layer's readers gather over the points, tokens flattened to one axis.
+
+    Attributes:
+        ghat: sum of g / s over the points.
+        slopes: per point <q - b, g> / (d_model s).
+        xhat: per point the normalized input.
+        mlp: the gradient at the MLP's input, summed.
+    """
+
+    ghat: Float[Tensor, "token reader d_head"]
+    slopes: Float[Tensor, "token step reader"]
+    xhat: Float[Tensor, "token step d_model"]
+    mlp: Float[Tensor, "token d_model"]
+
+
+@dataclass
+class Slopes:
+    """The readers' side: per layer, at the final norm's input, and (post-norm families) in front of the post-norm."""
+
+    layers: list[LayerSlopes]
+    final: Float[Tensor, "token d_model"]
+    raw: list[Float[Tensor, "token d_model"]] = field(default_factory=list)
+
+
+def normalized(x: Float[Tensor, "token d_model"], norm: NormWeights) -> tuple[Tensor, Tensor]:
+    """The input of a norm divided by its scale (centred first by a LayerNorm), and that scale."""
+    if norm.kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    scale = (x.square().mean(-1) + norm.eps).sqrt()
+    return x / scale[:, None], scale
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """Scores of one batch, gathered into groups of tokens.
+    """Step 3: scores of one batch, gathered into groups of tokens.
 
     Attributes:
         tokens: tokens whose vectors of d_model numbers exist at one time.
     """
 
     model: TransformerBridge
-    anatomy: Anatomy
     graph: Graph
     tokens: int
 
     def scores(
-        self, changes: Changes, gradients: list[Gradients], groups: Int[Tensor, " token"], n_groups: int
+        self, changes: Changes, gradients: list[Slopes], groups: Int[Tensor, " token"], n_groups: int
     ) -> Float[Tensor, "group writer reader"]:
         """Per group the sum of its tokens' scores; tokens of group -1 are left out."""
+        anatomy = Anatomy.of(self.model)
         out = torch.zeros(n_groups, *self.graph.exists.shape, device=changes.embed.device)
         order = groups.sort(stable=True).indices
         order = order[groups[order] >= 0].to(changes.embed.device)
         size = max(1, min(self.tokens, len(order)))
-        writers = torch.empty(len(self.graph.writers), size, self.anatomy.d_model, device=out.device)
-        readers = torch.empty(self._attention_readers, size, self.anatomy.d_model, device=out.device)
+        writers = torch.empty(len(self.graph.writers), size, anatomy.d_model, device=out.device)
+        readers = torch.empty(anatomy.n_attention_readers, size, anatomy.d_model, device=out.device)
         for start in range(0, len(order), size):
             token = order[start : start + size]
             n = len(token)
@@ -48,17 +86,13 @@ class Contraction:
                 self._add(out, token, groups[token.to(groups.device)], changes, part, writers[:, :n], readers[:, :n])
         return out
 
-    @property
-    def _attention_readers(self) -> int:
-        return self.anatomy.n_heads + 2 * self.anatomy.n_kv_heads
-
     def _add(
         self,
         out: Tensor,
         token: Tensor,
         groups: Tensor,
         changes: Changes,
-        gradients: Gradients,
+        gradients: Slopes,
         writers: Float[Tensor, "writer token d_model"],
         readers: Float[Tensor, "reader token d_model"],
     ) -> None:
@@ -80,25 +114,26 @@ class Contraction:
                     target[name] += a.flatten(1) @ b.flatten(1).T
                     first += n
 
-        heads = self.anatomy.n_heads
+        anatomy = Anatomy.of(self.model)
+        heads = anatomy.n_heads
         self._write(writers[0], changes.embed[token])
         column, done = 0, 1
         for layer, sums in enumerate(gradients.layers):
-            there = token.to(sums.ghat.device)
+            token_here = token.to(sums.ghat.device)
             before = done
-            self._pull_back(layer, sums, there, readers)
+            self._pull_back(layer, sums, token_here, readers)
             put(before, slice(column, column + readers.shape[0]), readers)
             column += readers.shape[0]
-            self._push_out(layer, changes.z[layer][there], gradients, there, writers[done : done + heads])
+            self._push_out(layer, changes.z[layer][token_here], gradients, token_here, writers[done : done + heads])
             done += heads
-            put(before if self.anatomy.parallel else done, slice(column, column + 1), sums.mlp[there][None])
+            put(before if anatomy.parallel else done, slice(column, column + 1), sums.mlp[token_here][None])
             column += 1
-            self._write(writers[done], changes.mlp_out[layer][there])
+            self._write(writers[done], changes.mlp_out[layer][token_here])
             done += 1
         put(done, slice(column, column + 1), gradients.final[token.to(gradients.final.device)][None])
 
     def _pull_back(
-        self, layer: int, sums: LayerSums, token: Tensor, out: Float[Tensor, "reader token d_model"]
+        self, layer: int, sums: LayerSlopes, token: Tensor, out: Float[Tensor, "reader token d_model"]
     ) -> None:
         """sum_i of the gradient at the norm's input, for every reader of a layer's attention."""
         weights, norm = attention_weights(self.model, layer), norm_weights(self.model, layer, "attn")
@@ -118,7 +153,7 @@ class Contraction:
         self,
         layer: int,
         z: Float[Tensor, "token head d_head"],
-        gradients: Gradients,
+        gradients: Slopes,
         token: Tensor,
         out: Float[Tensor, "head token d_model"],
     ) -> None:

@@ -22,17 +22,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.evaluation import relative
-from mansu_tl.circuit.graph import Graph, kv_groups, prune
+from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.scores import EdgeScores
-from mansu_tl.circuit.selection import random_mask, selected_mask
+from mansu_tl.circuit.selection import pruned_masks, random_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import metric_name
+from mansu_tl.runs.metrics import Metric, logit_difference, metric_name
 
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -163,8 +162,8 @@ def faithfulness_curve(
         raise MansuError(f"curve: control_seeds={control_seeds}; give a number from 0 up")
     total = graph.n_edges
     asked = _asked(MIB_SHARES if sizes is None else sizes, total)
-    counts, groups = list(asked), kv_groups(scores.writers, scores.readers)
-    chosen = [prune(selected_mask(scores, n, select, by), scores.writers, scores.readers, groups) for n in counts]
+    counts = list(asked)
+    chosen = pruned_masks(scores, counts, select, by)
     drawn = [random_mask(graph.exists, n, seed) for seed in range(control_seeds) for n in counts]
     values = torch.tensor(
         relative(model, torch.stack([*chosen, *drawn]).float(), pairs, ablation, metric, batch_size, progress)

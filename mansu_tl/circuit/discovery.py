@@ -8,9 +8,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit.attribution import edge_attribution
 from mansu_tl.circuit.circuit import Circuit
 from mansu_tl.circuit.evaluation import relative
-from mansu_tl.circuit.graph import kv_groups, prune
 from mansu_tl.circuit.scores import EdgeScores
-from mansu_tl.circuit.selection import selected_mask
+from mansu_tl.circuit.selection import pruned_masks
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -70,9 +69,8 @@ def discover_circuit(
     grid = sorted({round(total ** (i / (_GRID - 1))) for i in range(_GRID)})
     below, at = 0, None
     while at is None or at - below > 1:
-        values = _faithfulness_of_sizes(
-            model, scores, grid, pairs, select, by, ablation, metric, batch_size, bars(progress)
-        )
+        masks = torch.stack(pruned_masks(scores, grid, select, by)).float()
+        values = relative(model, masks, pairs, ablation, metric, batch_size, bars(progress))
         reached = [i for i, v in enumerate(values) if v >= faithfulness]
         if not reached:
             if at is None:
@@ -87,20 +85,3 @@ def discover_circuit(
         width = at - below
         grid = sorted({below + max(1, round(width * i / _GRID)) for i in range(1, _GRID + 1)})
     return (Circuit.top if select == "top" else Circuit.greedy)(scores, at, value, by=by)
-
-
-def _faithfulness_of_sizes(
-    model: TransformerBridge,
-    scores: EdgeScores,
-    sizes: list[int],
-    pairs: PromptPairs,
-    select: str,
-    by: str,
-    ablation: Ablation | None,
-    metric: Metric,
-    batch_size: int,
-    progress: bool,
-) -> list[float]:
-    groups = kv_groups(scores.writers, scores.readers)
-    masks = [prune(selected_mask(scores, n, select, by), scores.writers, scores.readers, groups) for n in sizes]
-    return relative(model, torch.stack(masks).float(), pairs, ablation, metric, batch_size, progress)

@@ -15,7 +15,7 @@ ablated value, by default that of the corrupt prompt):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -24,18 +24,17 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.circuit import Circuit
-from mansu_tl.circuit.graph import Graph, require_names
+from mansu_tl.circuit.graph import Graph, edge_frame, require_names
 from mansu_tl.circuit.intervention import patched
 from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import fingerprint
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import chunks, measured, metric_name, prepared, run
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.passes import chunks, prepared, run
 
 # Masks that are built and patched at once when every edge is taken out in turn.
 _MASKS = 256
@@ -81,17 +80,11 @@ class Minimality(Result):
         if what == "nodes":
             frame = pd.DataFrame({"node": self.nodes, "drop": self.node_drops.tolist()})
         elif what == "edges":
-            rows, columns = self.mask.nonzero(as_tuple=True)
-            frame = pd.DataFrame(
-                {
-                    "writer": [self.writers[i] for i in rows.tolist()],
-                    "reader": [self.readers[i] for i in columns.tolist()],
-                    "drop": self.edge_drops[rows, columns].tolist(),
-                }
-            )
+            frame = edge_frame(self.writers, self.readers, self.mask, self.edge_drops)
+            frame = frame[["writer", "reader", "score"]].rename(columns={"score": "drop"})
         else:
             raise MansuError(f"minimality: what={what!r}; choose edges or nodes")
-        return frame.sort_values("drop", ascending=False, kind="stable").reset_index(drop=True)
+        return frame.sort_values("drop", ascending=False, kind="stable", ignore_index=True)
 
     def _check(self) -> None:
         possible = require_names(self.writers, self.readers)
@@ -106,9 +99,6 @@ class Minimality(Result):
 
     def _tables(self) -> Sequence[Table]:
         return (Table(self.to_dataframe(), "edges that are worth most first", "{:.4f}".format, rows=10),)
-
-
-_TENSORS = ("edge_drops", "node_drops", "mask")
 
 
 @torch_defaults()
@@ -188,7 +178,7 @@ def minimality(
             elif number >= len(edges):
                 node = nodes[number - len(edges)]
                 part[i, circuit.writers.index(node)] = 0
-                part[i][:, _own_columns(circuit, node)] = 0
+                part[i][:, _private_readers(circuit, node)] = 0
         parts.append(part)
     whole, *rest = [
         value for part in parts for value in relative(model, part, pairs, ablation, metric, batch_size, progress)
@@ -224,12 +214,6 @@ def random_faithfulness(
     exists = Graph.of(model).exists
     masks = torch.stack([random_mask(exists, circuit.n_edges, seed) for seed in range(seeds)])
     return relative(model, masks.float(), pairs, ablation, metric, batch_size)
-
-
-@torch_defaults()
-def refreshed(model: TransformerBridge, circuit: Circuit, pairs: PromptPairs) -> Circuit:
-    """The same edges with their faithfulness measured on other pairs or another model."""
-    return replace(circuit, faithfulness=faithfulness(model, circuit, pairs), model=fingerprint(model))
 
 
 def relative(
@@ -292,6 +276,6 @@ def require_graph(model: TransformerBridge, circuit: Circuit) -> Graph:
     return graph
 
 
-def _own_columns(circuit: Circuit, writer: str) -> list[int]:
+def _private_readers(circuit: Circuit, writer: str) -> list[int]:
     """The readers of one writer alone; keys and values that it shares with other heads stay."""
     return [i for i in circuit.columns(writer) if circuit.kv_groups == 1 or "KV" not in circuit.readers[i]]

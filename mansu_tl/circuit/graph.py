@@ -6,18 +6,21 @@ head's key and value inputs (`L3KV1.k`, `L3KV1.v`), an MLP's input (`MLP3.in`), 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
+from mansu_tl.models.anatomy import graph_names
 from mansu_tl.results.result import Result
 
 
@@ -44,10 +47,7 @@ class Graph(Result):
     @torch_defaults()
     def from_map(cls, components: Anatomy) -> Graph:
         """The graph of a component map."""
-        exists = torch.zeros(len(components.writers), len(components.readers), dtype=torch.bool)
-        order_w = torch.tensor([_writer_order(name) for name in components.writers])
-        order_r = torch.tensor([_reader_order(name, components.parallel) for name in components.readers])
-        exists = order_w[:, None] < order_r[None, :]
+        exists = _in_order(components.writers, components.readers, components.parallel)
         return cls(components.writers, components.readers, exists)
 
     @property
@@ -65,35 +65,25 @@ class Graph(Result):
         Raises:
             MansuError: a writer or reader that the model does not have, or an edge that does not exist.
         """
-        writers = {name: i for i, name in enumerate(self.writers)}
-        readers = {name: i for i, name in enumerate(self.readers)}
         out = torch.zeros_like(self.exists)
         for writer, reader in edges:
-            if writer not in writers:
-                raise MansuError(
-                    f"edge {writer} -> {reader}: no writer {writer!r}; this model has {_some(self.writers)}"
-                )
-            if reader not in readers:
-                raise MansuError(
-                    f"edge {writer} -> {reader}: no reader {reader!r}; this model has {_some(self.readers)}"
-                )
-            if not self.exists[writers[writer], readers[reader]]:
+            for what, name, names in (("writer", writer, self.writers), ("reader", reader, self.readers)):
+                if name not in names:
+                    some = f"{', '.join(names[:3])} ... {names[-1]} ({len(names)})"
+                    raise MansuError(f"edge {writer} -> {reader}: no {what} {name!r}; this model has {some}")
+            at = self.writers.index(writer), self.readers.index(reader)
+            if not self.exists[at]:
                 raise MansuError(
                     f"edge {writer} -> {reader}: the reader is computed before the writer; swap or drop it"
                 )
-            out[writers[writer], readers[reader]] = True
+            out[at] = True
         return out
 
 
 def layer_of(name: str) -> int:
     """The layer of a writer or reader; -1 for `embed`, a number past every layer for `logits`."""
-    if name == "embed":
-        return -1
-    if name == "logits":
-        return 10**6
-    digits = name.removeprefix("MLP").removeprefix("L")
-    end = next((i for i, c in enumerate(digits) if not c.isdigit()), len(digits))
-    return int(digits[:end])
+    layer = re.match(r"(?:MLP|L)(\d+)", name)
+    return int(layer[1]) if layer else {"embed": -1, "logits": 10**6}[name]
 
 
 def reader_kind(name: str) -> str:
@@ -143,10 +133,16 @@ def writers_behind(reader: str, kv_groups: int) -> list[str]:
     return [f"L{layer}H{int(kv) * kv_groups + i}" for i in range(kv_groups)]
 
 
-def kv_groups(writers: Iterable[str], readers: Iterable[str]) -> int:
+def shape_of(writers: Sequence[str], readers: Sequence[str]) -> tuple[int, int, int]:
+    """Layers, heads of a layer and KV heads of a layer, counted in the names."""
+    layers = sum(name.startswith("MLP") for name in writers)
+    heads = sum(name.startswith("L0H") for name in writers)
+    return layers, heads, sum(name.startswith("L0KV") and name.endswith(".k") for name in readers)
+
+
+def kv_groups(writers: Sequence[str], readers: Sequence[str]) -> int:
     """Query heads per KV head, from the names of layer 0."""
-    heads = sum(1 for name in writers if name.startswith("L0H"))
-    kv = sum(1 for name in readers if name.startswith("L0KV") and name.endswith(".k"))
+    _, heads, kv = shape_of(writers, readers)
     return heads // kv
 
 
@@ -156,38 +152,38 @@ def require_names(writers: Sequence[str], readers: Sequence[str]) -> Bool[Tensor
     Raises:
         MansuError: they are not the names of a transformer's writers and readers, in order and complete.
     """
-    layers = sum(1 for name in writers if name.startswith("MLP"))
-    heads = sum(1 for name in writers if name.startswith("L0H"))
-    kv = sum(1 for name in readers if name.startswith("L0KV") and name.endswith(".k"))
-    wanted_writers, wanted_readers = ["embed"], []
-    for i in range(layers):
-        wanted_writers += [*(f"L{i}H{h}" for h in range(heads)), f"MLP{i}"]
-        wanted_readers += [*(f"L{i}H{h}.q" for h in range(heads)), *(f"L{i}KV{h}.k" for h in range(kv))]
-        wanted_readers += [*(f"L{i}KV{h}.v" for h in range(kv)), f"MLP{i}.in"]
-    for kind, given, wanted in (
-        ("writers", writers, wanted_writers),
-        ("readers", readers, [*wanted_readers, "logits"]),
+    layers, heads, kv = shape_of(writers, readers)
+    for kind, given, wanted in zip(
+        ("writers", "readers"), (writers, readers), graph_names(layers, heads, kv), strict=True
     ):
         wrong = next((a for a, b in zip_longest(given, wanted) if a != b), None)
-        if list(given) != wanted or not layers or not kv or heads % kv:
+        if tuple(given) != wanted or not layers or not kv or heads % kv:
             shown = f"{wrong!r} is out of place" if wrong is not None else "some are missing"
             raise MansuError(f"its {kind} are no graph of this package ({shown})")
-    order_w = torch.tensor([_writer_order(name) for name in writers])
-    order_r = torch.tensor([_reader_order(name, False) for name in readers])
-    return order_w[:, None] < order_r[None, :]
+    return _in_order(writers, readers, parallel=False)
 
 
-def _writer_order(name: str) -> int:
-    if name == "embed":
-        return -1
-    return 4 * layer_of(name) + (2 if name.startswith("MLP") else 0)
+def edge_frame(
+    writers: Sequence[str], readers: Sequence[str], mask: Bool[Tensor, "writer reader"],
+    values: Float[Tensor, "writer reader"],
+) -> pd.DataFrame:  # fmt: skip
+    """One row an edge of the mask, largest |value| ("score") first."""
+    rows, columns = mask.nonzero(as_tuple=True)
+    names = [readers[i] for i in columns.tolist()]
+    frame = pd.DataFrame(
+        {
+            "writer": [writers[i] for i in rows.tolist()],
+            "reader": names,
+            "kind": [reader_kind(name) for name in names],
+            "writer_layer": [layer_of(writers[i]) for i in rows.tolist()],
+            "score": values[rows, columns].tolist(),
+        }
+    )
+    return frame.sort_values("score", key=abs, ascending=False, kind="stable", ignore_index=True)
 
 
-def _reader_order(name: str, parallel: bool) -> int:
-    if name == "logits":
-        return 4 * 10**6
-    return 4 * layer_of(name) + (1 if reader_kind(name) == "mlp" and not parallel else 0)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:3])} ... {names[-1]} ({len(names)})"
+def _in_order(writers: Sequence[str], readers: Sequence[str], parallel: bool) -> Bool[Tensor, "writer reader"]:
+    """Whether a writer is computed before a reader."""
+    wrote = [4 * layer_of(name) + (2 if name.startswith("MLP") else 0) for name in writers]
+    reads = [4 * layer_of(name) + (1 if reader_kind(name) == "mlp" and not parallel else 0) for name in readers]
+    return torch.tensor(wrote)[:, None] < torch.tensor(reads)[None]

@@ -30,13 +30,15 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.sharing import LayerPlan, Plan, Reads, plan, useful
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, attention_weights, norm_weights
+from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.runs.ablation import Ablation, normed
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import Activations, Hook, chunks, heads_last, measured, prepared, run
+from mansu_tl.runs.metrics import Metric, logit_difference, measured
+from mansu_tl.runs.passes import Hook, Recording, chunks, heads_last, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 256 MB).
 _ROW_ELEMENTS = 64_000_000
@@ -125,14 +127,14 @@ class _Cost:
     def fixed(self) -> int:
         """Whatever the masks: the ablated run, and the inputs of one mask's attention, before and behind the norm."""
         anatomy = self.anatomy
-        readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
+        readers = anatomy.n_attention_readers
         kept = anatomy.n_layers * (4 * anatomy.d_model + (anatomy.n_heads + readers) * anatomy.d_head)
         return self.width * (kept + 3 * readers * anatomy.d_model) + self.vocab
 
     def mask(self, writers: int) -> int:
         """A mask with so many writers in use: their changes, its attention rows, its MLP, its logits."""
         anatomy = self.anatomy
-        readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
+        readers = anatomy.n_attention_readers
         rows = 3 * (anatomy.n_heads + readers) * anatomy.d_head + 2 * anatomy.n_heads * self.width
         return self.width * (writers * anatomy.d_model + rows + 4 * anatomy.d_mlp) + 2 * self.vocab
 
@@ -163,7 +165,7 @@ class _Base:
     map: Anatomy
     pairs: PromptPairs
     ablation: Ablation
-    run: Activations = field(init=False)
+    run: Recording = field(init=False)
     tokens: Int[Tensor, " token"] = field(init=False)
     last: Int[Tensor, " pair"] = field(init=False)
     embed: Float[Tensor, "token d_model"] = field(init=False)
@@ -173,16 +175,15 @@ class _Base:
         pairs = self.pairs
         self.run = self.ablation.activations(self.model, pairs)
         clean = pairs.clean
-        place = torch.arange(clean.shape[1], device=clean.device)[None]
-        alive = place < pairs.lengths[:, None]
+        alive = real_tokens(clean, pairs.lengths)
         if self.ablation.kind == "corrupt":
             # In front of the first changed token both runs are the same, whatever edges are live.
             alive &= (clean != pairs.corrupt).cumsum(1) > 0
-            alive |= place == pairs.lengths[:, None] - 1
+            alive[torch.arange(len(pairs), device=clean.device), pairs.lengths - 1] = True
         self.tokens = alive.flatten().nonzero()[:, 0]
         ends = torch.arange(len(pairs), device=clean.device) * clean.shape[1] + pairs.lengths - 1
         self.last = torch.searchsorted(self.tokens, ends)
-        self.embed = self.at(_embedded(self.model, clean) - self.run.embed)
+        self.embed = self.at(_embedded(self.model, clean) - self.run.value("stream", 0))
 
     def at(self, stream: Float[Tensor, "pair pos d"], last: bool = False) -> Float[Tensor, "token d"]:
         """A stream's vectors at the tokens that count, or at the last ones only."""
@@ -192,7 +193,7 @@ class _Base:
         """q, k and v of the ablated run at every position."""
         if layer not in self.projected:
             weights, norm = attention_weights(self.model, layer), norm_weights(self.model, layer, "attn")
-            x = normed(self.run.resid_pre[layer].flatten(0, 1), norm)
+            x = normed(self.run.value("stream", layer).flatten(0, 1), norm)
             parts = ((weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias))
             self.projected[layer] = [
                 functional.linear(x, w.flatten(0, 1), None if b is None else b.flatten()).unflatten(-1, w.shape[:2])
@@ -216,15 +217,10 @@ class _Group:
         """The logits at each pair's last token, by mask."""
         hooks: list[Hook] = []
         for layer, work in enumerate(self.plan.layers):
-            block = f"blocks.{layer}"
-            if work.rows:
-                hooks += self._attention(layer, work)
-            out = "ln2_post.hook_out" if self.map.post_norms else "mlp.hook_out"
-            hooks += [
-                (f"{block}.ln2.hook_in", self._mlp_in(layer, work)),
-                (f"{block}.{out}", self._mlp_out(layer, work)),
-            ]
-        hooks.append(("unembed.hook_in", self._final))
+            hooks += self._attention(layer, work) if work.rows else []
+            hooks.append((self.map.hook("mlp_in", layer), self._mlp_in(layer, work)))
+            hooks.append((self.map.hook("mlp_out", layer), self._mlp_out(layer, work)))
+        hooks.append((UNEMBED, self._final))
         with self.model.hooks(fwd_hooks=hooks):
             out_logits = self.model(self.base.pairs.clean[:1], return_type="logits")[0].float()
         parts = out_logits.unflatten(0, (len(self.plan.final), -1))
@@ -257,13 +253,16 @@ class _Group:
             inside = np.flatnonzero(owner == layer)
             part = slice(int(inside[0]), int(inside[-1]) + 1)
             distinct, back = torch.unique(weights[:, part], dim=0, return_inverse=True)
-            raw, norm = self.base.at(self.base.run.attn_raw[layer], last), norm_weights(self.model, layer, "attn_post")
+            raw, norm = (
+                self.base.at(self.base.run.value("attn_raw", layer), last),
+                norm_weights(self.model, layer, "attn_post"),
+            )
             out += (normed(_summed(raw, distinct, changes[part]), norm) - normed(raw, norm))[back]
         return out
 
     def _attention(self, layer: int, work: LayerPlan) -> list[Hook]:
         anatomy, base = self.map, self.base
-        counts = (anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_kv_heads)
+        counts = list(anatomy.heads_of.values())
         filled: list[Tensor] = []
 
         def begin(stream: Tensor, hook: object) -> Tensor:
@@ -284,7 +283,7 @@ class _Group:
             heads = heads_last(z, anatomy.n_heads).reshape(work.rows, -1, anatomy.n_heads, anatomy.d_head)
             weights, last = attention_weights(self.model, layer), layer == anatomy.n_layers - 1
             places = base.tokens[base.last] if last else base.tokens
-            ablated = base.at(base.run.z[layer].flatten(2), last).unflatten(-1, (anatomy.n_heads, -1))
+            ablated = base.at(base.run.value("z", layer).flatten(2), last).unflatten(-1, (anatomy.n_heads, -1))
             for head, instances in work.heads.items():
                 rows = torch.tensor([row for row, _ in instances], device=z.device)
                 change = heads[rows[:, None], places[None], head] - ablated[:, head]
@@ -292,10 +291,9 @@ class _Group:
                     self._write(value, partial(torch.mm, change[i], weights.o[head].T), last)
             return z[:1]
 
-        block = f"blocks.{layer}.attn"
-        hooks: list[Hook] = [(f"{block}.hook_in", begin), (f"{block}.o.hook_in", take)]
+        hooks: list[Hook] = [(anatomy.hook("attn_in", layer), begin), (anatomy.hook("z", layer), take)]
         for i, kind in enumerate("qkv"):
-            hooks += [(f"{block}.{kind}.hook_in", one_row), (f"{block}.{kind}.hook_out", give(i))]
+            hooks += [(anatomy.hook(f"{kind}_in", layer), one_row), (anatomy.hook(kind, layer), give(i))]
         return hooks
 
     def _filled(self, layer: int, work: LayerPlan) -> list[Float[Tensor, "row place head d_head"]]:
@@ -304,7 +302,7 @@ class _Group:
         weights, norm = attention_weights(self.model, layer), norm_weights(self.model, layer, "attn")
         matrices = [m for part in (weights.q, weights.k, weights.v) for m in part]
         biases = [b for part in (weights.q_bias, weights.k_bias, weights.v_bias) if part is not None for b in part]
-        stream, done = base.at(base.run.resid_pre[layer]), []
+        stream, done = base.at(base.run.value("stream", layer)), []
         for reads in work.reads:
             inputs = normed(self._rebuilt(reads, stream), norm)
             for i, c in reads.projections:
@@ -323,7 +321,7 @@ class _Group:
             if not work.mlp_reads:
                 return stream[:, :1]
             last = layer == self.map.n_layers - 1
-            base = self.base.at(self.base.run.mlp_in[layer], last)
+            base = self.base.at(self.base.run.value("mlp_in", layer), last)
             return torch.cat([self._rebuilt(reads, base, last) for reads in work.mlp_reads]).flatten(0, 1)[None]
 
         return hook_fn
@@ -332,7 +330,7 @@ class _Group:
         def hook_fn(out: Tensor, hook: object) -> Tensor:
             if work.mlp_reads:
                 last = layer == self.map.n_layers - 1
-                ablated = self.base.at(self.base.run.mlp_out[layer], last)
+                ablated = self.base.at(self.base.run.value("mlp_out", layer), last)
                 parts = out[0].unflatten(0, (len(work.mlp_reads), -1))
                 for value, part in zip(work.mlp_values, parts, strict=True):
                     self._write(value, partial(torch.sub, part, ablated), last)
@@ -341,7 +339,7 @@ class _Group:
         return hook_fn
 
     def _final(self, stream: Tensor, hook: object) -> Tensor:
-        base = self.base.at(self.base.run.final, last=True)
+        base = self.base.at(self.base.run.value("stream", self.map.n_layers), last=True)
         streams = torch.cat([self._rebuilt(reads, base, last=True) for reads in self.plan.final])
         return normed(streams, norm_weights(self.model, None, "final")).flatten(0, 1)[None]
 

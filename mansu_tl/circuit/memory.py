@@ -66,7 +66,7 @@ def plan(
     per_pair = _PASSING * (per_pair + width * _kept_bytes(anatomy, steps))
     per_token = _contraction_bytes(anatomy)
     # One layer's projections, as float32 and once more laid out for a product.
-    fixed += 8.0 * (2 * anatomy.n_heads + 2 * anatomy.n_kv_heads) * anatomy.d_head * anatomy.d_model
+    fixed += 8.0 * (anatomy.n_heads + anatomy.n_attention_readers) * anatomy.d_head * anatomy.d_model
     least = fixed + per_pair + per_token
     if least > budget:
         raise MansuError(
@@ -81,7 +81,7 @@ def plan(
 
 def _kept_bytes(anatomy: Anatomy, steps: int) -> float:
     """Per token: both ends of the writers and their difference, the readers' sums over the steps, and their gradients."""
-    readers = anatomy.n_heads + 2 * anatomy.n_kv_heads
+    readers = anatomy.n_attention_readers
     parts = 1 if not anatomy.post_norms else steps
     ends = 3 * (anatomy.n_heads * anatomy.d_head + anatomy.d_model)
     sums = readers * anatomy.d_head + anatomy.d_model + (steps // parts) * (anatomy.d_model + readers)
@@ -91,7 +91,7 @@ def _kept_bytes(anatomy: Anatomy, steps: int) -> float:
 
 def _contraction_bytes(anatomy: Anatomy) -> float:
     """Per token: every writer's change, one layer's gradients, and as much again for the product's operands."""
-    return 8.0 * (len(anatomy.writers) + anatomy.n_heads + 2 * anatomy.n_kv_heads + 1) * anatomy.d_model
+    return 8.0 * (len(anatomy.writers) + anatomy.n_attention_readers + 1) * anatomy.d_model
 
 
 def _rough(anatomy: Anatomy, width: int) -> float:
@@ -107,12 +107,12 @@ def _graph_bytes(model: TransformerBridge, pairs: PromptPairs) -> tuple[float, f
 
 
 def _saved(model: TransformerBridge, pairs: PromptPairs) -> int:
-    own = {p.untyped_storage().data_ptr() for p in model.original_model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in model.original_model.parameters()}
     sizes: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in weights:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -121,7 +121,7 @@ def _saved(model: TransformerBridge, pairs: PromptPairs) -> int:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         # The logits hold the graph, so no storage is freed and counted twice while it is built.
-        logits = run(model, pairs.clean, pairs.lengths, [("blocks.0.hook_in", start)])
+        logits = run(model, pairs.clean, pairs.lengths, [(Anatomy.of(model).hook("stream", 0), start)])
         del logits
     return sum(sizes.values())
 
@@ -134,10 +134,10 @@ def _free(model: TransformerBridge) -> float:
 
 
 def _bytes(value: str | int) -> float:
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
-    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+    amount = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
+    if amount is None or amount[2].upper() not in _UNITS or float(amount[1]) <= 0:
         raise MansuError(f'max_memory={value!r}: cannot be read; write "4GB", "500MB", "2GiB" or a number of bytes')
-    return float(found[1]) * _UNITS[found[2].upper()]
+    return float(amount[1]) * _UNITS[amount[2].upper()]
 
 
 def _text(amount: float) -> str:

@@ -8,7 +8,7 @@ replaced, and everything after the reader is recomputed (Goldowsky-Dill et al. 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -25,8 +25,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import metric_name, prepared
+from mansu_tl.runs.metrics import Metric, logit_difference, metric_name
+from mansu_tl.runs.passes import prepared
 
 DIRECTIONS = ("noising", "denoising")
 
@@ -127,9 +127,7 @@ def path_patching(
     graph = Graph.of(model)
     picked = [graph.mask(named)] if together else [graph.mask([edge]) for edge in named]
     masks = 1 - torch.stack([torch.zeros_like(graph.exists), *picked]).float()
-    other = PromptPairs(
-        pairs.corrupt, pairs.clean, pairs.answers, pairs.distractors, pairs.lengths, pairs.labels, pairs.spans
-    )
+    other = replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean)
     base = pairs if direction == "noising" else other
     values = patch_edges(model, base, masks, ablation=ablation, metric=metric, batch_size=batch_size, progress=progress)
     unpatched = values[0].double().mean().item()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 from jaxtyping import Bool, Float
@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import AttributionResult
 
 from mansu_tl.circuit import transformer_lens_io as interop
-from mansu_tl.circuit.graph import Graph, layer_of, reader_kind, require_names
+from mansu_tl.circuit.graph import Graph, edge_frame, require_names
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint
 from mansu_tl.results.result import Result, Table
@@ -76,18 +76,7 @@ class EdgeScores(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an edge, largest |score| first."""
-        rows, columns = self.exists.nonzero(as_tuple=True)
-        frame = pd.DataFrame(
-            {
-                "writer": [self.writers[i] for i in rows.tolist()],
-                "reader": [self.readers[i] for i in columns.tolist()],
-                "kind": [reader_kind(self.readers[i]) for i in columns.tolist()],
-                "writer_layer": [layer_of(self.writers[i]) for i in rows.tolist()],
-                "score": self.tensor[rows, columns].tolist(),
-            }
-        )
-        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
-        return frame.loc[order].reset_index(drop=True)
+        return edge_frame(self.writers, self.readers, self.exists, self.tensor)
 
     def to_transformer_lens(self) -> AttributionResult:
         """The scores as TransformerLens's `AttributionResult`, edges and writers, position by position.
@@ -144,10 +133,6 @@ class EdgeScores(Result):
             per_position=per_position,
             positions=tuple(str(i) for i in range(len(per_position))),
         )
-
-    def without_detail(self) -> EdgeScores:
-        """The same scores without the per-pair and per-position tensors."""
-        return replace(self, per_pair=None, per_position=None, positions=())
 
     def _check(self) -> None:
         possible = require_names(self.writers, self.readers)

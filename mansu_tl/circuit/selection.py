@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mansu_tl.circuit.graph import kv_groups, writers_behind
+from mansu_tl.circuit.graph import kv_groups, prune, writers_behind
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -81,19 +82,31 @@ def greedy_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor
 
 @torch_defaults()
 def selected_mask(
-    scores: EdgeScores, n: int, select: str = "top", by: str = "absolute"
+    scores: EdgeScores, n: int, select: str = "top", by: str = "absolute", least: int = 0
 ) -> Bool[Tensor, "writer reader"]:
     """`n` edges, "top" or "greedy".
 
     Raises:
-        MansuError: an unknown selection or ranking, or `n` not between 0 and the number of edges.
+        MansuError: an unknown selection or ranking, or `n` not between `least` and the number of edges.
     """
     if select not in SELECTIONS:
         raise MansuError(f"circuit: unknown selection {select!r}; choose top or greedy")
     total = int(scores.exists.sum())
-    if not 0 <= n <= total:
-        raise MansuError(f"circuit: n={n} edges, the graph has {total}; choose 0..{total}")
+    if not least <= n <= total:
+        raise MansuError(f"circuit: n={n} edges, the graph has {total}; choose {least}..{total}")
     return top_mask(scores, n, by) if select == "top" else greedy_mask(scores, n, by)
+
+
+def pruned_masks(
+    scores: EdgeScores, sizes: Sequence[int], select: str = "top", by: str = "absolute"
+) -> list[Bool[Tensor, "writer reader"]]:
+    """The circuits of several sizes: `selected_mask`, pruned.
+
+    Raises:
+        MansuError: as `selected_mask`.
+    """
+    groups = kv_groups(scores.writers, scores.readers)
+    return [prune(selected_mask(scores, n, select, by), scores.writers, scores.readers, groups) for n in sizes]
 
 
 @torch_defaults()

@@ -72,7 +72,7 @@ class Plan:
 
 def useful(anatomy: Anatomy, live: np.ndarray) -> np.ndarray:
     """The live edges [mask, writer, reader] that lead on to the logits, others set to 0."""
-    heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_heads // anatomy.n_kv_heads
+    heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.group
     wide = heads + 2 * kv + 1
     wanted = np.zeros((live.shape[0], live.shape[2]), dtype=bool)
     wanted[:, -1] = True
@@ -87,7 +87,7 @@ def useful(anatomy: Anatomy, live: np.ndarray) -> np.ndarray:
 
 
 def plan(anatomy: Anatomy, live: np.ndarray, consistent: bool) -> Plan:
-    """Number the values of some masks (edges that are not `useful` already taken out).
+    """Number the values of some masks (edges that are not `useful` already instances_of out).
 
     Args:
         live: [mask, writer, reader], 0 = ablated.
@@ -118,10 +118,10 @@ class _Numbering:
     def plan(self) -> Plan:
         heads, wide = self.map.n_heads, self.map.n_heads + 2 * self.map.n_kv_heads + 1
         layers = [self._layer(1 + i * (heads + 1), i * wide) for i in range(self.map.n_layers)]
-        found: dict[bytes, int] = {}
-        final_of = [found.setdefault(row[0], len(found)) for row in self._keys(self.values.shape[1], [-1])]
+        distinct: dict[bytes, int] = {}
+        final_of = [distinct.setdefault(row[0], len(distinct)) for row in self._keys(self.values.shape[1], [-1])]
         # A mask whose logits read what another mask's do is that mask all through; only one of them needs slots.
-        first_with = [final_of.index(i) for i in range(len(found))]
+        first_with = [final_of.index(i) for i in range(len(distinct))]
         used = {mask: self.values[mask].nonzero()[0] for mask in first_with}
         start, offset = {}, 0
         consumers: dict[int, list[int]] = {}
@@ -141,13 +141,13 @@ class _Numbering:
             first, column = 1 + i * (heads + 1), i * wide
             attention: list[Reads] = []
             order: dict[tuple[int, int], int] = {}
-            own: dict[int, list[tuple[int, int]]] = {}
+            of_owner: dict[int, list[tuple[int, int]]] = {}
             for pair in layer.projections:
-                own.setdefault(layer.owner[pair[1]][0], []).append(pair)
+                of_owner.setdefault(layer.owner[pair[1]][0], []).append(pair)
             for mask, columns in layer.owned.items():
-                for pair in own.get(mask, []):
+                for pair in of_owner.get(mask, []):
                     order[pair] = len(order)
-                pairs = [(layer.owner[number][1], c) for c, number in own.get(mask, [])]
+                pairs = [(layer.owner[number][1], c) for c, number in of_owner.get(mask, [])]
                 attention.append(reads(mask, first, [column + c for c in columns], pairs))
             rows, fill, by_head = self._rows(layer, order)
             limit = first if self.map.parallel else first + heads
@@ -158,7 +158,7 @@ class _Numbering:
 
     def _layer(self, first: int, column: int) -> _Layer:
         anatomy, layer = self.map, _Layer()
-        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_heads // anatomy.n_kv_heads
+        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.group
         wide = heads + 2 * kv
         keys = self._keys(first, list(range(column, column + wide)))
         wanted = self._wanted(first, heads)
@@ -222,17 +222,17 @@ class _Numbering:
     ) -> tuple[int, dict[int, list[tuple[int, int]]], dict[int, list[tuple[int, int]]]]:
         """Place the head instances: heads of one KV group share a row's key and value, others are independent."""
         anatomy = self.map
-        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.n_heads // anatomy.n_kv_heads
+        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.group
         fill: dict[int, list[tuple[int, int]]] = {}
         by_head: dict[int, list[tuple[int, int]]] = {}
         rows_of_group: dict[int, int] = {}
         placed: dict[tuple[int, int, int], list[int]] = {}
-        taken: dict[tuple[int, int, int, int], int] = {}
+        instances_of: dict[tuple[int, int, int, int], int] = {}
         for (h, q, k, v), value in layer.instances.items():
             g = h // group
             rows = placed.setdefault((g, k, v), [])
-            index = taken.get((h, g, k, v), 0)
-            taken[h, g, k, v] = index + 1
+            index = instances_of.get((h, g, k, v), 0)
+            instances_of[h, g, k, v] = index + 1
             if index == len(rows):
                 rows.append(rows_of_group.get(g, 0))
                 rows_of_group[g] = rows[-1] + 1

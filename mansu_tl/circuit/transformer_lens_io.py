@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,12 +21,16 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import AttributionResult, Node
 
-from mansu_tl.circuit.graph import Graph
+from mansu_tl.circuit.graph import Graph, shape_of
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.patching import NodeScores
 
-_NAME = re.compile(r"L(\d+)(H|KV)(\d+)(?:\.([qkv]))?|MLP(\d+)(\.in)?|embed|logits")
+_NAME = re.compile(r"(?P<end>embed|logits)|(L(?P<layer>\d+)(?P<of>H|KV)(?P<head>\d+)|MLP(?P<mlp>\d+))(?P<side>\.\w+)?")
+_KINDS: dict[str, Any] = {
+    **{"H": "attn_head_out", "H.q": "q_input", "KV.k": "k_input", "KV.v": "v_input"},
+    **{"MLP": "mlp_out", "MLP.in": "mlp_in"},
+}
 
 
 def result_of(
@@ -46,7 +51,7 @@ def result_of(
             "counts; score with per_position=True"
         )
     _refuse_groups(writers, readers)
-    layers = sum(name.startswith("MLP") for name in writers)
+    layers = shape_of(writers, readers)[0]
     edges: dict[tuple[Node, Node], float] = {}
     nodes: dict[Node, float] = {}
     for position, part in enumerate(per_position.tolist()):
@@ -70,14 +75,14 @@ def scores_of(result: AttributionResult, graph: Graph) -> Float[Tensor, "pos wri
             "TransformerLens result: it has no edge scores; run attribution_patch with "
             "EdgeAttributionConfig(granularity='edge')"
         )
-    found = [(_edge(edge, graph), edge[0].position, score) for edge, score in result.edge_scores.items()]
-    count = 1 + max(position for _, position, _ in found)
+    edges = [(_edge(edge, graph), edge[0].position, score) for edge, score in result.edge_scores.items()]
+    count = 1 + max(position for _, position, _ in edges)
     out = torch.zeros(count, *graph.exists.shape, dtype=torch.float64)
-    for (w, r), position, score in found:
+    for (w, r), position, score in edges:
         out[position, w, r] = score
-    if len(found) != count * graph.n_edges:
+    if len(edges) != count * graph.n_edges:
         raise MansuError(
-            f"TransformerLens result: {len(found)} edges, this model has {graph.n_edges} at each of {count} positions; "
+            f"TransformerLens result: {len(edges)} edges, this model has {graph.n_edges} at each of {count} positions; "
             "pass the result of the same model"
         )
     return out.float()
@@ -96,7 +101,7 @@ def node_scores_from_transformer_lens(result: AttributionResult, model: Transfor
     total = dict.fromkeys(anatomy.writers, 0.0)
     seen: set[str] = set()
     for node, score in result.node_scores.items():
-        name = _writer_name(node)
+        name = _name(node)
         if name not in total:
             raise MansuError(f"TransformerLens result: {node} is no writer of this model; pass its own result")
         seen.add(name)
@@ -137,7 +142,7 @@ def circuit_edges(
     if n_positions < 1:
         raise MansuError(f"circuit: n_positions={n_positions}; give the number of tokens of the prompt")
     _refuse_groups(writers, readers)
-    layers = sum(name.startswith("MLP") for name in writers)
+    layers = shape_of(writers, readers)[0]
     return [
         (_node(writers[w], position, layers), _node(readers[r], position, layers))
         for position in range(n_positions)
@@ -162,40 +167,26 @@ def mask_of(
 
 
 def _node(name: str, position: int, layers: int) -> Node:
-    found = _NAME.fullmatch(name)
-    if found is None:
+    match = _NAME.fullmatch(name)
+    if match is None:
         raise MansuError(
             f"{name!r}: no writer or reader; names are embed, L0H0, L0H0.q, L0KV0.k, MLP0, MLP0.in, logits"
         )
-    if name == "embed":
-        return Node("embed", position)
-    if name == "logits":
-        return Node("logits", position, layer=layers - 1)
-    if found[5] is not None:
-        return Node("mlp_in" if found[6] else "mlp_out", position, layer=int(found[5]))
-    layer, head = int(found[1]), int(found[3])
-    if found[4] is None:
-        return Node("attn_head_out", position, layer=layer, head=head)
-    if found[4] == "q":
-        return Node("q_input", position, layer=layer, head=head)
-    return Node("k_input" if found[4] == "k" else "v_input", position, layer=layer, head=head)
+    if match["end"]:
+        return Node("logits", position, layer=layers - 1) if name == "logits" else Node("embed", position)
+    kind = _KINDS[(match["of"] or "MLP") + (match["side"] or "")]
+    head = None if match["head"] is None else int(match["head"])
+    return Node(kind, position, layer=int(match["layer"] or match["mlp"]), head=head)
 
 
-def _writer_name(node: Node) -> str:
-    if node.kind == "attn_head_out":
-        return f"L{node.layer}H{node.head}"
-    return f"MLP{node.layer}" if node.kind == "mlp_out" else node.kind
-
-
-def _reader_name(node: Node) -> str:
-    if node.kind in ("q_input", "k_input", "v_input"):
-        kind = node.kind[0]
-        return f"L{node.layer}{'H' if kind == 'q' else 'KV'}{node.head}.{kind}"
-    return f"MLP{node.layer}.in" if node.kind == "mlp_in" else node.kind
+def _name(node: Node) -> str:
+    of, dot, side = next((form for form, kind in _KINDS.items() if kind == node.kind), node.kind).partition(".")
+    named = {"MLP": f"MLP{node.layer}", "H": f"L{node.layer}H{node.head}", "KV": f"L{node.layer}KV{node.head}"}
+    return named.get(of, of) + dot + side
 
 
 def _edge(edge: tuple[Node, Node], graph: Graph) -> tuple[int, int]:
-    writer, reader = _writer_name(edge[0]), _reader_name(edge[1])
+    writer, reader = _name(edge[0]), _name(edge[1])
     if writer in graph.writers and reader in graph.readers and edge[0].position == edge[1].position:
         w, r = graph.writers.index(writer), graph.readers.index(reader)
         if graph.exists[w, r]:
@@ -204,8 +195,7 @@ def _edge(edge: tuple[Node, Node], graph: Graph) -> tuple[int, int]:
 
 
 def _refuse_groups(writers: Sequence[str], readers: Sequence[str]) -> None:
-    heads = sum(name.startswith("L0H") for name in writers)
-    kv = sum(name.startswith("L0KV") and name.endswith(".k") for name in readers)
+    _, heads, kv = shape_of(writers, readers)
     if heads != kv:
         raise MansuError(
             f"TransformerLens: {heads} heads share {kv} KV heads, and it names no edge into a shared key or value; use "

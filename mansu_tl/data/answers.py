@@ -83,30 +83,32 @@ def seam(
     )
 
 
-def single_token(
+def continuation(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     answer: str,
     what: str,
     answer_space: AnswerSpace = "auto",
     alone: list[int] | None = None,
-) -> tuple[list[int], int]:
-    """As `seam`, for an answer that is one token.
+    *,
+    one_token: bool = True,
+) -> tuple[list[int], list[int]]:
+    """As `seam`, for an answer that the tokenizer can write, of one token or (`one_token=False`) of any number.
 
     Raises:
         MansuError: as `seam`, or `answer` continues the prompt as several tokens, as none, or as the unknown token.
     """
     before, new = seam(tokenizer, prompt, answer, what, answer_space, alone)
-    if len(new) != 1:
+    if len(new) != 1 and (one_token or not new):
         raise MansuError(
             f"{what} {answer!r} continues {prompt!r} as {len(new)} tokens {tokenizer.convert_ids_to_tokens(new)}; "
             "choose an answer that is one token"
         )
-    if new[0] == tokenizer.unk_token_id and answer.strip() != tokenizer.unk_token:
+    if tokenizer.unk_token_id in new and answer.strip() != tokenizer.unk_token:
         raise MansuError(
             f"{what} {answer!r} is unknown to the tokenizer after {prompt!r}; choose one that it can write"
         )
-    return before, new[0]
+    return before, new
 
 
 def require_answer_space(value: object, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class _Part:
     row: str
     ids: tuple[Tensor, ...]
     lengths: Tensor
-    options: tuple[Tensor, ...] = ()
+    options: Tensor | None = None
 
 
 def require_fit(
@@ -40,7 +41,7 @@ def require_fit(
     for part in _parts(given):
         if not len(part.lengths) or part.lengths.device.type == "meta":
             continue
-        for ids in (*part.ids, *part.options):
+        for ids in (*part.ids, *(() if part.options is None else (part.options,))):
             if vocabulary is not None and int(ids.max()) >= vocabulary:
                 i = int((ids >= vocabulary).reshape(len(ids), -1).any(1).nonzero()[0])
                 raise MansuError(
@@ -61,45 +62,16 @@ def require_fit(
             )
 
 
-def require_pairs(pairs: object) -> None:
-    """Refuse anything but prompt pairs.
-
-    Raises:
-        MansuError: something else; it says how to make pairs of it.
-    """
-    if not isinstance(pairs, PromptPairs):
-        raise MansuError(f"pairs: got a {type(pairs).__name__}; {_way_to(pairs, 'pairs')}")
+def _require(kind: type, word: str, value: object) -> None:
+    """Refuse anything but a `kind`; the error says how to make one of it."""
+    if not isinstance(value, kind):
+        raise MansuError(f"{word}: got a {type(value).__name__}; {_way_to(value, word)}")
 
 
-def require_questions(questions: object) -> None:
-    """Refuse anything but questions.
-
-    Raises:
-        MansuError: something else; it says how to make questions of it.
-    """
-    if not isinstance(questions, Questions):
-        raise MansuError(f"questions: got a {type(questions).__name__}; {_way_to(questions, 'questions')}")
-
-
-def require_sequences(text: object) -> None:
-    """Refuse anything but sequences.
-
-    Raises:
-        MansuError: something else; it says how to make sequences of it.
-    """
-    if not isinstance(text, Sequences):
-        raise MansuError(f"text: got a {type(text).__name__}; {_way_to(text, 'text')}")
-
-
-def require_task(task: object) -> None:
-    """Refuse anything but a task.
-
-    Raises:
-        MansuError: something else; it says how to make a task of it.
-    """
-    if not isinstance(task, Task):
-        raise MansuError(f"task: got a {type(task).__name__}; {_way_to(task, 'task')}")
-
+require_pairs = partial(_require, PromptPairs, "pairs")
+require_questions = partial(_require, Questions, "questions")
+require_sequences = partial(_require, Sequences, "text")
+require_task = partial(_require, Task, "task")
 
 _PARTS = {
     "pairs": "task.forget_pairs",
@@ -127,10 +99,9 @@ def _way_to(found: object, wanted: str) -> str:
 
 def _parts(given: PromptPairs | Questions | Sequences | Task, of: str = "") -> Iterator[_Part]:
     if isinstance(given, PromptPairs):
-        options = given.answers, given.distractors
-        yield _Part(f"{of}pair", (given.clean, given.corrupt), given.lengths, options)
+        yield _Part(f"{of}pair", (given.clean, given.corrupt), given.lengths, given.options)
     elif isinstance(given, Questions):
-        yield _Part(f"{of}question", (given.prompts,), given.lengths, (given.choices,))
+        yield _Part(f"{of}question", (given.prompts,), given.lengths, given.choices)
     elif isinstance(given, Sequences):
         yield _Part(f"{of}sequence", (given.tokens,), given.lengths)
     else:

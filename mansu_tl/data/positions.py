@@ -26,6 +26,11 @@ class Positions:
     names: tuple[str, ...]
     index: Int[Tensor, "pair pos"]
 
+    def add(self, total: Tensor, piece: slice, values: Tensor) -> None:
+        """Add the values [pair, pos, ...] of some pairs to their rows of `total`, which is in float64 on the CPU."""
+        index = self.index[piece].flatten().cpu()
+        total.index_add_(0, index[index >= 0], values.flatten(0, 1).double().cpu()[index >= 0])
+
 
 @torch_defaults()
 def positions(pairs: PromptPairs, align: str = "start") -> Positions:

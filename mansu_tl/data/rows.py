@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mansu_tl.data.masks import real_tokens
+from mansu_tl.defaults import moved
 from mansu_tl.errors import MansuError
+from mansu_tl.results.result import Result
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Rows")
+
+
+class Rows(Result):
+    """A dataclass of rows: every tensor and every tuple in it has one entry a row, a tuple of `Rows` one in each."""
+
+    def __len__(self) -> int:
+        first: Tensor = next(value for value in vars(self).values() if isinstance(value, Tensor))
+        return first.shape[0]
+
+    def __getitem__(self: R, index: int | slice | list[int] | Tensor) -> R:
+        """The chosen rows, of the same class."""
+        chosen = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
+        return with_values(self, **{f.name: _rows(getattr(self, f.name), chosen) for f in fields(self)})  # type: ignore[arg-type]
+
+    def to(self: R, device: str | torch.device) -> R:
+        """The same on `device`."""
+        return with_values(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})  # type: ignore[arg-type]
+
+
+def _rows(value: Any, chosen: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value[chosen]
+    if isinstance(value, tuple) and value:
+        return (
+            tuple(one[chosen] for one in value)
+            if isinstance(value[0], Rows)
+            else tuple(value[i] for i in chosen.tolist())
+        )
+    return value
+
+
+def _moved(value: Any, device: str | torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return moved(value, device)
+    return (
+        tuple(one.to(device) if isinstance(one, Rows) else one for one in value) if isinstance(value, tuple) else value
+    )
 
 
 def whole_numbers(what: str, value: object, ndim: int) -> Tensor:
@@ -73,32 +114,31 @@ def without_padding(row: str, what: str, tokens: Tensor, lengths: Tensor) -> Ten
     return torch.where(real, tokens, 0)
 
 
-def require_options(row: str, right: Tensor, wrong: Tensor) -> None:
-    """Refuse options that are negative, or among which the right one or a wrong one stands twice.
+def require_options(row: str, options: Tensor) -> None:
+    """Refuse options [row, option, token] that are negative (but for -1 behind an option's end) or there twice.
 
     Raises:
-        MansuError: there is such a row.
+        MansuError: there is such an option, or none but the right one, which is option 0.
     """
-    if wrong.shape[1] < 1:
+    if options.shape[1] < 2:
         raise MansuError(f"{row}s: no distractor; give each at least one wrong option")
-    if right.device.type == "meta":
+    if options.device.type == "meta":
         return
-    options = torch.cat([right[:, None], wrong], 1)
-    negative = (options < 0).nonzero()
-    if len(negative):
-        i = int(negative[0, 0])
-        raise MansuError(f"{row} {i}: option {int(options[tuple(negative[0])])} is negative; token ids count from 0")
-    both = (wrong == right[:, None]).any(1).nonzero()
-    if len(both):
-        i = int(both[0])
-        raise MansuError(
-            f"{row} {i}: token {int(right[i])} is the answer and a distractor; drop it from the distractors"
-        )
-    ordered = wrong.sort(1).values
-    doubled = (ordered[:, 1:] == ordered[:, :-1]).nonzero()
+    ended = (options == -1).cummax(-1).values
+    negative = ((options < 0) & ~((options == -1) & ended)) | (options[..., :1] < 0) | (ended & (options >= 0))
+    if negative.any():
+        i, option, at = negative.nonzero()[0].tolist()
+        value = int(options[i, option, at])
+        what = f"option {value} is negative" if value < 0 else f"option {value} stands behind the padding"
+        raise MansuError(f"{row} {i}: {what}; token ids count from 0, and -1 only follows them")
+    doubled = (options[:, :, None] == options[:, None]).all(-1).triu(1).nonzero()
     if len(doubled):
-        i, at = doubled[0].tolist()
-        raise MansuError(f"{row} {i}: token {int(ordered[i, at])} is a distractor twice; give each wrong option once")
+        i, first, second = doubled[0].tolist()
+        tokens = options[i, second][options[i, second] >= 0].tolist()
+        shown = f"token {tokens[0]}" if len(tokens) == 1 else f"tokens {tokens}"
+        if first == 0:
+            raise MansuError(f"{row} {i}: {shown} is the answer and a distractor; drop it from the distractors")
+        raise MansuError(f"{row} {i}: {shown} is a distractor twice; give each wrong option once")
 
 
 def set_fields(instance: object, **values: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.rows import (
+    Rows,
     checked_lengths,
     require_options,
     set_fields,
@@ -19,15 +20,14 @@ from mansu_tl.data.rows import (
     with_values,
     without_padding,
 )
-from mansu_tl.defaults import moved
 from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result, Table
 
-_HELD_OUT = ", held out"
+HELD_OUT = ", held out"
 
 
 @dataclass(frozen=True)
-class Sequences(Result):
+class Sequences(Rows):
     """Right-padded token sequences; whatever stands behind a sequence's length is replaced by token 0.
 
     Attributes:
@@ -46,24 +46,12 @@ class Sequences(Result):
         lengths = checked_lengths("sequence", tokens, self.lengths)
         set_fields(self, tokens=without_padding("sequence", "text", tokens, lengths), lengths=lengths)
 
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
-    def __getitem__(self, index: int | slice | list[int] | Tensor) -> Sequences:
-        """The chosen rows, as `Sequences`."""
-        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
-        return with_values(self, tokens=self.tokens[picked], lengths=self.lengths[picked])
-
-    def to(self, device: str | torch.device) -> Sequences:
-        """The same sequences on `device`."""
-        return with_values(self, tokens=moved(self.tokens, device), lengths=moved(self.lengths, device))
-
     def __repr__(self) -> str:
         return f"Sequences({len(self)} sequences of up to {self.tokens.shape[1]} tokens)"
 
 
 @dataclass(frozen=True)
-class Questions(Result):
+class Questions(Rows):
     """Multiple-choice questions with one-token options.
 
     Attributes:
@@ -91,32 +79,32 @@ class Questions(Result):
                 raise MansuError(f"questions: {count} {what} for {len(prompts)} prompts; give one for each")
         if choices.device != prompts.device:
             raise MansuError(f"questions: choices on {choices.device}, prompts on {prompts.device}; put all on one")
-        require_options("question", choices[:, 0] if choices.shape[1] else choices.sum(1), choices[:, 1:])
+        require_options("question", choices[..., None])
         prompts = without_padding("question", "prompt", prompts, lengths)
         set_fields(self, prompts=prompts, lengths=lengths, choices=choices, facts=facts)
 
-    def __len__(self) -> int:
-        return self.prompts.shape[0]
-
-    def __getitem__(self, index: int | slice | list[int] | Tensor) -> Questions:
-        """The chosen questions, as `Questions`."""
-        picked = torch.arange(len(self), device="cpu")[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
-        facts = tuple(self.facts[i] for i in picked.tolist())
-        values = {name: getattr(self, name)[picked] for name in ("prompts", "lengths", "choices")}
-        return with_values(self, **values, facts=facts)
+    @classmethod
+    def of_pairs(cls, pairs: PromptPairs) -> Questions:
+        """The clean prompts of pairs as questions, the answer among the distractors."""
+        return cls(pairs.clean, pairs.lengths, torch.cat([pairs.answers[:, None], pairs.distractors], 1), pairs.facts)
 
     @property
     def chance(self) -> float:
-        """Multiple choice by guessing, in percent: the mean over questions of 100 / options."""
+        """Multiple choice by guessing, in percent."""
         return 100 / self.choices.shape[1]
-
-    def to(self, device: str | torch.device) -> Questions:
-        """The same questions on `device`."""
-        parts = ("prompts", "lengths", "choices")
-        return with_values(self, **{name: moved(getattr(self, name), device) for name in parts})
 
     def __repr__(self) -> str:
         return f"Questions({len(self)} with {self.choices.shape[1]} options, {len(set(self.facts))} facts)"
+
+
+_PARTS: dict[str, type] = {
+    "forget_pairs": PromptPairs,
+    "retain_pairs": PromptPairs,
+    "retain_text": Sequences,
+    "near_text": Sequences,
+    "unseen": Sequences,
+    "questions": Mapping,
+}
 
 
 @dataclass(frozen=True)
@@ -151,8 +139,7 @@ class Task(Result):
     lines: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        parts = {"forget_pairs": PromptPairs, "retain_pairs": PromptPairs, "retain_text": Sequences}
-        for key, kind in (parts | {"near_text": Sequences, "unseen": Sequences, "questions": Mapping}).items():
+        for key, kind in _PARTS.items():
             if not isinstance(getattr(self, key), kind):
                 found = type(getattr(self, key)).__name__
                 raise MansuError(f"task {self.name!r}: {key} is a {found}; give {kind.__name__}, or use load_task")
@@ -178,28 +165,24 @@ class Task(Result):
 
     def to(self, device: str | torch.device) -> Task:
         """The same task with its tensors on `device`."""
-        parts = ("forget_pairs", "retain_pairs", "retain_text", "near_text", "unseen")
         moved = {key: value.to(device) for key, value in self.questions.items()}
-        return with_values(self, **{part: getattr(self, part).to(device) for part in parts}, questions=moved)
+        parts = {part: getattr(self, part).to(device) for part in _PARTS if part != "questions"}
+        return with_values(self, **parts, questions=moved)
 
     def __repr__(self) -> str:
         sets = ", ".join(f"{key} {len(value)}" for key, value in self.questions.items())
         texts = f"{len(self.forget_pairs)} forget pairs, {len(self.retain_text)} retain texts"
-        return f"Task({self.name!r}: {texts}; questions: {sets}{self._read()})"
+        return f"Task({self.name!r}: {texts}; questions: {sets}{self._lines()})"
 
-    def _read(self) -> str:
+    def _lines(self) -> str:
         """Every line of the file, by set."""
         if not self.lines:
             return ""
-        held_out = {key.removesuffix(_HELD_OUT): n for key, n in self.lines.items() if key.endswith(_HELD_OUT)}
-        names = dict.fromkeys(key.removesuffix(_HELD_OUT) for key in self.lines)
-        sets = [f"{name} {self.lines.get(name, 0)}" + _plus(held_out.get(name, 0)) for name in names]
+        names = dict.fromkeys(key.removesuffix(HELD_OUT) for key in self.lines)
+        counts = {name: (self.lines.get(name, 0), self.lines.get(name + HELD_OUT, 0)) for name in names}
+        sets = [f"{name} {seen}" + (f" + {held} held out" if held else "") for name, (seen, held) in counts.items()]
         return f"; {sum(self.lines.values())} lines: {', '.join(sets)}"
 
     def _tables(self) -> Sequence[Table]:
         rows = [{"questions": k, "number": len(v), "facts": len(set(v.facts))} for k, v in self.questions.items()]
         return (Table(pd.DataFrame(rows)),)
-
-
-def _plus(held_out: int) -> str:
-    return f" + {held_out} held out" if held_out else ""

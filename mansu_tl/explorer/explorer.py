@@ -23,7 +23,7 @@ from mansu_tl.explorer.results import Results
 from mansu_tl.explorer.selection import Item, Selection, item_name, parsed_item
 from mansu_tl.models import fingerprint, load
 from mansu_tl.models.kinds import require_bridge
-from mansu_tl.quantization.registry import quantizer
+from mansu_tl.quantization import quantizer
 from mansu_tl.study import Study
 from mansu_tl.unlearning import Edit, method_title, methods
 

@@ -14,9 +14,9 @@ from mansu_tl.circuit.graph import reader_kind, writers_behind
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer.results import ORIGINAL, Results, Stage
 from mansu_tl.explorer.selection import Edge, Item, Part, Selection, head_of, item_name
-from mansu_tl.plots.stage_scores import StageScore, stage_scores
+from mansu_tl.plots.scatters import StageScore, stage_scores
 from mansu_tl.plots.theme import fixed, theme_named
-from mansu_tl.quantization.registry import quantizer
+from mansu_tl.quantization import quantizer
 from mansu_tl.results.intervals import interval_over_facts
 
 SELECTED = "selected"

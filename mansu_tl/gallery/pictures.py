@@ -19,7 +19,7 @@ from mansu_tl.comparison import figures as comparison_figures
 from mansu_tl.patching import PatchingResult
 from mansu_tl.patching.nodes import NodeScores
 from mansu_tl.quantization import UpdateStatistics, grid_of
-from mansu_tl.quantization.flips import predicted_flips
+from mansu_tl.quantization.statistics import predicted_flips
 from mansu_tl.results.files import read_packed
 from mansu_tl.unlearning import MansuSettings, headline
 from mansu_tl.verification import Bounds, Certificate, Divergence, ErasureDepth, Probes, Relearning, Scorecard

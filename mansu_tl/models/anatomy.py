@@ -140,11 +140,11 @@ class Anatomy:
         Raises:
             MansuError: no such component.
         """
-        found = _COMPONENT.fullmatch(component)
-        if found is None:
+        parsed = _COMPONENT.fullmatch(component)
+        if parsed is None:
             raise self._unknown(component)
         kind = registered(self.family)
-        number = {key: int(value) for key, value in found.groupdict().items() if value is not None and value.isdigit()}
+        number = {key: int(value) for key, value in parsed.groupdict().items() if value is not None and value.isdigit()}
         limits = {"head": self.n_heads, "kv": self.n_kv_heads, "neuron": self.d_mlp}
         layer = number["mlp"] if "mlp" in number else number["layer"]
         if layer >= self.n_layers or any(number[key] >= limit for key, limit in limits.items() if key in number):
@@ -153,10 +153,10 @@ class Anatomy:
         if "mlp" in number:
             return self._mlp(kind, at, number.get("neuron"))
         if "kv" in number:
-            return self._projection(kind, at, found["kv_part"], number["kv"])
+            return self._projection(kind, at, parsed["kv_part"], number["kv"])
         q, head = self._projection(kind, at, "q", number["head"]), number["head"]
         o = (WeightSlice(f"{at}.{kind.o}.weight", _input(kind), head * self.d_head, (head + 1) * self.d_head),)
-        return {"q": q, "o": o, None: q + o}[found["part"]]
+        return {"q": q, "o": o, None: q + o}[parsed["part"]]
 
     def _projection(self, kind: Family, at: str, part: str, head: int) -> tuple[WeightSlice, ...]:
         i = "qkv".index(part)
@@ -192,11 +192,7 @@ def _anatomy(model: Model) -> Anatomy:
     kind, config = family(model), hf_of(model).config
     layers, heads, d_model = range(config.num_hidden_layers), config.num_attention_heads, config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    writers, readers = ["embed"], []
-    for i in layers:
-        writers += [*(f"L{i}H{h}" for h in range(heads)), f"MLP{i}"]
-        readers += [f"L{i}H{h}.q" for h in range(heads)]
-        readers += [f"L{i}KV{h}.{part}" for part in "kv" for h in range(kv_heads)] + [f"MLP{i}.in"]
+    writers, readers = graph_names(len(layers), heads, kv_heads)
     paths = {kind.q, kind.k, kind.v, kind.o, kind.up, kind.down} | ({kind.gate} if kind.gate else set())
     linear = [f"{kind.layers}.{i}.{path}" for i in layers for path in paths]
     return Anatomy(
@@ -209,12 +205,22 @@ def _anatomy(model: Model) -> Anatomy:
         d_mlp=getattr(config, kind.mlp_width) or 4 * d_model,
         parallel=kind.parallel is not None and bool(getattr(config, kind.parallel)),
         post_norms=kind.attn_post_norm is not None,
-        writers=tuple(writers),
-        readers=(*readers, "logits"),
+        writers=writers,
+        readers=readers,
         biases=frozenset(
             f"{path}.bias" for path in linear if submodule(model, path)._parameters.get("bias") is not None
         ),
     )
+
+
+def graph_names(layers: int, heads: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of all writers and readers of a model of this shape, in order of computation."""
+    writers, readers = ["embed"], []
+    for i in range(layers):
+        writers += [*(f"L{i}H{h}" for h in range(heads)), f"MLP{i}"]
+        readers += [f"L{i}H{h}.q" for h in range(heads)]
+        readers += [f"L{i}KV{h}.{part}" for part in "kv" for h in range(kv_heads)] + [f"MLP{i}.in"]
+    return tuple(writers), (*readers, "logits")
 
 
 def flat_indices(piece: WeightSlice, shape: Sequence[int]) -> Int64[Tensor, " index"]:

@@ -18,8 +18,7 @@ from transformers import Cache, PreTrainedModel
 
 from mansu_tl.errors import MansuError
 
-# What TransformerLens's attention reads.
-_READ = "past_key_values"
+_READ = "past_key_values"  # what TransformerLens's attention reads
 
 
 def cache_argument(hf: PreTrainedModel) -> str:
@@ -68,19 +67,14 @@ def cache_passed_on(bridge: TransformerBridge) -> Iterator[None]:
             handle.remove()
 
 
-def _as_asked_for(
-    hf: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]] | None:
+def _as_asked_for(hf: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """TransformerLens's `generate` gives the cache under its old name, which transformers warns about."""
     name = cache_argument(hf)
-    if _READ not in kwargs or name == _READ:
-        return None
-    rest = {key: value for key, value in kwargs.items() if key != _READ}
-    return args, {**rest, name: kwargs[_READ]}
+    return (args, {name if key == _READ else key: value for key, value in kwargs.items()}) if _READ in kwargs else None
 
 
-def _renamed(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _renamed(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     if kwargs.get(_READ) is not None:
         return None
-    found = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
-    return None if found is None else (args, {**kwargs, _READ: found})
+    cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+    return None if cache is None else (args, {**kwargs, _READ: cache})

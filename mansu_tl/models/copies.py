@@ -18,7 +18,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.cache import pass_cache_on
 from mansu_tl.models.families import family_of
-from mansu_tl.models.four_bit import packed, repack, require_dense, settle, splitter
+from mansu_tl.models.four_bit import compute_from_codes, packed, repack, require_dense, splitter
 from mansu_tl.models.tree import Model, blank, buffers, groups, hf_of, matched, require_in_step
 
 
@@ -80,10 +80,10 @@ def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: s
     """A bridge around `hf`, which it takes over; frozen, in eval mode; the tokenizer object is used as it is.
 
     Raises:
-        MansuError: 4-bit weights that cannot be computed with as they are (see `settle`).
+        MansuError: 4-bit weights that cannot be computed with as they are (see `compute_from_codes`).
     """
     hf.eval().requires_grad_(False)
-    settle(hf, name)
+    compute_from_codes(hf, name)
     kind = family_of(hf.config, type(hf).__name__)
 
     def prepare(adapter: Any) -> None:
@@ -94,7 +94,7 @@ def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: s
             attention.split_qkv_matrix = splitter(kind, hf.config.num_attention_heads, attention.split_qkv_matrix)
 
     # TransformerLens initializes the split q, k, v of fused projections before it fills them.
-    with _taken_as_is(tokenizer), torch.random.fork_rng(devices=[]):
+    with _as_it_is(tokenizer), torch.random.fork_rng(devices=[]):
         bridge = build_bridge_from_module(
             hf,
             type(hf).__name__,
@@ -140,7 +140,7 @@ def forget_source_format(hf: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _taken_as_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
+def _as_it_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
     # TransformerLens loads a tokenizer anew from its name unless it claims to prepend BOS, and added tokens get lost.
     if tokenizer is None:
         yield
@@ -169,11 +169,11 @@ def _copy(model: Model, values: Mapping[str, Tensor]) -> PreTrainedModel:
         parameter = nn.Parameter(new, requires_grad=False)
         for name in names:
             _put(fresh, name, parameter, "_parameters")
-    have = buffers(model)
+    live_buffers = buffers(model)
     for name, _ in list(fresh.named_buffers(remove_duplicate=False)):
-        if name not in have:
+        if name not in live_buffers:
             raise MansuError(f"{name}: buffer not found in this model; load it with mansu_tl.load")
-        _put(fresh, name, have[name].detach().clone(), "_buffers")
+        _put(fresh, name, live_buffers[name].detach().clone(), "_buffers")
     fresh.generation_config = copy.deepcopy(source.generation_config)
     return fresh.eval()
 

@@ -204,7 +204,7 @@ def _obstacles(config: PretrainedConfig) -> list[str]:
         return any(fact.get(name) for fact in facts for name in names)
 
     kinds = {str(kind) for fact in facts for kind in fact.get("layer_types") or ()}
-    found = {
+    obstacles = {
         "has an encoder beside the decoder, so two residual streams": says("is_encoder_decoder"),
         "is multimodal (save its language model as a causal one of its own)": says("vision_config", "audio_config"),
         "shares keys and values between layers, so that they belong to no one layer": says("num_kv_shared_layers"),
@@ -216,4 +216,4 @@ def _obstacles(config: PretrainedConfig) -> list[str]:
         )
         or any("linear" in kind or "mamba" in kind or "recurrent" in kind for kind in kinds),
     }
-    return [what for what, true in found.items() if true]
+    return [what for what, true in obstacles.items() if true]

@@ -37,13 +37,13 @@ def fingerprint(model: Model) -> str:
     live = parameters(model)
     require_in_step(model)
     digest, weights = hashlib.sha256(), _weights()
-    there: dict[torch.device, Tensor] = {}  # moved once a device: once a tensor takes longer than all the rest
+    weights_on: dict[torch.device, Tensor] = {}  # moved once a device: once a tensor takes longer than all the rest
     parts: list[Tensor] = []
     for name, tensor in _tensors(live):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        if tensor.device not in there:
-            there[tensor.device] = weights.to(tensor.device)
-        parts.append(_projected(_words(tensor), there[tensor.device]))
+        if tensor.device not in weights_on:
+            weights_on[tensor.device] = weights.to(tensor.device)
+        parts.append(_projected(_words(tensor), weights_on[tensor.device]))
     # One transfer a device.
     places = list(dict.fromkeys(part.device for part in parts))
     moved = {place: iter(_moved([part for part in parts if part.device == place])) for place in places}

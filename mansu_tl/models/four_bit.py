@@ -48,20 +48,19 @@ def stored_kind(config: PretrainedConfig, name: str) -> str | None:
     Raises:
         MansuError: it is quantized in another way.
     """
-    found: Any = getattr(config, "quantization_config", None)
-    if found is None:
+    asked: Any = getattr(config, "quantization_config", None)
+    if asked is None:
         return None
-    said = found if isinstance(found, dict) else found.to_dict()
-    method = said.get("quant_method", "unknown")
+    settings = asked if isinstance(asked, dict) else asked.to_dict()
+    method = settings.get("quant_method", "unknown")
     method = str(getattr(method, "value", method))
-    four = said.get("load_in_4bit", said.get("_load_in_4bit", False))
-    if method != "bitsandbytes" or not four:
+    if method != "bitsandbytes" or not settings.get("load_in_4bit", settings.get("_load_in_4bit", False)):
         what = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
         raise MansuError(
             f"{name}: this checkpoint is quantized with {what}; only 4-bit bitsandbytes ones can be hooked, pass such "
             "a one or the dense checkpoint"
         )
-    return str(said.get("bnb_4bit_quant_type", "fp4"))
+    return str(settings.get("bnb_4bit_quant_type", "fp4"))
 
 
 def packed(model: Model) -> Iterator[tuple[str, Any]]:
@@ -99,10 +98,10 @@ def require_kind(model: Model, kind: str, name: str) -> None:
         MansuError: there is such a layer.
     """
     for path, module in packed(model):
-        have = module.weight.quant_state.quant_type
-        if have != kind:
+        stored = module.weight.quant_state.quant_type
+        if stored != kind:
             raise MansuError(
-                f"{name}: quantized={kind!r}, but {path} is stored in {have} already; leave quantized= out, or pass "
+                f"{name}: quantized={kind!r}, but {path} is stored in {stored} already; leave quantized= out, or pass "
                 "the dense checkpoint"
             )
 
@@ -137,7 +136,7 @@ def repack(fresh: PreTrainedModel, source: Model) -> None:
         fresh.set_submodule(path, _layer(type(fresh.get_submodule(path)), codes, state, old.bias))
 
 
-def settle(hf: PreTrainedModel, name: str) -> None:
+def compute_from_codes(hf: PreTrainedModel, name: str) -> None:
     """Make every 4-bit layer compute in the model's dtype, from its codes as stored.
 
     Raises:

@@ -93,8 +93,8 @@ def load(
     """
     if quantized is not None:
         quantization_config(quantized, torch.float32)
-    there = _device(device)
-    if device_map is not None and there != torch.device("cpu"):
+    target = _device(device)
+    if device_map is not None and target != torch.device("cpu"):
         raise MansuError(f"device {str(device)!r}: given beside device_map, which says where everything goes; drop one")
     if dtype is not None and not dtype.is_floating_point:
         raise MansuError(f"dtype {dtype}: weights need a floating dtype; pass torch.float32 or torch.bfloat16")
@@ -114,7 +114,7 @@ def load(
         config = _config(name, where)
         family = family_of(config, source=name)
         hf = _read(
-            name, where, config, family, dtype, _options(name, config, family, dtype, there, quantized, device_map)
+            name, where, config, family, dtype, _options(name, config, family, dtype, target, quantized, device_map)
         )
         if dtype is not None and is_four_bit(hf):
             hf = cast(hf, dtype)  # transformers leaves a packed checkpoint in its own
@@ -129,7 +129,7 @@ def load(
     _require_finite(name, hf)
     if device_map is None:
         move: Any = hf.to  # transformers annotates it as taking no device
-        hf = move(there)
+        hf = move(target)
     return boot(hf, copy.deepcopy(tokenizer), name)
 
 

@@ -86,11 +86,11 @@ def _require_no_hooks(model: TransformerBridge, level: int) -> None:
 
 
 def _require_no_torch_hooks(model: nn.Module, tokens: Int[Tensor, "row pos"] | None) -> None:
-    found: dict[str, nn.Module] = {}
+    holders: dict[str, nn.Module] = {}
     turning: list[str] = []
     for name, module in model.named_modules():
         if any(_foreign(getattr(module, kind)) for kind in _FORWARD):
-            found[name] = module
+            holders[name] = module
         if any(_foreign(getattr(module, kind)) for kind in _BACKWARD):
             turning.append(name)
     if turning:
@@ -98,17 +98,17 @@ def _require_no_torch_hooks(model: nn.Module, tokens: Int[Tensor, "row pos"] | N
             f"model: a backward hook of PyTorch is left on {_names(turning)}, which may change gradients; remove it (the "
             "handle that register_full_backward_hook gave, .remove()) first"
         )
-    if not found:
+    if not holders:
         return
     prompt = torch.tensor([[0, 1]]) if tokens is None or len(tokens) == 0 else tokens[:1]
     prompt = prompt.to(home(model))
     with torch.no_grad():
         hooked = _logits(model, prompt)
-        with _without_hooks(list(found.values())):
+        with _without_hooks(list(holders.values())):
             bare = _logits(model, prompt)
     if not torch.equal(hooked, bare):
         raise MansuError(
-            f"model: a forward hook of PyTorch on {_names(list(found))} changes its logits; remove it (the handle that "
+            f"model: a forward hook of PyTorch on {_names(list(holders))} changes its logits; remove it (the handle that "
             "register_forward_hook gave, .remove()) first"
         )
 

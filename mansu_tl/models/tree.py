@@ -103,10 +103,10 @@ def blank(model: Model) -> PreTrainedModel:
 
 def groups(fresh: nn.Module) -> list[list[str]]:
     """Parameter names of an unbridged model, tied ones together, in HF's order."""
-    found: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for name, parameter in fresh.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name)
-    return list(found.values())
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
 
 
 def parameters(model: Model) -> dict[str, Tensor]:

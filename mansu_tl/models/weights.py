@@ -88,7 +88,8 @@ def attention_weights(model: Model, layer: int) -> AttentionWeights:
         matrices, bias = list(kind.fused_parts(_matrix(fused, kind), anatomy.n_heads)), _bias(fused)
         biases = [None] * 3 if bias is None else list(kind.fused_parts(bias, anatomy.n_heads))
     o_heads = _matrix(o, kind).unflatten(1, (anatomy.n_heads, -1)).permute(1, 0, 2)
-    return AttentionWeights(*matrices, o_heads, *biases, _bias(o))
+    (q, k, v), (q_bias, k_bias, v_bias) = matrices, biases
+    return AttentionWeights(q, k, v, o_heads, q_bias, k_bias, v_bias, _bias(o))
 
 
 def mlp_weights(model: Model, layer: int) -> MlpWeights:

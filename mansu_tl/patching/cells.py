@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, attention_weights
-from mansu_tl.runs.passes import heads_last
+from mansu_tl.runs.passes import Hook, heads_last
 from mansu_tl.runs.resume import Base, resume
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -85,83 +85,72 @@ class Cells:
             return [(layer, h, h, None) for h in range(self.n_heads)]
         return [(layer * self.n_heads + h, p, h, p) for p in places for h in range(self.n_heads)]
 
-    def hook_names(self) -> list[str]:
-        """The hooks whose values a sweep needs from both runs."""
-        out = []
-        for i in range(self.anatomy.n_layers):
-            block = f"blocks.{i}"
-            if self.component in ("attn_out", "resid_mid", "z"):
-                out.append(f"{block}.attn.o.hook_in" if self.component == "z" else f"{block}.ln2.hook_in")
-                out += [f"{block}.attn.hook_out", self.attention_out(i)]
-            if self.component == "mlp_out":
-                out.append(self.mlp_out(i))
-            if self.component in ("q", "k", "v"):
-                out.append(f"{block}.attn.{self.component}.hook_out")
-            if self.component == "pattern":
-                out.append(f"{block}.attn.hook_pattern")
-        return out
-
-    def attention_out(self, layer: int) -> str:
-        """Where a layer's attention output has passed everything before it is added to the stream."""
-        return f"blocks.{layer}." + ("ln1_post.hook_out" if self.anatomy.post_norms else "attn.hook_out")
-
-    def mlp_out(self, layer: int) -> str:
-        """The same for its MLP."""
-        return f"blocks.{layer}." + ("ln2_post.hook_out" if self.anatomy.post_norms else "mlp.hook_out")
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What a sweep needs of both runs, beside their streams (see `Anatomy.hook`)."""
+        attention = ("attn_raw", "attn_out", "mlp_in")
+        special: dict[str, tuple[str, ...]] = {"attn_out": attention, "resid_mid": attention, "z": ("z", "attn_raw")}
+        return special.get(self.component, () if self.component.startswith("resid") else (self.component,))
 
     def run(self, base: Base, source: Callable[[str, int], Tensor], layer: int, start: int, cells: list) -> Tensor:
         """Logits [cell, pair, vocab] with the source's values in the cells (all of one layer).
 
         Args:
-            source: the other run's value of (what, layer): "stream" (layer L = the final norm's input), "mid",
-                "attn_out", "mlp_out", "z", "q", "k", "v", "pattern".
+            source: the other run's value of (role, layer).
             start: the first position that is run; no cell lies before it.
         """
-        count = len(cells)
+        count, anatomy, kind = len(cells), self.anatomy, self.component
         places = [slice(None) if p is None else slice(p - start, p - start + 1) for *_, p in cells]
-        kind = self.component
-        if kind in ("resid_pre", "resid_post", "mlp_out") or (kind == "attn_out" and self.anatomy.parallel):
-            into = layer if kind == "resid_pre" else layer + 1
-            change = source("stream", into) - base.streams[into]
-            if kind in ("mlp_out", "attn_out"):
-                name = self.mlp_out(layer) if kind == "mlp_out" else self.attention_out(layer)
-                change = source(kind, layer) - base.kept[name]
-            hook = f"blocks.{into}.hook_in" if into < self.anatomy.n_layers else "ln_final.hook_in"
-            return resume(self.model, base, into, start, count, [(hook, _added(change[:, start:], places, count))])
-        if kind in ("attn_out", "resid_mid", "z"):
-            return self._after_attention(base, source, layer, start, cells, places)
-        name = f"blocks.{layer}.attn." + ("hook_pattern" if kind == "pattern" else f"{kind}.hook_out")
-        value = source(kind, layer)
-        value = value[:, :, start:] if kind == "pattern" else value[:, start:]
-        heads = [h for _, _, h, _ in cells]
-        put = _pattern(value, heads, places) if kind == "pattern" else _heads(value, heads, places, self.n_heads)
-        return resume(self.model, base, layer, start, count, [(name, put)])
+        if kind in HEADS:
+            heads = [h for _, _, h, _ in cells]
+            if kind == "z":
+                return self._heads_out(base, source, layer, start, heads, places)
+            wanted = self._by_head(source(kind, layer))[:, start:]
 
-    def _after_attention(
-        self, base: Base, source: Callable[[str, int], Tensor], layer: int, start: int, cells: list, places: list
+            def replace(value: Tensor, hook: object) -> Tensor:
+                out = value.clone()
+                per_cell = self._by_head(out).unflatten(0, (count, -1))
+                for i, (head, place) in enumerate(zip(heads, places, strict=True)):
+                    per_cell[i][:, place, head] = wanted[:, place, head]
+                return out
+
+            return resume(self.model, base, layer, start, count, [(anatomy.hook(kind, layer), replace)])
+        into = layer if kind == "resid_pre" else layer + 1
+        streams = {"resid_pre": ("stream", layer), "resid_mid": ("mlp_in", layer), "resid_post": ("stream", into)}
+        role, at = streams.get(kind, (kind, layer))
+        change = (source(role, at) - base.value(role, at))[:, start:]
+
+        def add(value: Tensor, hook: object) -> Tensor:
+            out = value.clone()
+            per_cell = out.unflatten(0, (count, -1))
+            for i, place in enumerate(places):
+                per_cell[i][:, place] += change[:, place]
+            return out
+
+        if kind in ("resid_pre", "resid_post", "mlp_out") or anatomy.parallel:
+            return resume(self.model, base, into, start, count, [(anatomy.hook("stream", into), add)])
+        # The layer's attention is known: it is handed out patched instead of being computed again.
+        attention = base.value("attn_raw", layer)[:, start:].repeat(count, 1, 1)
+        if not anatomy.post_norms:
+            return resume(self.model, base, layer, start, count, [], attention=add(attention, None))
+        hooks: list[Hook] = [(anatomy.hook("attn_out", layer), add)]
+        return resume(self.model, base, layer, start, count, hooks, attention=attention)
+
+    def _heads_out(
+        self, base: Base, source: Callable[[str, int], Tensor], layer: int, start: int, heads: list, places: list
     ) -> Tensor:
-        """The layer's attention is known: it is handed out patched instead of being computed again."""
-        count, raw = len(cells), base.kept[f"blocks.{layer}.attn.hook_out"][:, start:]
-        if self.component == "z":
-            name = f"blocks.{layer}.attn.o.hook_in"
-            change = heads_last(source("z", layer), self.anatomy.n_heads) - heads_last(
-                base.kept[name], self.anatomy.n_heads
-            )
-            o = attention_weights(self.model, layer).o
-            deltas = torch.zeros(count, *raw.shape, dtype=raw.dtype, device=raw.device)
-            for i, ((_, _, head, _), place) in enumerate(zip(cells, places, strict=True)):
-                deltas[i, :, place] = change[:, start:][:, place, head] @ o[head].T
-            patched = (raw + deltas).flatten(0, 1)
-            return resume(self.model, base, layer, start, count, [], attention=patched)
-        if self.component == "resid_mid":
-            change = source("mid", layer) - base.kept[f"blocks.{layer}.ln2.hook_in"]
-        else:
-            change = source("attn_out", layer) - base.kept[self.attention_out(layer)]
-        add = _added(change[:, start:], places, count)
-        whole = raw.repeat(count, 1, 1)
-        if not self.anatomy.post_norms:
-            return resume(self.model, base, layer, start, count, [], attention=add(whole, None))
-        return resume(self.model, base, layer, start, count, [(self.attention_out(layer), add)], attention=whole)
+        """Heads' outputs, patched in what their layer's attention hands out."""
+        raw, count = base.value("attn_raw", layer)[:, start:], len(heads)
+        change = (self._by_head(source("z", layer)) - self._by_head(base.value("z", layer)))[:, start:]
+        o = attention_weights(self.model, layer).o
+        deltas = torch.zeros(count, *raw.shape, dtype=raw.dtype, device=raw.device)
+        for i, (head, place) in enumerate(zip(heads, places, strict=True)):
+            deltas[i, :, place] = change[:, place, head] @ o[head].T
+        return resume(self.model, base, layer, start, count, [], attention=(raw + deltas).flatten(0, 1))
+
+    def _by_head(self, value: Tensor) -> Tensor:
+        """A view as [row, position, head, ...]; of a pattern, the position that attends."""
+        return value.transpose(1, 2) if self.component == "pattern" else heads_last(value, self.n_heads)
 
 
 def require(component: str, by: str | None, parallel: bool) -> str:
@@ -180,38 +169,3 @@ def require(component: str, by: str | None, parallel: bool) -> str:
     if by not in ways:
         raise MansuError(f"patching: {component} cannot be swept by {by!r}; choose {' or '.join(ways)}")
     return by
-
-
-def _added(change: Tensor, places: list[slice], count: int) -> Callable[..., Tensor]:
-    def hook_fn(value: Tensor, hook: object) -> Tensor:
-        out = value.clone()
-        per_cell = out.unflatten(0, (count, -1))
-        for i, place in enumerate(places):
-            per_cell[i][:, place] += change[:, place]
-        return out
-
-    return hook_fn
-
-
-def _heads(source: Tensor, heads: list[int], places: list[slice], n_heads: int) -> Callable[..., Tensor]:
-    wanted = heads_last(source, n_heads)
-
-    def hook_fn(value: Tensor, hook: object) -> Tensor:
-        out = value.clone()
-        per_cell = heads_last(out, n_heads).unflatten(0, (len(heads), -1))
-        for i, (head, place) in enumerate(zip(heads, places, strict=True)):
-            per_cell[i][:, place, head] = wanted[:, place, head]
-        return out
-
-    return hook_fn
-
-
-def _pattern(source: Tensor, heads: list[int], places: list[slice]) -> Callable[..., Tensor]:
-    def hook_fn(value: Tensor, hook: object) -> Tensor:
-        out = value.clone()
-        per_cell = out.unflatten(0, (len(heads), -1))
-        for i, (head, place) in enumerate(zip(heads, places, strict=True)):
-            per_cell[i][:, head, place] = source[:, head, place]
-        return out
-
-    return hook_fn

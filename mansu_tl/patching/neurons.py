@@ -17,8 +17,9 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import Hook, chunks, keep, measured, metric_name, prepared, require_finite, run
+from mansu_tl.runs.metrics import Metric, logit_difference, metric_name
+from mansu_tl.runs.passes import chunks, prepared, require_finite
+from mansu_tl.runs.points import CLEAN, CORRUPT, Path, between
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class NeuronScores(Result):
                 "score": self.tensor.flatten().tolist(),
             }
         )
-        return frame.loc[frame["score"].abs().sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+        return frame.sort_values("score", key=abs, ascending=False, kind="stable", ignore_index=True)
 
     def __repr__(self) -> str:
         layers, neurons = self.tensor.shape
@@ -91,22 +92,23 @@ def neuron_attribution(
         raise MansuError(f"attribution: steps={steps}; choose at least one, or None for the ends")
     pairs = prepared(model, pairs)
     anatomy = Anatomy.of(model)
-    alphas = {"both": [1.0, 0.0], "clean": [1.0], "corrupt": [0.0]}[at]
-    if steps is not None:
-        alphas = [(i + 0.5) / steps for i in range(steps)]
+    neurons = anatomy.hooks("neurons")
+    ends = {"both": [CLEAN, CORRUPT], "clean": [CLEAN], "corrupt": [CORRUPT]}
+    alphas = ends[at] if steps is None else between(steps)
     where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
     total = torch.zeros(anatomy.n_layers, anatomy.d_mlp, dtype=torch.float64)
     shape = (0 if where is None else len(where.names), anatomy.n_layers, anatomy.d_mlp)
     by_position = torch.zeros(shape, dtype=torch.float64)
     for piece, chunk in tqdm(list(chunks(pairs, batch_size)), desc="neurons", unit="batch", disable=not progress):
-        values, slopes = _values_and_slopes(model, chunk, metric, alphas)
-        for i in range(anatomy.n_layers):
-            token = (values[0][i].float() - values[1][i].float()) * slopes[i]
+        path = Path(model, chunk, metric, at_ends=neurons, slopes=neurons)
+        slopes = path.mean_gradients(alphas)
+        clean, corrupt = (path.ends[end].values for end in (CLEAN, CORRUPT))
+        for i, key in enumerate(neurons):
+            token = (clean[key].float() - corrupt[key].float()) * slopes[key]
             score = token.sum(1).double()
             total[i] += (score if signed else score.abs()).sum(0).cpu()
             if where is not None:
-                index = where.index[piece].flatten().cpu()
-                by_position[:, i].index_add_(0, index[index >= 0], token.flatten(0, 1).double().cpu()[index >= 0])
+                where.add(by_position[:, i], piece, token)
     require_finite("neuron scores", total, model)
     return NeuronScores(
         tensor=(total / len(pairs)).float(),
@@ -116,34 +118,3 @@ def neuron_attribution(
         per_position=None if where is None else (by_position / len(pairs)).float(),
         positions=() if where is None else where.names,
     )
-
-
-def _values_and_slopes(
-    model: TransformerBridge, pairs: PromptPairs, metric: Metric, alphas: list[float]
-) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Per layer the neurons' values at the clean and the corrupt end, and the mean gradient over the points."""
-    layers = range(Anatomy.of(model).n_layers)
-    keys = {f"h{i}": f"blocks.{i}.mlp.out.hook_in" for i in layers}
-    ends: list[dict[str, Tensor]] = []
-    for tokens in (pairs.clean, pairs.corrupt):
-        kept: dict[str, Tensor] = {}
-        hooks: list[Hook] = [("blocks.0.hook_in", keep(kept, "embed"))]
-        with torch.no_grad():
-            run(model, tokens, pairs.lengths, hooks + [(hook, keep(kept, key)) for key, hook in keys.items()])
-        ends.append(kept)
-    slopes: list[Tensor] = []
-    for alpha in alphas:
-        start = ends[0]["embed"] if alpha == 1 else ends[1]["embed"] + alpha * (ends[0]["embed"] - ends[1]["embed"])
-        start = start.detach().requires_grad_()
-        kept = {}
-
-        def begin(stream: Tensor, hook: object, start: Tensor = start) -> Tensor:
-            return start
-
-        with torch.enable_grad():
-            every: list[Hook] = [("blocks.0.hook_in", begin), *((hook, keep(kept, key)) for key, hook in keys.items())]
-            logits = run(model, pairs.clean, pairs.lengths, every)
-            value = measured(metric, logits.float(), pairs).sum()
-            grads = [grad.float() for grad in torch.autograd.grad(value, [kept[key] for key in keys])]
-        slopes = grads if not slopes else [a + b for a, b in zip(slopes, grads, strict=True)]
-    return [[end[f"h{i}"] for i in layers] for end in ends], [slope / len(alphas) for slope in slopes]

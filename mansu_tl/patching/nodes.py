@@ -23,8 +23,9 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.patching.patterns import key_position_effects, patched_pattern_effects
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import Hook, chunks, heads_last, keep, measured, metric_name, prepared, require_finite, run
+from mansu_tl.runs.metrics import Metric, logit_difference, metric_name
+from mansu_tl.runs.passes import chunks, heads_last, prepared, require_finite
+from mansu_tl.runs.points import CLEAN, CORRUPT, Path, between
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,8 @@ class NodeScores(Result):
         return f"NodeScores({len(self.writers)} nodes, gradient {how}, {self.metric})"
 
     def _tables(self) -> Sequence[Table]:
-        frame = self.to_dataframe()
-        order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
-        return (Table(frame.loc[order], "largest |score| first", "{:.4f}".format, rows=10),)
+        frame = self.to_dataframe().sort_values("score", key=abs, ascending=False, kind="stable")
+        return (Table(frame, "largest |score| first", "{:.4f}".format, rows=10),)
 
 
 @torch_defaults()
@@ -116,13 +116,12 @@ def node_attribution(
     where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
     by_pair = torch.zeros(len(pairs), len(names), dtype=torch.float64)
     by_position = None if where is None else torch.zeros(len(where.names), len(names), dtype=torch.float64)
-    alphas = [1.0 if at == "clean" else 0.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
+    alphas = [CLEAN if at == "clean" else CORRUPT] if steps is None else between(steps)
     for piece, chunk in tqdm(list(chunks(pairs, batch_size)), desc="node scores", unit="batch", disable=not progress):
-        token, joint = _scores(model, anatomy, chunk, metric, alphas, qkv or qk_fix, qk_fix, where is not None)
+        token, joint = _scores(model, chunk, metric, alphas, qkv or qk_fix, qk_fix, where is not None)
         by_pair[piece] = joint.double().cpu()
         if where is not None and by_position is not None:
-            index = where.index[piece].flatten().cpu()
-            by_position.index_add_(0, index[index >= 0], token.flatten(0, 1).double().cpu()[index >= 0])
+            where.add(by_position, piece, token)
     require_finite("node scores", by_pair, model)
     return NodeScores(
         tensor=by_pair.mean(0).float(),
@@ -140,22 +139,8 @@ def _names(anatomy: Anatomy, qkv: bool) -> tuple[str, ...]:
     return anatomy.writers + (tuple(r for r in anatomy.readers if r.rsplit(".", 1)[-1] in "qkv") if qkv else ())
 
 
-def _hooks(anatomy: Anatomy, qkv: bool, patterns: bool) -> dict[str, str]:
-    out = {}
-    for i in range(anatomy.n_layers):
-        out[f"z{i}"] = f"blocks.{i}.attn.o.hook_in"
-        out[f"mlp{i}"] = f"blocks.{i}." + ("ln2_post.hook_out" if anatomy.post_norms else "mlp.hook_out")
-        for r in "qkv" if qkv else "":
-            out[f"{r}{i}"] = f"blocks.{i}.attn.{r}.hook_out"
-        if patterns:
-            out[f"pattern{i}"] = f"blocks.{i}.attn.hook_pattern"
-            out[f"stream{i}"] = f"blocks.{i}.hook_in"
-    return out
-
-
 def _scores(
     model: TransformerBridge,
-    anatomy: Anatomy,
     pairs: PromptPairs,
     metric: Metric,
     alphas: list[float],
@@ -164,25 +149,24 @@ def _scores(
     by_token: bool,
 ) -> tuple[Float[Tensor, "pair pos node"], Float[Tensor, "pair node"]]:
     """The scores token by token, and those of patching all tokens at once (the same but for fixed keys)."""
-    hooks = _hooks(anatomy, qkv, qk_fix)
-    ends = [_values(model, tokens, pairs, hooks) for tokens in (pairs.corrupt, pairs.clean)]
-    grads: dict[str, Tensor] = {}
-    for alpha in alphas:
-        for key, value in _gradients(model, pairs, metric, hooks, ends, alpha).items():
-            share = value.float() / len(alphas)
-            grads[key] = grads[key] + share if key in grads else share
+    anatomy = Anatomy.of(model)
+    hooks = anatomy.hooks("z", "mlp_out", *("qkv" if qkv else ""), *(("pattern",) if qk_fix else ()))
+    seen = hooks | (anatomy.hooks("stream") if qk_fix else {})
+    path = Path(model, pairs, metric, at_ends=seen, slopes={"embed": anatomy.hook("stream", 0), **hooks})
+    grads = path.mean_gradients(alphas)
+    ends = [path.ends[end].values for end in (CORRUPT, CLEAN)]
     parts = [_dot(grads["embed"], ends[1]["embed"].float() - ends[0]["embed"].float())[..., None]]
 
     def heads(key: str, count: int) -> Tensor:
         change = heads_last(ends[1][key].float() - ends[0][key].float(), count)
         return (heads_last(grads[key], count) * change).sum(-1)
 
-    for i in range(anatomy.n_layers):
+    for i in anatomy.layers:
         parts.append(heads(f"z{i}", anatomy.n_heads))
-        change = ends[1][f"mlp{i}"].float() - ends[0][f"mlp{i}"].float()
-        parts.append(_dot(grads[f"mlp{i}"], change)[..., None])
-    sizes = {"q": anatomy.n_heads, "k": anatomy.n_kv_heads, "v": anatomy.n_kv_heads}
-    per_layer = {f"{r}{i}": heads(f"{r}{i}", sizes[r]) for i in range(anatomy.n_layers) for r in ("qkv" if qkv else "")}
+        change = ends[1][f"mlp_out{i}"].float() - ends[0][f"mlp_out{i}"].float()
+        parts.append(_dot(grads[f"mlp_out{i}"], change)[..., None])
+    counts = anatomy.heads_of if qkv else {}
+    per_layer = {f"{r}{i}": heads(f"{r}{i}", count) for i in anatomy.layers for r, count in counts.items()}
     joint = {key: value.sum(1) for key, value in per_layer.items()}
     if qk_fix:
         end = int(alphas[0])
@@ -190,50 +174,17 @@ def _scores(
         sign = 1.0 if end == 0 else -1.0  # patching the clean run with corrupt values takes the effect away
         tokens = pairs.clean if end else pairs.corrupt
         for r in "qk":
-            effects = patched_pattern_effects(model, anatomy, tokens, base, other, grads, r)
+            effects = patched_pattern_effects(model, tokens, base, other, grads, r)
             for i, (queries, whole) in enumerate(effects):
                 joint[f"{r}{i}"] = sign * whole
                 if r == "q":
                     per_layer[f"q{i}"] = sign * queries
         if by_token:
-            for i, keys in enumerate(key_position_effects(model, anatomy, tokens, base, other, grads)):
+            for i, keys in enumerate(key_position_effects(model, tokens, base, other, grads)):
                 per_layer[f"k{i}"] = sign * keys
-    order = [f"{r}{i}" for i in range(anatomy.n_layers) for r in "qkv"] if qkv else []
+    order = [f"{r}{i}" for i in anatomy.layers for r in "qkv"] if qkv else []
     token = torch.cat([*parts, *(per_layer[key] for key in order)], -1)
     return token, torch.cat([*(p.sum(1) for p in parts), *(joint[key] for key in order)], -1)
-
-
-@torch.no_grad()
-def _values(model: TransformerBridge, tokens: Tensor, pairs: PromptPairs, hooks: dict[str, str]) -> dict[str, Tensor]:
-    kept: dict[str, Tensor] = {}
-    run(model, tokens, pairs.lengths, [("blocks.0.hook_in", keep(kept, "embed")), *_keeping(kept, hooks)])
-    return kept
-
-
-def _keeping(kept: dict[str, Tensor], hooks: dict[str, str]) -> list[Hook]:
-    return [(name, keep(kept, key)) for key, name in hooks.items()]
-
-
-def _gradients(
-    model: TransformerBridge,
-    pairs: PromptPairs,
-    metric: Metric,
-    hooks: dict[str, str],
-    ends: list[dict[str, Tensor]],
-    alpha: float,
-) -> dict[str, Tensor]:
-    start = (ends[0]["embed"] + alpha * (ends[1]["embed"] - ends[0]["embed"])).detach().requires_grad_()
-    kept: dict[str, Tensor] = {}
-
-    def begin(stream: Tensor, hook: object) -> Tensor:
-        return start
-
-    wanted = {key: name for key, name in hooks.items() if not key.startswith("stream")}
-    with torch.enable_grad():
-        logits = run(model, pairs.clean, pairs.lengths, [("blocks.0.hook_in", begin), *_keeping(kept, wanted)])
-        value = measured(metric, logits.float(), pairs).sum()
-        grads = torch.autograd.grad(value, [start, *(kept[key] for key in wanted)])
-    return dict(zip(["embed", *wanted], grads, strict=True))
 
 
 def _dot(a: Float[Tensor, "pair pos d_model"], b: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos"]:

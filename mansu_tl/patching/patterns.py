@@ -14,8 +14,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.models import Anatomy
+from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.passes import Hook, keep
+from mansu_tl.runs.passes import Hook, keep, put
 
 # Runs that share a batch when keys are patched one position at a time.
 _COPIES = 8
@@ -23,7 +24,6 @@ _COPIES = 8
 
 def patched_pattern_effects(
     model: TransformerBridge,
-    anatomy: Anatomy,
     tokens: Int[Tensor, "pair pos"],
     base: dict[str, Tensor],
     other: dict[str, Tensor],
@@ -36,13 +36,10 @@ def patched_pattern_effects(
         Per layer the effect by attending position [pair, pos, head], and summed over them [pair, head]; for keys the
         heads of a KV group are summed.
     """
-
-    def replace(layer: int) -> Callable[..., Tensor]:
-        return lambda value, hook: other[f"{part}{layer}"]
-
-    hooks: list[Hook] = [(f"blocks.{i}.attn.{part}.hook_out", replace(i)) for i in range(anatomy.n_layers)]
+    anatomy = Anatomy.of(model)
+    hooks: list[Hook] = [(anatomy.hook(part, i), put(other[f"{part}{i}"])) for i in anatomy.layers]
     out = []
-    for i, pattern in enumerate(_patterns(model, anatomy, tokens, base, hooks, 1)):
+    for i, pattern in enumerate(_patterns(model, tokens, base, hooks, 1)):
         change = pattern.float() - base[f"pattern{i}"].float()
         effect = (change * grads[f"pattern{i}"]).sum(-1).transpose(1, 2)
         effect = effect if part == "q" else effect.unflatten(-1, (anatomy.n_kv_heads, -1)).sum(-1)
@@ -52,15 +49,14 @@ def patched_pattern_effects(
 
 def key_position_effects(
     model: TransformerBridge,
-    anatomy: Anatomy,
     tokens: Int[Tensor, "pair pos"],
     base: dict[str, Tensor],
     other: dict[str, Tensor],
     grads: dict[str, Tensor],
 ) -> list[Float[Tensor, "pair pos kv_head"]]:
     """Per layer the same for keys, patched one position at a time."""
-    count, width = tokens.shape
-    out = [torch.zeros(count, width, anatomy.n_kv_heads, device=tokens.device) for _ in range(anatomy.n_layers)]
+    (count, width), anatomy = tokens.shape, Anatomy.of(model)
+    out = [torch.zeros(count, width, anatomy.n_kv_heads, device=tokens.device) for _ in anatomy.layers]
     for start in range(0, width, _COPIES):
         places = list(range(start, min(start + _COPIES, width)))
 
@@ -73,8 +69,8 @@ def key_position_effects(
 
             return hook_fn
 
-        hooks: list[Hook] = [(f"blocks.{i}.attn.k.hook_out", replace(i)) for i in range(anatomy.n_layers)]
-        for i, patterns in enumerate(_patterns(model, anatomy, tokens, base, hooks, len(places))):
+        hooks: list[Hook] = [(anatomy.hook("k", i), replace(i)) for i in anatomy.layers]
+        for i, patterns in enumerate(_patterns(model, tokens, base, hooks, len(places))):
             change = patterns.float().unflatten(0, (len(places), -1)) - base[f"pattern{i}"].float()
             effect = (change * grads[f"pattern{i}"]).sum((-1, -2)).unflatten(-1, (anatomy.n_kv_heads, -1)).sum(-1)
             out[i][:, places] = effect.transpose(0, 1).to(out[i].device)
@@ -84,35 +80,30 @@ def key_position_effects(
 @torch.no_grad()
 def _patterns(
     model: TransformerBridge,
-    anatomy: Anatomy,
     tokens: Tensor,
     base: dict[str, Tensor],
     hooks: list[Hook],
     copies: int,
 ) -> list[Float[Tensor, "row head query key"]]:
     def unpatched() -> tuple[Tensor, Tensor]:
-        again = _run(model, anatomy, tokens, base, [], 1)
-        return torch.cat(again), torch.cat([base[f"pattern{i}"] for i in range(anatomy.n_layers)])
+        again = _run(model, tokens, base, [], 1)
+        return torch.cat(again), torch.cat([base[f"pattern{i}"] for i in Anatomy.of(model).layers])
 
     require_exact(model, "attention patterns", unpatched)
-    return _run(model, anatomy, tokens, base, hooks, copies)
+    return _run(model, tokens, base, hooks, copies)
 
 
 def _run(
-    model: TransformerBridge,
-    anatomy: Anatomy,
-    tokens: Tensor,
-    base: dict[str, Tensor],
-    hooks: list[Hook],
-    copies: int,
+    model: TransformerBridge, tokens: Tensor, base: dict[str, Tensor], hooks: list[Hook], copies: int
 ) -> list[Float[Tensor, "row head query key"]]:
     kept: dict[str, Tensor] = {}
+    anatomy = Anatomy.of(model)
 
     def put_back(layer: int) -> Callable[..., Tensor]:
         return lambda stream, hook: base[f"stream{layer}"].repeat(copies, 1, 1)
 
-    every = [*hooks, *((f"blocks.{i}.hook_in", put_back(i)) for i in range(anatomy.n_layers))]
-    every += [(f"blocks.{i}.attn.hook_pattern", keep(kept, f"{i}")) for i in range(anatomy.n_layers)]
-    with model.hooks(fwd_hooks=[*every, ("unembed.hook_in", lambda stream, hook: stream[:, :1].contiguous())]):
+    every = [*hooks, *((anatomy.hook("stream", i), put_back(i)) for i in anatomy.layers)]
+    every += [(anatomy.hook("pattern", i), keep(kept, f"{i}")) for i in anatomy.layers]
+    with model.hooks(fwd_hooks=[*every, (UNEMBED, lambda stream, hook: stream[:, :1].contiguous())]):
         model(tokens.repeat(copies, 1), return_type="logits")
-    return [kept[f"{i}"] for i in range(anatomy.n_layers)]
+    return [kept[f"{i}"] for i in anatomy.layers]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -25,8 +26,8 @@ from mansu_tl.models import Anatomy
 from mansu_tl.patching.cells import TITLES, Cells, require
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference
-from mansu_tl.runs.passes import Activations, chunks, measured, metric_name, prepared
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.passes import Recording, chunks, prepared
 from mansu_tl.runs.resume import Base, record_base
 
 
@@ -220,44 +221,21 @@ class _Sweep:
 
 
 def _sweep(cells: Cells, pairs: PromptPairs, direction: str, ablation: Ablation) -> _Sweep:
-    model, names, latest = cells.model, cells.hook_names(), int(pairs.lengths.min()) - 1
-    clean = record_base(model, pairs.clean, pairs.lengths, names)
+    model, latest = cells.model, int(pairs.lengths.min()) - 1
+    clean = record_base(model, pairs.clean, pairs.lengths, cells.roles)
     if ablation.kind != "corrupt":
         ablated = ablation.activations(model, pairs)
-        return _Sweep(clean, _ablated(cells, clean, ablated), 0, latest, clean.logits, ablated.logits)
-    corrupt = record_base(model, pairs.corrupt, pairs.lengths, names)
+        return _Sweep(clean, partial(_ablated, clean, ablated), 0, latest, clean.logits, ablated.logits)
+    corrupt = record_base(model, pairs.corrupt, pairs.lengths, cells.roles)
     base, other = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
     # Up to the first changed token both runs are the same.
     differs = (pairs.clean != pairs.corrupt).any(0).nonzero()
     first = int(differs[0]) if len(differs) else pairs.clean.shape[1] - 1
-    return _Sweep(base, _recorded(cells, other), first, latest, clean.logits, corrupt.logits)
+    return _Sweep(base, other.value, first, latest, clean.logits, corrupt.logits)
 
 
-def _recorded(cells: Cells, run: Base) -> Callable[[str, int], Tensor]:
-    def source(what: str, layer: int) -> Tensor:
-        if what == "stream":
-            return run.streams[layer]
-        names = {
-            "mid": f"blocks.{layer}.ln2.hook_in",
-            "attn_out": cells.attention_out(layer),
-            "mlp_out": cells.mlp_out(layer),
-            "z": f"blocks.{layer}.attn.o.hook_in",
-            "pattern": f"blocks.{layer}.attn.hook_pattern",
-        }
-        return run.kept[names.get(what, f"blocks.{layer}.attn.{what}.hook_out")]
-
-    return source
-
-
-def _ablated(cells: Cells, clean: Base, run: Activations) -> Callable[[str, int], Tensor]:
-    def source(what: str, layer: int) -> Tensor:
-        if what == "stream":
-            return run.resid_pre[layer] if layer < cells.anatomy.n_layers else run.final
-        if what == "attn_out":
-            after = run.resid_pre[layer + 1] if layer + 1 < cells.anatomy.n_layers else run.final
-            return after - run.mlp_out[layer] - run.resid_pre[layer]
-        if what in ("mid", "mlp_out", "z"):
-            return {"mid": run.mlp_in, "mlp_out": run.mlp_out, "z": run.z}[what][layer]
-        return torch.zeros_like(_recorded(cells, clean)(what, layer))
-
-    return source
+def _ablated(clean: Base, run: Recording, role: str, layer: int) -> Tensor:
+    """What has a role in a run with every component switched off; zero where that run has no such thing."""
+    if role == "attn_out":
+        return run.value("stream", layer + 1) - run.value("mlp_out", layer) - run.value("stream", layer)
+    return run.value(role, layer) if f"{role}{layer}" in run.values else torch.zeros_like(clean.value(role, layer))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
-import plotly.graph_objects as go
 
 from mansu_tl.circuit.graph import reader_kind
+from mansu_tl.plots.panels import Panel
 from mansu_tl.plots.theme import Theme, fixed, number
 
 WIDTHS = (1.1, 1.6, 2.4, 4.2, 7.0)
 KINDS = {"q": "query (q)", "k": "key (k)", "v": "value (v)", "mlp": "MLP", "logits": "logits"}
 DASHES = {"q": "dot", "k": "dash", "v": "solid", "mlp": "solid", "logits": "solid"}
 FAINT = 0.8  # width of the edges that do not stand out
-_SOFT = ("q", "k", "v")
 _ALL_STAND_OUT, _STAND_OUT = 120, 60
 
 
@@ -24,53 +25,42 @@ def emphasised(frame: pd.DataFrame, emphasis: int | None) -> pd.Series:
 
 def width_classes(frame: pd.DataFrame, top: float | int) -> tuple[list[int], list[float]]:
     """The width class of each edge, and the lower ends of the classes, for a largest |score| of `top`."""
-    size = frame["score"].abs()
     floors = [0.0, *(top / 2**i for i in range(len(WIDTHS) - 1, 0, -1))]
-    return [sum(value > floor for floor in floors[1:]) for value in size], floors
+    return [sum(value > floor for floor in floors[1:]) for value in frame["score"].abs()], floors
 
 
 def edge_colour(look: Theme, kind: str, positive: bool) -> str:
     """Of an edge into a kind of reader; the inputs of attention are paler."""
-    if positive:
-        return look.positive_soft if kind in _SOFT else look.positive
-    return look.negative_soft if kind in _SOFT else look.negative
+    soft, full = (look.positive_soft, look.positive) if positive else (look.negative_soft, look.negative)
+    return soft if kind in "qkv" else full
 
 
 def draw_legend(
-    figure: go.Figure, frame: pd.DataFrame, top: float, look: Theme, ghosts: int = 0, emphasis: int | None = None
+    panel: Panel, frame: pd.DataFrame, top: float | int, ghosts: int = 0, emphasis: int | None = None
 ) -> None:
     """Entries for kinds (which switch their edges on and off), sign and width, of all edges in `frame`."""
+    look, headed = panel.look, set()
 
-    def entry(
-        name: str, group: str, heading: str, line: dict[str, object], marker: dict[str, object] | None = None
-    ) -> None:
-        figure.add_scatter(
-            x=[None],
-            y=[None],
-            mode="lines+markers" if marker else "lines",
-            line=line,
-            marker=marker,
-            name=name,
-            legendgroup=group,
-            legendgrouptitle={"text": heading} if heading else None,
-            hoverinfo="skip",
-        )
+    def entry(name: str, group: str, heading: str, line: dict[str, Any], **more: Any) -> None:
+        title = {"text": heading} if heading not in headed else None
+        headed.add(heading)
+        mode = "lines+markers" if more else "lines"
+        panel.mark([None], [None], name, mode, group=group, legendgrouptitle=title, line=line, **more)
 
-    kinds = [kind for kind in KINDS if kind in {reader_kind(r) for r in frame["reader"]}]
-    for i, kind in enumerate(kinds):
+    kinds = {reader_kind(r) for r in frame["reader"]}
+    for kind in (k for k in KINDS if k in kinds):
         line = {"width": 2.3, "dash": DASHES[kind], "color": edge_colour(look, kind, True)}
-        entry(KINDS[kind], kind, "Edge into" if i == 0 else "", line)
+        entry(KINDS[kind], kind, "Edge into", line)
     entry("supports the answer", "sign", "Sign of the score", {"width": 4, "color": look.positive})
     if (frame["score"] < 0).any():
-        line = {"width": 4, "color": look.negative}
         ring = {"size": 7, "color": look.paper, "line": {"width": 1.6, "color": look.negative}}
-        entry("opposes it", "sign", "", line, ring)
+        entry("opposes it", "sign", "Sign of the score", {"width": 4, "color": look.negative}, marker=ring)
     strong = emphasised(frame, emphasis)
     classes, floors = width_classes(frame[strong], top)
-    for i, size in enumerate(sorted(set(classes), reverse=True)):
-        upper = number(floors[size + 1] if size + 1 < len(floors) else top, 2)
-        text = f"{number(floors[size], 2)} to {upper}"
-        entry(text, "width", "|score|" if i == 0 else "", {"width": WIDTHS[size], "color": look.ink})
+    ends = [*floors[1:], top]
+    for size in sorted(set(classes), reverse=True):
+        text = f"{number(floors[size], 2)} to {number(ends[size], 2)}"
+        entry(text, "width", "|score|", {"width": WIDTHS[size], "color": look.ink})
     if not strong.all():
         total = float(frame["score"].abs().sum()) or 1.0
         share = fixed(100 * float(frame["score"].abs()[~strong].sum()) / total, 0)

@@ -1,51 +1,33 @@
-"""Faithfulness against circuit size: how few edges do it, beside random ones."""
+"""Lines with intervals: faithfulness by size, relearning by step, probes and erasure depth by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
-from jaxtyping import Float
-from torch import Tensor
 
+from mansu_tl.circuit import FaithfulnessCurve
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.series import add_band, legend_below, series_styles
+from mansu_tl.plots.panels import (
+    PERCENT,
+    Panel,
+    distinct,
+    legend_below,
+    panel_titles,
+    series_styles,
+    whiskers,
+)  # fmt: skip
 from mansu_tl.plots.theme import fixed, new_figure, number, plain, theme_named
+from mansu_tl.verification import ErasureDepth, Probes, Relearning
 
-
-@runtime_checkable
-class FaithfulnessCurveLike(Protocol):
-    """Faithfulness of circuits of growing size."""
-
-    @property
-    def faithfulness(self) -> Float[Tensor, " size"]:
-        """Of each size."""
-
-    @property
-    def control(self) -> Float[Tensor, "seed size"]:
-        """Of as many random edges; no rows without a control."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Edges selected, ascending."""
-
-    @property
-    def edges(self) -> tuple[int, ...]:
-        """Edges left after pruning."""
-
-    @property
-    def n_edges(self) -> int:
-        """All edges of the graph."""
-
-    @property
-    def cpr(self) -> float:
-        """Area under the curve."""
+_MEASURES = {"multiple_choice": "multiple choice, %", "cloze": "cloze, %", "log_odds": "log-odds, nats"}
 
 
 def faithfulness_curves(
-    curves: Mapping[str, FaithfulnessCurveLike],
+    curves: Mapping[str, FaithfulnessCurve],
     *,
     target: float | int | None = 0.85,
     title: str | None = None,
@@ -56,8 +38,6 @@ def faithfulness_curves(
     Args:
         curves: by name; the grey band spans their random circuits, lowest to highest.
         target: a faithfulness to be reached, drawn as a line.
-        title: plain text.
-        theme: "light" or "dark".
 
     Raises:
         MansuError: none given, or a curve without a size above 0.
@@ -70,55 +50,239 @@ def faithfulness_curves(
         title or "How few edges carry the behaviour",
         "Share of the metric's clean-corrupt difference that a circuit keeps, every other edge carrying its ablated "
         "value. Grey: random circuits of the same size.",
-        height=500,
+        500,
     )
-    looks = series_styles(list(curves), look)
-    shown_control = False
+    panel, looks, in_legend = Panel(figure, look), series_styles(list(curves), look), True
     for name, curve in curves.items():
         sizes = np.array(curve.sizes)
         some = np.flatnonzero(sizes > 0)
         if not len(some):
             raise MansuError(f"faithfulness curves: {name!r} has no size above 0; measure larger circuits")
-        values, control = curve.faithfulness.cpu().numpy()[some], curve.control.cpu().numpy()[:, some]
+        x, control = sizes[some].tolist(), curve.control.cpu().numpy()[:, some]
         if len(control):
-            add_band(
-                figure, sizes[some].tolist(), control.min(0).tolist(), control.max(0).tolist(), look.neutral, "random"
-            )
-            figure.add_scatter(
-                x=sizes[some].tolist(),
-                y=control.mean(0).tolist(),
-                mode="lines",
-                name="random edges",
-                legendgroup="random",
-                showlegend=not shown_control,
-                line={"color": look.muted, "width": 1.8, "dash": "dot"},
-                hovertemplate="%{x:,} random edges: %{y:.3f}<extra></extra>",
-            )
-            shown_control = True
-        style = looks[name]
-        figure.add_scatter(
-            x=sizes[some].tolist(),
-            y=values.tolist(),
-            mode="lines+markers",
-            name=f"{plain(name)} (area {fixed(curve.cpr, 2)})",
-            line={"color": style.colour, "width": 2.6, "dash": style.dash},
-            marker={"symbol": style.symbol, "size": 8},
-            customdata=[[curve.edges[i], 100 * curve.sizes[i] / curve.n_edges] for i in some],
-            hovertemplate=f"{plain(name)}<br>%{{x:,}} edges (%{{customdata[1]:.2g}} %), %{{customdata[0]:,}} after pruning"
-            "<br>faithfulness %{y:.3f}<extra></extra>",
-        )
-    for value, text in ((1.0, ""), (target, f"target {number(target or 0)}")):
-        if value is not None:
-            figure.add_hline(
-                y=value,
-                line={"color": look.muted, "width": 1, "dash": "dash" if text else "solid"},
-                annotation_text=text,
-                annotation_position="bottom right",
-                annotation_font={"size": 11, "color": look.muted},
-            )
-    figure.update_xaxes(
-        type="log", title_text="edges selected (log scale)", dtick=1, minor={"ticks": "outside", "ticklen": 2}
-    )
-    figure.update_yaxes(title_text="faithfulness", zeroline=True)
+            panel.band(x, control.min(0).tolist(), control.max(0).tolist(), look.neutral, "random")
+            panel.mark(
+                x, control.mean(0).tolist(), "random edges", hover="%{x:,} random edges: %{y:.3f}", group="random",
+                legend=in_legend, line={"color": look.muted, "width": 1.8, "dash": "dot"},
+            )  # fmt: skip
+            in_legend = False
+        panel.series(
+            x, curve.faithfulness.cpu().numpy()[some].tolist(), f"{plain(name)} (area {fixed(curve.cpr, 2)})", looks[name],
+            hover=f"{plain(name)}<br>%{{x:,}} edges (%{{customdata[1]:.2g}} %), %{{customdata[0]:,}} after pruning"
+            "<br>faithfulness %{y:.3f}",
+            data=[[curve.edges[i], 100 * curve.sizes[i] / curve.n_edges] for i in some],
+        )  # fmt: skip
+    panel.level(1.0, width=1, dash="solid")
+    if target is not None:
+        panel.level(target, f"target {number(target)}", width=1)
+    ticks = {"dtick": 1, "minor": {"ticks": "outside", "ticklen": 2}}
+    panel.x(type="log", title_text="edges selected (log scale)", **ticks)
+    panel.y(title_text="faithfulness", zeroline=True)
     legend_below(figure)
     return figure
+
+
+def relearning(
+    result: Relearning,
+    *,
+    measures: Sequence[str] = ("multiple_choice", "cloze"),
+    kind: str = "facts",
+    excess: bool = False,
+    chance: float | int | None = None,
+    title: str | None = None,
+    theme: str = "light",
+) -> go.Figure:
+    """Draw what each model answers while an attacker fine-tunes it, one column a learning rate, one row a measure.
+
+    Bands are 95 % intervals over facts, the attack's splits taken together; the never-trained model is dotted and grey.
+    What lies above it has come back; what it reaches itself can be learnt from the attack alone.
+
+    Args:
+        result: curves of several models under the same attacks.
+        measures: of "multiple_choice", "cloze" and "log_odds".
+        kind: attacks on "facts" or with unrelated "text".
+        excess: subtract each model's own prior on names that it has never seen.
+        chance: multiple choice by guessing, in percent, drawn as a line.
+
+    Raises:
+        MansuError: no curve of this kind, no measure or one that does not exist, or curves without a common step.
+    """
+    look = theme_named(theme)
+    if not measures:
+        raise MansuError("relearning: no measure to draw; name one of multiple_choice, cloze, log_odds")
+    tables = {measure: result.by_step(measure, kind, excess=excess) for measure in measures}
+    table = tables[measures[0]]
+    rates, steps = sorted(set(table["learning_rate"])), sorted(set(table["step"]))
+    looks = series_styles(list(dict.fromkeys(table["label"])), look, [result.reference])
+    what = "above the model's own prior" if excess else "asked about facts that are not in the attack"
+    trained = "a few forget facts" if kind == "facts" else "unrelated text"
+    figure = new_figure(
+        look,
+        title or f"What fine-tuning on {trained} brings back",
+        f"Forget questions, {what}. Bands: 95 % intervals over facts. "
+        + (f"Above the dotted line ({result.reference}) = knowledge that came back." if result.reference else ""),
+        190 + 235 * len(measures),
+        rows=len(measures),
+        cols=len(rates),
+        shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.04,
+        vertical_spacing=0.07,
+        subplot_titles=[f"attack at learning rate {rate:g}" for rate in rates],
+    )
+    x = np.log2(1 + np.array(steps)).tolist()
+    lowest = table.groupby("label")["learning_rate"].min()
+    for (col, rate), (row, measure) in product(enumerate(rates, 1), enumerate(measures, 1)):
+        here = tables[measure][tables[measure]["learning_rate"] == rate]
+        for label, part in here.groupby("label", sort=False):
+            style, name = looks[label], plain(label)
+            panel = Panel(figure, look, row, col, first=bool(row == 1 and rate == lowest[label]))
+            low, high = part["low"].tolist(), part["high"].tolist()
+            panel.band(x, low, high, style.colour, name)
+            hover = f"{name}<br>{_MEASURES[measure]} after %{{customdata[0]}} steps: "
+            hover += "%{y:.1f} [%{customdata[1]:.1f}, %{customdata[2]:.1f}]"
+            data = [list(each) for each in zip(steps, low, high, strict=True)]
+            panel.series(x, part["mean"].tolist(), name, style, hover=hover, data=data, group=name)
+        panel = Panel(figure, look, row, col)
+        if chance is not None and measure == "multiple_choice" and not excess:
+            panel.level(chance)
+            if col == len(rates):
+                panel.note(x[-1], chance, f"chance {number(chance)}", xanchor="right", yanchor="bottom")
+        if measure != "log_odds" and not excess:
+            panel.y(**PERCENT)
+    for row, measure in enumerate(measures, 1):
+        axis = f"{_MEASURES[measure].replace(', %', ', points')} above prior" if excess else _MEASURES[measure]
+        figure.update_yaxes(title_text=axis, row=row, col=1)
+    figure.update_xaxes(tickvals=x, ticktext=[str(step) for step in steps], showgrid=False, zeroline=False)
+    figure.update_xaxes(title_text="fine-tuning steps (log scale)", row=len(measures))
+    panel_titles(figure)
+    legend_below(figure, 88, 24)
+    return figure
+
+
+def probes(
+    results: Probes | Sequence[Probes], *, reference: str | None = None, title: str | None = None, theme: str = "light"
+) -> go.Figure:
+    """Draw by layer how often a linear probe reads the right answer out of the residual stream.
+
+    Bands are 95 % intervals over facts. The reference (a model that never learnt the facts) is dotted and grey; the
+    shaded strip spans what probes reach that are fitted to shuffled answers; the dashed line is guessing.
+
+    Args:
+        results: one a model, probed at the same layers.
+        reference: the label of the never-trained model.
+
+    Raises:
+        MansuError: none given, two of one label, different layers, or a reference that is none of them.
+    """
+    look = theme_named(theme)
+    several = [results] if isinstance(results, Probes) else list(results)
+    labels = distinct("probes", [each.label for each in several])
+    if reference is not None and reference not in labels:
+        raise MansuError(f"probes: reference {reference!r} is none of {', '.join(labels)}; probe it too")
+    tables = [each.to_dataframe() for each in several]
+    layers = _layers(tables[0])
+    if any(_layers(table) != layers for table in tables):
+        raise MansuError("probes: the results were taken at different layers; compare models of one shape")
+    figure = new_figure(
+        look,
+        title or "Can the answer still be read from inside?",
+        "Linear probes of the residual stream at the prompt's last token, asked about facts that they were not fitted "
+        "on. Bands: 95 % intervals over facts; grey strip: probes fitted to shuffled answers.",
+        500,
+    )
+    panel, x = Panel(figure, look), list(range(len(layers)))
+    shuffled = pd.concat(tables).groupby(level=0)
+    low, high = shuffled["shuffled_low"].min().tolist(), shuffled["shuffled_high"].max().tolist()
+    panel.band(x, low, high, look.neutral, "shuffled answers")
+    looks = series_styles(labels, look, [] if reference is None else [reference])
+    for label, table in zip(labels, tables, strict=True):
+        style, name = looks[label], plain(label)
+        panel.band(x, table["interval_low"].tolist(), table["interval_high"].tolist(), style.colour, name)
+        panel.series(
+            x, table["accuracy"].tolist(), name, style, group=name,
+            data=table[["layer", "interval_low", "interval_high", "shuffled"]].to_numpy().tolist(),
+            hover=f"{name}, after %{{customdata[0]}}<br>%{{y:.1f}} % [%{{customdata[1]:.1f}}, %{{customdata[2]:.1f}}]<br>"
+            "fitted to shuffled answers %{customdata[3]:.1f} %",
+        )  # fmt: skip
+    chance = 100 * several[0].chance
+    panel.level(chance, f"chance {number(chance)} %")
+    panel.x(tickvals=x, ticktext=layers, title_text="stream after", showgrid=False, zeroline=False)
+    panel.y(title_text="probe accuracy, %", **PERCENT)
+    legend_below(figure)
+    return figure
+
+
+def erasure_depth(
+    results: ErasureDepth | Sequence[ErasureDepth], *, title: str | None = None, theme: str = "light"
+) -> go.Figure:
+    """Draw by layer how much the original's answer suffers when its stream comes from an edited model.
+
+    The never-trained model's stream is the reference (dotted): an edited model that reaches its line at every layer
+    holds no more than a model that never learnt. Bands are 95 % intervals over facts; at the right the depth score.
+
+    Args:
+        results: one an edited model, against the same never-trained model.
+
+    Raises:
+        MansuError: none given, two of one label, or other layers, metrics or never-trained models.
+    """
+    look = theme_named(theme)
+    several = [results] if isinstance(results, ErasureDepth) else list(results)
+    labels = distinct("erasure depth", [each.label for each in several])
+    tables = [each.to_dataframe() for each in several]
+    layers, never = _layers(tables[0]), tables[0]["never_drop"].to_numpy(float)
+    for each, table in zip(several, tables, strict=True):
+        same = _layers(table) == layers and each.metric == several[0].metric
+        if not same or abs(table["never_drop"].to_numpy(float) - never).max() > 1e-4 * (1 + abs(never).max()):
+            raise MansuError(
+                f"erasure depth: {each.label!r} was measured against another reference than {labels[0]!r}; use one "
+                "never-trained model, metric and set of pairs"
+            )
+    metric = several[0].metric.replace("_", " ")
+    figure = new_figure(
+        look,
+        title or "How deep does the forgetting go?",
+        f"Left: loss of {metric} in the original when its residual stream ({several[0].positions} positions)"
+        " is taken from another model. Right: the share of it that the never-trained model's stream costs.",
+        480,
+        rows=1,
+        cols=2,
+        column_widths=[0.66, 0.34],
+        horizontal_spacing=0.15,
+    )
+    left, right = Panel(figure, look, 1, 1), Panel(figure, look, 1, 2)
+    x, looks = list(range(len(layers))), series_styles(labels, look)
+    left.mark(
+        x, never.tolist(), "never trained", "lines+markers", data=layers,
+        hover="never trained, after %{customdata}<br>drop %{y:.3f}",
+        line={"color": look.muted, "width": 2.2, "dash": "dot"}, marker={"symbol": "circle-open", "size": 8},
+    )  # fmt: skip
+    for at, (each, table) in enumerate(zip(several, tables, strict=True)):
+        style, name = looks[each.label], plain(each.label)
+        left.band(x, table["edited_low"].tolist(), table["edited_high"].tolist(), style.colour, name)
+        left.series(
+            x, table["edited_drop"].tolist(), name, style, group=name,
+            data=table[["layer", "edited_low", "edited_high"]].to_numpy().tolist(),
+            hover=f"{name}, after %{{customdata[0]}}<br>drop %{{y:.3f}} [%{{customdata[1]:.3f}}, %{{customdata[2]:.3f}}]",
+        )  # fmt: skip
+        low, high = each.interval
+        right.mark(
+            [each.value], [at], name, "markers+text", group=name, legend=False, data=[[low, high]],
+            hover=f"{name}<br>depth %{{x:.3f}} [%{{customdata[0]:.3f}}, %{{customdata[1]:.3f}}]",
+            marker={"symbol": style.symbol, "size": 12, "color": style.colour}, text=[fixed(each.value, 2)],
+            textposition="top center", error_x=whiskers([each.value], [low], [high], style.colour),
+        )  # fmt: skip
+    right.level(0.0, "as in the original", upright=True, width=1, dash="solid")
+    right.level(1.0, "as if never learnt", upright=True, width=1, dash="solid")
+    left.x(tickvals=x, ticktext=layers, title_text="stream after", showgrid=False, zeroline=False)
+    left.y(title_text=f"drop of {plain(metric)}", rangemode="tozero")
+    right.x(title_text="erasure depth", range=[-0.2, 1.2], zeroline=False)
+    right.rows(labels, showgrid=False)
+    legend_below(figure, 104, 5)
+    return figure
+
+
+def _layers(table: pd.DataFrame) -> list[str]:
+    """The names of the layers, escaped."""
+    return [plain(name) for name in table["layer"]]

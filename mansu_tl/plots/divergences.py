@@ -1,26 +1,33 @@
-"""CAD: one bar a model, or one point an edge."""
+"""CAD: one bar a model, against what the model answers, and by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
-from mansu_tl.circuit.graph import reader_kind
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.protocols import DivergenceLike
-from mansu_tl.plots.theme import Theme, fixed, new_figure, number, plain, theme_named
+from mansu_tl.plots.panels import (
+    BARE,
+    Panel,
+    intervals_of,
+    legend_below,
+    named,
+    require_columns,
+    series_styles,
+    whiskers,
+)  # fmt: skip
+from mansu_tl.plots.theme import fixed, new_figure, number, plain, theme_named
+from mansu_tl.verification import Divergence
 
-_SYMBOLS = {"q": "circle", "k": "square", "v": "diamond", "mlp": "triangle-up", "logits": "x"}
-_NAMES = {"q": "query (q)", "k": "key (k)", "v": "value (v)", "mlp": "MLP", "logits": "logits"}
-_LABELLED_EDGES = 6
-_LABEL_WIDTH, _LABEL_HEIGHT = 0.16, 0.04  # of the panel
+_CAD = "CAD = 1 − ⟨a, b⟩ / ⟨a, a⟩"
 
 
 def circuit_divergence(
-    divergences: Sequence[DivergenceLike] | Mapping[str, DivergenceLike],
-    references: Mapping[str, DivergenceLike] | None = None,
+    divergences: Sequence[Divergence] | Mapping[str, Divergence],
+    references: Mapping[str, Divergence] | None = None,
     *,
     bound: float | int | None = None,
     title: str | None = None,
@@ -33,217 +40,210 @@ def circuit_divergence(
         references: what to judge them by, such as the noise floor of quantization or a model that never learnt; drawn
             hatched and grey.
         bound: a line at the value that the lower end of the interval has to reach.
-        title: plain text.
-        theme: "light" or "dark".
 
     Raises:
         MansuError: nothing to draw.
     """
     look = theme_named(theme)
-    shown = dict(divergences) if isinstance(divergences, Mapping) else {d.label: d for d in divergences}
-    if not shown:
+    if not divergences:
         raise MansuError("circuit divergence: none given; pass at least one result of circuit_divergence()")
-    if len(shown) != len(divergences):
-        raise MansuError("circuit divergence: two results have the same label; pass a mapping label -> result")
-    beside = dict(references or {})
-    rows = [*shown.items(), *beside.items()]
+    shown, beside = named(divergences, "circuit divergence"), dict(references or {})
+    rows = [*shown.values(), *beside.values()]
     figure = new_figure(
         look,
         title or "Circuit attribution divergence (CAD)",
         "0 = the circuit is intact, 1 = gone, above 1 = inverted. Bars: CAD with its 95 % interval over facts; "
         "diamonds: mass loss.",
-        height=190 + 46 * len(rows),
+        190 + 46 * len(rows),
     )
-    for start, part, name, marker in (
-        (0, shown, "models", {"color": look.positive_soft, "line": {"width": 0}}),
-        (
-            len(shown),
-            beside,
-            "references",
-            {
-                "color": look.band,
-                "line": {"color": look.neutral, "width": 1.2},
-                "pattern": {"shape": "/", "fgcolor": look.neutral, "bgcolor": look.band, "size": 6},
-            },
-        ),
-    ):
-        if part:
-            _bars(figure, start, part, name, marker, look)
-    _masses(figure, rows, look)
-    for x, text, dash in (
-        (0.0, "intact", "solid"),
-        (1.0, "gone", "solid"),
-        (bound, f"bound {number(bound or 0.0)}", "dash"),
-    ):
-        if x is not None:
-            figure.add_vline(
-                x=x,
-                line={"color": look.muted, "width": 1, "dash": dash},
-                annotation_text=text,
-                annotation_position="top",
-                annotation_xanchor="right" if text.startswith("bound") else "center",
-                annotation_font={"size": 11, "color": look.muted},
-            )
-    lows = [min(d.value, d.interval[0], d.mass_loss, 0.0) for _, d in rows]
-    highs = [max(d.value, d.interval[1], d.mass_loss, 1.0) for _, d in rows]
-    figure.update_xaxes(
-        title_text="CAD = 1 − ⟨a, b⟩ / ⟨a, a⟩", range=[min(lows) - 0.06, max(highs) + 0.16], zeroline=False
-    )
-    figure.update_yaxes(
-        tickvals=list(range(len(rows))),
-        ticktext=[*(plain(label) for label in shown), *(f"<i>{plain(label)}</i>" for label in beside)],
-        range=[len(rows) - 0.5, -0.5],
-        showgrid=False,
-        zeroline=False,
-        ticks="",
-        showline=False,
-    )
-    figure.update_layout(
-        legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
-        margin={"b": 88, "t": 104},
-    )
+    panel = Panel(figure, look)
+    hatched = {"shape": "/", "fgcolor": look.neutral, "bgcolor": look.band, "size": 6}
+    grey = {"color": look.band, "line": {"color": look.neutral, "width": 1.2}, "pattern": hatched}
+    _bars(panel, 0, shown, "models", {"color": look.positive_soft, "line": {"width": 0}})
+    _bars(panel, len(shown), beside, "references", grey)
+    diamond = {"symbol": "diamond", "size": 9, "color": look.paper, "line": {"color": look.ink, "width": 1.4}}
+    losses = [d.mass_loss for d in rows]
+    panel.mark(losses, list(range(len(rows))), "mass loss", "markers", hover="mass loss %{x:.3f}", marker=diamond)
+    for x, text in ((0.0, "intact"), (1.0, "gone")):
+        panel.level(x, text, upright=True, width=1, dash="solid", xanchor="center")
+    if bound is not None:
+        panel.level(bound, f"bound {number(bound)}", upright=True, width=1, xanchor="right")
+    low = min(0.0, *(min(d.value, d.interval[0], d.mass_loss) for d in rows))
+    high = max(1.0, *(max(d.value, d.interval[1], d.mass_loss) for d in rows))
+    panel.x(title_text=_CAD, range=[low - 0.06, high + 0.16], zeroline=False)
+    panel.rows([*shown, *beside], 0.5, showgrid=False)
+    names = [*(plain(label) for label in shown), *(f"<i>{plain(label)}</i>" for label in beside)]
+    panel.y(ticktext=names)
+    legend_below(figure, 88, 21)
     return figure
 
 
-def divergence_scatter(divergence: DivergenceLike, *, title: str | None = None, theme: str = "light") -> go.Figure:
-    """Draw each edge's score in the other model against its score in the original.
+def _bars(panel: Panel, start: int, part: Mapping[str, Divergence], name: str, marker: Mapping[str, object]) -> None:
+    """Bars from row `start` on, their intervals, and the values written beside them."""
+    if not part:
+        return
+    values, rows = [d.value for d in part.values()], list(range(start, start + len(part)))
+    lows, highs = zip(*(d.interval for d in part.values()), strict=True)
+    panel.bars(
+        values, rows, name, orientation="h", width=0.62, marker=dict(marker),
+        error_x=whiskers(values, lows, highs, panel.look.ink),
+        data=[[plain(label), *d.interval, d.mass_loss] for label, d in part.items()],
+        hover="%{customdata[0]}<br>CAD %{x:.3f} [%{customdata[1]:.3f}, %{customdata[2]:.3f}]"
+        "<br>mass loss %{customdata[3]:.3f}",
+    )  # fmt: skip
+    for row, d in zip(rows, part.values(), strict=True):
+        end = max(d.value, d.interval[1], d.mass_loss, 0.0)
+        panel.note(end, row, fixed(d.value, 2), size=12, colour="", xanchor="left", xshift=8)
 
-    On the rising line the mechanism is intact, on the level line it is gone, on the falling one inverted.
+
+def divergence_plane(
+    rows: pd.DataFrame,
+    *,
+    cad_bound: float | int = 0.5,
+    accuracy_bound: float | int = 50,
+    measure: str = "forget multiple choice, %",
+    title: str | None = None,
+    theme: str = "light",
+) -> go.Figure:
+    """Draw accuracy on the forget questions against CAD: what a model says, and what is left of how it knew.
+
+    The quadrants: *retained* (still answers, circuit intact), *suppressed* (silent, circuit intact), *erased* (silent,
+    circuit gone), *damaged* (the circuit is gone and it answers by some other way). Rings are full precision, filled
+    marks quantized, an arrow leads from one to the other: an arrow up and to the left is forgetting undone.
 
     Args:
-        divergence: one result.
-        title: plain text; by default its label and CAD.
-        theme: "light" or "dark".
+        rows: columns label, quantizer ("" = full precision), cad and accuracy (percent); intervals are drawn where
+            there are cad_low and cad_high, accuracy_low and accuracy_high.
+        cad_bound: where the circuit counts as gone.
+        accuracy_bound: where the model counts as answering, in percent.
+        measure: what the accuracies are.
 
     Raises:
-        MansuError: it has no edge.
+        MansuError: a column is missing, no row, or a label with two rows for one quantizer.
     """
     look = theme_named(theme)
-    frame = divergence.edges
-    if frame.empty:
-        raise MansuError(
-            f"circuit divergence {divergence.label!r}: it has no edge to draw; use a circuit that has some"
-        )
-    low, high = divergence.interval
+    require_columns("CAD plane", rows, ["label", "quantizer", "cad", "accuracy"])
+    twice = rows.duplicated(["label", "quantizer"])
+    if twice.any():
+        row = rows[twice].iloc[0]
+        raise MansuError(f"CAD plane: {row['label']!r} has two rows for quantizer {row['quantizer']!r}; drop one")
     figure = new_figure(
         look,
-        title or f"{divergence.label}: edge scores before and after",
-        f"CAD {fixed(divergence.value, 3)}, 95 % interval {fixed(low, 3)} to {fixed(high, 3)}; "
-        f"mass loss {fixed(divergence.mass_loss, 3)}; {len(frame)} edges.",
-        height=600,
+        title or "Erased, or only suppressed?",
+        "Across: what is left of the circuit (0 = intact, 1 = gone). Upright: what the model answers. Rings: full "
+        "precision; filled: quantized.",
+        640,
     )
-    original, other = frame["original"].to_numpy(float), frame["other"].to_numpy(float)
-    x_low, x_high = _padded(min(original.min(), 0.0), max(original.max(), 0.0))
-    both = np.concatenate([original, other, [0.0]])
-    y_low, y_high = _padded(float(both.min()), float(both.max()))
-    for slope, name, dash in ((1, "intact", "solid"), (0, "gone", "dash"), (-1, "inverted", "dot")):
-        figure.add_scatter(
-            x=[x_low, x_high],
-            y=[slope * x_low, slope * x_high],
-            mode="lines",
-            hoverinfo="skip",
-            name=name,
-            line={"color": look.muted, "width": 1.2, "dash": dash},
-        )
-    kinds = np.array([reader_kind(str(r)) for r in frame["reader"]])
-    for kind, symbol in _SYMBOLS.items():
-        chosen = kinds == kind
-        if chosen.any():
-            part = frame[chosen]
-            figure.add_scatter(
-                x=original[chosen],
-                y=other[chosen],
-                mode="markers",
-                name=f"into {_NAMES[kind]}",
-                marker={
-                    "symbol": symbol,
-                    "size": 8,
-                    "color": look.positive if kind in ("mlp", "logits") else look.positive_soft,
-                    "line": {"width": 0.8, "color": look.ink},
-                    "opacity": 0.85,
-                },
-                customdata=[[plain(w), plain(r)] for w, r in zip(part["writer"], part["reader"], strict=True)],
-                hovertemplate="%{customdata[0]} → %{customdata[1]}<br>original %{x:.4g}"
-                "<br>other %{y:.4g}<extra></extra>",
-            )
-    for at in _apart(original / (x_high - x_low), other / (y_high - y_low)):
-        row = frame.iloc[at]
-        figure.add_annotation(
-            x=original[at],
-            y=other[at],
-            text=f"{plain(row['writer'])} → {plain(row['reader'])}",
-            showarrow=False,
-            font={"size": 10, "color": look.muted},
-            yshift=11,
-        )
-    figure.update_xaxes(title_text="score in the original", range=[x_low, x_high], zeroline=False)
-    figure.update_yaxes(title_text=f"score in: {plain(divergence.label)}", range=[y_low, y_high], zeroline=False)
+    panel, looks = Panel(figure, look), series_styles(rows["label"].astype(str).tolist(), look)
+    ends = (min(-0.12, float(rows["cad"].min()) - 0.1), max(1.2, float(rows["cad"].max()) + 0.1))
+    _quadrants(panel, ends, cad_bound, accuracy_bound)
+    for label, part in rows.assign(quantizer=rows["quantizer"].fillna("").astype(str)).groupby("label", sort=False):
+        style, name = looks[str(label)], plain(label)
+        full, quantized = part[part["quantizer"] == ""], part[part["quantizer"] != ""]
+        for end in quantized[["cad", "accuracy"]].to_numpy(float).tolist() if len(full) else ():
+            _arrow(figure, full[["cad", "accuracy"]].to_numpy(float)[0].tolist(), end, style.colour)
+        for i, quantizer in enumerate(part["quantizer"]):
+            point = part.iloc[i : i + 1]
+            values = {key: [float(point[key].iloc[0])] for key in ("cad", "accuracy")}
+            intervals = {key: intervals_of(point, key) for key in values}
+            errors = {k: each and whiskers(values[k], *each, style.colour) for k, each in intervals.items()}
+            fill = style.colour if quantizer else look.paper
+            panel.mark(
+                values["cad"], values["accuracy"], name, "markers", group=name, legend=i == 0,
+                marker={"symbol": style.symbol, "size": 13, "color": fill, "line": {"color": style.colour, "width": 2.4}},
+                error_x=errors["cad"], error_y=errors["accuracy"], data=[[plain(quantizer) or "full precision"]],
+                hover=f"{name}, %{{customdata[0]}}<br>CAD %{{x:.3f}}<br>{plain(measure)}: %{{y:.1f}}",
+            )  # fmt: skip
+    panel.x(title_text=_CAD, range=ends, zeroline=False, showgrid=False)
+    panel.y(title_text=plain(measure), range=[-8, 112], zeroline=False, showgrid=False)
+    legend_below(figure)
     return figure
 
 
-def _bars(
-    figure: go.Figure,
-    start: int,
-    part: Mapping[str, DivergenceLike],
-    name: str,
-    marker: Mapping[str, object],
-    look: Theme,
-) -> None:
-    values = [d.value for d in part.values()]
-    figure.add_bar(
-        y=list(range(start, start + len(part))),
-        x=values,
-        orientation="h",
-        width=0.62,
-        name=name,
-        marker=dict(marker),
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [max(0.0, d.interval[1] - d.value) for d in part.values()],
-            "arrayminus": [max(0.0, d.value - d.interval[0]) for d in part.values()],
-            "color": look.ink,
-            "thickness": 1.4,
-            "width": 4,
-        },
-        customdata=[[plain(label), d.interval[0], d.interval[1], d.mass_loss] for label, d in part.items()],
-        hovertemplate="%{customdata[0]}<br>CAD %{x:.3f} [%{customdata[1]:.3f}, %{customdata[2]:.3f}]"
-        "<br>mass loss %{customdata[3]:.3f}<extra></extra>",
+def divergence_by_layer(
+    divergences: Mapping[str, Divergence], *, title: str | None = None, theme: str = "light"
+) -> go.Figure:
+    """Draw each model's CAD by the layer of the edges' writers, under what each layer carries of the circuit.
+
+    A layer's CAD is 1 - <a, b> / <a, a> over its edges alone; the whole CAD is their mean, weighted with each layer's
+    share of <a, a>, which the bars show.
+
+    Args:
+        divergences: results for the same circuit by label.
+
+    Raises:
+        MansuError: none given, no edge, or results of different circuits.
+    """
+    look = theme_named(theme)
+    if not divergences:
+        raise MansuError("CAD by layer: none given; pass at least one result of circuit_divergence()")
+    first = next(iter(divergences.values()))
+    if first.edges.empty:
+        raise MansuError("CAD by layer: the circuit has no edge; use a circuit that has some")
+    for label, each in divergences.items():
+        if (each.writers, each.readers) != (first.writers, first.readers):
+            raise MansuError(f"CAD by layer: {label!r} was measured on another circuit; use one circuit for all")
+    tables = [_by_layer(each.edges) for each in divergences.values()]
+    layers, share = [*tables[0].index], 100 * tables[0]["share"].to_numpy()
+    names = ["embed" if i < 0 else f"layer {i}" for i in layers]
+    z = np.array([table["cad"] for table in tables])
+    figure = new_figure(
+        look,
+        title or "Where the mechanism went, layer by layer",
+        "CAD over the edges that start in each layer: 0 = intact, 1 = gone, above 1 = inverted. Bars: what the layer "
+        "carries of the original circuit.",
+        300 + 40 * len(divergences),
+        rows=2,
+        cols=1,
+        shared_xaxes=True,
+        row_heights=[0.3, 0.7],
+        vertical_spacing=0.06,
     )
-    for row, d in enumerate(part.values(), start):
-        figure.add_annotation(
-            x=max(d.value, d.interval[1], d.mass_loss, 0.0),
-            y=row,
-            text=fixed(d.value, 2),
-            showarrow=False,
-            xanchor="left",
-            xshift=8,
-            font={"size": 12},
-        )
+    above, below = Panel(figure, look, 1, 1), Panel(figure, look, 2, 1)
+    above.bars(
+        names, share.tolist(), "share of the circuit", legend=False, marker={"color": look.neutral, "line": {"width": 0}},
+        data=tables[0]["edges"].tolist(), hover="%{x}: %{y:.1f} % of ⟨a, a⟩ in %{customdata} edges",
+        text=[f"{fixed(v, 0)} %" for v in share], textposition="outside", cliponaxis=False,
+    )  # fmt: skip
+    _, zero, high = look.diverging
+    labels = [f"{plain(label)}   <b>{fixed(each.value, 2)}</b>" for label, each in divergences.items()]
+    below.heat(
+        z, [[0, zero], [1, high]], (0, 1), "CAD", gap=2, hover="%{y}<br>%{x}: CAD %{z:.3f}", x=names, y=labels,
+        texts=[[fixed(v, 2) for v in row] for row in z.tolist()], colorbar={"y": 0.33, "len": 0.66},
+    )  # fmt: skip
+    figure.update_xaxes(**BARE)
+    below.x(title_text="layer in which the edge starts")
+    below.y(**BARE, autorange="reversed")
+    above.y(title_text="of the circuit, %", range=[0, 1.2 * share.max()])
+    return figure
 
 
-def _masses(figure: go.Figure, rows: Sequence[tuple[str, DivergenceLike]], look: Theme) -> None:
-    figure.add_scatter(
-        x=[d.mass_loss for _, d in rows],
-        y=list(range(len(rows))),
-        mode="markers",
-        name="mass loss",
-        marker={"symbol": "diamond", "size": 9, "color": look.paper, "line": {"color": look.ink, "width": 1.4}},
-        hovertemplate="mass loss %{x:.3f}<extra></extra>",
-    )
+def _by_layer(edges: pd.DataFrame) -> pd.DataFrame:
+    """CAD over the edges that start in each layer (-1 = the embedding), the layer's share of <a, a>, and its edges."""
+    layer = edges["writer_layer"]
+    square = (edges["original"] ** 2).groupby(layer).sum()
+    product = (edges["original"] * edges["other"]).groupby(layer).sum()
+    return pd.DataFrame({"cad": 1 - product / square, "share": square / square.sum(), "edges": layer.value_counts()})
 
 
-def _apart(xs: np.ndarray, ys: np.ndarray) -> list[int]:
-    """The edges of largest original score whose labels do not meet; coordinates are shares of the panel."""
-    chosen: list[int] = []
-    for at in np.argsort(-np.abs(xs))[: 2 * _LABELLED_EDGES].tolist():
-        if len(chosen) < _LABELLED_EDGES and all(
-            abs(xs[at] - xs[i]) > _LABEL_WIDTH or abs(ys[at] - ys[i]) > _LABEL_HEIGHT for i in chosen
-        ):
-            chosen.append(at)
-    return chosen
+def _quadrants(panel: Panel, x: tuple[float, float], cad: float | int, accuracy: float | int) -> None:
+    look = panel.look
+    for x0, x1, upper, name, fill in (
+        (x[0], cad, True, "retained", look.paper),
+        (x[0], cad, False, "suppressed", look.failed),
+        (cad, x[1], False, "erased", look.passed),
+        (cad, x[1], True, "damaged", look.band),
+    ):
+        y0, y1 = (accuracy, 112) if upper else (-8, accuracy)
+        line = {"width": 1, "color": look.grid}
+        panel.figure.add_shape(type="rect", x0=x0, x1=x1, y0=y0, y1=y1, layer="below", line=line, fillcolor=fill)
+        at = {"y": y1 - 3, "yanchor": "top"} if upper else {"y": y0 + 3, "yanchor": "bottom"}
+        panel.note((x0 + x1) / 2, at["y"], f"<b>{name}</b>", size=16, yanchor=at["yanchor"])
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
-    pad = 0.06 * (high - low or 1.0)
-    return low - pad, high + pad
+def _arrow(figure: go.Figure, start: Sequence[float], end: Sequence[float], colour: str) -> None:
+    figure.add_annotation(
+        x=float(end[0]), y=float(end[1]), ax=float(start[0]), ay=float(start[1]), xref="x", yref="y", axref="x", ayref="y",
+        text="", showarrow=True, arrowhead=2, arrowsize=1.1, arrowwidth=1.8, arrowcolor=colour, opacity=0.7, standoff=8,
+        startstandoff=8,
+    )  # fmt: skip

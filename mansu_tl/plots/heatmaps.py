@@ -1,35 +1,37 @@
-"""Matrices as heat maps: all edge scores, and activation-patching sweeps."""
+"""Matrices as heat maps: scores of all edges, of heads and of tokens, patching sweeps, attention patterns."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.colors import find_intermediate_color
+from torch import Tensor
 
+from mansu_tl.circuit import EdgeScores
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.protocols import EdgeScoresLike, PatchingLike
+from mansu_tl.patching import NodeScores, PatchingResult
+from mansu_tl.plots.panels import BARE, Panel, panel_titles
 from mansu_tl.plots.theme import Theme, fixed, new_figure, number, plain, theme_named
 
 _ALL_LABELS = 48  # names up to which every one is written
 _VALUES_IN_CELLS = 240
 _STRONG = 0.1  # of the largest |score|: cells from which on the minus sign is written
+_ACROSS = 4  # attention patterns side by side
 
 
-def edge_matrix(scores: EdgeScoresLike, *, title: str | None = None, theme: str = "light") -> go.Figure:
+def edge_matrix(scores: EdgeScores, *, title: str | None = None, theme: str = "light") -> go.Figure:
     """Draw the scores of all edges, writers upward and readers to the right, in order of computation.
 
-    Colour goes with the square root of |score|, so that small scores can be seen beside large ones; the numbers are in
-    the hover texts. Strong negative cells carry a minus sign. Edges that do not exist are left in the background's
-    grey.
-
-    Args:
-        scores: scores of all edges of a model.
-        title: plain text; by default the method and the number of edges.
-        theme: "light" or "dark".
+    Colour goes with the square root of |score|, so that small scores can be seen beside large ones. Strong negative
+    cells carry a minus sign. Edges that do not exist are left in the background's grey.
 
     Raises:
         MansuError: there is no edge.
@@ -40,44 +42,33 @@ def edge_matrix(scores: EdgeScoresLike, *, title: str | None = None, theme: str 
         raise MansuError("edge scores: no edge exists; score a model with at least one layer")
     z = np.where(exists, scores.tensor.detach().float().cpu().numpy(), np.nan)
     top = float(np.nanmax(np.abs(z))) or 1.0
-    n_rows = z.shape[0]
     figure = new_figure(
         look,
         title or f"{scores.method.upper()} scores of {int(exists.sum()):,} edges",
         f"Blue supports the answer, orange opposes it; colour ~ √|score|. Metric {scores.metric}, "
         f"completeness residual {number(scores.residual, 2)}.",
-        height=int(190 + min(760, max(320, 18 * n_rows))),
+        190 + min(760, max(320, 18 * len(z))),
     )
-    marks = np.where(z < -_STRONG * top, "−", "").tolist() if n_rows <= _ALL_LABELS else None
-    figure.add_heatmap(
-        z=z,
-        zmin=-top,
-        zmax=top,
-        colorscale=root_scale(look),
-        hoverongaps=False,
-        x=[plain(name) for name in scores.readers],
-        y=[plain(name) for name in scores.writers],
-        text=marks,
-        texttemplate="%{text}" if marks else None,
-        textfont={"size": 11},
-        hovertemplate="%{y} → %{x}<br>score %{z:.4g}<extra></extra>",
-        colorbar={"title": {"text": "score"}, "thickness": 14, "outlinewidth": 0, "tickformat": ".2~g"},
-    )
-    figure.update_layout(plot_bgcolor=look.band)
-    axis = {"showgrid": False, "zeroline": False, "showline": False}
-    figure.update_xaxes(**axis, **_ticks(scores.readers), title_text="reader (where the edge goes)", tickangle=-90)
-    figure.update_yaxes(**axis, **_ticks(scores.writers), title_text="writer (where it comes from)")
-    _layer_lines(figure, scores, look)
+    panel = Panel(figure, look)
+    marks = np.where(z < -_STRONG * top, "−", "").tolist() if len(z) <= _ALL_LABELS else None
+    panel.heat(
+        z, _root_scale(look), (-top, top), "score", hover="%{y} → %{x}<br>score %{z:.4g}", gap=None, texts=marks,
+        x=[plain(name) for name in scores.readers], y=[plain(name) for name in scores.writers],
+        colorbar={"tickformat": ".2~g"},
+    )  # fmt: skip
+    grid = {key: each for key, each in BARE.items() if key != "ticks"}
+    panel.x(**{**grid, **_ticks(scores.readers)}, title_text="reader (where the edge goes)", tickangle=-90)
+    panel.y(**{**grid, **_ticks(scores.writers)}, title_text="writer (where it comes from)")
+    line = {"color": look.neutral, "width": 0.6}
+    for names, along, across in ((scores.readers, "x", "y"), (scores.writers, "y", "x")):
+        for i in _layer_starts(names)[1:]:
+            ends = {f"{along}0": i - 0.5, f"{along}1": i - 0.5, f"{across}0": 0, f"{across}1": 1}
+            figure.add_shape(type="line", **ends, **{f"{across}ref": "paper"}, line=line)
     return figure
 
 
-def patching(result: PatchingLike, *, title: str | None = None, theme: str = "light") -> go.Figure:
+def patching(result: PatchingResult, *, title: str | None = None, theme: str = "light") -> go.Figure:
     """Draw an activation-patching sweep, layers upward; cells show their value where there are few enough.
-
-    Args:
-        result: the sweep; its column names may be tokens.
-        title: plain text; by default direction and component.
-        theme: "light" or "dark".
 
     Raises:
         MansuError: the sweep has no cell.
@@ -87,48 +78,218 @@ def patching(result: PatchingLike, *, title: str | None = None, theme: str = "li
     if z.size == 0:
         raise MansuError("patching: the sweep has no cell to draw; run it on at least one layer and position")
     top = max(1.0, float(np.nanmax(np.abs(z))))
-    restored = "restored, 1 = all of it" if result.direction == "denoising" else "destroyed, 1 = all of it"
+    done = "restored" if result.direction == "denoising" else "destroyed"
     figure = new_figure(
         look,
         title or f"{result.direction.capitalize()} the {result.component}",
-        f"Share of the clean-corrupt difference in {result.metric} that one patch has {restored}; 0 = no effect.",
-        height=int(190 + max(200, 34 * z.shape[0])),
+        f"Share of the clean-corrupt difference in {result.metric} that one patch has {done}, 1 = all of it; 0 = no effect.",
+        190 + max(200, 34 * len(z)),
     )
-    few = z.size <= _VALUES_IN_CELLS
-    text = [[fixed(v, 2) if few else "" for v in row] for row in z.tolist()]
+    panel, few = Panel(figure, look), z.size <= _VALUES_IN_CELLS
     low, zero, high = look.diverging
-    figure.add_heatmap(
-        z=z,
-        zmin=-top,
-        zmax=top,
-        colorscale=[[0, low], [0.5, zero], [1, high]],
-        xgap=1,
-        ygap=1,
-        text=text,
-        texttemplate="%{text}",
-        textfont={"size": 11},
-        customdata=_names(result.rows, result.columns),
-        hovertemplate=f"{plain(result.row_axis)} %{{customdata[0]}}, {plain(result.column_axis)} "
-        "%{customdata[1]}<br>%{z:.3f}<extra></extra>",
-        colorbar={"title": {"text": "share"}, "thickness": 14, "outlinewidth": 0},
-    )
-    axis = {"showgrid": False, "zeroline": False, "showline": False, "ticks": ""}
-    figure.update_xaxes(**axis, **_ticks(result.columns), title_text=plain(result.column_axis))
-    figure.update_yaxes(**axis, **_ticks(result.rows), title_text=plain(result.row_axis))
+    panel.heat(
+        z, [[0, low], [0.5, zero], [1, high]], (-top, top), "share", texts=_written(z, few),
+        hover=f"{plain(result.row_axis)} %{{customdata[0]}}, {plain(result.column_axis)} %{{customdata[1]}}<br>%{{z:.3f}}",
+        customdata=_cells(result.rows, result.columns),
+    )  # fmt: skip
+    panel.x(**{**BARE, **_ticks(result.columns)}, title_text=plain(result.column_axis))
+    panel.y(**{**BARE, **_ticks(result.rows)}, title_text=plain(result.row_axis))
     return figure
 
 
-def _names(rows: Sequence[str], columns: Sequence[str]) -> list[list[list[str]]]:
+def head_scores(scores: NodeScores, *, title: str | None = None, theme: str = "light") -> go.Figure:
+    """Draw the scores of heads and MLPs as a heat map, layers upward, heads from left to right and the MLP after them.
+
+    `embed` and queries, keys and values are left out.
+
+    Raises:
+        MansuError: no head and no MLP among the nodes.
+    """
+    values = scores.tensor.detach().float().cpu().numpy()
+    cells = {n: float(v) for n, v in zip(scores.writers, values, strict=True) if n != "embed" and "." not in n}
+    if not cells:
+        raise MansuError("head scores: no head and no MLP among the nodes; score the writers of a model")
+    layers = [str(i) for i in range(1 + max(layer_of(name) for name in cells))]
+    heads = [f"H{i}" for i in range(1 + max((int(n.partition("H")[2]) for n in cells if "H" in n), default=-1))]
+    z = [[*(cells.get(f"L{i}{h}", np.nan) for h in heads), cells.get(f"MLP{i}", np.nan)] for i in layers]
+    title = title or "Which heads and MLPs carry the answer"
+    what = f"Estimated effect on the {_words(scores.metric)} of restoring each component's output"
+    return _scores(np.array(z), [*heads, "MLP"], layers, ("component", "layer"), title, what, scores.metric, theme)
+
+
+def token_scores(
+    scores: NodeScores | EdgeScores,
+    tokens: Sequence[str] | None = None,
+    *,
+    most: int = 12,
+    title: str | None = None,
+    theme: str = "light",
+) -> go.Figure:
+    """Draw scores by position over the prompt's own tokens: the strongest nodes as rows, tokens across.
+
+    Edge scores are added up over readers, so that a row is a writer.
+
+    Args:
+        scores: scores that were kept by position.
+        tokens: what stands at each position, without padding; by default the positions' names.
+        most: how many nodes are drawn, those of largest |score| at any one position.
+
+    Raises:
+        MansuError: scores that were not kept by position, or another number of tokens.
+    """
+    if scores.per_position is None:
+        raise MansuError("token scores: they are added up over positions; score with per_position=True")
+    z = scores.per_position.detach().float().cpu()
+    by_node = (z.sum(2) if z.ndim == 3 else z).T.numpy()
+    if tokens is not None and (len(tokens) > by_node.shape[1] or by_node[:, len(tokens) :].any()):
+        raise MansuError(f"token scores: {len(tokens)} tokens for {by_node.shape[1]} positions; give one for each")
+    if most < 1:
+        raise MansuError(f"token scores: most={most}; draw at least one node")
+    names = list(scores.positions if tokens is None else tokens)
+    by_node = by_node[:, : len(names)]
+    rows = sorted(np.argsort(-np.abs(by_node).max(1), kind="stable")[:most].tolist())
+    title = title or "Where in the prompt the answer is carried"
+    what = f"Scores in units of the {_words(scores.metric)} by node and token (the {len(rows)} strongest nodes)"
+    nodes = [scores.writers[i] for i in rows]
+    return _scores(by_node[rows], names, nodes, ("token", ""), title, what, scores.metric, theme)
+
+
+def attention_patterns(
+    patterns: Float[Tensor, "head query key"],
+    tokens: Sequence[str],
+    heads: Sequence[str] | None = None,
+    *,
+    title: str | None = None,
+    theme: str = "light",
+) -> go.Figure:
+    """Draw what each head attends to in one prompt: queries downward, keys across, one panel a head.
+
+    Args:
+        patterns: attention probabilities of one prompt.
+        tokens: the prompt's tokens.
+        heads: their names; numbered where not given.
+
+    Raises:
+        MansuError: no head, or tokens or names of another number.
+    """
+    look = theme_named(theme)
+    count, queries, keys = patterns.shape
+    names = [f"H{i}" for i in range(count)] if heads is None else list(heads)
+    if count == 0 or len(names) != count:
+        raise MansuError(f"attention: {count} heads, {len(names)} names; give a name for each of at least one head")
+    if len(tokens) != keys or queries != keys:
+        raise MansuError(
+            f"attention: {len(tokens)} tokens for patterns of {queries} x {keys}; give one for each position"
+        )
+    across = min(_ACROSS, count)
+    down = math.ceil(count / across)
+    height = 220 + 284 * down
+    figure = new_figure(
+        look,
+        title or "What the heads look at",
+        "Rows: the token that looks; columns: the token that is looked at. Dark = most of the attention; each row adds "
+        "up to 1.",
+        height,
+        rows=down,
+        cols=across,
+        shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.025,
+        vertical_spacing=40 / height if down > 1 else 0,
+        subplot_titles=[plain(name) for name in names],
+    )
+    shown = [plain(token) for token in tokens]
+    z = patterns.detach().float().cpu().tolist()
+    for i, name in enumerate(plain(name) for name in names):
+        causal = [[v if k <= q or v else None for k, v in enumerate(row)] for q, row in enumerate(z[i])]
+        figure.add_heatmap(
+            z=causal, coloraxis="coloraxis", customdata=_cells(tokens, tokens), hoverongaps=False, xgap=1, ygap=1, name=name,
+            hovertemplate=f"{name}: %{{customdata[0]}} looks at %{{customdata[1]}}<br>%{{z:.3f}}<extra></extra>",
+            row=i // across + 1, col=i % across + 1,
+        )  # fmt: skip
+    axis = {**BARE, "tickfont": {"size": 10}, "tickvals": list(range(len(shown))), "ticktext": shown}
+    figure.update_xaxes(**axis, tickangle=-60)
+    figure.update_yaxes(**axis, autorange="reversed")
+    _, zero, high = look.diverging
+    bar = {"title": {"text": "attention"}, "thickness": 14, "outlinewidth": 0}
+    colours = {"cmin": 0, "cmax": 1, "colorscale": [[0, zero], [1, high]], "colorbar": bar}
+    figure.update_layout(coloraxis=colours, plot_bgcolor=look.band, margin={"t": figure.layout.margin.t + 24})
+    panel_titles(figure, 12)
+    return figure
+
+
+def attention_view(
+    patterns: Float[Tensor, "head query key"],
+    tokens: Sequence[str],
+    heads: Sequence[str] | None = None,
+    *,
+    title: str | None = None,
+    theme: str = "light",
+) -> Any:
+    """Show attention patterns in a notebook: CircuitsVis's widget where it is installed, else `attention_patterns`.
+
+    CircuitsVis (`pip install circuitsvis`) loads its script from the net and has no title or theme. Arguments and errors
+    are those of `attention_patterns`.
+    """
+    figure = attention_patterns(patterns, tokens, heads, title=title, theme=theme)
+    if find_spec("circuitsvis") is None:
+        return figure
+    names = [f"H{i}" for i in range(len(patterns))] if heads is None else list(heads)
+    return import_module("circuitsvis.attention").attention_patterns(
+        tokens=list(tokens), attention=patterns.detach().float().cpu(), attention_head_names=names
+    )
+
+
+def _scores(
+    z: np.ndarray,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    axes: tuple[str, str],
+    title: str,
+    what: str,
+    metric: str,
+    theme: str,
+) -> go.Figure:
+    """A signed heat map whose colour goes with the root, numbers in the cells where there are few; names may repeat."""
+    look = theme_named(theme)
+    top = float(np.nanmax(np.abs(z))) or 1.0
+    subtitle = f"{what}; blue supports the answer, orange opposes it; colour ~ √|score|."
+    figure = new_figure(look, title, subtitle, 190 + min(900, max(160, 32 * len(z))))
+    panel = Panel(figure, look)
+    panel.heat(
+        z, _root_scale(look), (-top, top), plain(_words(metric)).replace(" ", "<br>"), customdata=_cells(rows, columns),
+        hover="%{customdata[0]} %{customdata[1]}<br>score %{z:.4g}", texts=_written(z, z.size <= _VALUES_IN_CELLS, 0.005),
+    )  # fmt: skip
+    panel.x(**BARE, **_named(columns), title_text=axes[0], tickangle=0 if sum(map(len, columns)) < 110 else -60)
+    panel.y(**BARE, **_named(rows), title_text=axes[1] or None)
+    return figure
+
+
+def _written(z: np.ndarray, few: bool, least: float | int = 0.0) -> list[list[str]]:
+    """The numbers in the cells: where there are few, those of at least that size."""
+    return [[fixed(v, 2) if few and not abs(v) < least else "" for v in row] for row in z.tolist()]
+
+
+def _cells(rows: Sequence[str], columns: Sequence[str]) -> list[list[list[str]]]:
+    """The names of every cell's row and column."""
     return [[[plain(row), plain(column)] for column in columns] for row in rows]
 
 
-def _ticks(names: Sequence[str]) -> dict[str, object]:
-    """Tick settings by number, since names may repeat; one tick a layer where there are many."""
-    places = list(range(len(names)))
+def _words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _named(names: Sequence[str]) -> dict[str, Any]:
+    """Tick settings by number, since names may repeat."""
+    return {"tickvals": list(range(len(names))), "ticktext": [plain(name) for name in names]}
+
+
+def _ticks(names: Sequence[str]) -> dict[str, Any]:
+    """Tick settings; one tick a layer where there are many names."""
     if len(names) <= _ALL_LABELS:
-        return {"tickvals": places, "ticktext": [plain(name) for name in names]}
+        return _named(names)
     if not any(name.partition(".")[0].startswith(("L", "MLP")) for name in names):
-        places = places[:: math.ceil(len(names) / _ALL_LABELS)]
+        places = list(range(0, len(names), math.ceil(len(names) / _ALL_LABELS)))
         return {"tickvals": places, "ticktext": [plain(names[i]) for i in places]}
     starts = _layer_starts(names)
     middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(names)], strict=True)]
@@ -141,22 +302,11 @@ def _layer_starts(names: Sequence[str]) -> list[int]:
     return [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]
 
 
-def _layer_lines(figure: go.Figure, scores: EdgeScoresLike, look: Theme) -> None:
-    line = {"color": look.neutral, "width": 0.6}
-    for i in _layer_starts(scores.readers)[1:]:
-        figure.add_shape(type="line", x0=i - 0.5, x1=i - 0.5, yref="paper", y0=0, y1=1, line=line)
-    for i in _layer_starts(scores.writers)[1:]:
-        figure.add_shape(type="line", y0=i - 0.5, y1=i - 0.5, xref="paper", x0=0, x1=1, line=line)
-
-
-def root_scale(look: Theme) -> list[tuple[float, str]]:
+def _root_scale(look: Theme) -> list[tuple[float, str]]:
     """A diverging colour scale whose colour goes with the square root of the distance from zero."""
-    low, zero, high = (_rgb(c) for c in look.diverging)
-    stops = [(i / 12) ** 2 for i in range(13)]
-    below = [(0.5 - s / 2, find_intermediate_color(zero, low, math.sqrt(s), colortype="rgb")) for s in reversed(stops)]
-    above = [(0.5 + s / 2, find_intermediate_color(zero, high, math.sqrt(s), colortype="rgb")) for s in stops[1:]]
-    return below + above
+    low, zero, high = (f"rgb({int(c[1:3], 16)}, {int(c[3:5], 16)}, {int(c[5:7], 16)})" for c in look.diverging)
 
+    def side(end: str) -> list[tuple[float, str]]:
+        return [((i / 12) ** 2 / 2, find_intermediate_color(zero, end, i / 12, colortype="rgb")) for i in range(13)]
 
-def _rgb(colour: str) -> str:
-    return f"rgb({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)})"
+    return [(0.5 - s, colour) for s, colour in reversed(side(low))] + [(0.5 + s, c) for s, c in side(high)[1:]]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from mansu_tl.errors import MansuError
 
@@ -15,25 +17,16 @@ _SUBTITLE_WIDTH = 130
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
+_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+
+
 @dataclass(frozen=True)
 class Theme:
     """Colours of one theme.
 
-    Attributes:
-        name: "light" or "dark".
-        paper: background.
-        band: a background one step away from it, for stripes and cells without a value.
-        ink: text and node outlines.
-        muted: subtitles and reference lines.
-        grid: grid lines.
-        positive: what supports the answer.
-        positive_soft: the same, for the inputs of attention.
-        negative: what opposes the answer.
-        negative_soft: the same, for the inputs of attention.
-        neutral: what is neither, such as references and ghosts.
-        diverging: negative, zero, positive.
-        passed: fill of a row that passes.
-        failed: fill of a row that does not.
+    `band` is one step away from the background, for stripes and cells without a value; `muted` for subtitles and
+    reference lines. `positive` supports the answer, `negative` opposes it, the soft ones likewise for the inputs of
+    attention; `diverging` runs from negative over zero to positive. `passed` and `failed` fill rows of tables.
     """
 
     name: str
@@ -93,38 +86,16 @@ class Theme:
 
 _THEMES = {
     "light": Theme(
-        name="light",
-        paper="#FFFFFF",
-        band="#F3F4F6",
-        ink="#1B1F24",
-        muted="#5B6470",
-        grid="#E3E6EA",
-        positive="#0072B2",
-        positive_soft="#56B4E9",
-        negative="#D55E00",
-        negative_soft="#E69F00",
-        neutral="#9AA2AC",
-        diverging=("#B34700", "#FFFFFF", "#005C99"),
-        passed="#E6F2F9",
-        failed="#FCE9DA",
+        name="light", paper="#FFFFFF", band="#F3F4F6", ink="#1B1F24", muted="#5B6470", grid="#E3E6EA",
+        positive="#0072B2", positive_soft="#56B4E9", negative="#D55E00", negative_soft="#E69F00", neutral="#9AA2AC",
+        diverging=("#B34700", "#FFFFFF", "#005C99"), passed="#E6F2F9", failed="#FCE9DA",
     ),
     "dark": Theme(
-        name="dark",
-        paper="#14181D",
-        band="#1E242B",
-        ink="#E8EBEF",
-        muted="#A2ABB6",
-        grid="#2C343D",
-        positive="#56B4E9",
-        positive_soft="#2F86C1",
-        negative="#F0883E",
-        negative_soft="#E6B44C",
-        neutral="#707A85",
-        diverging=("#F59B4C", "#20262D", "#62BDF0"),
-        passed="#16324A",
-        failed="#4A2A14",
+        name="dark", paper="#14181D", band="#1E242B", ink="#E8EBEF", muted="#A2ABB6", grid="#2C343D",
+        positive="#56B4E9", positive_soft="#2F86C1", negative="#F0883E", negative_soft="#E6B44C", neutral="#707A85",
+        diverging=("#F59B4C", "#20262D", "#62BDF0"), passed="#16324A", failed="#4A2A14",
     ),
-}
+}  # fmt: skip
 
 
 def theme_named(name: str) -> Theme:
@@ -138,47 +109,29 @@ def theme_named(name: str) -> Theme:
     return _THEMES[name]
 
 
-def new_figure(theme: Theme, title: str, subtitle: str = "", height: int = 480) -> go.Figure:
+def new_figure(look: Theme, title: str, subtitle: str = "", height: float | int = 480, **grid: Any) -> go.Figure:
     """An empty figure in a theme.
 
     Args:
         title: plain text; it is escaped.
         subtitle: one line on how to read it, plain text; it is wrapped.
         height: in pixels; the width follows the page.
+        grid: of panels, as for plotly's `make_subplots`; one panel where not given.
     """
-    return styled(go.Figure(), theme, title, subtitle, height)
-
-
-def styled(figure: go.Figure, theme: Theme, title: str, subtitle: str = "", height: int = 480) -> go.Figure:
-    """The same figure with template, title, subtitle and height set; see `new_figure`."""
+    figure = make_subplots(**grid) if grid else go.Figure()
     lines = textwrap.wrap(subtitle, _SUBTITLE_WIDTH)
     if len(lines) > 1:  # of about equal length
         even = textwrap.wrap(subtitle, len(subtitle) // len(lines) + 12)
         lines = even if len(even) == len(lines) else lines
-    below = "".join(f'<br><span style="font-size:12px;color:{theme.muted}">{plain(line)}</span>' for line in lines)
-    figure.update_layout(
-        template=theme.template,
-        title={"text": f"<b>{plain(title)}</b>{below}"},
-        height=height,
-        margin={"t": 60 + 23 * len(lines)},
-    )
+    below = "".join(f'<br><span style="font-size:12px;color:{look.muted}">{plain(line)}</span>' for line in lines)
+    text = {"text": f"<b>{plain(title)}</b>{below}"}
+    figure.update_layout(template=look.template, title=text, height=int(height), margin={"t": 60 + 23 * len(lines)})
     return figure
 
 
 def plain(text: object) -> str:
     """Text that plotly shows as it is: no tag, entity or formula is read into it, and line breaks become visible."""
-    out = str(text)
-    for raw, shown in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        (">", "&gt;"),
-        ("$", "&#36;"),
-        ("\n", "\\n"),
-        ("\r", "\\r"),
-        ("\t", "\\t"),
-    ):
-        out = out.replace(raw, shown)
-    return out
+    return str(text).translate(_ESCAPES)
 
 
 def fixed(value: float | int, digits: int) -> str:
@@ -194,3 +147,14 @@ def number(value: float | int, digits: int = 3) -> str:
     if value != value:
         return "–"
     return f"{value:.{digits}g}".replace("-", "−")
+
+
+def signed(points: float | int, digits: int = 1) -> str:
+    """As `fixed`, with a plus sign where it is above zero."""
+    text = fixed(points, digits)
+    return f"+{text}" if points > 0 and float(text) else text
+
+
+def translucent(colour: str, opacity: float | int) -> str:
+    """A hex colour with an opacity."""
+    return f"rgba({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)}, {opacity})"

@@ -1,16 +1,21 @@
 """Quantization: grids, a registry of quantizers, the dequantized twin and what an update does to the codes."""
 
 from mansu_tl.quantization.asymmetric import AsymmetricGrid
-from mansu_tl.quantization.awq import Awq, awq
-from mansu_tl.quantization.base import CalibratedQuantizer, Inputs, Quantizer
 from mansu_tl.quantization.calibration import inputs_of
 from mansu_tl.quantization.dither import Dither, dither
-from mansu_tl.quantization.double import doubled
-from mansu_tl.quantization.flips import predicted_flips
-from mansu_tl.quantization.gptq import Gptq, gptq
-from mansu_tl.quantization.grid import Encoded, Grid
-from mansu_tl.quantization.registry import grid_of, quantizer, quantizers
-from mansu_tl.quantization.statistics import UpdateStatistics, update_statistics
+from mansu_tl.quantization.formats.awq import Awq, awq
+from mansu_tl.quantization.formats.gptq import Gptq, gptq
+from mansu_tl.quantization.formats.grids import doubled
+from mansu_tl.quantization.grid import Encoded, Grid, grid_of
+from mansu_tl.quantization.quantizer import (
+    CalibratedQuantizer,
+    Inputs,
+    Quantizer,
+    quantizer,
+    quantizers,
+    register_quantizer,
+)
+from mansu_tl.quantization.statistics import UpdateStatistics, predicted_flips, update_statistics
 from mansu_tl.quantization.twin import quantize, quantized_values
 
 __all__ = [
@@ -35,6 +40,7 @@ __all__ = [
     "quantized_values",
     "quantizer",
     "quantizers",
+    "register_quantizer",
     "update_statistics",
 ]
 

@@ -93,8 +93,3 @@ class AsymmetricGrid(Grid):
         size = (high - low) / torch.full_like(high, self._last)
         zero = -(low / size).nan_to_num(nan=0.0).round()
         return size, zero.clamp(0, self._last)
-
-
-def asymmetric_levels(bits: int) -> Float32[Tensor, " code"]:
-    """The 2 ** bits places from 0 to 1."""
-    return torch.arange(2**bits) / (2**bits - 1)

@@ -16,7 +16,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, linear_weights, orient
 from mansu_tl.models.tree import family
-from mansu_tl.quantization.base import CalibratedQuantizer, Inputs
+from mansu_tl.quantization.quantizer import CalibratedQuantizer, Inputs
 
 _MOST_BYTES = 2**30
 

@@ -23,8 +23,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.models.four_bit import require_dense
-from mansu_tl.quantization.grid import Grid
-from mansu_tl.quantization.registry import grid_of
+from mansu_tl.quantization.grid import Grid, grid_of
 from mansu_tl.quantization.statistics import position_edges, rest_positions
 from mansu_tl.results.result import Result, Table
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.quantization.base import Quantizer
+from mansu_tl.quantization.quantizer import AnyQuantizer, Quantizer, quantizer, quantizers
 
 # bitsandbytes divides by nothing smaller than this, so that a block of zeros encodes to zeros.
 _SMALLEST_SCALE = 1e-38
@@ -299,6 +299,21 @@ class Grid(Quantizer):
 
     def _edges(self, device: torch.device) -> Float32[Tensor, " edge"]:
         return torch.cat([self.levels[:1], self.bounds, self.levels[-1:]]).to(device)
+
+
+def grid_of(name: str | AnyQuantizer) -> Grid:
+    """The quantizer of that name where it has fixed cells, which floors and update statistics need.
+
+    Raises:
+        MansuError: as `quantizer`, or a quantizer without cells.
+    """
+    found = quantizer(name)
+    if not isinstance(found, Grid):
+        raise MansuError(
+            f"quantizer {found.name!r}: a weight's code there depends on other weights, so it has no cells to count or "
+            f"cross; choose one of {', '.join(quantizers('grid'))}"
+        )
+    return found
 
 
 def _spread(absmax: Float[Tensor, " block *ends"], n: int, block_size: int) -> Float[Tensor, " weight *ends"]:

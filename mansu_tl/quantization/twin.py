@@ -13,15 +13,15 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.models.four_bit import require_dense
-from mansu_tl.quantization.base import CalibratedQuantizer, Quantizer
 from mansu_tl.quantization.calibration import calibrated_values
-from mansu_tl.quantization.registry import quantizer as quantizer_named
+from mansu_tl.quantization.quantizer import AnyQuantizer, CalibratedQuantizer
+from mansu_tl.quantization.quantizer import quantizer as quantizer_named
 
 
 @torch_defaults()
 def quantize(
     model: TransformerBridge | PreTrainedModel,
-    quantizer: str | Quantizer | CalibratedQuantizer = "nf4",
+    quantizer: str | AnyQuantizer = "nf4",
     calibration: Sequences | None = None,
     *,
     progress: bool = False,
@@ -55,7 +55,7 @@ def quantize(
 @torch_defaults()
 def quantized_values(
     model: TransformerBridge | PreTrainedModel,
-    quantizer: str | Quantizer | CalibratedQuantizer = "nf4",
+    quantizer: str | AnyQuantizer = "nf4",
     values: Mapping[str, Tensor] | None = None,
     *,
     calibration: Sequences | None = None,

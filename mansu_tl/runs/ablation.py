@@ -19,13 +19,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
 from mansu_tl.results.result import Result
-from mansu_tl.runs.passes import Activations, Hook, record, run
+from mansu_tl.runs.passes import Recording, put, record, run
 
 KINDS = ("corrupt", "zero", "mean")
 
@@ -45,7 +46,7 @@ class Ablation(Result):
     def __repr__(self) -> str:
         return f"Ablation({self.kind})"
 
-    def activations(self, model: TransformerBridge, pairs: PromptPairs) -> Activations:
+    def activations(self, model: TransformerBridge, pairs: PromptPairs) -> Recording:
         """The ablated run of some pairs: every writer at its ablated value, the streams and logits that follow.
 
         Raises:
@@ -60,13 +61,11 @@ class Ablation(Result):
             z = stream.new_zeros(count, width, anatomy.n_heads, anatomy.d_head)
             embed = stream + _positional(model, width)
             return _assembled(model, pairs, embed, [z] * anatomy.n_layers, [stream] * anatomy.n_layers)
-        device = pairs.clean.device
-        every = (self.means.embed, *self.means.z, *self.means.mlp_out)
-        spread = [_spread(value.to(device), count, width) for value in every]
-        layers = anatomy.n_layers
-        return _assembled(
-            model, pairs, spread[0] + _positional(model, width), spread[1 : 1 + layers], spread[1 + layers :]
+        every = ((self.means.embed,), self.means.z, self.means.mlp_out)
+        (embed,), zs, mlp_out = (
+            [_spread(value.to(pairs.clean.device), count, width) for value in values] for values in every
         )
+        return _assembled(model, pairs, embed + _positional(model, width), zs, mlp_out)
 
 
 @dataclass(frozen=True)
@@ -110,16 +109,19 @@ def ablation(
     reference = reference.to(home(model))
     tokens = reference.clean if isinstance(reference, PromptPairs) else reference.tokens
     require_ready(model, tokens)
+    anatomy = Anatomy.of(model)
     sums: list[Tensor] = []
     seen = torch.zeros(tokens.shape[1], device=tokens.device, dtype=torch.float64)
     for start in range(0, tokens.shape[0], batch_size):
         rows, lengths = tokens[start : start + batch_size], reference.lengths[start : start + batch_size]
-        real = torch.arange(tokens.shape[1], device=tokens.device)[None] < lengths[:, None]
+        real = real_tokens(rows, lengths)
         seen += real.sum(0)
-        run_ = record(model, rows, lengths)
+        recorded = record(model, rows, lengths)
+        embed = recorded.value("stream", 0) - _positional(model, tokens.shape[1])
+        written = [recorded.value(role, i) for role in ("z", "mlp_out") for i in anatomy.layers]
         parts = [
             torch.einsum("bp,bpd->pd", real.double().to(value.device), value.flatten(2).double())
-            for value in (run_.embed - _positional(model, tokens.shape[1]), *run_.z, *run_.mlp_out)
+            for value in (embed, *written)
         ]
         sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
     if per_position:
@@ -127,7 +129,6 @@ def ablation(
         means = [(s / seen.to(s.device)[:, None])[:reached] for s in sums]
     else:
         means = [s.sum(0, keepdim=True) / seen.sum().item() for s in sums]
-    anatomy = Anatomy.of(model)
     layers, dtype = anatomy.n_layers, computing_dtype(model)
     cast = [value.to("cpu", dtype) for value in means]
     z = tuple(value.unflatten(-1, (anatomy.n_heads, anatomy.d_head)) for value in cast[1 : 1 + layers])
@@ -154,26 +155,22 @@ def _spread(value: Tensor, count: int, width: int) -> Tensor:
 @torch.no_grad()
 def _assembled(
     model: TransformerBridge, pairs: PromptPairs, embed: Tensor, z: Sequence[Tensor], mlp_out: Sequence[Tensor]
-) -> Activations:
-    anatomy = Anatomy.of(model)
-    stream, pre, mid, raw = embed, [], [], []
-    for layer in range(anatomy.n_layers):
+) -> Recording:
+    anatomy, stream = Anatomy.of(model), embed
+    values: dict[str, Tensor] = {}
+    for layer in anatomy.layers:
         weights = attention_weights(model, layer)
-        pre.append(stream)
+        values |= {f"stream{layer}": stream, f"z{layer}": z[layer], f"mlp_out{layer}": mlp_out[layer]}
         out = torch.einsum("bphe,hde->bpd", z[layer], weights.o)
         out = out if weights.o_bias is None else out + weights.o_bias
         if anatomy.post_norms:
-            raw.append(out)
+            values[f"attn_raw{layer}"] = out
             out = normed(out, norm_weights(model, layer, "attn_post"))
-        mid.append(stream if anatomy.parallel else stream + out)
+        values[f"mlp_in{layer}"] = stream if anatomy.parallel else stream + out
         stream = stream + out + mlp_out[layer]
-
-    def finish(old: Tensor, hook: object) -> Tensor:
-        return stream
-
-    hooks: list[Hook] = [("ln_final.hook_in", finish)]
-    logits = run(model, pairs.clean, pairs.lengths, hooks).float()
-    return Activations(embed, tuple(pre), tuple(mid), tuple(z), tuple(raw), tuple(mlp_out), stream, logits)
+    values[f"stream{anatomy.n_layers}"] = stream
+    logits = run(model, pairs.clean, pairs.lengths, [(anatomy.hook("stream", anatomy.n_layers), put(stream))])
+    return Recording(values, logits.float())
 
 
 def normed(x: Float[Tensor, "... d_model"], norm: NormWeights) -> Float[Tensor, "... d_model"]:

@@ -23,6 +23,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models.kinds import way_to_load
 from mansu_tl.models.state import home, require_ready
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.passes import last_token, run
 
 Metric = Callable[[Float[Tensor, "pair vocab"], PromptPairs], Float[Tensor, " pair"]]
 
@@ -56,6 +57,31 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def metric_name(metric: Metric) -> str:
+    """How the metric is called in results."""
+    return getattr(metric, "__name__", type(metric).__name__)
+
+
+def measured(metric: Metric, logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
+    """The metric of each pair, checked.
+
+    Raises:
+        MansuError: it has the wrong shape, is not finite, or does not depend on the logits.
+    """
+    name = metric_name(metric)
+    values = metric(logits, pairs)
+    if values.shape != (len(pairs),):
+        raise MansuError(
+            f"metric {name!r} gave shape {tuple(values.shape)} for {len(pairs)} pairs; return one number per pair"
+        )
+    if not torch.isfinite(values).all():
+        bad = int((~torch.isfinite(values)).nonzero()[0])
+        raise MansuError(f"metric {name!r} is {values[bad].item()} for pair {bad}; check the weights and the metric")
+    if logits.requires_grad and not values.requires_grad:
+        raise MansuError(f"metric {name!r} does not depend on the logits; compute it from its first argument")
+    return values
+
+
 def last_logits(
     model: TransformerBridge | torch.nn.Module,
     tokens: Int[Tensor, "row pos"],
@@ -81,22 +107,15 @@ def last_logits(
 def _last_logits(model: TransformerBridge | torch.nn.Module, rows: Sequences) -> Float[Tensor, "row vocab"]:
     """`last_logits` of one batch."""
     rows = rows.to(home(model))
-    at, last = torch.arange(len(rows), device=rows.tokens.device), rows.lengths - 1
-
-    def cut(stream: Tensor) -> Tensor:
-        # Contiguous on purpose: a strided slice turns the unembedding into one product per row.
-        return stream[at.to(stream.device), last.to(stream.device)][:, None].contiguous()
-
     if isinstance(model, TransformerBridge):
-        with model.hooks(fwd_hooks=[("unembed.hook_in", lambda stream, hook: cut(stream))]):
-            logits = model(rows.tokens, return_type="logits")
-    else:
-        plain: Any = model
-        handle = plain.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (cut(inputs[0]),))
-        try:
-            logits = plain(rows.tokens, use_cache=False).logits
-        finally:
-            handle.remove()
+        return run(model, rows.tokens, rows.lengths).float()
+    plain: Any = model
+    cut = last_token(rows.lengths)
+    handle = plain.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (cut(inputs[0], None),))
+    try:
+        logits = plain(rows.tokens, use_cache=False).logits
+    finally:
+        handle.remove()
     return logits[:, 0].float().to(rows.tokens.device)
 
 

@@ -1,7 +1,9 @@
 """Edits and the methods that make them."""
 
+from mansu_tl.unlearning import methods as _methods  # noqa: F401 - each of them registers itself
 from mansu_tl.unlearning.edit import Edit
-from mansu_tl.unlearning.mansu_settings import MansuSettings
+from mansu_tl.unlearning.mansu.settings import MansuSettings
+from mansu_tl.unlearning.objectives import Objective
 from mansu_tl.unlearning.registry import (
     Method,
     floored,
@@ -9,22 +11,29 @@ from mansu_tl.unlearning.registry import (
     method_flags,
     method_title,
     methods,
+    register,
     settings_of,
-    unlearn,
 )
-from mansu_tl.unlearning.training import TrainingSettings
+from mansu_tl.unlearning.training import Recipe, RetainSettings, TrainedSettings, TrainingSettings, trained
+from mansu_tl.unlearning.unlearn import unlearn
 
 __all__ = [
     "Edit",
     "MansuSettings",
     "Method",
+    "Objective",
+    "Recipe",
+    "RetainSettings",
+    "TrainedSettings",
     "TrainingSettings",
     "floored",
     "headline",
     "method_flags",
     "method_title",
     "methods",
+    "register",
     "settings_of",
+    "trained",
     "unlearn",
 ]
 

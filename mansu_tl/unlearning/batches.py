@@ -1,154 +1,28 @@
-"""What every unlearning method trains on: forget prompts, retain sequences, and what not knowing looks like."""
+"""What a step of any method draws and looks at: forget prompts, retain text, and what the original says of both."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from mansu_tl.data import PromptPairs, Sequences, Task
-from mansu_tl.data.masks import real_tokens
+from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.unlearning.forward import (
+    OriginalText,
+    Predicted,
+    Values,
+    joined,
+    last_token_logits,
+    sequence_logits,
+)
 
-Values = Mapping[str, Tensor]
-# Sequences are run in two groups if that leaves this share of the padded tokens, of batches that are worth a second pass.
-_WORTH, _LEAST_TOKENS = 0.85, 512
-# Sequences in a pass that fills a table.
-_TABLE_ROWS = 128
-# Numbers of one kind (logits, compared tokens) that exist at one time.
-_MOST_NUMBERS = 2**26
-
-
-def last_token_logits(
-    model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
-) -> Float[Tensor, "row vocab"]:
-    """Differentiable logits at the last real token, with `values` in place of the model's parameters.
-
-    Only that token is unembedded.
-    """
-    return run_values(model, values, tokens, lengths)[0]
-
-
-def last_token_states(
-    model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
-) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row layer d_model"]]:
-    """`last_token_logits`, and the residual stream behind every layer at the same token."""
-    logits, hidden = run_values(model, values, tokens, lengths, states=True)
-    rows = torch.arange(tokens.shape[0], device=tokens.device)
-    return logits, torch.stack([state[rows, lengths - 1].float() for state in hidden[1:]], 1)
-
-
-def run_values(
-    model: PreTrainedModel,
-    values: Values,
-    tokens: Int[Tensor, "row pos"],
-    lengths: Int[Tensor, " row"],
-    *,
-    states: bool = False,
-) -> tuple[Float[Tensor, "row vocab"], tuple[Float[Tensor, "row pos d_model"], ...]]:
-    """Logits at the last real token and, if asked for, the residual streams: of the embedding, then behind every layer."""
-    rows = torch.arange(tokens.shape[0], device=tokens.device)
-
-    def cut(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        # Contiguous on purpose: a strided slice turns the unembedding into one product per row.
-        return (inputs[0][rows, lengths - 1][:, None].contiguous(),)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(cut)
-    try:
-        out = functional_call(model, dict(values), (tokens,), {"use_cache": False, "output_hidden_states": states})
-    finally:
-        handle.remove()
-    return out.logits[:, 0].float(), out.hidden_states if states else ()
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What a model says at every real position of some sequences, in no particular order.
-
-    Attributes:
-        logits: of the next token.
-        targets: the next token.
-        rows: the sequence that each belongs to.
-        places: the position in front of the target.
-    """
-
-    logits: Float[Tensor, "token vocab"]
-    targets: Int[Tensor, " token"]
-    rows: Int[Tensor, " token"]
-    places: Int[Tensor, " token"]
-
-
-def sequence_logits(model: PreTrainedModel, values: Values, batch: Sequences) -> Predicted:
-    """Next-token logits and targets of every real position; short and long sequences are run apart, to pad less."""
-    parts = []
-    for rows in by_length(batch.lengths):
-        there = rows.to(batch.tokens.device)
-        part = batch[rows]
-        part = Sequences(part.tokens[:, : int(part.lengths.max())], part.lengths)
-        logits = functional_call(model, dict(values), (part.tokens,), {"use_cache": False}).logits
-        row, place = real_targets(part).nonzero(as_tuple=True)
-        parts.append((logits[row, place].float(), part.tokens[row, place + 1], there[row], place))
-    if len(parts) == 1:
-        return Predicted(*parts[0])
-    return Predicted(*(torch.cat(each) for each in zip(*parts, strict=True)))
-
-
-def by_length(lengths: Int[Tensor, " row"]) -> list[Int[Tensor, " _"]]:
-    """Row numbers, in two groups where running the shorter ones apart saves a good part of the padding; else in one."""
-    order = lengths.cpu().argsort(stable=True)
-    ordered, count = lengths.cpu()[order], len(order)
-    whole = count * int(ordered[-1])
-    first = torch.arange(1, count)
-    cost = first * ordered[:-1] + (count - first) * ordered[-1]
-    if whole < _LEAST_TOKENS or not len(cost) or int(cost.min()) > _WORTH * whole:
-        return [torch.arange(count)]
-    cut = int(cost.argmin()) + 1
-    return [order[:cut].sort().values, order[cut:].sort().values]
-
-
-def real_targets(batch: Sequences) -> Bool[Tensor, "row target"]:
-    """Which next-token targets lie inside each sequence."""
-    return real_tokens(batch.tokens, batch.lengths)[:, 1:]
-
-
-class OriginalText:
-    """What the original model says at every position of a text: looked up where it fits, else computed when asked for.
-
-    Args:
-        asked: how many sequences will be asked for in all; a table is only made if that is more than the text holds.
-    """
-
-    def __init__(self, model: PreTrainedModel, values: Values, text: Sequences, asked: int) -> None:
-        self.model, self.values, self.text = model, values, text
-        self._starts = (text.lengths - 1).cumsum(0) - (text.lengths - 1)
-        self._table: Tensor | None = None
-        vocab = model.get_output_embeddings().weight.shape[0]
-        if asked > len(text) and int((text.lengths - 1).sum()) * vocab <= _MOST_NUMBERS:
-            self._table = self._filled(vocab)
-
-    @torch.no_grad()
-    def _filled(self, vocab: int) -> Float[Tensor, "token vocab"]:
-        table = torch.empty(int((self.text.lengths - 1).sum()), vocab, device=self.text.tokens.device)
-        for start in range(0, len(self.text), _TABLE_ROWS):
-            found = sequence_logits(self.model, self.values, self.text[slice(start, start + _TABLE_ROWS)])
-            table[self._starts[found.rows + start] + found.places] = found.logits
-        return table
-
-    @torch.no_grad()
-    def __call__(self, rows: Int[Tensor, " row"], found: Predicted) -> Float[Tensor, "token vocab"]:
-        """The original's logits where another model's were found.
-
-        Args:
-            rows: the rows of the text that were run.
-            found: what was found there.
-        """
-        if self._table is not None:
-            return self._table[self._starts[rows.to(self._starts.device)[found.rows]] + found.places]
-        return sequence_logits(self.model, self.values, self.text[rows]).logits
+# Forget prompts in a pass without gradients, and the original's logits that are kept (a quarter of a gibibyte).
+_ROWS, _MOST_KEPT = 256, 2**26
 
 
 class Sampler:
@@ -171,108 +45,99 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Ignorance:
-    """What the original model says where it knows nothing, by the wording of the forget prompts.
+class Batch:
+    """What an objective sees at one step."""
 
-    Attributes:
-        wording: the row below that each forget prompt has.
-        reference: mean next-token distribution over never-seen prompts of the same wording (our definition).
-        pool: tokens that answer any forget prompt of the same wording, as a mask.
-        state: mean residual stream behind every layer over those prompts, at their last token.
-        spread: their mean squared distance to it; where there is one such prompt only, that of all never-seen prompts
-            to their own mean.
+    model: PreTrainedModel  # used through `values`
+    values: Values  # those being trained, or a method's view of them
+    pairs: PromptPairs
+    rows: Int[Tensor, " row"]  # of the pairs, in the task
+    retain: Sequences  # near ones behind the far ones
+    retain_rows: Int[Tensor, " retain"]  # of these sequences, in the whole retain text
+    n_far: int
+    original_text: OriginalText
+    original_answers: Callable[[Int[Tensor, " row"]], Float[Tensor, "row vocab"]]  # by row number
+
+    @cached_property
+    def forget_logits(self) -> Float[Tensor, "row vocab"]:
+        """Last-token logits of the forget prompts under the current values."""
+        return last_token_logits(self.model, self.values, self.pairs.clean, self.pairs.lengths)
+
+    @cached_property
+    def original_logits(self) -> Float[Tensor, "row vocab"]:
+        """The same of the original model."""
+        return self.original_answers(self.rows)
+
+    def answer_log_prob(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+        """Log-probability of each forget answer."""
+        return logits.log_softmax(-1).gather(1, self.pairs.answers[:, None])[:, 0]
+
+    @cached_property
+    def retained(self) -> Predicted:
+        """What the model says of the retain sequences."""
+        return sequence_logits(self.model, self.values, self.retain)
+
+    @cached_property
+    def retained_before(self) -> Float[Tensor, "token vocab"]:
+        """What the original model says in the same places."""
+        return self.original_text(self.retain_rows, self.retained)
+
+
+class Source:
+    """Where the batches of one training come from.
+
+    Args:
+        original: parameters of the original model.
+        pairs: the forget pairs.
+        far: retain text.
+        near: retain text about neighbouring facts; may be empty.
+        asked: how many retain sequences will be compared with the original in all; see `OriginalText`.
     """
 
-    wording: Int[Tensor, " pair"]
-    reference: Float[Tensor, "wording vocab"]
-    pool: Bool[Tensor, "wording vocab"]
-    state: Float[Tensor, "wording layer d_model"]
-    spread: Float[Tensor, "wording layer"]
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        original: Values,
+        pairs: PromptPairs,
+        far: Sequences,
+        near: Sequences,
+        asked: int = 0,
+    ) -> None:
+        self.model, self.original, self.pairs = model, original, pairs
+        self.n_far, self.n_near = len(far), len(near)
+        self.text = OriginalText(model, original, joined(far, near) if len(near) else far, asked)
+        self._answers: Tensor | None = None
 
-    def of(self, rows: Int[Tensor, " row"]) -> Ignorance:
-        """The same for some of the forget prompts, each with a row of its own."""
-        at = self.wording[rows]
-        every = torch.arange(len(at), device=at.device)
-        return Ignorance(every, self.reference[at], self.pool[at], self.state[at], self.spread[at])
+    def samplers(self, forget: int, far: int, near: int, generator: torch.Generator) -> tuple[Sampler, ...]:
+        """What draws the rows of a batch: forget pairs, far text and, where there is any, near text."""
+        sizes = [(len(self.pairs), forget), (self.n_far, far), *([(self.n_near, near)] if self.n_near else [])]
+        return tuple(Sampler(size, batch, generator) for size, batch in sizes)
 
+    def draw(self, samplers: tuple[Sampler, ...]) -> Callable[[Values], Batch]:
+        """The next batch, for a model of given values."""
+        rows, far, *near = (draw() for draw in samplers)
+        retain = torch.cat([far, *(each + self.n_far for each in near)])
+        pairs, text = self.pairs[rows], self.text.text[retain]
+        return lambda values: Batch(
+            self.model, values, pairs, rows, text, retain, len(far), self.text, self.original_answers
+        )
 
-def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
-    """Measure the "never seen" distribution of the original model.
-
-    Every forget prompt is matched with the never-seen prompts of closest wording: those that agree with it most where
-    it does not differ from its own corrupt prompt. Where the task has no never-seen prompts, the corrupt prompts stand in.
-    """
-    pairs = task.forget_pairs
-    unseen = task.unseen if len(task.unseen) else Sequences(pairs.corrupt, pairs.lengths)
-    closest, wording = _closest(pairs, unseen).unique(dim=0, return_inverse=True)
-    mean = closest.float() / closest.sum(1, keepdim=True)
-    values, parts = dict(model.named_parameters()), []
-    vocab = model.get_output_embeddings().weight.shape[0]
-    reference = torch.zeros(len(closest), vocab, device=mean.device)
-    rows = max(1, _MOST_NUMBERS // vocab)
-    for start in range(0, len(unseen), rows):
-        part = unseen[slice(start, start + rows)]
-        with torch.no_grad():
-            logits, hidden = last_token_states(model, values, part.tokens, part.lengths)
-        reference += mean[:, start : start + rows] @ logits.softmax(-1)
-        parts.append(hidden)
-    states = torch.cat(parts)
-    state = torch.einsum("wu,uld->wld", mean, states)
-    square = torch.einsum("wu,ul->wl", mean, states.square().sum(-1))
-    pool = torch.zeros_like(reference, dtype=torch.bool)
-    options = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
-    pool[wording[:, None].expand_as(options), options] = True
-    spread = square - state.square().sum(-1)
-    # A single prompt of that wording has no spread of its own: all never-seen prompts' around their mean stands in.
-    common = (states - states.mean(0)).square().sum(-1).mean(0)
-    spread = torch.where(closest.sum(1, keepdim=True) > 1, spread, common)
-    return Ignorance(wording, reference, pool, state, spread)
+    def original_answers(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
+        """The original model's last-token logits of some forget prompts: kept where all fit, else computed again."""
+        vocab = self.model.get_output_embeddings().weight.shape[0]
+        if len(self.pairs) * vocab > _MOST_KEPT:
+            return answers(self.model, self.original, self.pairs[rows])
+        if self._answers is None:
+            self._answers = answers(self.model, self.original, self.pairs)
+        return self._answers[rows]
 
 
-def _closest(pairs: PromptPairs, unseen: Sequences) -> Bool[Tensor, "pair unseen"]:
-    """The never-seen prompts that share most tokens with each pair, aligned at the last real one, over its wording:
-    where clean and corrupt do not differ."""
-    width = max(pairs.clean.shape[1], unseen.tokens.shape[1])
-
-    def from_end(tokens: Tensor, lengths: Tensor, fill: int) -> Tensor:
-        out = torch.full((tokens.shape[0], width), fill, device=tokens.device)
-        for i, length in enumerate(lengths.tolist()):
-            out[i, width - length :] = tokens[i, :length]
-        return out
-
-    clean, corrupt = from_end(pairs.clean, pairs.lengths, -1), from_end(pairs.corrupt, pairs.lengths, -1)
-    other = from_end(unseen.tokens, unseen.lengths, -2)
-    rows = max(1, _MOST_NUMBERS // max(1, other.numel()))
-    parts = []
-    for start in range(0, len(pairs), rows):
-        mine, differs = clean[start : start + rows], (clean != corrupt)[start : start + rows]
-        shared = ((mine[:, None] == other[None]) & ~differs[:, None]).sum(-1)
-        parts.append(shared == shared.max(1, keepdim=True).values)
-    return torch.cat(parts)
+@torch.no_grad()
+def answers(model: PreTrainedModel, values: Values, pairs: PromptPairs) -> Float[Tensor, "row vocab"]:
+    """Last-token logits of forget prompts, without gradients."""
+    return torch.cat([last_token_logits(model, values, p.clean, p.lengths) for p in _in_batches(pairs)])
 
 
-class RetainBatches:
-    """Draws of retain text, a `near_share` of every batch from the neighbouring facts where the task has any.
-
-    Attributes:
-        samplers: what draws the rows, far and near.
-    """
-
-    def __init__(self, task: Task, batch: int, near_share: float, generator: torch.Generator) -> None:
-        near = round(batch * near_share) if len(task.near_text) else 0
-        self._texts = (task.retain_text, task.near_text)[: 2 if near else 1]
-        self.samplers = [Sampler(len(task.retain_text), batch - near, generator)]
-        if near:
-            self.samplers.append(Sampler(len(task.near_text), near, generator))
-
-    def __call__(self) -> Sequences:
-        """The next batch."""
-        parts = [text[draw()] for text, draw in zip(self._texts, self.samplers, strict=True)]
-        return parts[0] if len(parts) == 1 else joined(*parts)
-
-
-def joined(a: Sequences, b: Sequences) -> Sequences:
-    """The rows of both, padded to one width (padding repeats the pad id already there, or 0)."""
-    width = max(a.tokens.shape[1], b.tokens.shape[1])
-    rows = [torch.nn.functional.pad(s.tokens, (0, width - s.tokens.shape[1])) for s in (a, b)]
-    return Sequences(torch.cat(rows), torch.cat([a.lengths, b.lengths]))
+def _in_batches(pairs: PromptPairs) -> Iterator[PromptPairs]:
+    for start in range(0, len(pairs), _ROWS):
+        yield pairs[slice(start, start + _ROWS)]

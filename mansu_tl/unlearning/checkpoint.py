@@ -8,14 +8,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
 from mansu_tl.results.files import read_packed, write_packed
 
 State = tuple[Mapping[str, Tensor], Mapping[str, Any]]
-_KIND = "Checkpoint"
+_KIND = "EditInProgress"
 # Seconds between two: little is lost, and writing costs little beside the steps.
 _EVERY = 20.0
 
@@ -54,19 +53,3 @@ class Checkpoint:
         """The edit is made: its state is not needed any more."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer remembers, by parameter number and name."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer:{number}:{name}": value for number, each in state.items() for name, value in each.items()}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer back what `optimizer_tensors` took."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer:"):
-            _, number, name = key.split(":", 2)
-            state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

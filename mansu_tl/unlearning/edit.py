@@ -85,7 +85,13 @@ class Edit(Result):
         Raises:
             MansuError: `model` is not the one the edit was made for.
         """
-        return self._write(model, self.new, self.base, "the edit was made for another model")
+        found = fingerprint(model)
+        if found != self.base:
+            raise MansuError(
+                f"edit: the edit was made for another model (fingerprint {self.base[:12]}..., this one {found[:12]}...); "
+                "load that one"
+            )
+        return self._written(model, self.new)
 
     @torch_defaults()
     def revert(self, edited: TransformerBridge) -> TransformerBridge:
@@ -100,32 +106,18 @@ class Edit(Result):
                 raise MansuError(
                     f"edit: {name} of this model does not hold the edit's values; revert what apply() gave"
                 )
-        return self._write(edited, self.old, None, "")
+        return self._written(edited, self.old)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a parameter: how many weights changed and by how much."""
         rows = []
         for name, index in self.indices.items():
             change = (self.new[name].double() - self.old[name].double()).abs()
-            rows.append(
-                {
-                    "parameter": name,
-                    "edited": index.numel(),
-                    "mean_change": change.mean().item(),
-                    "max_change": change.max().item(),
-                }
-            )
+            rows.append((name, index.numel(), change.mean().item(), change.max().item()))
         return pd.DataFrame(rows, columns=["parameter", "edited", "mean_change", "max_change"])
 
-    def _write(
-        self, model: TransformerBridge, values: Mapping[str, Tensor], expected: str | None, problem: str
-    ) -> TransformerBridge:
-        if expected is not None and fingerprint(model) != expected:
-            raise MansuError(
-                f"edit: {problem} (fingerprint {expected[:12]}..., this one {fingerprint(model)[:12]}...); load that one"
-            )
-        current = parameters(model)
-        changed = {}
+    def _written(self, model: TransformerBridge, values: Mapping[str, Tensor]) -> TransformerBridge:
+        current, changed = parameters(model), {}
         for name, index in self.indices.items():
             full = current[name].detach().clone()
             full.view(-1)[index.to(full.device)] = values[name].to(full.device, full.dtype)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization import inputs_of
-from mansu_tl.unlearning.batches import real_targets
+from mansu_tl.unlearning.forward import real_targets
 
 # Sequences in a pass of the Fisher information, and numbers of their gradients of one matrix that are held at once.
 _FISHER_ROWS, _MOST_NUMBERS = 32, 2**26

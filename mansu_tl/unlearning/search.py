@@ -18,7 +18,8 @@ from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import accuracy
 from mansu_tl.unlearning.edit import Edit
-from mansu_tl.unlearning.registry import method_title, unlearn
+from mansu_tl.unlearning.registry import method_title
+from mansu_tl.unlearning.unlearn import unlearn
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 _KEPT = ("retain", "retain_paraphrase", "near", "near_paraphrase")
@@ -137,17 +138,9 @@ def search(
     trials = []
     for rate in tqdm(rates, desc=f"search {method}", unit="rate", disable=not progress):
         edit: Edit | NoEditError
+        given = {**settings, "learning_rate": float(rate), "circuit": circuit, "seed": seed, "progress": False}
         try:
-            edit = unlearn(
-                model,
-                validation,
-                method,
-                circuit=circuit,
-                seed=seed,
-                learning_rate=float(rate),
-                progress=False,
-                **settings,
-            )
+            edit = unlearn(model, validation, method, **given)
         except NoEditError as error:
             edit = error
         trials.append(judge(model, validation, edit, float(rate), over_chance=over_chance))

@@ -1,8 +1,8 @@
-"""The loop that every gradient baseline shares: fine-tuning until the forget set is at chance.
+"""Fine-tuning until the forget set is at chance: what the published methods share.
 
-The same optimizer, batch sizes, schedule and stopping rule for all of them. Following open-unlearning: AdamW, weight
-decay .01, warm-up, every parameter is trained. A method differs in its loss and learning rate, and may say which
-weights move (`only`), through which weights the model runs (`view`) and where the change may point (`project`).
+The same optimizer, batch sizes, schedule and stopping rule for all of them, after open-unlearning: AdamW, weight decay
+.01, warm-up, every parameter is trained. A method differs in its objective and learning rate, and may say which weights
+move (`only`), through which weights the model runs (`view`) and where the change may point (`project`).
 
 Training runs on a float32 copy; what it comes to is rounded to the model's own dtype once, at the end. Whether the forget
 set is at chance is asked of the model as it would be stored.
@@ -11,35 +11,34 @@ set is at chance is asked of the model as it would be stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedModel
 
-from mansu_tl.data import PromptPairs, Sequences, Task
-from mansu_tl.errors import MansuError, NoEditError
+from mansu_tl.data import Task
+from mansu_tl.errors import MansuError
 from mansu_tl.models import float32_copy, home, plain
 from mansu_tl.results.digest import Digested
-from mansu_tl.runs.metrics import kl_divergence
-from mansu_tl.unlearning.batches import RetainBatches, Sampler, Values, last_token_logits, sequence_logits
-from mansu_tl.unlearning.checkpoint import Checkpoint, State, optimizer_tensors, restore_optimizer
+from mansu_tl.unlearning.batches import Source, answers
+from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
+from mansu_tl.unlearning.forward import Values
+from mansu_tl.unlearning.loop import Solver, Verdict, run
+from mansu_tl.unlearning.masks import Masks
+from mansu_tl.unlearning.objectives import Objective
+from mansu_tl.unlearning.registry import Method, register
 
-Loss = Callable[["Batch"], Tensor]
-View = Callable[[Values], Values]
-Project = Callable[[str, Tensor], Tensor]
-# Forget prompts in a pass without gradients, and the original's logits that are kept (a quarter of a gibibyte).
-_ROWS, _MOST_KEPT = 256, 2**26
+_NEAR_SHARE = 0.25  # of the retain sequences of a step
 
 
 @dataclass(frozen=True)
 class TrainingSettings(Digested):
-    """How a baseline is trained.
+    """How a method is trained.
 
     Attributes:
         learning_rate: peak of AdamW.
@@ -71,116 +70,125 @@ class TrainingSettings(Digested):
             raise MansuError(f"training: learning_rate={self.learning_rate}; choose a finite number above 0")
 
 
-class OriginalLogits:
-    """The original model's last-token logits of forget prompts: kept where all of them fit, else computed again."""
-
-    def __init__(self, model: PreTrainedModel, values: Values, pairs: PromptPairs) -> None:
-        self._model, self._values, self._pairs = model, values, pairs
-        self._kept: Tensor | None = None
-
-    def __call__(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
-        """Those of some rows."""
-        vocab = self._model.get_output_embeddings().weight.shape[0]
-        if len(self._pairs) * vocab > _MOST_KEPT:
-            return self._run(self._pairs[rows])
-        if self._kept is None:
-            self._kept = torch.cat([self._run(part) for part in _in_batches(self._pairs)])
-        return self._kept[rows]
-
-    @torch.no_grad()
-    def _run(self, pairs: PromptPairs) -> Float[Tensor, "row vocab"]:
-        return last_token_logits(self._model, self._values, pairs.clean, pairs.lengths)
+# For methods that move few weights.
+LARGE = TrainingSettings(learning_rate=3e-4)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What a loss sees at one step.
+class TrainedSettings(Digested):
+    """Settings of a trained method that has none of its own.
 
     Attributes:
-        model: the HF model, used through `values`.
-        values: the parameters through which the model runs: those being trained, or a method's view of them.
-        original: the parameters of the original model.
-        pairs: forget pairs of this step.
-        rows: their row numbers in the task.
-        retain: retain sequences of this step.
-        original_of: the original model's last-token logits of forget prompts, by row number.
+        training: the shared loop.
     """
 
-    model: PreTrainedModel
-    values: Values
-    original: Values
-    pairs: PromptPairs
-    rows: Int[Tensor, " row"]
-    retain: Sequences
-    original_of: Callable[[Int[Tensor, " row"]], Float[Tensor, "row vocab"]]
+    training: TrainingSettings = TrainingSettings()
 
-    @property
-    def original_logits(self) -> Float[Tensor, "row vocab"]:
-        """The original model's last-token logits of these forget prompts."""
-        return self.original_of(self.rows)
 
-    def forget_logits(self) -> Float[Tensor, "row vocab"]:
-        """Last-token logits of the forget prompts under the current values."""
-        return last_token_logits(self.model, self.values, self.pairs.clean, self.pairs.lengths)
+@dataclass(frozen=True)
+class RetainSettings(TrainedSettings):
+    """Settings of a trained method that weighs its retain term.
 
-    def answer_log_prob(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
-        """Log-probability of each forget answer."""
-        return logits.log_softmax(-1).gather(1, self.pairs.answers[:, None])[:, 0]
+    Attributes:
+        retain_weight: weight of the retain term against the forget term.
+    """
 
-    def retain_loss(self) -> Float[Tensor, ""]:
-        """Mean next-token cross-entropy of the retain sequences."""
-        found = sequence_logits(self.model, self.values, self.retain)
-        return torch.nn.functional.cross_entropy(found.logits, found.targets)
+    retain_weight: float = 1.0
 
-    def retain_divergence(self) -> Float[Tensor, ""]:
-        """Mean KL(original || model) of the next token over the retain sequences, in nats."""
-        found = sequence_logits(self.model, self.values, self.retain)
-        with torch.no_grad():
-            before = sequence_logits(self.model, self.original, self.retain)
-        return kl_divergence(found.logits, before.logits).mean()
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a method does in the shared training.
+
+    Attributes:
+        objective: what it minimises.
+        only: the weights that may move, as masks by parameter; parameters that are not named stay. None = every weight.
+        view: turns the trained parameters into those through which the model runs, e.g. fake-quantized ones.
+        project: maps a parameter's whole change since the start to the change that is allowed, after every step.
+        facts: further facts for the edit.
+    """
+
+    objective: Objective
+    only: Masks | None = None
+    view: Callable[[Values], Values] = lambda values: values
+    project: Callable[[str, Tensor], Tensor] | None = None
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a recipe may look at: the model, the task and the seed of one run."""
+
+    model: TransformerBridge
+    task: Task
+    seed: int
+
+
+MakeRecipe = Callable[[Any, Start], Recipe]
+
+
+def trained(name: str, title: str, settings: type[TrainedSettings], **flags: Any) -> Callable[[MakeRecipe], MakeRecipe]:
+    """Register a method of the shared training by the function (settings, start) that gives its recipe.
+
+    Args:
+        name: what `unlearn` knows it by.
+        title: what it is called in tables and figures.
+        flags: other fields of `Method`.
+
+    Raises:
+        MansuError: a name that is taken.
+    """
+
+    def registered(recipe: MakeRecipe) -> MakeRecipe:
+        def make(
+            model: TransformerBridge,
+            task: Task,
+            chosen: Any,
+            *,
+            seed: int = 0,
+            progress: bool = False,
+            checkpoint: Checkpoint | None = None,
+        ) -> Edit:
+            made = recipe(chosen, Start(model, task, seed))
+            return train(model, task, name, made, chosen.training, seed=seed, progress=progress, checkpoint=checkpoint)
+
+        register(Method(name, title, settings, make, **flags))
+        return recipe
+
+    return registered
 
 
 def train(
     model: TransformerBridge,
     task: Task,
     method: str,
-    loss: Loss,
+    recipe: Recipe,
     settings: TrainingSettings,
     *,
-    only: Mapping[str, Bool[Tensor, ...]] | None = None,
-    view: View | None = None,
-    project: Project | None = None,
-    facts: Mapping[str, object] | None = None,
     seed: int = 0,
     progress: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Edit:
-    """Fine-tune with `loss` and return the change as an edit.
+    """Fine-tune after a recipe and return the change as an edit.
 
     It stops at the first check at which the forget pairs are answered no better than chance (`stop_over_chance`). Where that
     check lies as far below chance already, the knowledge was turned around between two checks: the training is then run
     again to the check before, and from there on looked at after every step.
 
     Args:
-        only: the weights that may move, as masks by parameter; parameters that are not named stay. Every weight
-            where not given.
-        view: turns the trained parameters into those through which the model runs, e.g. fake-quantized ones.
-        project: maps a parameter's whole change since the start to the change that is allowed, after every step.
-        facts: further facts for the edit.
         checkpoint: where the state is kept on the way, and taken up.
 
     Raises:
         MansuError: no weight may move.
         NoEditError: the loss is not finite (the learning rate is too high).
     """
-    run = _Training(model, task, method, loss, settings, only, view, project, seed, checkpoint or Checkpoint())
-    while not run.finished:
-        run.attempt(progress)
-    recorded = {"seed": seed, "settings": asdict(settings), "steps": int(run.history[-1]["step"]), **(facts or {})}
-    return Edit.between(model, _rounded(run.moving, run.dtypes), method, recorded, tuple(run.history))
+    solver = _Training(model, task, method, recipe, settings, seed)
+    run(solver, checkpoint or Checkpoint(), progress=progress)
+    facts = {"seed": seed, "settings": asdict(settings), "steps": int(solver.history[-1]["step"]), **recipe.facts}
+    return Edit.between(model, solver.rounded(solver.trained), method, facts, tuple(solver.history))
 
 
-class _Training:
+class _Training(Solver):
     """One training: what is fixed, and what moves."""
 
     def __init__(
@@ -188,149 +196,66 @@ class _Training:
         model: TransformerBridge,
         task: Task,
         method: str,
-        loss: Loss,
+        recipe: Recipe,
         settings: TrainingSettings,
-        only: Mapping[str, Bool[Tensor, ...]] | None,
-        view: View | None,
-        project: Project | None,
         seed: int,
-        checkpoint: Checkpoint,
     ) -> None:
-        self.method, self.loss, self.settings, self.seed, self.checkpoint = method, loss, settings, seed, checkpoint
-        self.view: View = view or (lambda values: values)
-        self.project = project
+        self.method, self.recipe, self.settings, self.seed = method, recipe, settings, seed
+        self.steps, self.learning_rate = settings.max_steps, settings.learning_rate
+        self.check_every = settings.check_every
         self.stored = plain(model)
         self.dtypes = {name: value.dtype for name, value in self.stored.named_parameters()}
-        self.hf = self.stored if set(self.dtypes.values()) == {torch.float32} else float32_copy(model)
-        self.original = {name: value.detach() for name, value in self.hf.named_parameters()}
-        device = home(self.hf)
-        self.task = task.to(device)
-        self.free = {name: mask.to(device) for name, mask in (only or {}).items() if bool(mask.any())}
-        if only is not None and not self.free:
+        hf = self.stored if set(self.dtypes.values()) == {torch.float32} else float32_copy(model)
+        self.original = {name: value.detach() for name, value in hf.named_parameters()}
+        device = home(hf)
+        self.free = {name: mask.to(device) for name, mask in (recipe.only or {}).items() if bool(mask.any())}
+        if recipe.only is not None and not self.free:
             raise MansuError(f"{method}: no weight may move; widen its mask")
-        self.every = only is None
-        self.original_logits = OriginalLogits(self.hf, self.original, self.task.forget_pairs)
-        # The check from which on every step is looked at; -1 = none.
-        self.fine_from, self.finished = -1, False
+        there = task.to(device)
+        self.near = round(settings.retain_batch * _NEAR_SHARE) if len(there.near_text) else 0
+        near_text = there.near_text if self.near else there.near_text[:0]
+        self.source = Source(hf, self.original, there.forget_pairs, there.retain_text, near_text)
 
-    def _start(self) -> None:
-        """Everything that moves, as before the first step."""
-        settings = self.settings
+    def restart(self) -> None:
+        settings, every = self.settings, self.recipe.only is None
         self.values = {
-            name: value.clone().requires_grad_() if self.every or name in self.free else value
+            name: value.clone().requires_grad_() if every or name in self.free else value
             for name, value in self.original.items()
         }
-        self.moving = {name: value for name, value in self.values.items() if value.requires_grad}
-        self.generator = torch.Generator().manual_seed(self.seed)
-        self.draw_forget = Sampler(len(self.task.forget_pairs), settings.forget_batch, self.generator)
-        self.draw_retain = RetainBatches(self.task, settings.retain_batch, 0.25, self.generator)
-        self.optimizer = torch.optim.AdamW(
-            self.moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        moving = {name: value for name, value in self.values.items() if value.requires_grad}
+        adam = torch.optim.AdamW(moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.start(self.seed, moving, adam)
+        self.samplers = self.source.samplers(
+            settings.forget_batch, settings.retain_batch - self.near, self.near, self.generator
         )
-        self.history: list[dict[str, float]] = []
 
-    def attempt(self, progress: bool) -> None:
-        """Train from the start, or from the checkpoint, until a check ends it or sends it back."""
-        self._start()
-        settings, first = self.settings, self._taken_up()
-        bar = tqdm(
-            range(first, settings.max_steps), desc=self.method, unit="step", initial=first, total=settings.max_steps,
-            disable=not progress,
-        )  # fmt: skip
-        with bar:
-            for step in bar:
-                if step % settings.check_every == 0 or -1 < self.fine_from < step:
-                    score = _multiple_choice(
-                        self.stored, _rounded(self.view(self.values), self.dtypes), self.task.forget_pairs
-                    )
-                    self.history.append({"step": float(step), "forget_mc": score})
-                    bar.set_postfix(forget_mc=f"{score:.0f}")
-                    if self._ended(step, score):
-                        return
-                self._step(step)
-                self.checkpoint.offer(lambda done=step + 1: self._state(done))  # type: ignore[misc]
-        self.finished = True
+    def rate(self, step: int) -> float:
+        return self.learning_rate * min(1.0, (step + 1) / self.settings.warmup)
 
-    def _ended(self, step: int, score: float) -> bool:
-        """Whether this check ends the attempt: forgotten, or beyond it."""
-        chance, over = self.task.forget_pairs.chance, self.settings.stop_over_chance
-        if score > chance + over:
-            return False
-        inverted = over >= 0 and score < chance - over
-        if inverted and self.fine_from < 0 and step and self.settings.check_every > 1:
-            self.fine_from = step - self.settings.check_every
-        else:
-            self.finished = True
-        return True
+    def check(self, step: int) -> Verdict:
+        pairs, over = self.source.pairs, self.settings.stop_over_chance
+        logits = answers(self.stored, self.rounded(self.recipe.view(self.values)), pairs)
+        wrong = logits.gather(1, pairs.distractors).max(1).values
+        right = logits.gather(1, pairs.answers[:, None])[:, 0] > wrong
+        score = 100 * right.double().mean().item()
+        self.history.append({"step": float(step), "forget_mc": score})
+        if score > pairs.chance + over:
+            return "on"
+        return "beyond" if over >= 0 and score < pairs.chance - over else "done"
 
-    def _step(self, step: int) -> None:
-        rows, pairs, settings = self.draw_forget(), self.task.forget_pairs, self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup)
-        batch = Batch(
-            self.hf, self.view(self.values), self.original, pairs[rows], rows, self.draw_retain(), self.original_logits
-        )
-        value = self.loss(batch)
-        if not torch.isfinite(value):
-            raise NoEditError(
-                f"{self.method}: the loss is {value.item()} at step {step}; lower "
-                f"learning_rate={settings.learning_rate}"
-            )
-        self.optimizer.zero_grad()
-        value.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            for name, current in self.moving.items():
-                start = self.original[name]
-                if name in self.free and not bool(self.free[name].all()):
-                    current.copy_(torch.where(self.free[name], current, start))
-                if self.project:
-                    current.copy_(start + self.project(name, current - start))
+    def loss(self, step: int) -> Float[Tensor, ""]:
+        batch = self.source.draw(self.samplers)
+        return self.recipe.objective(batch(self.recipe.view(self.values)))
 
-    @property
-    def _samplers(self) -> list[Sampler]:
-        return [self.draw_forget, *self.draw_retain.samplers]
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        for name, current in self.trained.items():
+            start = self.original[name]
+            if name in self.free and not bool(self.free[name].all()):
+                current.copy_(torch.where(self.free[name], current, start))
+            if self.recipe.project:
+                current.copy_(start + self.recipe.project(name, current - start))
 
-    def _state(self, done: int) -> State:
-        """Everything that moves, after so many steps."""
-        tensors = {f"value:{name}": value for name, value in self.moving.items()}
-        tensors |= {f"order:{i}": sampler.order for i, sampler in enumerate(self._samplers)}
-        tensors |= optimizer_tensors(self.optimizer) | {"generator": self.generator.get_state()}
-        return tensors, {"done": done, "fine_from": self.fine_from, "history": self.history}
-
-    def _taken_up(self) -> int:
-        """Put back what the checkpoint holds; gives the number of steps that are done."""
-        state = self.checkpoint.read()
-        # Sent back to look at every step, it starts again: what was kept lies beyond.
-        if state is None or state[1]["fine_from"] < self.fine_from:
-            return 0
-        tensors, facts = state
-        with torch.no_grad():
-            for name, value in self.moving.items():
-                value.copy_(tensors[f"value:{name}"])
-        for i, sampler in enumerate(self._samplers):
-            sampler.order = tensors[f"order:{i}"]
-        restore_optimizer(self.optimizer, tensors)
-        self.generator.set_state(tensors["generator"])
-        self.fine_from, self.history = int(facts["fine_from"]), list(facts["history"])
-        return int(facts["done"])
-
-
-def _rounded(values: Values, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The values as they would be stored."""
-    return {name: value.detach().to(dtypes[name]) for name, value in values.items()}
-
-
-@torch.no_grad()
-def _multiple_choice(hf: PreTrainedModel, values: Values, pairs: PromptPairs) -> float:
-    right = []
-    for part in _in_batches(pairs):
-        logits = last_token_logits(hf, values, part.clean, part.lengths)
-        wrong = logits.gather(1, part.distractors).max(1).values
-        right.append(logits.gather(1, part.answers[:, None])[:, 0] > wrong)
-    return 100 * torch.cat(right).double().mean().item()
-
-
-def _in_batches(pairs: PromptPairs) -> Iterator[PromptPairs]:
-    for start in range(0, len(pairs), _ROWS):
-        yield pairs[slice(start, start + _ROWS)]
+    def rounded(self, values: Values) -> dict[str, Tensor]:
+        """The values as they would be stored."""
+        return {name: value.detach().to(self.dtypes[name]) for name, value in values.items()}

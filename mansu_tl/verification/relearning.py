@@ -31,7 +31,8 @@ from mansu_tl.models import float32_copy, home, require_ready
 from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import accuracy, last_logits
-from mansu_tl.unlearning.batches import Sampler, real_targets
+from mansu_tl.unlearning.batches import Sampler
+from mansu_tl.unlearning.forward import real_targets
 from mansu_tl.verification.attacks import Attack
 
 MEASURES = ("multiple_choice", "cloze", "log_odds")

@@ -65,6 +65,39 @@ class Relearning(Result):
             groups.setdefault((curve.label, curve.kind, curve.learning_rate), []).append(curve)
         return pd.DataFrame([self._row(key, curves, measure, step) for key, curves in groups.items()])
 
+    def by_step(self, measure: str, kind: str = "facts", *, excess: bool = False) -> pd.DataFrame:
+        """One row a model, learning rate and step at which every curve was asked, the attack's splits taken together.
+
+        Columns label, learning_rate, step, and mean, low and high of the 95 % interval over facts; in percent (log-odds
+        in nats).
+
+        Args:
+            kind: attacks on "facts" or with unrelated "text".
+            excess: above each model's own prior.
+
+        Raises:
+            MansuError: no curve of this kind, no such measure, or curves without a common step.
+        """
+        m, scale = measure_index(measure), 1.0 if measure == "log_odds" else 100.0
+        curves = [curve for curve in self.curves if curve.kind == kind]
+        if not curves:
+            kinds = ", ".join(dict.fromkeys(curve.kind for curve in self.curves))
+            raise MansuError(f"relearning: no curve of kind {kind!r}; it has {kinds}")
+        steps = sorted(set(curves[0].steps).intersection(*(curve.steps for curve in curves)))
+        if not steps:
+            raise MansuError("relearning: the curves share no step; ask every model at the same steps")
+        groups: dict[tuple[str, float], list[RelearningCurve]] = {}
+        for curve in curves:
+            groups.setdefault((curve.label, curve.learning_rate), []).append(curve)
+        rows = []
+        for (label, rate), parts in groups.items():
+            facts = [fact for curve in parts for fact in curve.facts]
+            for step in steps:
+                asked = [(c.excess if excess else c.values)[m, c.index_of(step)].double().cpu() for c in parts]
+                row = with_interval("mean", torch.cat(asked), facts, scale=scale)
+                rows.append((label, rate, step, *row.values()))
+        return pd.DataFrame(rows, columns=["label", "learning_rate", "step", "mean", "low", "high"])
+
     def _row(
         self, key: tuple[str, str, float], curves: list[RelearningCurve], measure: str, step: int
     ) -> dict[str, object]:

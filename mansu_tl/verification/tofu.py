@@ -19,7 +19,7 @@ from mansu_tl.data.text import pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.copies import duplicate
-from mansu_tl.models.four_bit import settle
+from mansu_tl.models.four_bit import compute_from_codes
 from mansu_tl.models.state import require_ready
 from mansu_tl.results.result import Result, Table
 from mansu_tl.verification.tofu_measures import (
@@ -168,7 +168,7 @@ def evaluate_tofu(
             raise MansuError("TOFU: this model has no tokenizer; pass tokenizer=")
     require_ready(model, copied=True)
     hf = duplicate(model)
-    settle(hf, title)
+    compute_from_codes(hf, title)
     files = {
         "forget": tofu.forget_perturbed,
         "retain": tofu.retain_perturbed,

@@ -1,44 +1,122 @@
-"""Tasks by name or by file."""
+"""Tasks by source: every format is one file here, which registers itself by name.
+
+A source is named by `kind=`, by its name in front ("tofu:FOLDER", options behind: "tofu:FOLDER?near=30"), or it knows its
+own: "pocket", a file by its ending, a folder by what is in it.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
-from mansu_tl.data.answers import AnswerSpace
-from mansu_tl.data.jsonl import read_task
-from mansu_tl.data.lines import Rows
-from mansu_tl.data.sources.pocket import pocket_task
-from mansu_tl.data.sources.pocket.tokens import build_tokenizer
-from mansu_tl.data.sources.pocket.world import build_world
+import pandas as pd
+
 from mansu_tl.data.task import Task
 from mansu_tl.data.text import TextSource
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 
+if TYPE_CHECKING:
+    TaskSource = str | PathLike[str] | pd.DataFrame | Iterable[Mapping[str, Any]]
+else:
+    TaskSource = object  # anything else is told what to pass
+
+_NAMED = re.compile(r"(?P<kind>[\w-]+)(:(?P<rest>[^?]+))?(\?(?P<options>[^?]*))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A format that tasks are read from.
+
+    Attributes:
+        name: what `kind=` and "NAME:..." call it.
+        about: one line for lists.
+        read: `read(source, tokenizer, **options)` makes the task; its keyword-only arguments are the options.
+        claims: whether something that is not named belongs to it.
+        bare: it needs no tokenizer, and its name alone is a task.
+    """
+
+    name: str
+    about: str
+    read: Callable[..., Task]
+    claims: Callable[[object], bool]
+    bare: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What may be set, with its defaults."""
+        parameters = inspect.signature(self.read).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+_SOURCES: dict[str, Source] = {}
+
+
+def register_source(
+    name: str,
+    about: str,
+    read: Callable[..., Task],
+    *,
+    claims: Callable[[object], bool] = lambda source: False,
+    bare: bool = False,
+) -> None:
+    """Make a format known to `load_task`, `mansu-tl check`, `run` and `compare`; the last one to claim a source gets it.
+
+    Args:
+        name: letters, digits, "-" and "_".
+        about: one line that says what the source is.
+        read: `read(source, tokenizer, **options)` gives a `Task`; for rows as task files have them `rows_reader` makes one.
+            Options are its keyword-only arguments.
+        claims: whether a source that nobody named belongs to this format; never without.
+        bare: it needs no tokenizer, and its name alone is a task.
+
+    Raises:
+        MansuError: a name that is taken or cannot be written in a config.
+    """
+    if name in _SOURCES or not re.fullmatch(r"[\w-]+", name):
+        raise MansuError(f"source {name!r}: {'registered already' if name in _SOURCES else 'no name'}; choose another")
+    _SOURCES[name] = Source(name, about, read, claims, bare)
+
+
+def sources() -> tuple[str, ...]:
+    """The names of all sources, in the order in which they were registered."""
+    return tuple(_SOURCES)
+
+
+def source(name: str) -> Source:
+    """The source of a name.
+
+    Raises:
+        MansuError: no such source.
+    """
+    if name not in _SOURCES:
+        raise MansuError(f"source {name!r}: unknown; choose one of {', '.join(_SOURCES)}")
+    return _SOURCES[name]
+
 
 @torch_defaults()
 def load_task(
-    source: Rows,
-    *,
-    tokenizer: TextSource | None = None,
-    seed: int = 0,
-    name: str | None = None,
-    answer_space: AnswerSpace = "auto",
+    source: TaskSource, *, tokenizer: TextSource | None = None, kind: str | None = None, **options: Any
 ) -> Task:
-    """The embedded task ("pocket", for any of the three embedded models), or one read from a file or a table.
+    """A task from the embedded one ("pocket"), a file, a table, a list of rows, or another of `sources()`.
 
-    Files hold one JSON object a line (gzipped or not), or a JSON array of them; a DataFrame or a list of dicts holds the
-    same rows. What is in a row: `mansu_tl.data.lines`.
+    A JSON-lines file (gzipped or not), JSON array, CSV, DataFrame or list of dicts holds rows; what is in one:
+    `mansu_tl.data.sources.fields`. TOFU is "tofu:FOLDER".
 
     Args:
-        tokenizer: the hooked model that the task is for, or its tokenizer; needed for a file or a table.
-        seed: draws the distractors and corrupt prompts of the embedded task.
-        name: the task's name; the file's stem where not given, "rows" for a table.
-        answer_space: whether a space stands between a prompt and its answers where a row does not say: "auto" = as a
-            writer would put it, True = always, False = never.
+        tokenizer: the hooked model that the task is for, or its tokenizer; only "pocket" needs none.
+        kind: the source's name, where it cannot be seen from `source`.
+        options: what the source takes: `name` and `answer_space` ("auto", True, False: see `PromptPairs.from_text`) for
+            rows, `seed` for "pocket" and "tofu", further ones in `mansu_tl.data.sources.source(NAME).options()`.
 
     Raises:
-        MansuError: no such file, a file or table without a tokenizer, rows that `read_task` refuses, or the embedded task
+        MansuError: no such source or option, a source without a tokenizer, rows that cannot be read, or the embedded task
             for a model that speaks other words.
 
     Example:
@@ -46,20 +124,45 @@ def load_task(
         >>> len(task.forget_pairs), len(task.questions["forget"])
         (192, 192)
     """
-    if isinstance(source, str) and source == "pocket":
-        _require_pockets_words(tokenizer)
-        return pocket_task(seed)
-    if tokenizer is None:
+    chosen, place, written = _find(source, kind)
+    known = chosen.options()
+    options = written | options
+    for option, value in options.items():
+        if option not in known:
+            raise MansuError(
+                f"task: source {chosen.name!r} has no option {option!r}; known: {', '.join(known) or 'none'}"
+            )
+        if type(known[option]) is int and type(value) is not int:
+            raise MansuError(f"task: {option}={value!r} for source {chosen.name!r}; give a whole number")
+    if tokenizer is None and not chosen.bare:
         what = repr(fspath(source)) if isinstance(source, str | PathLike) else type(source).__name__
         raise MansuError(f"task {what}: needs a tokenizer to be read; pass tokenizer=model")
-    return read_task(source, tokenizer, name=name, answer_space=answer_space)
+    return chosen.read(place, tokenizer, **options)
 
 
-def _require_pockets_words(source: TextSource | None) -> None:
-    """Refuse the embedded task, whose tokens are numbers already, for a model with another vocabulary."""
-    tokenizer = getattr(source, "tokenizer", source)
-    if tokenizer is not None and tokenizer.get_vocab() != build_tokenizer(build_world()).get_vocab():
-        raise MansuError(
-            "task 'pocket': it is written in the words of the embedded models, and this model has others; give a task file "
-            "(mansu-tl new DIR writes one to change)"
-        )
+def beside(name: str, folder: Path) -> str:
+    """A task's name as written in a file of `folder`, its path made absolute where it lies there."""
+    named = _NAMED.fullmatch(name)
+    kind = f"{named['kind']}:" if named and named["rest"] and named["kind"] in _SOURCES else ""
+    path, mark, options = name.removeprefix(kind).partition("?") if kind else (name, "", "")
+    there = folder / path
+    return f"{kind}{there.resolve()}{mark}{options}" if path and there.exists() else name
+
+
+def _find(given: object, kind: str | None) -> tuple[Source, Any, dict[str, Any]]:
+    """The source that reads something, what is left for it to read, and the options written behind it."""
+    if kind is not None:
+        return source(kind), given, {}
+    named = _NAMED.fullmatch(given) if isinstance(given, str) else None
+    if named and named["kind"] in _SOURCES and (named["rest"] or _SOURCES[named["kind"]].bare):
+        written = parse_qsl(named["options"] or "", keep_blank_values=True)
+        return _SOURCES[named["kind"]], named["rest"] or named["kind"], {key: _value(value) for key, value in written}
+    return next(one for one in reversed(_SOURCES.values()) if one.claims(given)), given, {}
+
+
+def _value(text: str) -> Any:
+    """An option as written in a config: a number, true or false, else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

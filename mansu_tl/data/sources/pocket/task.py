@@ -8,15 +8,17 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mansu_tl.data.answers import single_token
+from mansu_tl.data.answers import continuation
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.sources.pocket.corpus import fact_sentences, generic_text
 from mansu_tl.data.sources.pocket.lexicon import POTIONS
 from mansu_tl.data.sources.pocket.tokens import build_tokenizer, text_ids
 from mansu_tl.data.sources.pocket.world import TEMPLATES, Fact, World, build_world
+from mansu_tl.data.sources.registry import register_source
 from mansu_tl.data.task import Questions, Sequences, Task
-from mansu_tl.data.text import encode, pad, pad_id
+from mansu_tl.data.text import TextSource, encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
+from mansu_tl.errors import MansuError
 
 CHOICES = 4
 _GENERIC_TEXTS = 192
@@ -83,7 +85,7 @@ def _pairs(
     tokenizer: PreTrainedTokenizerBase, world: World, rng: random.Random, asked: Sequence[tuple[Fact, int]]
 ) -> PromptPairs:
     """Pairs against another fact of the same kind and relation whose answer differs."""
-    clean, corrupt, answers, distractors, labels = [], [], [], [], []
+    clean, corrupt, answers, distractors, facts, labels = [], [], [], [], [], []
     for fact, template in asked:
         other = rng.choice(
             [f for f in world.of_kind(fact.kind) if f.relation == fact.relation and f.answer != fact.answer]
@@ -92,8 +94,9 @@ def _pairs(
         corrupt.append(world.prompt(fact.relation, other.entity, template))
         answers.append(fact.answer)
         distractors.append([other.answer, *_wrong(world, rng, fact, CHOICES - 2, other.answer)])
-        labels.append(f"{fact.entity} / {fact.relation} / t{template}")
-    return PromptPairs.from_text(tokenizer, clean, corrupt, answers, distractors, labels=labels)
+        facts.append(f"{fact.entity} / {fact.relation}")
+        labels.append(f"{facts[-1]} / t{template}")
+    return PromptPairs.from_text(tokenizer, clean, corrupt, answers, distractors, labels=labels, facts=facts)
 
 
 def _questions(
@@ -104,7 +107,7 @@ def _questions(
     prompts, lengths = pad([encode(tokenizer, text) for text in texts], pad_id(tokenizer))
     # A word is one token, the same behind every prompt.
     first = {word: text for text, row in zip(texts, options, strict=True) for word in row}
-    ids = {word: single_token(tokenizer, text, word, "option")[1] for word, text in first.items()}
+    ids = {word: continuation(tokenizer, text, word, "option")[1][0] for word, text in first.items()}
     choices = torch.tensor([[ids[word] for word in row] for row in options])
     return Questions(prompts, lengths, choices, tuple(fact.id for fact, _ in asked))
 
@@ -115,3 +118,17 @@ def _wrong(world: World, rng: random.Random, fact: Fact, count: int, other: str 
 
 def _sequences(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> Sequences:
     return Sequences(*pad(rows, pad_id(tokenizer)))
+
+
+def _read(_: object, model: TextSource | None, *, seed: int = 0) -> Task:
+    """The embedded task, refused for a model with another vocabulary: its tokens are numbers already."""
+    tokenizer = getattr(model, "tokenizer", model)
+    if tokenizer is not None and tokenizer.get_vocab() != build_tokenizer(build_world()).get_vocab():
+        raise MansuError(
+            "task 'pocket': it is written in the words of the embedded models, and this model has others; give a task file "
+            "(mansu-tl new DIR writes one to change)"
+        )
+    return pocket_task(seed)
+
+
+register_source("pocket", "the embedded task of invented facts, for the embedded models", _read, bare=True)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mansu_tl.data.pairs import PromptPairs
+from mansu_tl.data.sources.registry import register_source
 from mansu_tl.data.sources.tofu.files import Item, prompt, read_tofu
 from mansu_tl.data.sources.tofu.tokens import answer_ids, text_of
 from mansu_tl.data.sources.tofu.words import Book, Place, renamed
@@ -19,6 +20,7 @@ from mansu_tl.data.task import Questions, Sequences, Task
 from mansu_tl.data.text import TextSource, pad, pad_id, text_source
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
+from mansu_tl.results.files import local
 
 CHOICES = 4
 _ALTERNATIVES = 12
@@ -296,8 +298,9 @@ class _Maker:
         clean, lengths = pad([row.clean for row in asked], pad_id(self.tokenizer))
         corrupt, _ = pad([row.corrupt for row in asked], pad_id(self.tokenizer))
         options = torch.tensor([row.options for row in asked])
-        labels = [row.label for row in asked]
-        return PromptPairs.from_tokens(clean, corrupt, options[:, 0], options[:, 1:], lengths, labels)
+        return PromptPairs(
+            clean, corrupt, options[..., None], lengths, _facts(asked), tuple(row.label for row in asked)
+        )
 
     def texts(self, items: Sequence[Item]) -> Sequences:
         """Question and answer as in training."""
@@ -319,3 +322,13 @@ def _fact(label: str) -> str:
 
 def _facts(asked: Sequence[_Asked]) -> tuple[str, ...]:
     return tuple(_fact(row.label) for row in asked)
+
+
+def _is_folder(source: object) -> bool:
+    try:
+        return isinstance(source, str | PathLike) and (local(source) / "forget10.json").is_file()
+    except (OSError, ValueError):
+        return False  # no name that a folder could have
+
+
+register_source("tofu", "a folder with TOFU's files, as tofu:FOLDER", tofu_task, claims=_is_folder)

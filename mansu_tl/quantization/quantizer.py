@@ -1,0 +1,141 @@
+"""What a quantizer is, something that says which matrix a quantized deployment computes with; and all of them by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mansu_tl.errors import MansuError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a calibration text shows to one matrix, over its real tokens.
+
+    Attributes:
+        moment: E[x x^T] of the matrix's inputs x; an error dW moves its outputs by E |dW x|^2 = tr(dW moment dW^T).
+        magnitude: E |x_j| of each input feature.
+        tokens: how many real tokens the means are over.
+    """
+
+    moment: Float[Tensor, "in in"]
+    magnitude: Float[Tensor, " in"]
+    tokens: int
+
+    def error(self, change: Float[Tensor, "out in"]) -> Float[Tensor, ""]:
+        """Mean squared change of the matrix's outputs on the calibration text, E |dW x|^2, summed over outputs."""
+        d = change.to(self.moment.dtype)
+        return ((d @ self.moment) * d).sum()
+
+
+class Quantizer(ABC):
+    """One that needs nothing but the matrix."""
+
+    name: str
+
+    @abstractmethod
+    def roundtrip(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Q(w): what the deployed model uses in place of `w`, in the dtype of `w`."""
+
+
+class CalibratedQuantizer(ABC):
+    """One that looks at the inputs which a calibration text sends through the matrix.
+
+    Its codes depend on whole rows and on the text, so it has no cells that a floor could move a weight across.
+
+    Attributes:
+        sequential: whether a layer's inputs are taken behind the layers that are quantized already.
+    """
+
+    name: str
+    sequential: bool
+
+    @abstractmethod
+    def roundtrip(self, w: Float[Tensor, "out in"], inputs: Inputs) -> Float[Tensor, "out in"]:
+        """Q(w): what the deployed model uses in place of `w`, in the dtype of `w`."""
+
+
+AnyQuantizer = Quantizer | CalibratedQuantizer
+
+
+@dataclass(frozen=True)
+class _Entry:
+    make: Callable[[], AnyQuantizer]
+    kind: str
+    package: str
+
+
+_KINDS = ("grid", "calibrated", "library")
+_QUANTIZERS: dict[str, _Entry] = {}
+
+
+def register_quantizer(
+    name: str, make: Callable[[], AnyQuantizer], kind: str = "library", *, package: str = ""
+) -> None:
+    """Make a quantizer known by name to everything that takes one.
+
+    Args:
+        make: gives it; its `name` is this one.
+        kind: "grid" = a `Grid`, "calibrated" = a `CalibratedQuantizer`, "library" = any other.
+        package: what has to be installed for it; also the name of this package's extra.
+
+    Raises:
+        MansuError: a name that is taken, or another kind.
+    """
+    if name in _QUANTIZERS:
+        raise MansuError(f"quantizer {name!r}: registered already; choose another name")
+    _require_kind(kind)
+    _QUANTIZERS[name] = _Entry(make, kind, package)
+
+
+def quantizers(kind: str | None = None) -> tuple[str, ...]:
+    """The names that `quantizer` knows.
+
+    Args:
+        kind: "grid" = those with fixed cells, which the floor and `update_statistics` can work with; "calibrated" =
+            those that need calibration text; "library" = those computed by a package that is optional, as far as it
+            is installed; None = all three.
+
+    Raises:
+        MansuError: another kind.
+
+    Example:
+        >>> "nf4" in mtl.quantizers()
+        True
+    """
+    if kind is None:
+        return tuple(name for each in _KINDS for name in quantizers(each))
+    _require_kind(kind)
+    return tuple(name for name, entry in _QUANTIZERS.items() if entry.kind == kind and _installed(entry.package))
+
+
+def quantizer(name: str | AnyQuantizer) -> AnyQuantizer:
+    """The quantizer of that name: a `Grid`, or one without cells; one of your own is handed back as it is.
+
+    Raises:
+        MansuError: a name that is not in `quantizers()`, or one whose package is not installed.
+    """
+    if isinstance(name, AnyQuantizer):
+        return name
+    if name not in _QUANTIZERS:
+        raise MansuError(f"quantizer {name!r}: unknown; choose one of {', '.join(quantizers())}")
+    entry = _QUANTIZERS[name]
+    if not _installed(entry.package):
+        raise MansuError(
+            f"quantizer {name!r}: {entry.package} is not installed; pip install 'mansu-tl[{entry.package}]'"
+        )
+    return entry.make()
+
+
+def _require_kind(kind: str) -> None:
+    if kind not in _KINDS:
+        raise MansuError(f"quantizers: unknown kind {kind!r}; choose one of {', '.join(_KINDS)}")
+
+
+def _installed(package: str) -> bool:
+    return not package or find_spec(package) is not None

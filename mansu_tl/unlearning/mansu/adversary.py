@@ -1,0 +1,69 @@
+"""An attacker inside the loop: what a few steps of fine-tuning on some forget facts would change.
+
+First order, after tamper-resistant training (Tamirisa et al. 2024, arXiv 2408.00761): the attack's change of the weights
+is held fixed, and the forget loss on the facts that it did not train on is taken at the attacked weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mansu_tl.data import PromptPairs
+from mansu_tl.unlearning.forward import Values, last_token_logits
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """One attack.
+
+    Attributes:
+        change: by parameter, how far it moved.
+        others: pairs about the facts that it did not train on.
+    """
+
+    change: dict[str, Tensor]
+    others: Int[Tensor, " row"]
+
+
+def attacked(
+    model: PreTrainedModel,
+    values: Values,
+    names: tuple[str, ...],
+    pairs: PromptPairs,
+    facts: Int[Tensor, " pair"],
+    *,
+    count: int,
+    steps: int,
+    learning_rate: float,
+    batch: int,
+    generator: torch.Generator,
+) -> Attacked:
+    """Fine-tune on `count` random facts with Adam and say what moved.
+
+    Args:
+        values: the weights that the attack starts from.
+        names: the parameters that it trains.
+        facts: which fact each pair is about.
+    """
+    every = torch.randperm(int(facts.max()) + 1, generator=generator)
+    known = torch.isin(facts.cpu(), every[:count])
+    rows, others = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
+    start = {name: values[name].detach() for name in names}
+    moving = {name: value.clone().requires_grad_() for name, value in start.items()}
+    rest = {name: value.detach() for name, value in values.items() if name not in moving}
+    optimizer = torch.optim.Adam(list(moving.values()), lr=learning_rate)
+    for _ in range(steps):
+        drawn = rows[torch.randperm(len(rows), generator=generator)[:batch]]
+        part = pairs[drawn]
+        logits = last_token_logits(model, {**rest, **moving}, part.clean, part.lengths)
+        loss = torch.nn.functional.cross_entropy(logits, part.answers)
+        gradients = torch.autograd.grad(loss, list(moving.values()))
+        for value, gradient in zip(moving.values(), gradients, strict=True):
+            value.grad = gradient
+        optimizer.step()
+    return Attacked({name: (moving[name] - start[name]).detach() for name in names}, others)

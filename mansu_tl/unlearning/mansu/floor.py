@@ -1,0 +1,204 @@
+"""The magnitude floor, inside the loop: latent updates in, weights that provably change their code out.
+
+With several grids, a weight is edited only where its new value changes its code under every one of them.
+
+The candidates of all matrices live in one flat vector. A latent update `u` (in units of each weight's bin width) moves
+a candidate to code(w + u width) under the original absmax; where that is another code the weight goes to the centre of
+the new cell, or one bin past w where the centre is nearer than that; where it is the same code the weight keeps its
+value bit for bit. The backward pass sees the identity (straight-through).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mansu_tl.errors import MansuError
+from mansu_tl.quantization import Grid
+
+# How far past its old value a weight goes at least, in bins; just over one so that rounding cannot undo it.
+_LEAST_MOVE = 1.001
+
+
+class Floor:
+    """Candidate weights of a model under one quantizer, or under several.
+
+    Args:
+        grids: the quantizers; the latent updates count in bins of the first and aim at its cells.
+        matrices: per parameter, the matrix as [out, in] (the orientation in which it is quantized).
+        masks: per parameter, which of its weights may be edited, in the same orientation.
+        rule: "loop" = the grids are in the optimisation; "after" = plain updates, each pushed across a boundary in the
+            end; "none" = plain updates, stored as they are.
+
+    Raises:
+        MansuError: nothing is left to edit once the entries that carry a block's absmax are taken out.
+    """
+
+    def __init__(
+        self,
+        grids: Sequence[Grid],
+        matrices: Mapping[str, Float[Tensor, "_ _"]],
+        masks: Mapping[str, Bool[Tensor, "_ _"]],
+        rule: str = "loop",
+    ) -> None:
+        self.rule = rule
+        self.grids, self.grid, self.matrices = tuple(grids), grids[0], dict(matrices)
+        self.where: dict[str, Int[Tensor, " weight"]] = {}
+        self.spans: dict[str, slice] = {}
+        value: list[Tensor] = []
+        width: list[Tensor] = []
+        scales: list[list[Tensor]] = [[] for _ in grids]
+        codes: list[list[Tensor]] = [[] for _ in grids]
+        start = 0
+        for name, mask in masks.items():
+            matrix = self.matrices[name]
+            free_mask = mask.to(matrix.device, copy=True)
+            for grid in grids:
+                free_mask &= ~grid.absmax_mask(matrix)
+            free = free_mask.flatten().nonzero()[:, 0]
+            widths = self.grid.width(matrix).flatten().float()
+            # A block of zeros has no width, so no code of it can be reached.
+            free = free[widths[free] > 0]
+            self.where[name], self.spans[name] = free, slice(start, start + free.numel())
+            start += free.numel()
+            value.append(matrix.flatten()[free].float())
+            width.append(widths[free])
+            for i, grid in enumerate(grids):
+                encoded = grid.encode(matrix)
+                scales[i].append(encoded.scales().flatten(0, 1)[free])
+                codes[i].append(encoded.codes.flatten()[free].long())
+        if start == 0:
+            raise MansuError(
+                "mansu: no weight is left to edit (all candidates carry their block's absmax); use a larger circuit"
+            )
+        self.value, self.width = torch.cat(value), torch.cat(width)
+        self.scales, self.codes = [torch.cat(s) for s in scales], [torch.cat(c) for c in codes]
+        self.scale, self.code = self.scales[0], self.codes[0]
+
+    @property
+    def size(self) -> int:
+        """How many weights may be edited."""
+        return self.value.numel()
+
+    def target(self, latent: Float[Tensor, " weight"]) -> Int[Tensor, " weight"]:
+        """The code that each candidate would take, under its block's original absmax."""
+        moved = self.grid.flat_codes(self.value + latent * self.width, self.scale).long()
+        # Rounding of the sum must not count as a move.
+        return torch.where(latent == 0, self.code, moved)
+
+    def realise(
+        self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"] | None = None, under: int = 0
+    ) -> tuple[Float[Tensor, " weight"], Float[Tensor, " weight"], Bool[Tensor, " weight"]]:
+        """The changes of the stored and of the dequantized weights, and which weights change.
+
+        Both changes pass gradients straight through to `latent`.
+
+        Args:
+            allowed: the weights that may change; all candidates where not given.
+            under: the number of the grid under which the model is dequantized.
+        """
+        with torch.no_grad():
+            target = self.target(latent)
+            changed = target != self.code
+            if allowed is not None:
+                changed = changed & allowed
+            centre = self.grid.flat_centre(target.to(torch.uint8), self.scale)
+            move = centre - self.value
+            least = _LEAST_MOVE * self.width
+            past = self.value + move.sign() * torch.maximum(move.abs(), least)
+            # One bin past w may leave the target cell again, where the cells are of unequal width.
+            inside = self.grid.flat_codes(past, self.scale).long() == target
+            new = torch.where(inside, past, centre)
+            for i in range(1, len(self.grids)):
+                changed = changed & (self._codes_of(new, i) != self.codes[i])
+            stored = torch.where(changed, new - self.value, 0.0)
+            after = target if under == 0 else self._codes_of(new, under)
+            rounded = torch.where(changed, self._centre(after, under) - self._centre(self.codes[under], under), 0.0)
+        through = latent * self.width if allowed is None else latent * self.width * allowed
+        through = through - through.detach()
+        return stored + through, rounded + through, changed
+
+    def change(
+        self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"], under: int | None
+    ) -> tuple[Float[Tensor, " weight"], Bool[Tensor, " weight"]]:
+        """How far each weight moves in the loop, as stored (None) or under one grid, and which weights move."""
+        if self.rule != "loop":
+            return latent * self.width * allowed, (latent.detach() != 0) & allowed
+        stored, rounded, changed = self.realise(latent, allowed, under or 0)
+        return (stored if under is None else rounded), changed
+
+    def deployed(
+        self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]
+    ) -> tuple[Float[Tensor, " weight"], Bool[Tensor, " weight"]]:
+        """What the quantized model would feel of the updates once they are stored, and which weights move."""
+        if self.rule != "after":
+            return self.change(latent, allowed, 0)
+        # Every weight that moved at all will be pushed across.
+        _, rounded, changed = self.realise(self.pushed(latent * allowed), allowed)
+        return rounded, changed
+
+    def stored(self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]) -> dict[str, Tensor]:
+        """The edited matrices in their storage dtype."""
+        if self.rule == "none":
+            change = latent * self.width * allowed
+            return {
+                n: (self.matrices[n].float() + self.spread(change, n)).to(self.matrices[n].dtype) for n in self.spans
+            }
+        latent = self.pushed(latent * allowed) if self.rule == "after" else latent
+        return {name: self.final(name, latent, allowed) for name in self.spans}
+
+    def pushed(self, latent: Float[Tensor, " weight"]) -> Float[Tensor, " weight"]:
+        """The updates after the fact: each that stays in its cell goes one bin in its own direction, or back inward."""
+        moved = self.target(latent)
+        neighbour = self.grid.neighbour(self.code.to(torch.uint8)[None], latent[None])[0].long()
+        wanted = torch.where((moved == self.code) & (latent != 0), neighbour, moved)
+        centre = self.grid.flat_centre(wanted.to(torch.uint8), self.scale)
+        return torch.where(latent == 0, 0.0, (centre - self.value) / self.width)
+
+    def _codes_of(self, values: Float[Tensor, " weight"], i: int) -> Int[Tensor, " weight"]:
+        return self.grids[i].flat_codes(values, self.scales[i]).long()
+
+    def _centre(self, code: Int[Tensor, " weight"], i: int) -> Float[Tensor, " weight"]:
+        return self.grids[i].flat_centre(code.to(torch.uint8), self.scales[i])
+
+    def spread(self, change: Float[Tensor, " weight"], name: str) -> Float[Tensor, "out in"]:
+        """One matrix's part of a flat change, as a dense matrix."""
+        matrix = self.matrices[name]
+        dense = torch.zeros(matrix.numel(), device=change.device, dtype=change.dtype)
+        return dense.index_put((self.where[name],), change[self.spans[name]]).view(matrix.shape)
+
+    def final(self, name: str, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]) -> Tensor:
+        """The edited matrix in its storage dtype, every edited weight strictly inside its target cell.
+
+        A weight whose target cell holds no value of that dtype keeps its own.
+        """
+        matrix = self.matrices[name]
+        encoded = self.grid.encode(matrix)
+        codes = encoded.codes.flatten().clone()
+        span, where = self.spans[name], self.where[name]
+        target = self.target(latent)[span]
+        codes[where] = torch.where(allowed[span], target, self.code[span]).to(codes.dtype)
+        wanted = codes.view_as(encoded.codes)
+        result = self.grid.floor_target(matrix, wanted, encoded.absmax, leave_unreachable=True)
+        moved = result != matrix
+        for grid in self.grids[1:]:
+            before, after = grid.encode(matrix), grid.encode(result)
+            # The value in storage dtype may differ from the one in the loop by its last bit, and a weight that fits
+            # into a block of the first grid may be the largest in one of this grid's: its block keeps its old values.
+            grown = (after.scales() != before.scales()).view(*matrix.shape, -1).any(-1)
+            moved &= (after.codes != before.codes) & ~grown
+        return torch.where(moved, result, matrix)
+
+    def felt(self, matrices: Mapping[str, Float[Tensor, "_ _"]], under: int | None) -> Float[Tensor, " weight"]:
+        """How far each candidate has moved in edited matrices, as stored (None) or under one grid."""
+        new = self.gathered({name: matrix.float() for name, matrix in matrices.items()})
+        if under is None:
+            return new - self.value
+        return self._centre(self._codes_of(new, under), under) - self._centre(self.codes[under], under)
+
+    def gathered(self, matrices: Mapping[str, Float[Tensor, "_ _"]]) -> Float[Tensor, " weight"]:
+        """The candidates' entries of some matrices, as one vector."""
+        return torch.cat([matrices[name].flatten()[self.where[name]] for name in self.spans])

@@ -1,0 +1,134 @@
+"""What MANSU can be told; every part can be switched off on its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from mansu_tl.errors import MansuError
+from mansu_tl.results.digest import Digested
+
+RESTRICTIONS = ("circuit", "random", "none")
+FLOORS = ("loop", "after", "none")
+_COUNTS = (
+    "steps", "forget_batch", "retain_batch", "fisher_sequences", "select_every", "adversary_every", "adversary_steps",
+)  # fmt: skip
+_LIGHT: Mapping[str, Any] = MappingProxyType(
+    {"steps": 200, "margin": 0.1, "band_weight": 0.05, "adversary_every": 10, "representation_weight": 0.0,
+     "retain_weight": 20.0, "adversary_weight": 0.0}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MansuSettings(Digested):
+    """Settings of MANSU; the defaults were chosen on `pocket`, seed 0, on a validation split of the questions.
+
+    Attributes:
+        quantizer: the grid whose codes every edited weight must change; names joined by "+" for a set of them, each of
+            which every edited weight must satisfy, e.g. "nf4+int4-g64".
+        restrict: which weights may be edited: those of the "circuit", as many of "random" heads and neurons, or "none"
+            = every linear weight.
+        floor: "loop" = the grid is in the optimisation; "after" = a plain one, each weight of its support pushed across
+            a boundary at the end; "none" = a plain one, stored as it is.
+        budget: edited weights as a share of all linear weights.
+        neuron_share: share of each circuit MLP's neurons that may be edited.
+        steps: optimisation steps.
+        learning_rate: peak step of Adam on the latent updates, in bins.
+        forget_batch: forget prompts a step.
+        retain_batch: retain sequences a step, as many near ones again where there is near text.
+        divergence_weight: weight of the divergence of forget prompts from what never-seen ones give.
+        margin: nats that an answer is pushed below what never-seen prompts give it; negative = how far above it may stay.
+        margin_weight: weight of that hinge.
+        band: half-width in nats of the quadratic part of the pool's flattening.
+        band_weight: weight of the flattening.
+        representation_weight: weight of the hidden states' distance from those of never-seen prompts.
+        retain_weight: weight of the retain term against the forget term.
+        near_weight: weight of a near token against another retain token.
+        discover_near: where the task names no near text, the share of the retain text that counts as near: what the
+            model represents most like the forget prompts. 0 = none.
+        likelihood: weight of the cross-entropy inside the retain term (the rest is a divergence to the original).
+        null_space: weight of the change of the circuit matrices' outputs on retain inputs (0 = off).
+        projector: project the update itself into the null space of the retain inputs after every step.
+        leak: share of the retain inputs' energy that the projector's null space may hold.
+        fisher: whether the diagonal Fisher information enters the choice of weights.
+        fisher_budget: nats that the bound on the retain loss's quadratic term may reach; 0 = no budget.
+        fisher_sequences: retain sequences behind the Fisher information.
+        select_from: share of the steps after which the support is cut to the budgets every `select_every` steps.
+        freeze_at: share of the steps after which the support is frozen and the step size decays.
+        select_every: steps between cuts.
+        adversary_weight: weight of the forget term under attack (0 = off).
+        adversary_every: steps between attacks.
+        adversary_steps: Adam steps of an attack.
+        adversary_facts: forget facts that the attacker trains on; 0 = a quarter of them.
+        adversary_rate: the attacker's learning rate.
+    """
+
+    quantizer: str = "nf4"
+    restrict: str = "circuit"
+    floor: str = "loop"
+    budget: float = 0.0195
+    neuron_share: float = 0.25
+    steps: int = 300
+    learning_rate: float = 0.1
+    forget_batch: int = 96
+    retain_batch: int = 32
+    divergence_weight: float = 1.0
+    margin: float = -0.4
+    margin_weight: float = 1.0
+    band: float = 0.5
+    band_weight: float = 0.2
+    representation_weight: float = 2.0
+    retain_weight: float = 180.0
+    near_weight: float = 10.0
+    discover_near: float = 0.2
+    likelihood: float = 0.1
+    null_space: float = 4.0
+    projector: bool = False
+    leak: float = 0.02
+    fisher: bool = True
+    fisher_budget: float = 0.0
+    fisher_sequences: int = 256
+    select_from: float = 0.2
+    freeze_at: float = 0.6
+    select_every: int = 10
+    adversary_weight: float = 6.0
+    adversary_every: int = 5
+    adversary_steps: int = 24
+    adversary_facts: int = 0
+    adversary_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        for key, known in (("restrict", RESTRICTIONS), ("floor", FLOORS)):
+            self._require(key, getattr(self, key) in known, f"choose one of {', '.join(known)}")
+        for key in _COUNTS:
+            self._require(key, getattr(self, key) >= 1, "choose at least 1")
+        for key, value in vars(self).items():
+            self._require(key, not isinstance(value, float) or math.isfinite(value), "choose a finite number")
+        self._require("learning_rate", self.learning_rate > 0, "choose one above 0", " bins")
+        self._require("budget", self.budget <= 1, "choose a share of the linear weights, at most 1")
+        self._require("discover_near", 0 <= self.discover_near < 1, "choose a share in [0, 1)")
+        self._require("adversary_facts", self.adversary_facts >= 0, "choose 0 (a quarter) or more")
+        self._require("fisher_budget", self.fisher_budget >= 0, "choose 0 (none) or more", " nats")
+        if self.fisher_budget and not self.fisher:
+            raise MansuError("mansu: fisher_budget needs fisher=True; switch it on or set the budget to 0")
+
+    def _require(self, key: str, fine: bool, way_out: str, unit: str = "") -> None:
+        if not fine:
+            raise MansuError(f"mansu: {key}={getattr(self, key)!r}{unit}; {way_out}")
+
+    @classmethod
+    def light(cls, **changes: Any) -> MansuSettings:
+        """Without the attacker in the loop and what pays for it: a third of the time, no defence against relearning.
+
+        Args:
+            changes: further settings.
+        """
+        return replace(cls(**_LIGHT), **changes)
+
+    @property
+    def quantizers(self) -> tuple[str, ...]:
+        """The grids that every edited weight must satisfy; the first is the one that it is optimised on."""
+        return tuple(self.quantizer.split("+"))

@@ -1,0 +1,218 @@
+"""MANSU: unlearning restricted to the forget circuit, kept off the retain set, and large enough to survive 4 bits.
+
+After *Forgetting That Sticks* (arXiv 2605.15138): the circuit says which weights may move, the retain set's inputs and
+diagonal Fisher information say which moves are cheap, the floor makes every move cross into another code of the
+quantizer. The paper's formulas are not public in full; what is stated here is our definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.circuit import Circuit, discover_circuit
+from mansu_tl.circuit.evaluation import require_graph
+from mansu_tl.data import Task
+from mansu_tl.errors import NoEditError
+from mansu_tl.models import orient
+from mansu_tl.unlearning.batches import Batch
+from mansu_tl.unlearning.checkpoint import Checkpoint
+from mansu_tl.unlearning.edit import Edit
+from mansu_tl.unlearning.loop import Solver, run
+from mansu_tl.unlearning.mansu.adversary import Attacked, attacked
+from mansu_tl.unlearning.mansu.needs import attackers_facts
+from mansu_tl.unlearning.mansu.plan import Plan, plan
+from mansu_tl.unlearning.mansu.settings import MansuSettings
+from mansu_tl.unlearning.mansu.support import choose_support
+from mansu_tl.unlearning.mansu.terms import objective
+from mansu_tl.unlearning.retain_statistics import retain_bound, sequence_loss
+
+# Steps over which the step size rises, in runs of sixty or more.
+_WARM_UP = 10
+
+
+def mansu(
+    model: TransformerBridge,
+    task: Task,
+    settings: MansuSettings,
+    *,
+    circuit: Circuit | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> Edit:
+    """Unlearn the task's forget set by moving circuit weights across code boundaries.
+
+    Args:
+        circuit: the forget circuit; discovered at faithfulness .85 where not given.
+        checkpoint: where the state is kept on the way, and taken up.
+
+    Raises:
+        MansuError: a circuit of another architecture, or what `plan` refuses.
+        NoEditError: no weight left its bin, or the loss is not finite.
+    """
+    if circuit is None:
+        circuit = discover_circuit(model, task.forget_pairs, progress=progress)
+    require_graph(model, circuit)
+    fixed = plan(model, task, settings, circuit, seed, progress=progress)
+    solver = _Mansu(fixed, settings, seed)
+    run(solver, checkpoint or Checkpoint(), progress=progress)
+    matrices = fixed.floor.stored(solver.latent.detach(), solver.support())
+    edited = sum(int((matrix != fixed.floor.matrices[name]).sum()) for name, matrix in matrices.items())
+    if not edited:
+        raise NoEditError(
+            f"mansu: no weight left its bin in {settings.steps} steps, or every one that did costs more than the budgets "
+            f"allow; raise steps, learning_rate (now {settings.learning_rate} bins) or fisher_budget (now "
+            f"{settings.fisher_budget})"
+        )
+    facts = {
+        "seed": seed,
+        "settings": asdict(settings),
+        "circuit_edges": circuit.n_edges,
+        "candidates": fixed.floor.size,
+        "edited": edited,
+        "near_rows": fixed.near_rows,
+        **_retain_increase(fixed, matrices),
+    }
+    values = {name: orient(matrix, fixed.view.linear[name]) for name, matrix in matrices.items()}
+    return Edit.between(model, values, "mansu", facts, tuple(solver.history))
+
+
+class _Mansu(Solver):
+    """The latent updates of the candidates, in bins, and which of them may still move."""
+
+    method = "mansu"
+
+    def __init__(self, fixed: Plan, settings: MansuSettings, seed: int) -> None:
+        self.fixed, self.settings, self.seed = fixed, settings, seed
+        self.steps, self.learning_rate = settings.steps, settings.learning_rate
+        self.freeze = int(settings.freeze_at * settings.steps)
+        self.warm_up = min(_WARM_UP, max(1, settings.steps // 6))
+        self.objective = objective(settings, fixed.unknown)
+
+    def restart(self) -> None:
+        cfg, latent = self.settings, torch.zeros_like(self.fixed.floor.value, requires_grad=True)
+        self.start(self.seed, {"latent": latent}, torch.optim.Adam([latent], lr=cfg.learning_rate, betas=(0.9, 0.99)))
+        self.held = {"allowed": torch.ones_like(latent, dtype=torch.bool)}
+        self.marks = {"frozen": False}
+        self.samplers = self.fixed.source.samplers(cfg.forget_batch, cfg.retain_batch, cfg.retain_batch, self.generator)
+        self.attack: Attacked | None = None
+
+    @property
+    def latent(self) -> Float[Tensor, " weight"]:
+        """The updates."""
+        return self.trained["latent"]
+
+    @property
+    def allowed(self) -> Bool[Tensor, " weight"]:
+        """The weights that may move."""
+        return self.held["allowed"]
+
+    def rate(self, step: int) -> float:
+        left = (self.steps - step) / max(1, self.steps - self.freeze)
+        return self.learning_rate * min(1.0, (step + 1) / self.warm_up, max(left, 0.02))
+
+    def loss(self, step: int) -> Float[Tensor, ""]:
+        self._cut(step)
+        cfg, floor = self.settings, self.fixed.floor
+        # Odd steps see the model as stored, even ones as deployed, grid by grid: all must have forgotten.
+        under = step // 2 % len(floor.grids) if step % 2 == 0 and cfg.floor == "loop" else None
+        change, changed = floor.change(self.latent, self.allowed, under)
+        batch = self.fixed.source.draw(self.samplers)(self.fixed.view(change, under))
+        forget, retain = self.objective.terms(batch)
+        loss = forget + cfg.retain_weight * retain
+        if cfg.adversary_weight:
+            loss = loss + cfg.adversary_weight * self._under_attack(batch, step)
+        if cfg.null_space:
+            # On what the deployed model feels, whichever view this step takes.
+            stored = cfg.floor == "loop" and under is None
+            felt = floor.change(self.latent, self.allowed, 0)[0] if stored else change
+            loss = loss + cfg.null_space * self._leak(felt)
+        if step % 10 == 0 or step == self.steps - 1:
+            row = {"step": step, "forget": forget.item(), "retain": retain.item(), "edited": changed.sum().item()}
+            self.history.append({key: float(value) for key, value in row.items()})
+        return loss
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        """Take the part of the update out that retain inputs would feel; the support keeps what is left."""
+        floor, projectors = self.fixed.floor, self.fixed.projectors
+        change = self.latent * floor.width * self.allowed
+        for name, projector in projectors.items():
+            span, free = floor.spans[name], floor.spread(change, name) @ projector
+            self.latent[span] = free.flatten()[floor.where[name]] / floor.width[span]
+
+    def complete(self, done: int) -> bool:
+        # Where the next step makes a new attack, so that none has to be kept.
+        return not self.settings.adversary_weight or done % self.settings.adversary_every == 0
+
+    def support(self) -> Bool[Tensor, " weight"]:
+        """The weights that the budgets pay for."""
+        latent = self.latent.detach()
+        change, changed = self.fixed.floor.deployed(latent, self.allowed)
+        return choose_support(
+            latent, change, changed, self.fixed.importance, self.fixed.budget, self.settings.fisher_budget
+        )
+
+    @torch.no_grad()
+    def _cut(self, step: int) -> None:
+        """Set updates back that the budgets do not pay for, every few steps; from `freeze_at` on they stay at 0."""
+        cfg = self.settings
+        due = step >= cfg.select_from * cfg.steps and step % cfg.select_every == 0
+        if self.marks["frozen"] or not (step == self.freeze or due):
+            return
+        kept = self.support()
+        # Where no weight has crossed yet, nothing can be chosen: in short runs the choice waits.
+        if kept.any():
+            self.latent.mul_(kept)
+            if step >= self.freeze:
+                self.held["allowed"], self.marks["frozen"] = kept, True
+
+    def _under_attack(self, batch: Batch, step: int) -> Float[Tensor, ""]:
+        """The forget term on facts that the attacker does not have, at the weights he would reach (first order)."""
+        cfg, fixed = self.settings, self.fixed
+        if self.attack is None or step % cfg.adversary_every == 0:
+            self.attack = attacked(
+                fixed.hf,
+                batch.values,
+                tuple(fixed.view.linear),
+                fixed.source.pairs,
+                fixed.facts,
+                count=attackers_facts(fixed.facts, cfg),
+                steps=cfg.adversary_steps,
+                learning_rate=cfg.adversary_rate,
+                batch=cfg.retain_batch,
+                generator=self.generator,
+            )
+        moved, others = self.attack.change, self.attack.others
+        there = {name: value + moved[name] if name in moved else value for name, value in batch.values.items()}
+        rows = others[torch.randperm(len(others), generator=self.generator)[: cfg.forget_batch]]
+        return self.objective.forget(replace(batch, values=there, pairs=fixed.source.pairs[rows], rows=rows))
+
+    def _leak(self, change: Float[Tensor, " weight"]) -> Float[Tensor, ""]:
+        """Mean squared change of the circuit matrices' outputs on retain inputs, relative to the inputs' size."""
+        total = change.new_zeros(())
+        for name, moment in self.fixed.moments.items():
+            moved = self.fixed.floor.spread(change, name)
+            leak = ((moved @ moment) * moved).sum()
+            total = total + leak * moment.shape[0] / (moved.shape[0] * moment.trace())
+        return total
+
+
+def _retain_increase(fixed: Plan, matrices: Mapping[str, Tensor]) -> dict[str, float]:
+    """The retain loss's increase under the realised change: measured, its diagonal estimate and its bound."""
+    under = None if fixed.floor.rule == "none" else 0
+    change = fixed.floor.felt(matrices, under)
+    with torch.no_grad():
+        before = sequence_loss(fixed.hf, fixed.view(torch.zeros_like(change), under), fixed.sample).item()
+        after = sequence_loss(fixed.hf, fixed.view(change, under), fixed.sample).item()
+    facts = {"retain_loss_before": before, "retain_loss_after": after, "retain_increase_measured": after - before}
+    if fixed.importance is not None:
+        diagonal, bound = retain_bound(fixed.importance, change)
+        facts |= {"retain_increase_fisher": diagonal.item(), "retain_increase_bound": bound.item()}
+    return facts
