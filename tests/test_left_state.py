@@ -46,7 +46,17 @@ WITHOUT_MODEL = {
         "norm_weights",
         "parameters",
     ),
-    *("awq", "doubled", "gptq", "grid_of", "orient", "register_family", "quantizer", "quantizers", "register_quantizer"),
+    *(
+        "awq",
+        "doubled",
+        "gptq",
+        "grid_of",
+        "orient",
+        "register_family",
+        "quantizer",
+        "quantizers",
+        "register_quantizer",
+    ),
     *("floored", "headline", "method_flags", "method_title", "methods", "register", "settings_of", "trained"),
     *("explore", "run_study"),  # made of the others
     "save",  # inside "certify"
@@ -55,14 +65,6 @@ WITHOUT_MODEL = {
     "last_logits",  # for those who hook on purpose
     "require_known",  # accuracy
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
