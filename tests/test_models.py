@@ -610,7 +610,7 @@ def test_fingerprint_sees_every_change_that_people_make():
 # ---- components ----------------------------------------------------------------------------------------------------
 
 
-def test_component_map_of_llama_and_neox():
+def test_anatomy_of_llama_and_neox():
     cmap = Anatomy.of(load(tiny("llama")))
     assert (cmap.n_layers, cmap.n_heads, cmap.n_kv_heads, cmap.d_head, cmap.d_model, cmap.d_mlp) == (2, 4, 2, 8, 32, 48)
     assert (cmap.family, cmap.parallel, cmap.post_norms) == ("llama", False, False)

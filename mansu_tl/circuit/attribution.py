@@ -269,6 +269,8 @@ def _gathered(
                 mlp[_last_of(batch, mlp)] += gradient[:, 0] * weight
             else:
                 mlp.add_(gradient, alpha=weight)
+        point.values.clear()  # else they stay while the next pass runs
+        point.gradients.clear()
         bar.update()
     return path, out
 

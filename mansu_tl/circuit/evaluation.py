@@ -225,11 +225,7 @@ def relative(
     batch_size: int,
     progress: bool = False,
 ) -> list[float]:
-    """The faithfulness of many masks.
-
-    Raises:
-        MansuError: the model shows no difference on these pairs.
-    """
+    """The faithfulness of many masks."""
     ablation, pairs = ablation or Ablation(), prepared(model, pairs)
     values, off = patched(model, pairs, masks, ablation, metric, batch_size, progress)
     clean, ablated = clean_metric(model, pairs, metric, batch_size), off.double().mean().item()
@@ -258,11 +254,7 @@ def clean_metric(model: TransformerBridge, pairs: PromptPairs, metric: Metric, b
 
 
 def require_graph(model: TransformerBridge, circuit: Circuit) -> Graph:
-    """The model's graph, if the circuit is one of its.
-
-    Raises:
-        MansuError: the circuit belongs to another architecture.
-    """
+    """The model's graph, if the circuit is one of its."""
     graph = Graph.of(model)
     if circuit.writers != graph.writers or circuit.readers != graph.readers:
         raise MansuError("circuit: its writers and readers are not this model's; discover one on this model")

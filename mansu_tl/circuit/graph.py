@@ -147,11 +147,7 @@ def kv_groups(writers: Sequence[str], readers: Sequence[str]) -> int:
 
 
 def require_names(writers: Sequence[str], readers: Sequence[str]) -> Bool[Tensor, "writer reader"]:
-    """The edges that a graph with these names can have; MLPs that read their own layer's heads included.
-
-    Raises:
-        MansuError: they are not the names of a transformer's writers and readers, in order and complete.
-    """
+    """The edges that a graph with these names can have; MLPs that read their own layer's heads included."""
     layers, heads, kv = shape_of(writers, readers)
     for kind, given, wanted in zip(
         ("writers", "readers"), (writers, readers), graph_names(layers, heads, kv), strict=True

@@ -38,7 +38,7 @@ from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.runs.ablation import Ablation, normed
 from mansu_tl.runs.exactness import require_exact
 from mansu_tl.runs.metrics import Metric, logit_difference, measured
-from mansu_tl.runs.passes import Hook, Recording, chunks, heads_last, prepared, run
+from mansu_tl.runs.passes import Hook, Recording, chunks, forward, heads_last, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 256 MB).
 _ROW_ELEMENTS = 64_000_000
@@ -221,8 +221,7 @@ class _Group:
             hooks.append((self.map.hook("mlp_in", layer), self._mlp_in(layer, work)))
             hooks.append((self.map.hook("mlp_out", layer), self._mlp_out(layer, work)))
         hooks.append((UNEMBED, self._final))
-        with self.model.hooks(fwd_hooks=hooks):
-            out_logits = self.model(self.base.pairs.clean[:1], return_type="logits")[0].float()
+        out_logits = forward(self.model, self.base.pairs.clean[:1], hooks)[0].float()
         parts = out_logits.unflatten(0, (len(self.plan.final), -1))
         return lambda mask: parts[self.plan.final_of[mask]]
 

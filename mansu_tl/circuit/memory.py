@@ -51,9 +51,6 @@ def plan(
     Args:
         max_memory: "4GB", "500MB", "2GiB" or bytes; None = half of what is free on the model's device.
         batch_size: pairs in a batch, if you would rather say it yourself.
-
-    Raises:
-        MansuError: a budget that cannot be read, or is smaller than one pair needs.
     """
     anatomy, width = Anatomy.of(model), pairs.clean.shape[1]
     most = min(MOST_PAIRS if batch_size is None else batch_size, len(pairs))

@@ -19,11 +19,7 @@ SELECTIONS = ("top", "greedy")
 
 
 def strength(scores: EdgeScores, by: str = "absolute") -> Float[Tensor, "writer reader"]:
-    """What edges are ranked by: |score|, or the score itself (most positive first).
-
-    Raises:
-        MansuError: an unknown ranking.
-    """
+    """What edges are ranked by: |score|, or the score itself (most positive first)."""
     if by not in RANKINGS:
         raise MansuError(f"circuit: unknown ranking by={by!r}; choose absolute or signed")
     return scores.tensor.abs() if by == "absolute" else scores.tensor
@@ -84,11 +80,7 @@ def greedy_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor
 def selected_mask(
     scores: EdgeScores, n: int, select: str = "top", by: str = "absolute", least: int = 0
 ) -> Bool[Tensor, "writer reader"]:
-    """`n` edges, "top" or "greedy".
-
-    Raises:
-        MansuError: an unknown selection or ranking, or `n` not between `least` and the number of edges.
-    """
+    """`n` edges, "top" or "greedy"."""
     if select not in SELECTIONS:
         raise MansuError(f"circuit: unknown selection {select!r}; choose top or greedy")
     total = int(scores.exists.sum())
@@ -100,11 +92,7 @@ def selected_mask(
 def pruned_masks(
     scores: EdgeScores, sizes: Sequence[int], select: str = "top", by: str = "absolute"
 ) -> list[Bool[Tensor, "writer reader"]]:
-    """The circuits of several sizes: `selected_mask`, pruned.
-
-    Raises:
-        MansuError: as `selected_mask`.
-    """
+    """The circuits of several sizes: `selected_mask`, pruned."""
     groups = kv_groups(scores.writers, scores.readers)
     return [prune(selected_mask(scores, n, select, by), scores.writers, scores.readers, groups) for n in sizes]
 

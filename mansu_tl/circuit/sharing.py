@@ -87,7 +87,7 @@ def useful(anatomy: Anatomy, live: np.ndarray) -> np.ndarray:
 
 
 def plan(anatomy: Anatomy, live: np.ndarray, consistent: bool) -> Plan:
-    """Number the values of some masks (edges that are not `useful` already instances_of out).
+    """Number the values of some masks (edges that are not `useful` already taken out).
 
     Args:
         live: [mask, writer, reader], 0 = ablated.

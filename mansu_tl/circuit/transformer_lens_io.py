@@ -40,11 +40,7 @@ def result_of(
     readers: Sequence[str],
     exists: Bool[Tensor, "writer reader"],
 ) -> AttributionResult:
-    """Scores by position as TransformerLens's result, edges and writers.
-
-    Raises:
-        MansuError: positions that are not counted from the start, or grouped-query attention.
-    """
+    """Scores by position as TransformerLens's result, edges and writers."""
     if list(positions) != [str(i) for i in range(len(positions))]:
         raise MansuError(
             f"edge scores: rows {', '.join(positions[:3])}... are no positions from the start, which TransformerLens "
@@ -65,11 +61,7 @@ def result_of(
 
 
 def scores_of(result: AttributionResult, graph: Graph) -> Float[Tensor, "pos writer reader"]:
-    """The edge scores of TransformerLens's result, by position.
-
-    Raises:
-        MansuError: it has no edge scores, edges that the graph does not have, or not all of those that it has.
-    """
+    """The edge scores of TransformerLens's result, by position."""
     if not result.edge_scores:
         raise MansuError(
             "TransformerLens result: it has no edge scores; run attribution_patch with "
@@ -134,11 +126,7 @@ def node_scores_to_transformer_lens(scores: NodeScores) -> AttributionResult:
 def circuit_edges(
     mask: Bool[Tensor, "writer reader"], writers: Sequence[str], readers: Sequence[str], n_positions: int
 ) -> list[tuple[Node, Node]]:
-    """The edges of a mask at every position.
-
-    Raises:
-        MansuError: grouped-query attention, or no position.
-    """
+    """The edges of a mask at every position."""
     if n_positions < 1:
         raise MansuError(f"circuit: n_positions={n_positions}; give the number of tokens of the prompt")
     _refuse_groups(writers, readers)
@@ -153,11 +141,7 @@ def circuit_edges(
 def mask_of(
     edges: Sequence[tuple[Node, Node]] | Sequence[tuple[Node, Node, float]], graph: Graph
 ) -> tuple[Bool[Tensor, "writer reader"], Float[Tensor, "writer reader"]]:
-    """Which edges are there at any position, and the scores given with them, added up over positions.
-
-    Raises:
-        MansuError: an edge that the graph does not have.
-    """
+    """Which edges are there at any position, and the scores given with them, added up over positions."""
     mask, scores = torch.zeros_like(graph.exists), torch.zeros(graph.exists.shape, dtype=torch.float64)
     for entry in edges:
         w, r = _edge((entry[0], entry[1]), graph)

@@ -18,6 +18,7 @@ from mansu_tl.explorer.selection import Item, Part, part_mask, parts_of
 from mansu_tl.models import Anatomy, home, linear_weights, orient, parameters
 from mansu_tl.quantization import quantize
 from mansu_tl.runs.metrics import last_logits, logit_difference
+from mansu_tl.runs.passes import forward, keep
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import CircuitScores, Divergence, circuit_divergence
 
@@ -186,19 +187,11 @@ class Results:
     @torch.no_grad()
     def _patterns(self, stage: Stage, pair: int) -> list[Tensor]:
         model = self._model(stage)
-        kept: dict[int, Tensor] = {}
-
-        def keep(layer: int) -> Callable[..., None]:
-            def hook(pattern: Tensor, hook: object) -> None:
-                kept[layer] = pattern[0].detach().float().cpu()
-
-            return hook
-
-        layers = self._cmap.layers
-        hooks = [(self._cmap.hook("pattern", i), keep(i)) for i in layers]
-        with model.hooks(fwd_hooks=hooks):
-            model(self.pairs.clean[[pair], : int(self.pairs.lengths[pair])].to(home(model)))
-        return [kept[i] for i in layers]
+        kept: dict[str, Tensor] = {}
+        hooks = self._cmap.hooks("pattern")
+        tokens = self.pairs.clean[[pair], : int(self.pairs.lengths[pair])].to(home(model))
+        forward(model, tokens, [(hook, keep(kept, key)) for key, hook in hooks.items()])
+        return [kept[key][0].float().cpu() for key in hooks]
 
     def _model(self, stage: Stage) -> TransformerBridge:
         """The model of a stage; the last few are kept, since an edit of a large one takes time."""

@@ -22,11 +22,7 @@ _READ = "past_key_values"  # what TransformerLens's attention reads
 
 
 def cache_argument(hf: PreTrainedModel) -> str:
-    """The name under which a model's forward takes a cache, found by its annotation.
-
-    Raises:
-        MansuError: the forward has no such argument.
-    """
+    """The name under which a model's forward takes a cache, found by its annotation."""
     for name, parameter in inspect.signature(type(hf).forward).parameters.items():
         if "Cache" in str(parameter.annotation):
             return name
@@ -37,11 +33,7 @@ def cache_argument(hf: PreTrainedModel) -> str:
 
 
 def cache_of(output: Any) -> Cache:
-    """The cache that a forward gave back, found by its type.
-
-    Raises:
-        MansuError: there is none.
-    """
+    """The cache that a forward gave back, found by its type."""
     for value in output.values():
         if isinstance(value, Cache):
             return value

@@ -48,11 +48,7 @@ def float32_copy(model: Model) -> PreTrainedModel:
 
 @torch_defaults()
 def duplicate(model: Model) -> PreTrainedModel:
-    """As `plain`, but 4-bit layers stay 4-bit: their packed bytes are copied.
-
-    Raises:
-        MansuError: as `plain`, or 4-bit weights that bitsandbytes has repacked for its CPU kernel.
-    """
+    """As `plain`, but 4-bit layers stay 4-bit: their packed bytes are copied."""
     return _copy(model, {})
 
 
@@ -77,11 +73,7 @@ def rebuild(model: Model, values: Mapping[str, Tensor] | None = None) -> Transfo
 
 @torch_defaults()
 def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> TransformerBridge:
-    """A bridge around `hf`, which it takes over; frozen, in eval mode; the tokenizer object is used as it is.
-
-    Raises:
-        MansuError: 4-bit weights that cannot be computed with as they are (see `compute_from_codes`).
-    """
+    """A bridge around `hf`, which it takes over; frozen, in eval mode; the tokenizer object is used as it is."""
     hf.eval().requires_grad_(False)
     compute_from_codes(hf, name)
     kind = family_of(hf.config, type(hf).__name__)
@@ -113,9 +105,6 @@ def cast(hf: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The same model with its parameters in another dtype; buffers keep theirs, as when Hugging Face loads in it.
 
     So do 4-bit weights, which are codes.
-
-    Raises:
-        MansuError: `dtype` is not a floating dtype, or a weight overflows in it.
     """
     if not dtype.is_floating_point:
         raise MansuError(f"dtype {dtype}: weights need a floating dtype; pass torch.float32 or torch.bfloat16")

@@ -172,11 +172,7 @@ for _family in (
 
 
 def family_of(config: PretrainedConfig, architecture: str | None = None, source: str = "model") -> Family:
-    """The family that a config (and a class name, where one is known) belongs to.
-
-    Raises:
-        MansuError: no supported family has both, or the config asks for something that its bridge cannot do.
-    """
+    """The family that a config (and a class name, where one is known) belongs to."""
     if architecture is None:
         named = getattr(config, "architectures", None) or []
         architecture = named[0] if named else None

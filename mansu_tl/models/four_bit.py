@@ -29,11 +29,7 @@ Splitter = Callable[[nn.Module], tuple[nn.Module, ...]]
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How bitsandbytes is asked to load: blocks of 64, absmax in float32, computing in `dtype`.
-
-    Raises:
-        MansuError: an unknown kind.
-    """
+    """How bitsandbytes is asked to load: blocks of 64, absmax in float32, computing in `dtype`."""
     if kind not in KINDS:
         raise MansuError(
             f"quantized={kind!r}: unknown; choose one of {', '.join(KINDS)}, or None for the dense model (its twin "
@@ -43,11 +39,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def stored_kind(config: PretrainedConfig, name: str) -> str | None:
-    """The 4-bit kind that a checkpoint's config says it is stored in; None for a dense one.
-
-    Raises:
-        MansuError: it is quantized in another way.
-    """
+    """The 4-bit kind that a checkpoint's config says it is stored in; None for a dense one."""
     asked: Any = getattr(config, "quantization_config", None)
     if asked is None:
         return None
@@ -80,9 +72,6 @@ def require_dense(model: Model, what: str) -> None:
 
     Args:
         what: what was asked for, as in "editing".
-
-    Raises:
-        MansuError: the model is 4-bit.
     """
     for name, module in packed(model):
         raise MansuError(
@@ -92,11 +81,7 @@ def require_dense(model: Model, what: str) -> None:
 
 
 def require_kind(model: Model, kind: str, name: str) -> None:
-    """Refuse a model whose 4-bit layers are not of this kind.
-
-    Raises:
-        MansuError: there is such a layer.
-    """
+    """Refuse a model whose 4-bit layers are not of this kind."""
     for path, module in packed(model):
         stored = module.weight.quant_state.quant_type
         if stored != kind:
@@ -107,11 +92,7 @@ def require_kind(model: Model, kind: str, name: str) -> None:
 
 
 def convert(hf: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """The dense model with every linear layer but the output embedding made a 4-bit one, in place.
-
-    Raises:
-        MansuError: an unknown kind.
-    """
+    """The dense model with every linear layer but the output embedding made a 4-bit one, in place."""
     asked = quantization_config(kind, dense_dtype(hf))
     head = family_of(hf.config, type(hf).__name__).head
     for path, module in list(modules(hf)):
@@ -125,11 +106,7 @@ def convert(hf: PreTrainedModel, kind: str) -> PreTrainedModel:
 
 
 def repack(fresh: PreTrainedModel, source: Model) -> None:
-    """Put copies of the 4-bit layers of `source` into a fresh model of its config, bytes and statistics as they are.
-
-    Raises:
-        MansuError: a weight that bitsandbytes has repacked for its CPU kernel.
-    """
+    """Put copies of the 4-bit layers of `source` into a fresh model of its config, bytes and statistics as they are."""
     for path, old in packed(source):
         state = copy.deepcopy(quantization_state(old.weight))
         codes = old.weight.data.detach().clone()
@@ -137,12 +114,7 @@ def repack(fresh: PreTrainedModel, source: Model) -> None:
 
 
 def compute_from_codes(hf: PreTrainedModel, name: str) -> None:
-    """Make every 4-bit layer compute in the model's dtype, from its codes as stored.
-
-    Raises:
-        MansuError: a weight was repacked by an earlier forward, holds NaN or infinity, or is laid out as bitsandbytes
-            decodes it wrongly.
-    """
+    """Make every 4-bit layer compute in the model's dtype, from its codes as stored."""
     dtype = dense_dtype(hf)
     for path, layer in packed(hf):
         state = quantization_state(layer.weight)

@@ -15,11 +15,7 @@ _MERGE = "merge it into the weights first, model = mtl.load(peft_model.merge_and
 
 
 def require_bridge(model: object, what: str = "model") -> None:
-    """Refuse anything but a hooked model.
-
-    Raises:
-        MansuError: something else; it says how to make a hooked model of it.
-    """
+    """Refuse anything but a hooked model."""
     if not isinstance(model, TransformerBridge):
         raise MansuError(f"{what}: {way_to_load(model)}")
 

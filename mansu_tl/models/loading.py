@@ -168,11 +168,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def embedded_folder(name: str) -> Path:
-    """The folder of a model that ships with the package, in Hugging Face format.
-
-    Raises:
-        MansuError: no model of that name ships.
-    """
+    """The folder of a model that ships with the package, in Hugging Face format."""
     if name not in EMBEDDED:
         raise MansuError(f"checkpoint {name!r}: not one that is shipped; choose one of {', '.join(EMBEDDED)}")
     return Path(str(resources.files("mansu_tl.models").joinpath("embedded", name)))

@@ -22,9 +22,6 @@ def require_map(name: str, blank: PreTrainedModel, device_map: DeviceMap) -> Non
 
     Args:
         blank: the model on the meta device.
-
-    Raises:
-        MansuError: an unknown strategy, modules without a device, a device that is not there or holds no values.
     """
     if isinstance(device_map, str):
         if device_map not in _STRATEGIES:
@@ -55,11 +52,7 @@ def require_map(name: str, blank: PreTrainedModel, device_map: DeviceMap) -> Non
 
 
 def place(name: str, hf: PreTrainedModel, device_map: DeviceMap) -> PreTrainedModel:
-    """Spread a model in memory, in place.
-
-    Raises:
-        MansuError: see `require_map` and `require_placed`.
-    """
+    """Spread a model in memory, in place."""
     require_map(name, hf, device_map)
     if isinstance(device_map, str):
         whole = sorted(hf._no_split_modules or ())
@@ -76,11 +69,7 @@ def place(name: str, hf: PreTrainedModel, device_map: DeviceMap) -> PreTrainedMo
 
 
 def require_placed(name: str, hf: PreTrainedModel) -> None:
-    """Refuse a model that ended up where a bridge cannot use it.
-
-    Raises:
-        MansuError: parts of it are offloaded, or tied weights were split over devices.
-    """
+    """Refuse a model that ended up where a bridge cannot use it."""
     _require_resident(name, getattr(hf, "hf_device_map", {}))
     for key, value in hf.named_parameters():
         if value.device.type == "meta":

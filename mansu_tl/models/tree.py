@@ -28,11 +28,7 @@ Model = TransformerBridge | PreTrainedModel
 
 
 def hf_of(model: Model) -> PreTrainedModel:
-    """The Hugging Face model itself, wrapped by a bridge or not.
-
-    Raises:
-        MansuError: neither a hooked nor a transformers model.
-    """
+    """The Hugging Face model itself, wrapped by a bridge or not."""
     if isinstance(model, PreTrainedModel):
         return model
     require_bridge(model)
@@ -41,11 +37,7 @@ def hf_of(model: Model) -> PreTrainedModel:
 
 
 def family(model: Model) -> Family:
-    """The family of a model.
-
-    Raises:
-        MansuError: it is not supported.
-    """
+    """The family of a model."""
     source = hf_of(model)
     return family_of(source.config, type(source).__name__)
 
@@ -60,11 +52,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def submodule(model: Model, path: str) -> nn.Module:
-    """The HF module at an HF path, bridged or not.
-
-    Raises:
-        MansuError: there is none.
-    """
+    """The HF module at an HF path, bridged or not."""
     module = unwrap(hf_of(model))
     for part in path.split("."):
         child = module._modules.get(part)
@@ -131,11 +119,7 @@ def _names(model: Model) -> list[list[str]]:
 
 
 def matched(model: Model, tied: list[list[str]]) -> dict[str, Tensor]:
-    """`parameters`, for a caller that already has the names.
-
-    Raises:
-        MansuError: as `parameters`.
-    """
+    """`parameters`, for a caller that already has the names."""
     if isinstance(model, TransformerBridge) and getattr(model, "_weights_processed", False):
         raise MansuError(
             "model: its weights were folded (enable_compatibility_mode or process_weights), so they are no longer "
@@ -159,11 +143,7 @@ def matched(model: Model, tied: list[list[str]]) -> dict[str, Tensor]:
 
 
 def quantization_state(parameter: Tensor) -> Any | None:
-    """The bitsandbytes state of a 4-bit weight; None for a dense one.
-
-    Raises:
-        MansuError: bitsandbytes has repacked the weight for its CPU kernel, so that its bytes are no codes any more.
-    """
+    """The bitsandbytes state of a 4-bit weight; None for a dense one."""
     state = getattr(parameter, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         raise MansuError(
@@ -174,11 +154,7 @@ def quantization_state(parameter: Tensor) -> Any | None:
 
 
 def require_in_step(model: Model) -> None:
-    """Refuse a gpt_neox bridge whose split q, k, v copies differ from the fused weight they were made from.
-
-    Raises:
-        MansuError: they differ, so that the bridge computes something else than its HF parameters say.
-    """
+    """Refuse a gpt_neox bridge whose split q, k, v copies differ from the fused weight they were made from."""
     if not isinstance(model, TransformerBridge) or family(model).qkv != "interleaved":
         return
     kind, heads = family(model), hf_of(model).config.num_attention_heads

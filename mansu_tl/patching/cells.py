@@ -154,11 +154,7 @@ class Cells:
 
 
 def require(component: str, by: str | None, parallel: bool) -> str:
-    """The way to sweep a component, checked.
-
-    Raises:
-        MansuError: an unknown component or way, or one that the component or family does not have.
-    """
+    """The way to sweep a component, checked."""
     if component not in TITLES:
         raise MansuError(f"patching: unknown component {component!r}; choose one of {', '.join(TITLES)}")
     if component == "resid_mid" and parallel:

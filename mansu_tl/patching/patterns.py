@@ -14,9 +14,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.models import Anatomy
-from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.passes import Hook, keep, put
+from mansu_tl.runs.passes import Hook, keep, put, run
 
 # Runs that share a batch when keys are patched one position at a time.
 _COPIES = 8
@@ -104,6 +103,6 @@ def _run(
 
     every = [*hooks, *((anatomy.hook("stream", i), put_back(i)) for i in anatomy.layers)]
     every += [(anatomy.hook("pattern", i), keep(kept, f"{i}")) for i in anatomy.layers]
-    with model.hooks(fwd_hooks=[*every, (UNEMBED, lambda stream, hook: stream[:, :1].contiguous())]):
-        model(tokens.repeat(copies, 1), return_type="logits")
+    first = torch.ones(copies * len(tokens), dtype=torch.long, device=tokens.device)
+    run(model, tokens.repeat(copies, 1), first, every)  # no logits are wanted, so those of one position are made
     return [kept[f"{i}"] for i in anatomy.layers]

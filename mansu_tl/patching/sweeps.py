@@ -2,7 +2,7 @@
 
 Denoising puts a clean activation into the corrupt run (what suffices to bring the answer back); noising puts a corrupt
 one into the clean run (what the answer needs). Method: Zhang & Nanda 2024, arXiv 2309.16042. Every cell is one exact
-intervention; only what it can change is run (see `resume.py`).
+intervention; only what it can change is run (see `runs.resume`).
 """
 
 from __future__ import annotations

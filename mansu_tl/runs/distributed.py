@@ -13,11 +13,7 @@ from mansu_tl.errors import MansuError
 
 
 def require_group() -> None:
-    """Refuse to work alone where several processes were asked for.
-
-    Raises:
-        MansuError: no process group.
-    """
+    """Refuse to work alone where several processes were asked for."""
     if not (dist.is_available() and dist.is_initialized()):
         raise MansuError(
             "data_parallel=True: no process group; start with torchrun or accelerate launch and call "

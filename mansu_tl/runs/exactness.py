@@ -32,9 +32,6 @@ def require_exact(
     Args:
         what: the shortcut's name.
         compare: gives the shortened run's values and the full run's, of one shape.
-
-    Raises:
-        MansuError: they differ by more than rounding; it names the versions of the packages.
     """
     checked: set[str] = model.__dict__.setdefault(_CHECKED, set())
     if what in checked:

@@ -63,11 +63,7 @@ def metric_name(metric: Metric) -> str:
 
 
 def measured(metric: Metric, logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-    """The metric of each pair, checked.
-
-    Raises:
-        MansuError: it has the wrong shape, is not finite, or does not depend on the logits.
-    """
+    """The metric of each pair, checked."""
     name = metric_name(metric)
     values = metric(logits, pairs)
     if values.shape != (len(pairs),):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -45,8 +46,20 @@ def run(
     hooks: list[Hook] | None = None,
 ) -> Float[Tensor, "row vocab"]:
     """Logits at the last real token, with `hooks` in place; only that position is unembedded."""
-    with model.hooks(fwd_hooks=[*(hooks or []), (UNEMBED, last_token(lengths))]):
-        return model(tokens, return_type="logits")[:, 0].to(tokens.device)
+    return forward(model, tokens, [*(hooks or []), (UNEMBED, last_token(lengths))])[:, 0].to(tokens.device)
+
+
+def forward(
+    model: TransformerBridge, tokens: Int[Tensor, "row pos"], hooks: Sequence[Hook], **given: Any
+) -> Float[Tensor, "row2 pos2 vocab"]:
+    """The logits of a pass with `hooks` in place, one after another where several share a point.
+
+    Args:
+        given: further arguments of the model's own forward.
+    """
+    with model.hooks(fwd_hooks=list(hooks)):
+        logits: Tensor = model(tokens, return_type="logits", **given)
+    return logits
 
 
 @torch.no_grad()
@@ -96,34 +109,21 @@ def heads_last(z: Tensor, n_heads: int) -> Float[Tensor, "pair pos head d_head"]
 
 
 def prepared(model: TransformerBridge, pairs: PromptPairs) -> PromptPairs:
-    """The pairs on the model's device, once both are known to give right scores.
-
-    Raises:
-        MansuError: as `check`, or a model that `require_ready` refuses.
-    """
+    """The pairs on the model's device, once both are known to give right scores."""
     check(model, pairs)
     require_ready(model, pairs.clean)
     return pairs.to(home(model))
 
 
 def check(model: TransformerBridge, pairs: PromptPairs) -> None:
-    """Refuse pairs that would give wrong scores silently.
-
-    Raises:
-        MansuError: no hooked model or no pairs, tokens that the model has no embedding for, or prompts longer than it has
-            positions.
-    """
+    """Refuse pairs that would give wrong scores silently."""
     require_bridge(model)
     require_pairs(pairs)
     require_fit(model, pairs)
 
 
 def require_finite(what: str, values: Float[Tensor, "*any"], model: TransformerBridge) -> None:
-    """Refuse a result that is no number.
-
-    Raises:
-        MansuError: some of it is NaN or infinite.
-    """
+    """Refuse a result that is no number."""
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise MansuError(

@@ -24,7 +24,7 @@ from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.models.cache import cache_argument, cache_passed_on
 from mansu_tl.models.tree import hf_of
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.passes import Hook, Recording, keep, last_token, put
+from mansu_tl.runs.passes import Hook, Recording, forward, keep, last_token, put
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def record_base(
     cache = DynamicCache()
     handle = model.blocks[0].attn.register_forward_hook(lambda module, args, out: seen.append(isinstance(out, tuple)))
     try:
-        with cache_passed_on(model), model.hooks(fwd_hooks=[*hooks, (UNEMBED, last_token(lengths))]):
-            logits = model(tokens, return_type="logits", **_given(model, cache))[:, 0]
+        with cache_passed_on(model):
+            logits = forward(model, tokens, [*hooks, (UNEMBED, last_token(lengths))], **_given(model, cache))[:, 0]
     finally:
         handle.remove()
     layers: list[Any] = list(cache.layers)
@@ -82,9 +82,6 @@ def resume(
         layer: the first block that is run; the number of blocks = only the final norm and the unembedding.
         start: the first position that is run, not past any row's last token.
         attention: what the first block's attention gives out, instead of computing it.
-
-    Raises:
-        MansuError: with nothing patched, a resumed run of this model gives something else than `base`.
     """
     require_exact(model, "resumed run", lambda: _unpatched(model, base))
     return _resumed(model, base, layer, start, copies, hooks, attention)
@@ -118,8 +115,8 @@ def _resumed(
     if attention is not None:
         out = (attention, None) if base.attention_tuple else attention
         replaced.append((model.blocks[layer].attn, lambda *args, **kwargs: out))
-    with cache_passed_on(model), _replaced(replaced), model.hooks(fwd_hooks=all_hooks):
-        logits = model(tokens, return_type="logits", **given)[:, 0]
+    with cache_passed_on(model), _replaced(replaced):
+        logits = forward(model, tokens, all_hooks, **given)[:, 0]
     return logits.float().to(base.tokens.device).unflatten(0, (copies, -1))
 
 

@@ -10,7 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, home
-from mansu_tl.runs.passes import Hook, keep, run
+from mansu_tl.runs.passes import Hook, forward, keep, run
 
 
 def stream_hooks(model: TransformerBridge) -> dict[str, str]:
@@ -28,8 +28,7 @@ def residual_streams(
     rows = rows.to(home(model))
     hooks: list[Hook] = [(hook, keep(kept, layer)) for layer, hook in stream_hooks(model).items()]
     if every_logit:
-        with model.hooks(fwd_hooks=hooks):
-            logits = model(rows.tokens, return_type="logits")
+        logits = forward(model, rows.tokens, hooks)
     else:
         logits = run(model, rows.tokens, rows.lengths, hooks)
     return [kept[layer] for layer in stream_hooks(model)], logits
