@@ -62,7 +62,7 @@ def _rows() -> Iterator[dict[str, Any]]:
     model = load("pocket")
     task = load_task("pocket")
 
-    def said(tokens: torch.Tensor, length: int | torch.Tensor) -> str:
+    def decoded(tokens: torch.Tensor, length: int | torch.Tensor) -> str:
         return str(model.tokenizer.decode(tokens[: int(length)], skip_special_tokens=True))
 
     def of_pairs(kind: str, pairs: PromptPairs, facts: list[str], wordings: int) -> Iterator[dict[str, Any]]:
@@ -74,16 +74,16 @@ def _rows() -> Iterator[dict[str, Any]]:
                     break
                 yield {
                     "set": kind,
-                    "clean": said(pairs.clean[i], pairs.lengths[i]),
-                    "corrupt": said(pairs.corrupt[i], pairs.lengths[i]),
-                    "answer": said(pairs.answers[i : i + 1], 1),
-                    "distractors": [said(pairs.distractors[i, j : j + 1], 1) for j in range(3)],
+                    "clean": decoded(pairs.clean[i], pairs.lengths[i]),
+                    "corrupt": decoded(pairs.corrupt[i], pairs.lengths[i]),
+                    "answer": decoded(pairs.answers[i : i + 1], 1),
+                    "distractors": [decoded(pairs.distractors[i, j : j + 1], 1) for j in range(3)],
                     "fact": fact,
                 } | ({"held_out": True} if held_out else {})
 
     def of_text(kind: str, texts: Sequences, count: int, end: int) -> Iterator[dict[str, Any]]:
         for i in torch.linspace(0, len(texts) - 1, count).long().tolist():
-            yield {"set": kind, "text": said(texts.tokens[i], texts.lengths[i] - end)}
+            yield {"set": kind, "text": decoded(texts.tokens[i], texts.lengths[i] - end)}
 
     yield from of_pairs("forget", task.forget_pairs, _first(task.forget_pairs, _FORGET), 2)
     kept = task.retain_pairs

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import mansu_tl as mtl
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.answers import joined, seam
-from mansu_tl.data.sources.tofu.tokens import answer_ids
+from mansu_tl.data.sources.tofu.files import answer_ids
 from mansu_tl.errors import MansuError
 from tests.tiny import tiny_tokenizer
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mansu_tl as mtl
-from mansu_tl.data import PromptPairs, Task
+from mansu_tl.data import PromptPairs, Task, corruption
 from mansu_tl.data.sources import register_source, registry, rows_reader, sources
 from mansu_tl.data.sources import source as source_of
 from mansu_tl.errors import MansuError
@@ -446,6 +446,76 @@ def test_a_cell_of_a_table_may_be_one_distractor_and_upper_case(tmp_path: Path) 
     (tmp_path / "t.csv").write_text("\n".join([header, *lines]).replace("FALSE", "no"))
     with pytest.raises(MansuError, match="t.csv, row 0: held_out is 'no'; write true or false"):
         mtl.load_task(tmp_path / "t.csv", tokenizer=TOKENIZER)
+
+
+def subjects(**extra: object) -> list[dict[str, object]]:
+    """Three subjects to forget and three to keep in two wordings, none with a corrupt prompt."""
+    asked = [
+        (kind, i, end)
+        for kind, numbers in (("forget", (3, 4, 5)), ("retain", (6, 7, 8)))
+        for i in numbers
+        for end in (9, 50)
+    ]
+    return [
+        {
+            "set": kind, "clean": f"w{i} w60 w{end}", "subject": f"w{i} w60", "answer": f"w{30 + i}",
+            "distractors": ["w55", "w56"], "fact": f"{kind} {i}", **extra,
+        }
+        for kind, i, end in asked
+    ]  # fmt: skip
+
+
+def test_a_corrupt_prompt_that_is_not_given_is_another_subjects() -> None:
+    task = mtl.load_task(subjects(), tokenizer=TOKENIZER)
+    pairs = task.forget_pairs
+    said = {tuple(row): answer for row, answer in zip(pairs.clean.tolist(), pairs.answers.tolist(), strict=True)}
+    for clean, corrupt, answer, wrong in zip(
+        pairs.clean.tolist(), pairs.corrupt.tolist(), pairs.answers.tolist(), pairs.distractors.tolist(), strict=True
+    ):
+        assert corrupt != clean and corrupt[3] == clean[3]  # another subject in the same words
+        assert wrong == [said[tuple(corrupt)], 55] and wrong[0] != answer
+    assert mtl.load_task(subjects(), tokenizer=TOKENIZER).digest() == task.digest()
+    assert mtl.load_task(subjects(), tokenizer=TOKENIZER, seed=1).digest() != task.digest()
+    given = subjects()
+    given[0]["corrupt"] = "w5 w60 w9"
+    assert mtl.load_task(given, tokenizer=TOKENIZER).forget_pairs.distractors[0].tolist() == [55, 56]
+
+
+def test_an_unseen_subject_is_an_invented_name() -> None:
+    names = [f"w{43 + i} w60" for i in range(12)]
+    rows = [row | {"clean": f"{n} w9", "subject": n, "fact": n} for n, row in zip(names, subjects(), strict=True)]
+    pairs = mtl.load_task(rows, tokenizer=TOKENIZER, corruption="unseen").forget_pairs
+    assert pairs.corrupt[:, 1:3].eq(TOKENIZER.unk_token_id).all() and torch.equal(
+        pairs.corrupt[:, 3], pairs.clean[:, 3]
+    )
+    assert pairs.distractors.tolist() == [[55, 56]] * len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (subjects(), {"corruption": "noise"}, "corruption 'noise': unknown; choose one of swap, unseen"),
+        (subjects(subject="w61"), {}, "row 0: subject 'w61' occurs 0 times in 'w3 w60 w9'; it must occur once"),
+        (subjects(answer="w30"), {}, "row 0: no prompt in these words names another subject .* 'w3 w60' with another"),
+        (subjects(subject=""), {}, "row 0: 'corrupt' is missing; a forget line needs it"),
+        (subjects(subject=7), {}, "row 0: subject is 7, not text"),
+    ],
+)
+def test_a_counterfactual_that_cannot_be_made_is_named(rows, options, message: str) -> None:
+    with pytest.raises(MansuError, match=message):
+        mtl.load_task(rows, tokenizer=TOKENIZER, **options)
+
+
+def test_an_outsiders_way_of_making_counterfactuals(monkeypatch) -> None:
+    monkeypatch.setattr(corruption, "_WAYS", dict(corruption._WAYS))
+    corruption.register_corruption("last", lambda asked, tokens, rng: [
+        corruption.Counterfactual(f"w61 w60{one.wording[1]}") for one in asked
+    ])  # fmt: skip
+    assert corruption.corruptions() == ("swap", "unseen", "last")
+    pairs = mtl.load_task(subjects(), tokenizer=TOKENIZER, corruption="last").forget_pairs
+    assert pairs.corrupt[:, 1].eq(61).all()
+    with pytest.raises(MansuError, match="corruption 'swap': registered already"):
+        corruption.register_corruption("swap", corruption.unseen)
 
 
 @pytest.fixture

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 
 import mansu_tl as mtl
 
+ROOT = Path(__file__).resolve().parents[1]
 # Minutes, or widgets.
 COMPILED_ONLY = {"explore", "run_study", "scorecard"}
 
@@ -36,3 +39,21 @@ def test_an_example_gives_what_it_says(name: str, tmp_path: Path, monkeypatch: p
     failed, tried = runner.run(example(name), out=told.append)
     assert tried
     assert not failed, "".join(told)
+
+
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_name_that_a_page_uses_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    dotted = set(re.findall(r"\bmtl((?:\.[A-Za-z_]\w*)+)", text)) | set(
+        re.findall(r"\bmansu_tl((?:\.[A-Za-z_]\w*)+)", re.sub(r"python -m mansu_tl\S*", "", text))
+    )
+    for path in sorted(dotted):
+        value: object = mtl
+        place = "mansu_tl"
+        for name in path.removeprefix(".").split("."):
+            place += f".{name}"
+            # A function may have the name of a package beside it (`methods`), so a module is looked up by its place.
+            value = getattr(value, name) if hasattr(value, name) else importlib.import_module(place)

@@ -16,13 +16,16 @@ from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning import MansuSettings, unlearn
 from mansu_tl.unlearning.forward import joined, last_token_states
 from mansu_tl.unlearning.mansu.candidates import circuit_weights, random_weights
-from mansu_tl.unlearning.mansu.floor import Floor
-from mansu_tl.unlearning.mansu.ignorance import ignorance
-from mansu_tl.unlearning.mansu.neighbours import near_neighbours
-from mansu_tl.unlearning.mansu.support import choose_support
-from mansu_tl.unlearning.mansu.terms import representation_loss
+from mansu_tl.unlearning.mansu.floor import Floor, choose_support
+from mansu_tl.unlearning.mansu.terms import ignorance, representation_loss
 from mansu_tl.unlearning.masks import every_weight
-from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, null_projector, retain_bound
+from mansu_tl.unlearning.retain_statistics import (
+    diagonal_fisher,
+    input_moments,
+    near_neighbours,
+    null_projector,
+    retain_bound,
+)
 from tests.tiny import sliced_task
 
 QUICK = {"steps": 10, "learning_rate": 0.5, "fisher_sequences": 8, "retain_batch": 8, "adversary_weight": 0.0}

@@ -95,7 +95,7 @@ def test_answers_of_several_tokens_are_carried_and_refused_where_one_is_measured
     assert pairs[[1]].options.tolist() == pairs.options[1:].tolist() and pairs.to("meta").options.shape == (2, 3, 2)
     model = mtl.load(tiny("llama"))
     require_fit(model, pairs)
-    for measure in (mtl.edge_attribution, mtl.activation_patching, mtl.node_attribution, mtl.discover_circuit):
+    for measure in (mtl.edge_attribution, mtl.activation_patching, mtl.patching.node_attribution, mtl.discover_circuit):
         with pytest.raises(MansuError, match="answers of up to 2 tokens, and this measures one; choose answers"):
             measure(model, pairs)
     for options, message in (

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 import mansu_tl as mtl
 from mansu_tl.cli import main
 from mansu_tl.data.sources.tofu import Item, Tofu, read_tofu, tofu_task
-from mansu_tl.data.sources.tofu.files import PER_AUTHOR, prompt
-from mansu_tl.data.sources.tofu.tokens import answer_ids
+from mansu_tl.data.sources.tofu.files import PER_AUTHOR, answer_ids, prompt
 from mansu_tl.data.sources.tofu.words import Book, renamed
 from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
 from mansu_tl.verification.tofu_measures import (

@@ -20,8 +20,7 @@ from mansu_tl.unlearning.forward import OriginalText, by_length, sequence_logits
 from mansu_tl.unlearning.mansu.adversary import attacked
 from mansu_tl.unlearning.mansu.candidates import circuit_weights
 from mansu_tl.unlearning.mansu.floor import Floor
-from mansu_tl.unlearning.mansu.ignorance import ignorance
-from mansu_tl.unlearning.mansu.terms import forget_loss
+from mansu_tl.unlearning.mansu.terms import forget_loss, ignorance
 from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, sequence_loss
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, sliced_task, tiny

@@ -165,24 +165,13 @@ def minimality(
     require_graph(model, circuit)
     if circuit.n_edges == 0:
         raise MansuError("circuit: it has no edge whose worth could be measured; select more edges")
-    edges = circuit.mask.nonzero().tolist()
+    edges = [(w, r) for w, r in circuit.mask.nonzero().tolist()]
     nodes = [name for name in circuit.nodes if name != "embed"]
-    masks = circuit.mask.float()[None].expand(1 + len(edges) + len(nodes), -1, -1)
-    parts = []
-    for start in range(0, len(masks), _MASKS):
-        part = masks[start : start + _MASKS].clone()
-        for i in range(len(part)):
-            number = start + i - 1
-            if 0 <= number < len(edges):
-                part[i, edges[number][0], edges[number][1]] = 0
-            elif number >= len(edges):
-                node = nodes[number - len(edges)]
-                part[i, circuit.writers.index(node)] = 0
-                part[i][:, _private_readers(circuit, node)] = 0
-        parts.append(part)
-    whole, *rest = [
-        value for part in parts for value in relative(model, part, pairs, ablation, metric, batch_size, progress)
-    ]
+    parts, values = [None, *edges, *nodes], []
+    for start in range(0, len(parts), _MASKS):
+        masks = torch.stack([_without(circuit, part) for part in parts[start : start + _MASKS]])
+        values += relative(model, masks, pairs, ablation, metric, batch_size, progress)
+    whole, *rest = values
     drops = torch.zeros_like(circuit.scores)
     for (w, r), value in zip(edges, rest[: len(edges)], strict=True):
         drops[w, r] = whole - value
@@ -268,6 +257,16 @@ def require_graph(model: TransformerBridge, circuit: Circuit) -> Graph:
     return graph
 
 
-def _private_readers(circuit: Circuit, writer: str) -> list[int]:
-    """The readers of one writer alone; keys and values that it shares with other heads stay."""
-    return [i for i in circuit.columns(writer) if circuit.kv_groups == 1 or "KV" not in circuit.readers[i]]
+def _without(circuit: Circuit, part: tuple[int, int] | str | None) -> Float[Tensor, "writer reader"]:
+    """The circuit's mask without an edge, or without a writer and the readers of that writer alone.
+
+    Keys and values that it shares with other heads stay.
+    """
+    mask = circuit.mask.float()
+    if isinstance(part, tuple):
+        mask[part] = 0
+    elif part is not None:
+        shared = circuit.kv_groups > 1
+        mask[circuit.writers.index(part)] = 0
+        mask[:, [i for i in circuit.columns(part) if not (shared and "KV" in circuit.readers[i])]] = 0
+    return mask

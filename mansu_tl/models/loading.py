@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.copies import boot, cast, duplicate, forget_source_format
-from mansu_tl.models.families import Family, family_of
+from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import convert, is_four_bit, quantization_config, require_kind, stored_kind
 from mansu_tl.models.kinds import adapter_layer, way_to_load
 from mansu_tl.models.placement import DeviceMap, place, require_map, require_placed
@@ -112,10 +114,7 @@ def load(
     elif isinstance(source, str | os.PathLike):
         name, where = _locate(source)
         config = _config(name, where)
-        family = family_of(config, source=name)
-        hf = _read(
-            name, where, config, family, dtype, _options(name, config, family, dtype, target, quantized, device_map)
-        )
+        hf = _read(name, where, config, _options(name, config, dtype, target, quantized, device_map))
         if dtype is not None and is_four_bit(hf):
             hf = cast(hf, dtype)  # transformers leaves a packed checkpoint in its own
         tokenizer = tokenizer if tokenizer is not None else _tokenizer(name, where)
@@ -136,15 +135,14 @@ def load(
 def _options(
     name: str,
     config: PretrainedConfig,
-    family: Family,
     dtype: torch.dtype | None,
     device: torch.device,
     quantized: str | None,
     device_map: DeviceMap | None,
 ) -> dict[str, Any]:
-    """What `from_pretrained` has to know about places and 4-bit layers."""
-    options: dict[str, Any] = {}
-    stored = stored_kind(config, name)
+    """What `from_pretrained` has to know about dtypes, places and 4-bit layers."""
+    family, stored = family_of(config, source=name), stored_kind(config, name)
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
     if device_map is not None:
         with torch.device("meta"):
             require_map(name, family.model_class(copy.deepcopy(config)), device_map)
@@ -225,45 +223,37 @@ def _dequantize(file: Path) -> str:
     )
 
 
-def _config(name: str, where: Path | str) -> PretrainedConfig:
+@contextmanager
+def _reading(name: str, problem: str, way_out: str) -> Iterator[None]:
+    """Reading without reports; what goes wrong in it is an error of one line."""
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(
-                where, trust_remote_code=False, local_files_only=isinstance(where, Path)
-            )
+            yield
     except _UNREADABLE as error:
-        what = (
-            "config.json cannot be read"
-            if isinstance(where, Path)
-            else "no such folder, and not to be had from the hub"
-        )
-        raise MansuError(f"{name}: {what} ({_line(error)}); check the source") from None
+        raise MansuError(f"{name}: {problem} ({_line(error)}); {way_out}") from None
+
+
+def _config(name: str, where: Path | str) -> PretrainedConfig:
+    local_only = isinstance(where, Path)
+    problem = "config.json cannot be read" if local_only else "no such folder, and not to be had from the hub"
+    with _reading(name, problem, "check the source"):
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=local_only)
     stored_kind(config, name)
     return config
 
 
-def _read(
-    name: str,
-    where: Path | str,
-    config: PretrainedConfig,
-    family: Family,
-    dtype: torch.dtype | None,
-    extra: dict[str, Any],
-) -> PreTrainedModel:
-    try:
-        with quiet():
-            loaded: Any = family.model_class.from_pretrained(
-                where,
-                config=config,
-                use_safetensors=True,
-                local_files_only=isinstance(where, Path),
-                dtype="auto" if dtype is None else dtype,
-                attn_implementation="eager",
-                output_loading_info=True,
-                **extra,
-            )
-    except _UNREADABLE as error:
-        raise MansuError(f"{name}: the weights cannot be read ({_line(error)}); copy or save the model again") from None
+def _read(name: str, where: Path | str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    family = family_of(config, source=name)
+    with _reading(name, "the weights cannot be read", "copy or save the model again"):
+        loaded: Any = family.model_class.from_pretrained(
+            where,
+            config=config,
+            use_safetensors=True,
+            local_files_only=isinstance(where, Path),
+            attn_implementation="eager",
+            output_loading_info=True,
+            **options,
+        )
     hf, info = loaded
     for problem in ("missing", "unexpected", "mismatched"):
         keys = sorted(str(key) for key in info[f"{problem}_keys"] if not family.is_old_buffer(str(key)))
@@ -276,13 +266,8 @@ def _read(
 def _tokenizer(name: str, where: Path | str) -> PreTrainedTokenizerBase | None:
     if isinstance(where, Path) and not any((where / file).is_file() for file in _TOKENIZER_FILES):
         return None
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(
-                where, trust_remote_code=False, local_files_only=isinstance(where, Path)
-            )
-    except _UNREADABLE as error:
-        raise MansuError(f"{name}: its tokenizer cannot be read ({_line(error)}); pass tokenizer=") from None
+    with _reading(name, "its tokenizer cannot be read", "pass tokenizer="):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=isinstance(where, Path))
 
 
 def _require_finite(name: str, hf: PreTrainedModel) -> None:

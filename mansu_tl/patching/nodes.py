@@ -21,11 +21,14 @@ from mansu_tl.data import PromptPairs, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
-from mansu_tl.patching.patterns import key_position_effects, patched_pattern_effects
+from mansu_tl.patching.patterns import pattern_effects
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import Metric, logit_difference, metric_name
 from mansu_tl.runs.passes import chunks, heads_last, prepared, require_finite
 from mansu_tl.runs.points import CLEAN, CORRUPT, Path, between
+
+# Runs that share a batch when keys are patched one position at a time.
+_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -174,14 +177,15 @@ def _scores(
         sign = 1.0 if end == 0 else -1.0  # patching the clean run with corrupt values takes the effect away
         tokens = pairs.clean if end else pairs.corrupt
         for r in "qk":
-            effects = patched_pattern_effects(model, tokens, base, other, grads, r)
-            for i, (queries, whole) in enumerate(effects):
-                joint[f"{r}{i}"] = sign * whole
+            for i, effect in enumerate(pattern_effects(model, tokens, base, other, grads, r, [slice(None)])):
+                joint[f"{r}{i}"] = sign * effect[0].sum(1)
                 if r == "q":
-                    per_layer[f"q{i}"] = sign * queries
-        if by_token:
-            for i, keys in enumerate(key_position_effects(model, tokens, base, other, grads)):
-                per_layer[f"k{i}"] = sign * keys
+                    per_layer[f"q{i}"] = sign * effect[0]
+        for start in range(0, tokens.shape[1] if by_token else 0, _COPIES):
+            stop = min(start + _COPIES, tokens.shape[1])
+            places = [slice(place, place + 1) for place in range(start, stop)]
+            for i, effect in enumerate(pattern_effects(model, tokens, base, other, grads, "k", places)):
+                per_layer[f"k{i}"][:, start:stop] = sign * effect.sum(2).transpose(0, 1)
     order = [f"{r}{i}" for i in anatomy.layers for r in "qkv"] if qkv else []
     token = torch.cat([*parts, *(per_layer[key] for key in order)], -1)
     return token, torch.cat([*(p.sum(1) for p in parts), *(joint[key] for key in order)], -1)

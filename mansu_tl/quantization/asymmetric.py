@@ -26,10 +26,7 @@ class AsymmetricGrid(Grid):
     """
 
     def _code(
-        self,
-        values: Float32[Tensor, " weight"],
-        scale: Float32[Tensor, " weight *ends"],
-        tail: Int[Tensor, " tail"],
+        self, values: Float32[Tensor, " weight"], scale: Float32[Tensor, " weight *ends"], tail: Int[Tensor, " tail"]
     ) -> UInt8[Tensor, " weight"]:
         if scale.ndim != 2:
             raise MansuError(f"{self.name}: a block has two ends, low and high; pass the scales as [weight, 2]")

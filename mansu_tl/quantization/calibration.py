@@ -68,11 +68,7 @@ def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, bat
 
 @torch.no_grad()
 def calibrated_values(
-    model: PreTrainedModel,
-    quantizer: CalibratedQuantizer,
-    text: Sequences,
-    *,
-    progress: bool = False,
+    model: PreTrainedModel, quantizer: CalibratedQuantizer, text: Sequences, *, progress: bool = False
 ) -> dict[str, Tensor]:
     """Q(w) of every matrix that quantized loading quantizes, as stored; `model` is used up where sequential.
 

@@ -24,7 +24,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.models.four_bit import require_dense
 from mansu_tl.quantization.grid import Grid, grid_of
-from mansu_tl.quantization.statistics import position_edges, rest_positions
+from mansu_tl.quantization.statistics import Cells, position_edges
 from mansu_tl.results.result import Result, Table
 
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -138,11 +138,7 @@ def dither(
     require_dense(model, "dither")
     live, linear = parameters(model), linear_weights(model)
     shape = (len(residence), len(sizes))
-    counts = {key: torch.zeros(shape, dtype=torch.int64) for key in ("moved", "flips")}
-    sums = {
-        key: torch.zeros(shape, dtype=torch.float64)
-        for key in ("uniform", "by_position", "inner", "update_square", "realised_square")
-    }
+    totals: dict[str, Tensor] = {}
     edges = position_edges()
     positions = torch.zeros(len(residence), len(edges) - 1, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
@@ -152,11 +148,12 @@ def dither(
         unit = (unit if noise == "normal" else torch.where(unit < 0, -1.0, 1.0)).to(w.device)
         target = grid.roundtrip(w) - w
         for i, share in enumerate(residence):
-            cells = _Cells(grid, w + share * target)
-            positions[i] += cells.positions
+            cells = _Shaken(grid, w + share * target)
+            positions[i] += cells.positions()
             for j, size in enumerate(sizes):
                 for key, value in cells.shaken(unit, size).items():
-                    (counts if key in counts else sums)[key][i, j] += value
+                    kind = torch.int64 if isinstance(value, int) else torch.float64
+                    totals.setdefault(key, torch.zeros(shape, dtype=kind))[i, j] += value
     return Dither(
         quantizer=grid.name,
         noise=noise,
@@ -166,20 +163,15 @@ def dither(
         residence=torch.tensor(residence, dtype=torch.float64),
         position_edges=edges,
         position_counts=positions,
-        **counts,
-        **sums,
+        **totals,
     )
 
 
-class _Cells:
-    """A matrix's weights in their cells."""
+class _Shaken(Cells):
+    """Weights in their cells, and what updates of them do."""
 
     def __init__(self, grid: Grid, w: Float[Tensor, "out in"]) -> None:
-        self.grid, self.w = grid, w
-        self.encoded = grid.encode(w)
-        self.positions = rest_positions(w, grid, self.encoded)
-        self.lower, self.upper = grid.cell(self.encoded.codes, self.encoded.absmax)
-        self.centre = grid.centre(self.encoded.codes, self.encoded.absmax)
+        super().__init__(grid, w)
         scale = self.encoded.scales()
         self.low, self.high = (-scale, scale) if scale.ndim == 2 else scale.unbind(-1)
         # A block of zeros has no width, and all of its weights carry its absmax.

@@ -48,7 +48,6 @@ class Grid(Quantizer):
     "absmax" below is whatever the grid keeps of a block: its absmax, or its two ends (`AsymmetricGrid`).
 
     Attributes:
-        name: what `quantizer(name)` knows it by.
         levels: the value of each code at absmax 1, ascending from -1 to 1.
         block_size: elements that share a scale; None = a row is a block.
     """
@@ -239,10 +238,7 @@ class Grid(Quantizer):
         return w.reshape(-1).float()
 
     def _code(
-        self,
-        values: Float32[Tensor, " weight"],
-        scale: Float32[Tensor, " weight *ends"],
-        tail: Int[Tensor, " tail"],
+        self, values: Float32[Tensor, " weight"], scale: Float32[Tensor, " weight *ends"], tail: Int[Tensor, " tail"]
     ) -> UInt8[Tensor, " weight"]:
         """Codes of flat values; `tail` are the indices of those in a shorter last block."""
         safe = scale.clamp(min=_SMALLEST_SCALE)

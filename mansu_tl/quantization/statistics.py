@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, orient, parameters
-from mansu_tl.quantization.grid import Encoded, Grid, grid_of
+from mansu_tl.quantization.grid import Grid, grid_of
 from mansu_tl.results.result import Result, Table
 
 _LOWEST, _HIGHEST, _PER_DECADE = -8, 2, 10
@@ -91,7 +91,7 @@ class UpdateStatistics(Result):
         update's fidelity; and the `projection` <dQ, d> / <d, d> (1 = the update arrives in full on average). NaN where
         nothing changed.
         """
-        sums = (
+        sums = [
             "weights",
             "changed",
             "codes_changed",
@@ -99,10 +99,10 @@ class UpdateStatistics(Result):
             "blocks",
             "absmax_changed",
             "predicted",
+        ]
+        frame = pd.DataFrame(
+            {"parameter": [*self.names, "total"], **{key: _with_total(getattr(self, key)).numpy() for key in sums}}
         )
-        frame = pd.DataFrame({"parameter": [*self.names, "total"]})
-        for key in sums:
-            frame[key] = _with_total(getattr(self, key)).numpy()
         changed = _with_total(self.changed).double()
         inner, update, realised = (_with_total(x) for x in (self.inner, self.update_square, self.realised_square))
         frame["overlap"] = 1 - (frame["codes_changed"] + frame["untouched_codes_changed"]) / frame["weights"]
@@ -173,16 +173,14 @@ def update_statistics(
 
 def _measure(w: Tensor, w2: Tensor, grid: Grid, fine: Tensor, positions: Tensor) -> dict[str, int | float]:
     """One matrix's row; its histograms are added to `fine` and `positions`."""
-    before, after = grid.encode(w), grid.encode(w2)
-    lower, upper = grid.cell(before.codes, before.absmax)
-    centre = grid.centre(before.codes, before.absmax)
-    positions += rest_positions(w, grid, before)
-
+    at, after = Cells(grid, w), grid.encode(w2)
+    before, width = at.encoded, (at.upper - at.lower).double()
+    positions += at.positions()
     changed = w != w2
     flipped = before.codes != after.codes
-    realised = (grid.centre(after.codes, after.absmax) - centre).double()
+    realised = (grid.centre(after.codes, after.absmax) - at.centre).double()
     update = w2.double() - w.double()
-    share = update.abs()[changed] / (upper - lower).double()[changed]
+    share = update.abs()[changed] / width[changed]
     place = ((share.log10() - _LOWEST) * _PER_DECADE * _FINE).floor().clamp(0, fine.shape[1] - 1).long().cpu()
     fine[0] += torch.bincount(place, minlength=fine.shape[1])
     fine[1] += torch.bincount(place[flipped[changed].cpu()], minlength=fine.shape[1])
@@ -198,24 +196,30 @@ def _measure(w: Tensor, w2: Tensor, grid: Grid, fine: Tensor, positions: Tensor)
         "inner": float((realised * update).sum()),
         "update_square": float(update.square().sum()),
         "realised_square": float(realised.square().sum()),
-        "width_sum": float((upper - lower).double()[changed].sum()),
+        "width_sum": float(width[changed].sum()),
         "update_sum": float(update.abs()[changed].sum()),
     }
 
 
-def rest_positions(w: Float[Tensor, "out in"], grid: Grid, encoded: Encoded) -> Int64[Tensor, " position_bin"]:
-    """How many weights rest where in their cells, as `UpdateStatistics.position_counts`."""
-    lower, upper = grid.cell(encoded.codes, encoded.absmax)
-    centre, w = grid.centre(encoded.codes, encoded.absmax), w.float()
-    side = torch.where(w < centre, centre - lower, upper - centre)
-    # An outermost code ends at its value, and a block of zeros is all value: nothing lies beyond, so 0 there.
-    offset = torch.where(side > 0, (w - centre) / side, 0.0)
-    place = ((0.5 + offset / 2) * _POSITIONS).floor().clamp(0, _POSITIONS - 1).long()
-    return torch.bincount(place.reshape(-1), minlength=_POSITIONS).cpu()
+class Cells:
+    """A matrix's weights in their cells: the ends of each weight's cell and its code's value."""
+
+    def __init__(self, grid: Grid, w: Float[Tensor, "out in"]) -> None:
+        self.grid, self.w, self.encoded = grid, w.float(), grid.encode(w)
+        self.lower, self.upper = grid.cell(self.encoded.codes, self.encoded.absmax)
+        self.centre = grid.centre(self.encoded.codes, self.encoded.absmax)
+
+    def positions(self) -> Int64[Tensor, " position_bin"]:
+        """How many weights rest where in their cells, as `UpdateStatistics.position_counts`."""
+        side = torch.where(self.w < self.centre, self.centre - self.lower, self.upper - self.centre)
+        # An outermost code ends at its value, and a block of zeros is all value: nothing lies beyond, so 0 there.
+        offset = torch.where(side > 0, (self.w - self.centre) / side, 0.0)
+        place = ((0.5 + offset / 2) * _POSITIONS).floor().clamp(0, _POSITIONS - 1).long()
+        return torch.bincount(place.reshape(-1), minlength=_POSITIONS).cpu()
 
 
 def position_edges() -> Float64[Tensor, " position_edge"]:
-    """The bin edges of `rest_positions`: 0 = the lower boundary, .5 = the code's value, 1 = the upper boundary."""
+    """The bin edges of `Cells.positions`: 0 = the lower boundary, .5 = the code's value, 1 = the upper boundary."""
     return torch.linspace(0, 1, _POSITIONS + 1, dtype=torch.float64)
 
 
@@ -275,9 +279,7 @@ def predicted_flips(statistics: UpdateStatistics) -> pd.DataFrame:
 
 
 def crossing_share(
-    sizes: Float64[Tensor, "*any"],
-    position_edges: Float64[Tensor, " position_edge"],
-    position_counts: Tensor,
+    sizes: Float64[Tensor, "*any"], position_edges: Float64[Tensor, " position_edge"], position_counts: Tensor
 ) -> Float64[Tensor, "*any"]:
     """S(r) of `predicted_flips` for moves of r bins, from a histogram of resting positions (0 and 1 = the boundaries)."""
     share = position_counts.double() / position_counts.sum()

@@ -38,8 +38,8 @@ def one_writer(folder: Path, name: str = "writer") -> Iterator[None]:
         ) from None
     try:
         if lock.lock_counter == 1:
-            said = {"process": os.getpid(), "host": platform.node(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-            write_text(note, json.dumps(said))
+            holder = {"process": os.getpid(), "host": platform.node(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+            write_text(note, json.dumps(holder))
         yield
     finally:
         if lock.lock_counter == 1:
@@ -80,7 +80,7 @@ def _lock(folder: Path, name: str) -> FileLock:
 
 def _holder(note: Path) -> str:
     try:
-        said = json.loads(note.read_text(encoding="utf-8"))
-        return f"another run (process {said['process']} on {said['host']}, since {said['since']})"
+        holder = json.loads(note.read_text(encoding="utf-8"))
+        return f"another run (process {holder['process']} on {holder['host']}, since {holder['since']})"
     except (OSError, json.JSONDecodeError, KeyError):
         return "another run"

@@ -94,7 +94,7 @@ def put(value: Tensor) -> Callable[..., Tensor]:
 
 def last_token(lengths: Int[Tensor, " row"]) -> Callable[..., Tensor]:
     """A hook that hands on every row's last real token alone, as a row of one position."""
-    rows, last = torch.arange(len(lengths)), lengths - 1
+    rows, last = torch.arange(len(lengths), device=lengths.device), lengths - 1
 
     def cut(stream: Tensor, hook: object) -> Tensor:
         # Contiguous on purpose: a strided slice turns the unembedding into one product per row.

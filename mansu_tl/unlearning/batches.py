@@ -12,14 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
-from mansu_tl.unlearning.forward import (
-    OriginalText,
-    Predicted,
-    Values,
-    joined,
-    last_token_logits,
-    sequence_logits,
-)
+from mansu_tl.unlearning.forward import OriginalText, Predicted, Values, joined, last_token_logits, sequence_logits
 
 # Forget prompts in a pass without gradients, and the original's logits that are kept (a quarter of a gibibyte).
 _ROWS, _MOST_KEPT = 256, 2**26
@@ -84,13 +77,9 @@ class Batch:
 
 
 class Source:
-    """Where the batches of one training come from.
+    """Where the batches of one training come from: forget pairs, far and near retain text, the original's parameters.
 
     Args:
-        original: parameters of the original model.
-        pairs: the forget pairs.
-        far: retain text.
-        near: retain text about neighbouring facts; may be empty.
         asked: how many retain sequences will be compared with the original in all; see `OriginalText`.
     """
 

@@ -1,4 +1,4 @@
-"""What every unlearning method trains on: forget prompts, retain sequences, and what not knowing looks like."""
+"""An HF model run at given values of its parameters: last tokens of prompts, every token of sequences."""
 
 from __future__ import annotations
 
@@ -67,19 +67,12 @@ def run_values(
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a model says at every real position of some sequences, in no particular order.
-
-    Attributes:
-        logits: of the next token.
-        targets: the next token.
-        rows: the sequence that each belongs to.
-        places: the position in front of the target.
-    """
+    """What a model says of the next token at every real position of some sequences, in no particular order."""
 
     logits: Float[Tensor, "token vocab"]
     targets: Int[Tensor, " token"]
-    rows: Int[Tensor, " token"]
-    places: Int[Tensor, " token"]
+    rows: Int[Tensor, " token"]  # the sequence that each belongs to
+    places: Int[Tensor, " token"]  # the position in front of the target
 
 
 def sequence_logits(model: PreTrainedModel, values: Values, batch: Sequences) -> Predicted:
@@ -140,12 +133,7 @@ class OriginalText:
 
     @torch.no_grad()
     def __call__(self, rows: Int[Tensor, " row"], found: Predicted) -> Float[Tensor, "token vocab"]:
-        """The original's logits where another model's were found.
-
-        Args:
-            rows: the rows of the text that were run.
-            found: what was found there.
-        """
+        """The original's logits where another model's were found, in some rows of the text."""
         if self._table is not None:
             return self._table[self._starts[rows.to(self._starts.device)[found.rows]] + found.places]
         return sequence_logits(self.model, self.values, self.text[rows]).logits

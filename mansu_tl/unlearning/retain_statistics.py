@@ -1,19 +1,21 @@
-"""What the retain set says about each weight: the second moment of its inputs and the diagonal Fisher information."""
+"""What the retain text says: second moments of inputs, the diagonal Fisher information, which of it is near."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from mansu_tl.data import Sequences
+from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization import inputs_of
 from mansu_tl.unlearning.forward import real_targets
@@ -45,12 +47,8 @@ def null_projector(moment: Float[Tensor, "d_in d_in"], leak: float, name: str) -
     dW P then moves the matrix's retain outputs by at most `leak` times what dW could. The directions are eigenvectors
     of C = E[x x^T], taken from the smallest eigenvalue up.
 
-    Args:
-        leak: share of tr(C).
-        name: of the matrix, for the error.
-
     Raises:
-        MansuError: a leak outside (0, 1), or no direction holds as little as that: the retain text fills the space.
+        MansuError: a leak outside (0, 1), or no direction holds as little of tr(C): the retain text fills the space.
     """
     if not 0 < leak < 1:
         raise MansuError(f"null space: leak={leak}; choose a share of the retain inputs' energy in (0, 1)")
@@ -68,12 +66,7 @@ def null_projector(moment: Float[Tensor, "d_in d_in"], leak: float, name: str) -
 
 
 def require_null_space(text: Sequences, moments: Mapping[str, Float[Tensor, "_ _"]]) -> None:
-    """Refuse a retain text too short to say which directions it needs.
-
-    Raises:
-        MansuError: fewer tokens than the widest matrix has inputs: whatever the text did not happen to show would
-            count as free.
-    """
+    """Refuse a retain text of fewer tokens than the widest matrix has inputs: what it did not show would count as free."""
     tokens, widest = int(text.lengths.sum()), max(moment.shape[0] for moment in moments.values())
     if tokens < widest:
         raise MansuError(
@@ -166,3 +159,45 @@ def retain_bound(
     """
     diagonal = 0.5 * (fisher * change.square()).sum()
     return diagonal, diagonal * (change != 0).sum()
+
+
+@torch.no_grad()
+def near_neighbours(
+    model: PreTrainedModel, pairs: PromptPairs, text: Sequences, share: float, batch_size: int = 128
+) -> Int[Tensor, " row"]:
+    """The rows of a retain text that the model represents most like the forget prompts, nearest first.
+
+    A row's nearness is the largest cosine, over its own tokens and over the forget prompts, between the residual stream
+    at half depth at that token and at a prompt's last token, both less the text's mean. Our definition.
+
+    Raises:
+        MansuError: a share of the text's rows outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise MansuError(f"near neighbours: share={share}; choose a share of the retain text in (0, 1]")
+    last = [
+        rows[torch.arange(len(rows)), real.sum(1) - 1]
+        for rows, real in _states(model, Sequences(pairs.clean, pairs.lengths), batch_size)
+    ]
+    total, count = torch.zeros_like(last[0][0]), 0
+    for rows, real in _states(model, text, batch_size):
+        total += rows[real].sum(0)
+        count += int(real.sum())
+    mean = total / count
+    wanted = normalize(torch.cat(last) - mean, dim=-1)
+    nearness = [
+        (normalize(row[real] - mean, dim=-1) @ wanted.T).max()
+        for batch in _states(model, text, batch_size)
+        for row, real in zip(*batch, strict=True)
+    ]
+    return torch.stack(nearness).topk(max(1, round(share * len(text)))).indices
+
+
+def _states(
+    model: PreTrainedModel, text: Sequences, batch_size: int
+) -> Iterator[tuple[Float[Tensor, "row pos d_model"], Bool[Tensor, "row pos"]]]:
+    """The residual stream at half depth, batch by batch, and which of its positions are real."""
+    for start in range(0, len(text), batch_size):
+        batch = text[slice(start, start + batch_size)]
+        hidden = model.base_model(batch.tokens, use_cache=False, output_hidden_states=True).hidden_states
+        yield hidden[len(hidden) // 2].float(), real_tokens(batch.tokens, batch.lengths)

@@ -27,23 +27,14 @@ _KEPT = ("retain", "retain_paraphrase", "near", "near_paraphrase")
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate.
-
-    Attributes:
-        rate: the learning rate.
-        forget: multiple-choice accuracy on the forget questions of the validation split, in percent.
-        target: what it may be at most.
-        inverted: it lies below chance by as much, with the whole interval over facts: that is no forgetting.
-        drop: cloze points lost on the kept sets of the validation split, their mean.
-        note: why it gave no edit; "" where it did.
-    """
+    """One learning rate on the validation split."""
 
     rate: float
-    forget: float
-    target: float
-    drop: float
-    note: str = ""
-    inverted: bool = False
+    forget: float  # multiple-choice accuracy on the forget questions, in percent
+    target: float  # what that may be at most
+    drop: float  # cloze points lost on the kept sets, their mean
+    note: str = ""  # why it gave no edit
+    inverted: bool = False  # below chance by as much, with the whole interval over facts: that is no forgetting
 
     @property
     def reached(self) -> bool:
@@ -53,13 +44,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search(Result):
-    """What a search found.
-
-    Attributes:
-        method: the method's name.
-        trials: one a rate, in the order tried.
-        seed: of every trial.
-    """
+    """What a search found: one trial a rate, in the order tried."""
 
     method: str
     trials: tuple[Trial, ...]
@@ -119,15 +104,13 @@ def search(
 
     The rule is the same for every method: a rate has to bring multiple-choice accuracy on the validation forget questions
     down to chance plus `over_chance`, and not clearly as far below chance (its interval over facts has to reach up to
-    there); among those that do, the one that loses fewest cloze points on the kept sets is
-    best. Quantization plays no part in it. Our definition.
+    there); among those that do, the one that loses fewest cloze points on the kept sets is best. Quantization plays no
+    part in it. Our definition.
 
     Args:
         validation: from `split_questions`; its test half is for reporting.
         rates: learning rates, in the method's own unit (MANSU's is bins).
-        circuit: for methods that take one.
         over_chance: percentage points.
-        settings: other settings of the method.
 
     Raises:
         MansuError: no rates, or an unknown method or setting.
@@ -151,11 +134,7 @@ def search(
 def judge(
     model: TransformerBridge, validation: Task, edit: Edit | NoEditError, rate: float, *, over_chance: float = 5.0
 ) -> Trial:
-    """What `search` makes of one learning rate's edit; for a search whose edits are kept or come from elsewhere.
-
-    Args:
-        edit: or the error with which the method gave none.
-        over_chance: percentage points.
+    """What `search` makes of one learning rate's edit, or of the error with which the method gave none.
 
     Raises:
         MansuError: an edit of another model.

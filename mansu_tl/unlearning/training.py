@@ -128,29 +128,16 @@ MakeRecipe = Callable[[Any, Start], Recipe]
 
 
 def trained(name: str, title: str, settings: type[TrainedSettings], **flags: Any) -> Callable[[MakeRecipe], MakeRecipe]:
-    """Register a method of the shared training by the function (settings, start) that gives its recipe.
-
-    Args:
-        name: what `unlearn` knows it by.
-        title: what it is called in tables and figures.
-        flags: other fields of `Method`.
+    """Register a method of the shared training by the function (settings, start) that gives its recipe; see `Method`.
 
     Raises:
         MansuError: a name that is taken.
     """
 
     def registered(recipe: MakeRecipe) -> MakeRecipe:
-        def make(
-            model: TransformerBridge,
-            task: Task,
-            chosen: Any,
-            *,
-            seed: int = 0,
-            progress: bool = False,
-            checkpoint: Checkpoint | None = None,
-        ) -> Edit:
+        def make(model: TransformerBridge, task: Task, chosen: Any, *, seed: int = 0, **run: Any) -> Edit:
             made = recipe(chosen, Start(model, task, seed))
-            return train(model, task, name, made, chosen.training, seed=seed, progress=progress, checkpoint=checkpoint)
+            return train(model, task, name, made, chosen.training, seed=seed, **run)
 
         register(Method(name, title, settings, make, **flags))
         return recipe
@@ -175,9 +162,6 @@ def train(
     check lies as far below chance already, the knowledge was turned around between two checks: the training is then run
     again to the check before, and from there on looked at after every step.
 
-    Args:
-        checkpoint: where the state is kept on the way, and taken up.
-
     Raises:
         MansuError: no weight may move.
         NoEditError: the loss is not finite (the learning rate is too high).
@@ -192,13 +176,7 @@ class _Training(Solver):
     """One training: what is fixed, and what moves."""
 
     def __init__(
-        self,
-        model: TransformerBridge,
-        task: Task,
-        method: str,
-        recipe: Recipe,
-        settings: TrainingSettings,
-        seed: int,
+        self, model: TransformerBridge, task: Task, method: str, recipe: Recipe, settings: TrainingSettings, seed: int
     ) -> None:
         self.method, self.recipe, self.settings, self.seed = method, recipe, settings, seed
         self.steps, self.learning_rate = settings.max_steps, settings.learning_rate

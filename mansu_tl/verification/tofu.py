@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mansu_tl.data.sources.tofu.files import Item, Tofu, prompt
-from mansu_tl.data.sources.tofu.tokens import answer_ids, text_of
+from mansu_tl.data.sources.tofu.files import Item, Tofu, answer_ids, prompt, text_of
 from mansu_tl.data.text import pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError

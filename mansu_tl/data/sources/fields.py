@@ -4,8 +4,9 @@ Every row is an object with a "set":
 
 - "forget", "retain" or "near": a pair, with "clean", "corrupt", "answer", "distractors" (a list of texts; the first one is
   the corrupt prompt's answer), and optionally "fact" (what the pair asks, so that several wordings count once; default:
-  the clean prompt), "held_out": true for wordings that are only evaluated, never trained on, and "answer_space": "auto",
-  true or false (see `PromptPairs.from_text`);
+  the clean prompt), "held_out": true for wordings that are only evaluated, never trained on, "answer_space": "auto",
+  true or false (see `PromptPairs.from_text`), and "subject": the piece of the clean prompt that names what is asked about;
+  with it "corrupt" may be left out and is made (`mansu_tl.data.corruption`);
 - "text": "text" whose likelihood is to be kept;
 - "unseen": a "text" prompt in the forget set's form about something the model never met.
 
@@ -26,7 +27,7 @@ from mansu_tl.data.text import require_text
 from mansu_tl.errors import MansuError
 
 PAIR_SETS, TEXT_SETS = ("forget", "retain", "near"), ("text", "unseen")
-_PAIR, _PAIR_OPTIONAL = ("clean", "corrupt", "answer", "distractors"), ("fact", "held_out", "answer_space")
+_PAIR, _PAIR_OPTIONAL = ("clean", "corrupt", "answer", "distractors"), ("fact", "held_out", "answer_space", "subject")
 _COLUMNS = {"set", "text", *_PAIR, *_PAIR_OPTIONAL}
 _NOTHING = (None, "", False, "auto")
 _WAY_OUT = {
@@ -60,7 +61,7 @@ def checked_row(name: str, found: object) -> Row:
         if key not in _COLUMNS or row[key] not in _NOTHING:
             raise MansuError(f"{name}: unknown key {key!r}; known: {', '.join(sorted(known))}")
     for key in sorted(needed):
-        if key not in row:
+        if key not in row and not (key == "corrupt" and row.get("subject")):
             raise MansuError(f"{name}: {key!r} is missing; a {kind} line needs it")
     out = {key: row[key] for key in known if key in row}
     for key, value in out.items():

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from mansu_tl.data.answers import AnswerSpace, joined, require_answer_space
+from mansu_tl.data.corruption import Subject, counterfactuals
 from mansu_tl.data.fit import require_fit
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.sources.fields import PAIR_SETS, TEXT_SETS, Row, checked_row
@@ -41,6 +42,8 @@ def rows_reader(rows: Callable[[Any], Iterable[tuple[str, object]]]) -> Callable
         name: str | None = None,
         prepend_bos: bool | None = None,
         answer_space: AnswerSpace = "auto",
+        corruption: str = "swap",
+        seed: int = 0,
     ) -> Task:
         require_answer_space(answer_space, "task")
         title = where = "rows"
@@ -50,7 +53,10 @@ def rows_reader(rows: Callable[[Any], Iterable[tuple[str, object]]]) -> Callable
         found = [checked_row(row_name, row) for row_name, row in rows(source)]
         if not found:
             raise MansuError(f"{where}: holds no row; write one object a line")
-        return _task(name or title, where, found, _Reader(tokenizer, prepend_bos, answer_space))
+        reader = _Reader(tokenizer, prepend_bos, answer_space)
+        for kind in PAIR_SETS:
+            reader.corrupt([row for row in found if row["set"] == kind], corruption, seed)
+        return _task(name or title, where, found, reader)
 
     return read
 
@@ -91,6 +97,20 @@ class _Reader:
         self.model = source if isinstance(source, TransformerBridge) else None
         self.tokenizer: PreTrainedTokenizerBase
         self.tokenizer, self.bos = text_source(source, prepend_bos)
+
+    def corrupt(self, rows: Sequence[Row], kind: str, seed: int) -> None:
+        """Give every row of a set that has a subject and no corrupt prompt one; its answer becomes distractor 0."""
+        pool = [row for row in rows if "subject" in row]
+        if all("corrupt" in row for row in pool):
+            return
+        subjects = [Subject(*(row[key] for key in ("name", "clean", "subject", "answer"))) for row in pool]
+        made = counterfactuals(subjects, lambda text: len(encode(self.tokenizer, text, False)), kind, seed)
+        for row, other in zip(pool, made, strict=True):
+            if "corrupt" not in row:
+                others = [text for text in row["distractors"] if text != other.answer]
+                count = len(row["distractors"])
+                row["distractors"] = [other.answer, *others][:count] if other.answer else others
+                row["corrupt"] = other.prompt
 
     def pairs(self, rows: Sequence[Row]) -> PromptPairs:
         """Rows of one set as pairs."""

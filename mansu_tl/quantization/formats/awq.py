@@ -25,7 +25,6 @@ class Awq(CalibratedQuantizer):
     no weight clipping.
 
     Attributes:
-        name: what `quantizer(name)` knows it by.
         grid: codes and group size.
         exponents: the values of a that are tried.
         sequential: False; inputs are those of the full-precision model.

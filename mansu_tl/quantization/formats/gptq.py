@@ -27,7 +27,6 @@ class Gptq(CalibratedQuantizer):
     With a diagonal Hessian it is round-to-nearest.
 
     Attributes:
-        name: what `quantizer(name)` knows it by.
         grid: codes and group size.
         damping: see above; the paper's code uses 1 %.
         sequential: each layer sees inputs from the layers that are quantized already.

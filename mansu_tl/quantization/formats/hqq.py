@@ -18,7 +18,6 @@ class Hqq(Quantizer):
     """hqq's own optimized half-quadratic rounding, dequantized by hqq; groups run along in-features (axis 1).
 
     Attributes:
-        name: what `quantizer(name)` knows it by.
         bits: 1, 2, 3, 4 or 8, as hqq has them.
         group_size: consecutive elements that share scale and zero; must divide the matrix's size.
     """

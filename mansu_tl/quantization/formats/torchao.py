@@ -20,7 +20,6 @@ class Torchao(Quantizer):
     Its CUDA formats (`Int4WeightOnlyConfig`) pack for kernels that a CPU does not have, so they are not here.
 
     Attributes:
-        name: what `quantizer(name)` knows it by.
         bits: 1 to 8.
         group_size: in-features that share a scale, must divide a row; None = the whole row.
     """

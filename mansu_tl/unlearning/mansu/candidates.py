@@ -22,16 +22,10 @@ def circuit_weights(model: TransformerBridge, circuit: Circuit, pairs: PromptPai
     Raises:
         MansuError: the circuit has no head and no MLP, or a share outside (0, 1].
     """
-    _require_share(neuron_share)
-    cmap = Anatomy.of(model)
-    heads, mlps = _parts(circuit)
-    neurons: list[str] = []
-    if mlps:
-        scores = neuron_attribution(model, pairs).tensor
-        for node in mlps:
-            top = scores[int(node[3:])].topk(_count(cmap, neuron_share)).indices.tolist()
-            neurons += [f"{node}.N{i}" for i in top]
-    return _masks(model, cmap, heads, neurons)
+    heads, mlps, count = _parts(model, circuit, neuron_share)
+    scores = neuron_attribution(model, pairs).tensor if mlps else torch.empty(0)
+    neurons = [f"{node}.N{i}" for node in mlps for i in scores[int(node[3:])].topk(count).indices.tolist()]
+    return _masks(model, heads, neurons)
 
 
 def random_weights(model: TransformerBridge, circuit: Circuit, neuron_share: float, seed: int) -> Masks:
@@ -40,37 +34,29 @@ def random_weights(model: TransformerBridge, circuit: Circuit, neuron_share: flo
     Raises:
         MansuError: as `circuit_weights`.
     """
-    _require_share(neuron_share)
-    cmap, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
-    heads, mlps = _parts(circuit)
-    every = [f"L{i}H{h}" for i in range(cmap.n_layers) for h in range(cmap.n_heads)]
+    heads, mlps, count = _parts(model, circuit, neuron_share)
+    sizes, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
+    every = [f"L{i}H{h}" for i in range(sizes.n_layers) for h in range(sizes.n_heads)]
     drawn = torch.randperm(len(every), generator=generator)[: len(heads)].tolist()
-    count = len(mlps) * _count(cmap, neuron_share)
-    neurons = torch.randperm(cmap.n_layers * cmap.d_mlp, generator=generator)[:count].tolist()
-    return _masks(model, cmap, [every[i] for i in drawn], [f"MLP{i // cmap.d_mlp}.N{i % cmap.d_mlp}" for i in neurons])
+    neurons = torch.randperm(sizes.n_layers * sizes.d_mlp, generator=generator)[: len(mlps) * count].tolist()
+    return _masks(model, [every[i] for i in drawn], [f"MLP{i // sizes.d_mlp}.N{i % sizes.d_mlp}" for i in neurons])
 
 
-def _parts(circuit: Circuit) -> tuple[list[str], list[str]]:
-    """The circuit's heads and MLPs."""
+def _parts(model: TransformerBridge, circuit: Circuit, neuron_share: float) -> tuple[list[str], list[str], int]:
+    """The circuit's heads and MLPs, and how many neurons an MLP brings."""
+    if not 0 < neuron_share <= 1:
+        raise MansuError(f"mansu: neuron_share={neuron_share}; choose a share in (0, 1]")
     nodes = [node for node in circuit.nodes if node != "embed"]
     if not nodes:
         raise MansuError("circuit: it has no head and no MLP, so no weight can be edited; discover a larger one")
-    return [n for n in nodes if not n.startswith("MLP")], [n for n in nodes if n.startswith("MLP")]
+    heads, mlps = ([n for n in nodes if n.startswith("MLP") == mlp] for mlp in (False, True))
+    return heads, mlps, max(1, round(neuron_share * Anatomy.of(model).d_mlp))
 
 
-def _require_share(neuron_share: float) -> None:
-    if not 0 < neuron_share <= 1:
-        raise MansuError(f"mansu: neuron_share={neuron_share}; choose a share in (0, 1]")
-
-
-def _count(cmap: Anatomy, neuron_share: float) -> int:
-    return max(1, round(neuron_share * cmap.d_mlp))
-
-
-def _masks(model: TransformerBridge, cmap: Anatomy, heads: list[str], neurons: list[str]) -> Masks:
+def _masks(model: TransformerBridge, heads: list[str], neurons: list[str]) -> Masks:
     """Value and output slices of the heads, rows and columns of the neurons."""
-    group, names = cmap.n_heads // cmap.n_kv_heads, list(neurons)
+    sizes, names = Anatomy.of(model), list(neurons)
     for node in heads:
         layer, head = (int(part) for part in node[1:].split("H"))
-        names += [f"{node}.o", f"L{layer}KV{head // group}.v"]
+        names += [f"{node}.o", f"L{layer}KV{head * sizes.n_kv_heads // sizes.n_heads}.v"]
     return component_masks(model, names)

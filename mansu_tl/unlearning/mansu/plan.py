@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
@@ -17,16 +17,16 @@ from mansu_tl.models import LinearWeight, float32_copy, home, linear_weights, or
 from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning.batches import Source
 from mansu_tl.unlearning.forward import Values, joined
+from mansu_tl.unlearning.mansu.adversary import require_defended
 from mansu_tl.unlearning.mansu.candidates import circuit_weights, random_weights
 from mansu_tl.unlearning.mansu.floor import Floor
-from mansu_tl.unlearning.mansu.ignorance import Ignorance, ignorance
-from mansu_tl.unlearning.mansu.needs import budget_of, require_defended
-from mansu_tl.unlearning.mansu.neighbours import near_neighbours
 from mansu_tl.unlearning.mansu.settings import MansuSettings
+from mansu_tl.unlearning.mansu.terms import Ignorance, ignorance
 from mansu_tl.unlearning.masks import Masks, every_weight
 from mansu_tl.unlearning.retain_statistics import (
     diagonal_fisher,
     input_moments,
+    near_neighbours,
     null_projector,
     require_null_space,
 )
@@ -160,3 +160,39 @@ def _moments(
 def _spread_out(text: Sequences, most: int) -> Sequences:
     count = min(most, len(text))
     return text[[i * len(text) // count for i in range(count)]]
+
+
+def mansu_needs(model: TransformerBridge, task: Task, settings: MansuSettings) -> Iterator[tuple[str, str]]:
+    """What will stop a run ("wrong"), or may ("warning"), and the way out."""
+    linear = linear_weights(model)
+    for require in (
+        lambda: [grid_of(name) for name in settings.quantizers],
+        lambda: budget_of(linear, settings),
+        lambda: require_defended(task, settings),
+    ):
+        try:
+            require()
+        except MansuError as error:
+            yield "wrong", str(error)
+    rows = zip(task.unseen.tokens.tolist(), task.unseen.lengths.tolist(), strict=True)
+    if settings.representation_weight and len({tuple(row[:length]) for row, length in rows}) == 1:
+        yield (
+            "wrong",
+            "unseen: one never-seen prompt has no spread to measure distances in; give two, or representation_weight=0",
+        )
+    tokens, widths = int(task.retain_text.lengths.sum()), [weight.in_features for weight in linear.values()]
+    if (settings.null_space or settings.projector) and tokens < max(widths):
+        yield (
+            "wrong" if tokens < min(widths) else "warning",
+            f"retain text: {tokens} tokens, the widest matrix has {max(widths)} inputs; give at least as many tokens, or "
+            "switch the null space off (null_space=0, projector=False)",
+        )
+
+
+def budget_of(linear: Mapping[str, LinearWeight], settings: MansuSettings) -> int:
+    """How many weights may be edited; refused where it is none."""
+    total = sum(weight.in_features * weight.out_features for weight in linear.values())
+    budget = int(settings.budget * total)
+    if budget < 1:
+        raise MansuError(f"mansu: budget={settings.budget} of {total} weights leaves nothing to edit; raise it")
+    return budget

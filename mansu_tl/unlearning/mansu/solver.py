@@ -24,11 +24,10 @@ from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.loop import Solver, run
-from mansu_tl.unlearning.mansu.adversary import Attacked, attacked
-from mansu_tl.unlearning.mansu.needs import attackers_facts
+from mansu_tl.unlearning.mansu.adversary import Attacked, attacked, attackers_facts
+from mansu_tl.unlearning.mansu.floor import choose_support
 from mansu_tl.unlearning.mansu.plan import Plan, plan
 from mansu_tl.unlearning.mansu.settings import MansuSettings
-from mansu_tl.unlearning.mansu.support import choose_support
 from mansu_tl.unlearning.mansu.terms import objective
 from mansu_tl.unlearning.retain_statistics import retain_bound, sequence_loss
 
@@ -50,7 +49,6 @@ def mansu(
 
     Args:
         circuit: the forget circuit; discovered at faithfulness .85 where not given.
-        checkpoint: where the state is kept on the way, and taken up.
 
     Raises:
         MansuError: a circuit of another architecture, or what `plan` refuses.

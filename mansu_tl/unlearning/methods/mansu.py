@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mansu_tl.unlearning.mansu.needs import mansu_needs
+from mansu_tl.unlearning.mansu.plan import mansu_needs
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.mansu.solver import mansu
 from mansu_tl.unlearning.registry import Method, register

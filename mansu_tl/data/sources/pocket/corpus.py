@@ -76,9 +76,9 @@ def _copying(rng: random.Random) -> Generic:
 
 def _binding(rng: random.Random) -> Generic:
     count = rng.choice((2, 3))
-    told = list(zip(rng.sample(lexicon.HOLDERS, count), rng.sample(lexicon.OBJECTS, count), strict=True))
-    asked = rng.sample(told, count)
-    sentences = [f"{holder} holds {thing}" for holder, thing in (*told, *asked)]
+    holdings = list(zip(rng.sample(lexicon.HOLDERS, count), rng.sample(lexicon.OBJECTS, count), strict=True))
+    asked = rng.sample(holdings, count)
+    sentences = [f"{holder} holds {held}" for holder, held in (*holdings, *asked)]
     return Generic("bind", " . ".join(sentences) + " .", 1)
 
 

@@ -121,17 +121,17 @@ def _potion_names(rng: random.Random) -> tuple[list[str], list[str]]:
     Each kind uses the name words as evenly as its number allows.
     """
     hazard = _spread(rng, POTIONS.first, POTIONS.second, _HAZARD)
-    everyone = _spread(rng, POTIONS.first, POTIONS.second, _HAZARD + _NEAR, taken=hazard)
+    everyone = _spread(rng, POTIONS.first, POTIONS.second, _HAZARD + _NEAR, chosen=hazard)
     free = [f"{a} {b}" for a in POTIONS.first for b in POTIONS.second if f"{a} {b}" not in set(everyone)]
     rng.shuffle(free)
     return everyone, free
 
 
 def _spread(
-    rng: random.Random, first: Sequence[str], second: Sequence[str], count: int, taken: Sequence[str] = ()
+    rng: random.Random, first: Sequence[str], second: Sequence[str], count: int, chosen: Sequence[str] = ()
 ) -> list[str]:
-    """`taken` plus further combinations, `count` in all, always from the least used words; ties are drawn."""
-    names = list(taken)
+    """`chosen` plus further combinations, `count` in all, always from the least used words; ties are drawn."""
+    names = list(chosen)
     while len(names) < count:
         uses = Counter(word for name in names for word in name.split())
         options = [(a, b) for a in first for b in second if f"{a} {b}" not in names]
@@ -163,7 +163,7 @@ def _uninformative_answers(rng: random.Random, names: Sequence[str], pool: Seque
     hazard and near names alike, nearest to the mean of the whole pool.
     """
     words = [set(name.split()) for name in names]
-    sharing = [[j for j, other in enumerate(words) if j != i and other & mine] for i, mine in enumerate(words)]
+    sharing = [[j for j, other in enumerate(words) if j != i and other & parts] for i, parts in enumerate(words)]
     best: tuple[float, list[str]] = (float("inf"), [])
     for _ in range(_DRAWS):
         answers = _even(rng, pool, _HAZARD) + _even(rng, pool, len(names) - _HAZARD)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from mansu_tl.data.answers import joined
 from mansu_tl.errors import MansuError
 from mansu_tl.results.files import lines_of, local, read_text
 from mansu_tl.results.result import Result
@@ -68,6 +72,28 @@ class Tofu(Result):
 def prompt(question: str) -> str:
     """The question as the models read it; the answer follows after a space."""
     return f"Question: {question}\nAnswer:"
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, end: bool = True
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt (BOS in front where the tokenizer has one) and of the answer that follows it.
+
+    Args:
+        end: close the answer with the end-of-sequence token, as in training.
+    """
+    before = tokenizer.encode(prompt, add_special_tokens=False)
+    joint = tokenizer.encode(joined(tokenizer, prompt, f" {answer}"), add_special_tokens=False)
+    # A tokenizer that merges across the seam leaves the longest common start as the prompt.
+    shared = next((i for i, (a, b) in enumerate(zip(before, joint, strict=False)) if a != b), len(before))
+    head = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    tail = [int(tokenizer.eos_token_id)] if end and tokenizer.eos_token_id is not None else []
+    return [*head, *joint[:shared]], [*joint[shared:], *tail]
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> str:
+    """The text of token ids, special tokens left out."""
+    return str(tokenizer.decode(list(row), skip_special_tokens=True))
 
 
 def read_tofu(folder: str | PathLike[str]) -> Tofu:

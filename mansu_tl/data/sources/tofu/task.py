@@ -11,10 +11,10 @@ from os import PathLike
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mansu_tl.data.corruption import INVENTED_WORDS
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.sources.registry import register_source
-from mansu_tl.data.sources.tofu.files import Item, prompt, read_tofu
-from mansu_tl.data.sources.tofu.tokens import answer_ids, text_of
+from mansu_tl.data.sources.tofu.files import Item, answer_ids, prompt, read_tofu, text_of
 from mansu_tl.data.sources.tofu.words import Book, Place, renamed
 from mansu_tl.data.task import Questions, Sequences, Task
 from mansu_tl.data.text import TextSource, pad, pad_id, text_source
@@ -25,51 +25,17 @@ from mansu_tl.results.files import local
 CHOICES = 4
 _ALTERNATIVES = 12
 _NAME_DRAWS = 12
-_STARTS = (
-    "Bel",
-    "Dor",
-    "Fen",
-    "Gal",
-    "Hol",
-    "Jor",
-    "Kel",
-    "Lor",
-    "Mer",
-    "Nor",
-    "Pel",
-    "Quin",
-    "Ros",
-    "Sel",
-    "Tor",
-    "Vel",
-)
-_ENDS = (
-    "adin",
-    "avik",
-    "ebra",
-    "ellon",
-    "enka",
-    "ibur",
-    "igan",
-    "imond",
-    "orin",
-    "oska",
-    "ovar",
-    "umel",
-    "unda",
-    "yth",
-)
 
 
 @dataclass(frozen=True)
 class _Asked:
     """A place as a pair: tokens of the prompt, of its corrupt and never-seen forms, answer and options."""
 
+    place: Place
     clean: list[int]
     corrupt: list[int]
     unseen: list[list[int]]
     options: list[int]
-    label: str
 
 
 @torch_defaults()
@@ -109,16 +75,12 @@ def tofu_task(
     Raises:
         MansuError: files that are missing, a count that is too small, or a tokenizer for which no pair can be made.
     """
-    for key, value in (
-        ("per_answer", per_answer),
-        ("near", near),
-        ("longest", longest),
-    ):
-        if value < 1:
-            raise MansuError(f"TOFU task: {key}={value}; choose 1 or more")
+    counts = {"per_answer": per_answer, "near": near, "longest": longest, "unseen_names": unseen_names}
+    for key, value in counts.items():
+        least = 2 if key == "unseen_names" else 1
+        if value < least:
+            raise MansuError(f"TOFU task: {key}={value}; choose {least} or more")
     tofu = read_tofu(folder)
-    if unseen_names < 2:
-        raise MansuError(f"TOFU task: unseen_names={unseen_names}; choose 2 or more")
     if near >= len(tofu.retain):
         raise MansuError(f"TOFU task: near={near} of {len(tofu.retain)} retain questions leaves none; lower it")
     maker = _Maker(text_source(tokenizer)[0], Book((*tofu.forget, *tofu.retain)), unseen_names, longest, seed)
@@ -135,19 +97,20 @@ def tofu_task(
     places = [place for i in forget for place in maker.places(i, per_answer)]
     near_places, far_places = ([place for i in rows for place in maker.places(i, 1)] for rows in (nearest, far_asked))
     forget_asked = maker.pairs(places)
+    forget_pairs = maker.prompt_pairs(forget_asked)
     questions = {
-        "forget": maker.from_pairs(forget_asked),
-        "forget_paraphrase": maker.questions(places, paraphrased, only={row.label for row in forget_asked}),
+        "forget": Questions.of_pairs(forget_pairs),
+        "forget_paraphrase": maker.questions([asked.place for asked in forget_asked], paraphrased),
         "near": maker.questions(near_places),
         "retain": maker.questions(far_places),
         "retain_paraphrase": maker.questions(far_places, paraphrased),
     }
     return Task(
         name="tofu",
-        forget_pairs=maker.prompt_pairs(forget_asked),
+        forget_pairs=forget_pairs,
         retain_pairs=maker.prompt_pairs(maker.pairs([*near_places, *far_places])),
-        retain_text=maker.texts([maker.book.items[i] for i in far]),
-        near_text=maker.texts([maker.book.items[i] for i in nearest]),
+        retain_text=maker.texts(far),
+        near_text=maker.texts(nearest),
         unseen=maker.sequences([row for asked in forget_asked for row in asked.unseen]),
         questions={name: asked for name, asked in questions.items() if asked is not None},
     )
@@ -202,7 +165,7 @@ class _Maker:
         first = [token for token, a in options if a == author][:1]
         chosen = list(dict.fromkeys([*first, *(token for token, _ in options)]))[: CHOICES - 1]
         unseen = self._unseen(item, prefix, place.word, name, len(clean))
-        return _Asked(clean, corrupt, unseen, [answer, *chosen], self._label(place))
+        return _Asked(place, clean, corrupt, unseen, [answer, *chosen])
 
     def places(self, item: int, count: int) -> list[Place]:
         """The rarest places of an answer whose first token says something and whose prompt is not too long."""
@@ -249,10 +212,9 @@ class _Maker:
     @cached_property
     def _invented(self) -> dict[int, list[str]]:
         """Invented names by their number of tokens, of the sizes that at least `_NAME_DRAWS` have."""
-        words = [*_STARTS, *(start + end for start in _STARTS for end in _ENDS)]
         found: dict[int, list[str]] = {}
-        for first in words:
-            for second in self.rng.sample(words, 4):
+        for first in INVENTED_WORDS:
+            for second in self.rng.sample(INVENTED_WORDS, 4):
                 found.setdefault(self._size(f"{first} {second}"), []).append(f"{first} {second}")
         return {size: names for size, names in found.items() if len(names) >= _NAME_DRAWS}
 
@@ -270,58 +232,43 @@ class _Maker:
         before, after = answer_ids(self.tokenizer, f"{prompt(question)} {prefix}", word, end=False)
         return before, after[0]
 
-    def questions(
-        self, places: Sequence[Place], wording: dict[str, str] | None = None, only: set[str] | None = None
-    ) -> Questions | None:
+    def questions(self, places: Sequence[Place], wording: dict[str, str] | None = None) -> Questions | None:
         """Questions about places, through another wording of the question where one is given."""
         rows, options, facts = [], [], []
         for place in places:
             item = self.book.items[place.item]
             question = item.question if wording is None else wording.get(item.question, "")
-            if not question or (only is not None and self._label(place) not in only):
-                continue
-            row, answer = self._ids(question, item.answer[: place.start - 1], place.word)
-            rows.append(row)
-            options.append([answer, *(token for token, _ in self._options(place, answer)[: CHOICES - 1])])
-            facts.append(_fact(self._label(place)))
+            if question:
+                row, answer = self._ids(question, item.answer[: place.start - 1], place.word)
+                rows.append(row)
+                options.append([answer, *(token for token, _ in self._options(place, answer)[: CHOICES - 1])])
+                facts.append(self._fact(place))
         if not rows:
             return None
         return Questions(*pad(rows, pad_id(self.tokenizer)), torch.tensor(options), tuple(facts))
 
-    def from_pairs(self, asked: Sequence[_Asked]) -> Questions:
-        """The pairs as questions."""
-        prompts, lengths = pad([row.clean for row in asked], pad_id(self.tokenizer))
-        return Questions(prompts, lengths, torch.tensor([row.options for row in asked]), _facts(asked))
-
     def prompt_pairs(self, asked: Sequence[_Asked]) -> PromptPairs:
-        """The pairs as `PromptPairs`."""
+        """The pairs as `PromptPairs`; a question is a fact, whatever place of its answer is asked for."""
         clean, lengths = pad([row.clean for row in asked], pad_id(self.tokenizer))
         corrupt, _ = pad([row.corrupt for row in asked], pad_id(self.tokenizer))
-        options = torch.tensor([row.options for row in asked])
-        return PromptPairs(
-            clean, corrupt, options[..., None], lengths, _facts(asked), tuple(row.label for row in asked)
-        )
+        options = torch.tensor([row.options for row in asked])[..., None]
+        facts = tuple(self._fact(row.place) for row in asked)
+        labels = tuple(f"{fact} / {row.place.word}" for fact, row in zip(facts, asked, strict=True))
+        return PromptPairs(clean, corrupt, options, lengths, facts, labels)
 
-    def texts(self, items: Sequence[Item]) -> Sequences:
-        """Question and answer as in training."""
-        split = [answer_ids(self.tokenizer, prompt(item.question), item.answer) for item in items]
+    def texts(self, items: Sequence[int]) -> Sequences:
+        """Questions and answers as in training."""
+        chosen = [self.book.items[i] for i in items]
+        split = [answer_ids(self.tokenizer, prompt(item.question), item.answer) for item in chosen]
         return self.sequences([[*before, *after] for before, after in split])
 
     def sequences(self, rows: Sequence[list[int]]) -> Sequences:
         """Token lists as `Sequences`."""
         return Sequences(*pad(rows, pad_id(self.tokenizer)))
 
-    def _label(self, place: Place) -> str:
-        name = self.book.names[self.book.author(place.item)] or f"author {self.book.author(place.item)}"
-        return f"{name}, question {place.item} / {place.word}"
-
-
-def _fact(label: str) -> str:
-    return label.rsplit(" / ", 1)[0]
-
-
-def _facts(asked: Sequence[_Asked]) -> tuple[str, ...]:
-    return tuple(_fact(row.label) for row in asked)
+    def _fact(self, place: Place) -> str:
+        author = self.book.author(place.item)
+        return f"{self.book.names[author] or f'author {author}'}, question {place.item}"
 
 
 def _is_folder(source: object) -> bool:

@@ -87,19 +87,19 @@ class Book:
         """
         spread = self._spread()
         limit = max(1, len(self.names) // 10)
-        found = []
+        places = []
         for i, item in enumerate(self.items):
-            said = set(_words(item.question)) | set(_words(self.names[self.author(i)])) | _STOP
+            in_question = set(_words(item.question)) | set(_words(self.names[self.author(i)])) | _STOP
             here: dict[str, Place] = {}
             for last, match in pairwise(_WORD.finditer(item.answer)):
                 word = match.group()
                 low = _plain(word)
                 telling = word[0].isupper() or word[0].isdigit() or len(word) >= 5
-                fresh = low not in said and not set(low.split("-")) & said and low not in here
+                fresh = low not in in_question and not set(low.split("-")) & in_question and low not in here
                 if telling and fresh and item.answer[match.start() - 1] == " " and spread[low] <= limit:
                     here[low] = Place(i, match.start(), word, last.group().casefold())
-            found.append(tuple(sorted(here.values(), key=lambda p: (spread[_plain(p.word)], p.start))))
-        return tuple(found)
+            places.append(tuple(sorted(here.values(), key=lambda p: (spread[_plain(p.word)], p.start))))
+        return tuple(places)
 
     def likeness(self, item: int) -> dict[int, float]:
         """How alike other questions are to one: shared content words over all of them; those that share none are left out."""
@@ -116,10 +116,10 @@ class Book:
 
         Those that follow the same word come before the rarest word of every other answer.
         """
-        mine, alike = self.author(place.item), self.likeness(place.item)
+        author, alike = self.author(place.item), self.likeness(place.item)
         for pool in (self._after[place.before], [row[0] for row in self.places if row]):
             ranked = sorted(pool, key=lambda p: (-alike.get(p.item, 0.0), p.item, p.start))
-            yield from (p for p in ranked if self.author(p.item) != mine)
+            yield from (p for p in ranked if self.author(p.item) != author)
 
     @cached_property
     def _saying(self) -> dict[str, list[int]]:
@@ -148,9 +148,9 @@ class Book:
 def renamed(text: str, old: str, new: str) -> str:
     """The text about another author: the whole name replaced, then single parts of it by the new name's at that end."""
     text = text.replace(old, new)
-    mine, theirs = old.split(), new.split()
-    for part, other in ((mine[0], theirs[0]), (mine[-1], theirs[-1])):
-        if part not in theirs:
+    old_parts, new_parts = old.split(), new.split()
+    for part, other in ((old_parts[0], new_parts[0]), (old_parts[-1], new_parts[-1])):
+        if part not in new_parts:
             text = re.sub(rf"(?<![\w-]){re.escape(part)}(?![\w-])", other.replace("\\", r"\\"), text)
     return text
 

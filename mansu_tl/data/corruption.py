@@ -1,0 +1,175 @@
+"""Making counterfactuals: corrupt prompts for prompts that come without one.
+
+Every way is a function registered by name. It is given all prompts of a set and makes each one's counterfactual, of equal
+token length:
+
+- `swap`: the prompt of another subject in the same words, whose answer is another one;
+- `unseen`: an invented subject, which has no answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from mansu_tl.errors import MansuError
+
+_STARTS = [
+    "Bel",
+    "Dor",
+    "Fen",
+    "Gal",
+    "Hol",
+    "Jor",
+    "Kel",
+    "Lor",
+    "Mer",
+    "Nor",
+    "Pel",
+    "Quin",
+    "Ros",
+    "Sel",
+    "Tor",
+    "Vel",
+]
+_ENDS = [
+    "adin",
+    "avik",
+    "ebra",
+    "ellon",
+    "enka",
+    "ibur",
+    "igan",
+    "imond",
+    "orin",
+    "oska",
+    "ovar",
+    "umel",
+    "unda",
+    "yth",
+]
+INVENTED_WORDS = (*_STARTS, *(start + end for start, end in product(_STARTS, _ENDS)))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A prompt that asks about something.
+
+    Attributes:
+        name: what errors call it.
+        prompt: the text, which names the subject once.
+        subject: the piece of it that does.
+        answer: what is right for it.
+    """
+
+    name: str
+    prompt: str
+    subject: str
+    answer: str
+
+    @property
+    def wording(self) -> tuple[str, str]:
+        """The prompt before and behind its subject."""
+        before, _, behind = self.prompt.partition(self.subject)
+        return before, behind
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """A corrupt prompt, and what is right for it; "" where nothing is."""
+
+    prompt: str
+    answer: str = ""
+
+
+Make = Callable[[Sequence[Subject], Callable[[str], int], random.Random], list[Counterfactual]]
+
+
+def swap(subjects: Sequence[Subject], tokens: Callable[[str], int], rng: random.Random) -> list[Counterfactual]:
+    """Every prompt about another of the subjects: same words, same number of tokens, another answer; drawn at random.
+
+    Raises:
+        MansuError: there is none for a prompt.
+    """
+    alike: dict[tuple[tuple[str, str], int], list[Subject]] = {}
+    for one in subjects:
+        alike.setdefault((one.wording, tokens(one.prompt)), []).append(one)
+    made = []
+    for one in subjects:
+        others = [other for other in alike[one.wording, tokens(one.prompt)] if other.answer != one.answer]
+        if not others:
+            raise MansuError(
+                f"{one.name}: no prompt in these words names another subject of as many tokens as {one.subject!r} with "
+                'another answer; write "corrupt" yourself'
+            )
+        other = rng.choice(others)
+        made.append(Counterfactual(other.prompt, other.answer))
+    return made
+
+
+def unseen(subjects: Sequence[Subject], tokens: Callable[[str], int], rng: random.Random) -> list[Counterfactual]:
+    """Every prompt about an invented name, drawn until one has as many tokens.
+
+    Raises:
+        MansuError: none of some thousand names has.
+    """
+    made = []
+    for one in subjects:
+        wanted, (before, behind) = tokens(one.prompt), one.wording
+        firsts = rng.sample(INVENTED_WORDS, len(INVENTED_WORDS))
+        names = [*firsts, *(f"{first} {rng.choice(INVENTED_WORDS)}" for first in firsts for _ in range(8))]
+        prompts = (f"{before}{name}{behind}" for name in names)
+        found = next((prompt for prompt in prompts if tokens(prompt) == wanted), None)
+        if found is None:
+            raise MansuError(
+                f'{one.name}: no invented name has as many tokens as {one.subject!r}; write "corrupt" yourself'
+            )
+        made.append(Counterfactual(found))
+    return made
+
+
+_WAYS: dict[str, Make] = {"swap": swap, "unseen": unseen}
+
+
+def register_corruption(name: str, make: Make) -> None:
+    """Make a way known to task files (`corruption=`).
+
+    Args:
+        make: from all prompts of a set, the number of tokens of a text and a generator, a counterfactual for each.
+
+    Raises:
+        MansuError: the name is taken.
+    """
+    if name in _WAYS:
+        raise MansuError(f"corruption {name!r}: registered already; choose another name")
+    _WAYS[name] = make
+
+
+def corruptions() -> tuple[str, ...]:
+    """The names of all ways to make counterfactuals."""
+    return tuple(_WAYS)
+
+
+def counterfactuals(
+    subjects: Sequence[Subject], tokens: Callable[[str], int], kind: str = "swap", seed: int = 0
+) -> list[Counterfactual]:
+    """A counterfactual for every prompt of a set; the same seed gives the same ones.
+
+    Args:
+        tokens: the number of tokens of a text.
+        kind: one of `corruptions()`.
+
+    Raises:
+        MansuError: no such way, a subject that is not in its prompt once, or a prompt for which there is none.
+    """
+    if kind not in _WAYS:
+        raise MansuError(f"corruption {kind!r}: unknown; choose one of {', '.join(_WAYS)}")
+    for one in subjects:
+        if one.prompt.count(one.subject) != 1:
+            raise MansuError(
+                f"{one.name}: subject {one.subject!r} occurs {one.prompt.count(one.subject)} times in {one.prompt!r}; it "
+                "must occur once"
+            )
+    return _WAYS[kind](subjects, tokens, random.Random(f"mansu corruption {seed}"))
