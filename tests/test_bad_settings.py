@@ -12,7 +12,7 @@ import mansu_tl as mtl
 from mansu_tl.models import fingerprint
 from mansu_tl.quantization.formats.grids import fp4, int4_asymmetric, nf4
 from mansu_tl.unlearning import unlearn
-from tests.test_bad_input import QUICK, Interrupted, circuit, everything, model, refused, task  # noqa: F401
+from tests.test_bad_input import QUICK, Interrupted, circuit, everything, refused, task  # noqa: F401
 from tests.tiny import tiny
 
 
