@@ -192,8 +192,8 @@ class Circuit(Result):
         if (self.mask & ~possible).any():
             w, r = (self.mask & ~possible).nonzero()[0].tolist()
             raise MismatchError(f"edge {self.writers[w]} -> {self.readers[r]} runs backwards")
-        if self.kv_groups != (said := kv_groups(self.writers, self.readers)):
-            raise MismatchError(f"kv_groups={self.kv_groups}, its names say {said}")
+        if self.kv_groups != (groups := kv_groups(self.writers, self.readers)):
+            raise MismatchError(f"kv_groups={self.kv_groups}, its names say {groups}")
 
     def __repr__(self) -> str:
         return (

@@ -58,9 +58,9 @@ def positions(pairs: PromptPairs, align: str = "start") -> Positions:
         index = torch.full_like(place, len(pairs.spans))
         for i, span in enumerate(pairs.spans):
             inside = (place >= span.start[:, None]) & (place < span.stop[:, None])
-            taken = inside & (index != len(pairs.spans))
-            if taken.any():
-                pair, where = taken.nonzero()[0].tolist()
+            shared = inside & (index != len(pairs.spans))
+            if shared.any():
+                pair, where = shared.nonzero()[0].tolist()
                 other = pairs.spans[int(index[pair, where])].name
                 raise MansuError(
                     f"pair {pair}: spans {other!r} and {span.name!r} share position {where}; scores over both would "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -29,17 +29,20 @@ from mansu_tl.unlearning import Edit, method_title, methods
 
 _STOPS = 14
 _TRIES = 400
-PICTURES = ("graph", "scores", "weights", "attention", "faithfulness", "edges")
+PICTURES: dict[str, Callable[[Results, Selection], go.Figure]] = {
+    "graph": pictures.graph,
+    "scores": pictures.item_scores,
+    "weights": pictures.ruler,
+    "attention": pictures.attention,
+    "faithfulness": pictures.curve,
+    "edges": pictures.scatter,
+}
 
 
 class Explorer:
-    """A circuit and what became of it: choose pair, method, quantizer, size, edge or node; get figures.
+    """A circuit and what became of it: choose pair, method, quantizer, size, edge or node (`selection`); get figures.
 
-    Nothing is computed before it is asked for, and nothing twice.
-
-    Attributes:
-        results: what was computed so far.
-        selection: what is chosen.
+    Nothing is computed before it is asked for, and nothing twice (`results`).
     """
 
     @torch_defaults()
@@ -157,32 +160,22 @@ class Explorer:
         Raises:
             MansuError: no such picture, or one that the chosen item or quantizer has not (an MLP attends to nothing).
         """
-        draw = {
-            "graph": pictures.graph,
-            "scores": pictures.item_scores,
-            "weights": pictures.ruler,
-            "attention": pictures.attention,
-            "faithfulness": pictures.curve,
-            "edges": pictures.scatter,
-        }
-        if name not in draw:
+        if name not in PICTURES:
             raise MansuError(f"explorer: no picture {name!r}; choose one of {', '.join(PICTURES)}")
-        return draw[name](self.results, self.selection)
+        return PICTURES[name](self.results, self.selection)
 
     def answers(self) -> pd.DataFrame:
         """How the three models answer the chosen pair's clean prompt: one row a model."""
-        rows = []
-        for stage in pictures.stages_of(self.selection):
-            found, pair = self.results.answers(stage), self.selection.pair
-            rows.append(
-                {
-                    "model": self.results.title(stage),
-                    "probability of the answer, %": 100 * float(found.probability[pair]),
-                    "logit difference": float(found.difference[pair]),
-                    "most likely token": found.likeliest[pair],
-                }
-            )
-        return pd.DataFrame(rows)
+        stages, pair = pictures.stages_of(self.selection), self.selection.pair
+        found = [self.results.answers(stage) for stage in stages]
+        return pd.DataFrame(
+            {
+                "model": [self.results.title(stage) for stage in stages],
+                "probability of the answer, %": [100 * float(each.probability[pair]) for each in found],
+                "logit difference": [float(each.difference[pair]) for each in found],
+                "most likely token": [each.likeliest[pair] for each in found],
+            }
+        )
 
     def save_html(
         self, path: str | PathLike[str], *, pairs: Sequence[int] | None = None, sizes: Sequence[int] | None = None

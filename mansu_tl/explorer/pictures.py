@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import plotly.graph_objects as go
 import torch
@@ -14,13 +13,14 @@ from mansu_tl.circuit.graph import reader_kind, writers_behind
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer.results import ORIGINAL, Results, Stage
 from mansu_tl.explorer.selection import Edge, Item, Part, Selection, head_of, item_name
+from mansu_tl.plots.panels import Panel
+from mansu_tl.plots.ruler import most_edited
 from mansu_tl.plots.scatters import StageScore, stage_scores
 from mansu_tl.plots.theme import fixed, theme_named
 from mansu_tl.quantization import quantizer
 from mansu_tl.results.intervals import interval_over_facts
 
 SELECTED = "selected"
-_LOOK = theme_named("light")
 _NO_HEAD = "{item} has no attention pattern of its own; choose a head, or an edge into or out of one."
 _NO_WEIGHTS = "{item} has no weights that quantization touches; choose a head, an MLP, or an edge between them."
 
@@ -48,20 +48,9 @@ def graph(results: Results, selection: Selection) -> go.Figure:
     )
     figure.update_layout(height=max(560, int(figure.layout.height * 0.8)), clickmode="event")
     figure.update_traces(cliponaxis=False, selector={"name": "nodes"})
-    rings = ring_places(figure, selection.item)
-    for panel in range(3):
-        x, y = rings[panel]
-        figure.add_scatter(
-            x=x,
-            y=y,
-            mode="markers",
-            name=SELECTED,
-            marker={"symbol": "circle-open", "size": 25, "color": "#CC79A7", "line": {"width": 4}},
-            hoverinfo="skip",
-            showlegend=False,
-            row=1,
-            col=panel + 1,
-        )
+    ring = {"symbol": "circle-open", "size": 25, "color": "#CC79A7", "line": {"width": 4}}
+    for col, (x, y) in enumerate(ring_places(figure, selection.item), 1):
+        Panel(figure, theme_named("light"), 1, col).mark(x, y, SELECTED, "markers", legend=False, marker=ring)
     return figure
 
 
@@ -163,9 +152,10 @@ def ruler(results: Results, selection: Selection, most: int = 24) -> go.Figure:
     grid = quantizer(selection.quantizer)
     name = part.piece.parameter
     before, after = results.matrix("", name), results.matrix(selection.method, name)
-    blocks = _blocks(results, selection.method, part, getattr(grid, "block_size", None) or before.shape[1], most)
-    count = n_edited(results, selection.method, part)
-    title = f"{part.name}: {count:,} weights edited by {results.titles[selection.method]}"
+    held = results.held(part)
+    edited, size = held & results.edited(selection.method, name), getattr(grid, "block_size", None) or before.shape[1]
+    blocks = most_edited(edited, size, most) or most_edited(held, size, 1)
+    title = f"{part.name}: {int(edited.sum()):,} weights edited by {results.titles[selection.method]}"
     return plots.ruler(before, after, grid, blocks=blocks, name=name, title=title)  # type: ignore[arg-type]
 
 
@@ -200,30 +190,9 @@ def telling(results: Results, method: str, edges: Sequence[Edge]) -> Edge:
     return edges[0]
 
 
-def _blocks(results: Results, method: str, part: Part, size: int, most: int) -> list[int]:
-    """The blocks that hold most edited weights of a part, in order; where none is edited, its first one."""
-    mine = results.held(part)
-    hits = mine & results.edited(method, part.piece.parameter)
-    own, edited = (_by_block(mask, size) for mask in (mine, hits))
-    order = torch.argsort(edited, descending=True, stable=True)
-    hit = [int(i) for i in order[:most] if edited[i] > 0]
-    return sorted(hit) or [int(own.nonzero()[0])]
-
-
-def _by_block(mask: torch.Tensor, size: int) -> torch.Tensor:
-    """How many weights of a mask lie in each block of the matrix."""
-    count = -(-mask.numel() // size)
-    return torch.nn.functional.pad(mask.reshape(-1), (0, count * size - mask.numel())).view(count, size).sum(1)
-
-
 def _shared(item: Item, groups: int) -> str:
     reader = item[1] if isinstance(item, tuple) else ""
     if groups == 1 or not reader.endswith((".k", ".v")):
         return ""
     others = ", ".join(writers_behind(reader, groups)[1:])
     return f" (shares {reader.partition('.')[0]} with {others})"
-
-
-def with_item(selection: Selection, item: Item) -> Selection:
-    """The selection with another item, and its first part."""
-    return replace(selection, item=item, part="")

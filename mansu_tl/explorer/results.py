@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,18 +27,26 @@ Stage = tuple[str, str]  # method and quantizer; "" = not edited, not quantized
 ORIGINAL: Stage = ("", "")
 _KEPT_MODELS = 4
 _CONTROL_SEEDS = 3
-_T = TypeVar("_T")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _once(method: _Method) -> _Method:
+    """Keep what a method of `Results` returns, for each set of arguments."""
+
+    @wraps(method)
+    def kept(self: Results, *args: Any) -> Any:
+        key = (method.__name__, *args)
+        if key not in self._kept:
+            self._kept[key] = method(self, *args)
+        return self._kept[key]
+
+    return cast(_Method, kept)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """How one model answers the clean prompts.
-
-    Attributes:
-        probability: of the answer, over the whole vocabulary.
-        difference: logit of the answer minus that of the corrupt prompt's answer, in nats.
-        likeliest: the most likely next token.
-    """
+    """How one model answers the clean prompts: probability of the answer, its logit minus that of the corrupt prompt's
+    answer (nats), and the most likely next token."""
 
     probability: Float[Tensor, " pair"]
     difference: Float[Tensor, " pair"]
@@ -52,7 +61,6 @@ class Results:
         pairs: the forget pairs, which everything is measured on.
         edits: by name.
         titles: how each edit is written.
-        quantizers: names.
         ranking: the scores that circuits are selected by.
         sizes: of the circuits that can be chosen, in edges selected, ascending.
     """
@@ -81,15 +89,12 @@ class Results:
             return "original"
         return ", ".join(part for part in (self.titles[stage[0]], stage[1]) if part)
 
+    @_once
     def scores(self, stage: Stage) -> Float[Tensor, "pair writer reader"]:
         """EAP-IG scores of every edge on every pair, in one model."""
-
-        def make() -> Tensor:
-            scored = edge_attribution(self._model(stage), self.pairs, steps=self._steps, per_pair=True)
-            assert scored.per_pair is not None
-            return scored.per_pair
-
-        return self._once(("scores", stage), make)
+        scored = edge_attribution(self._model(stage), self.pairs, steps=self._steps, per_pair=True)
+        assert scored.per_pair is not None
+        return scored.per_pair
 
     def circuit(self, size: int) -> Circuit:
         """The circuit of that many edges of largest |score|, with its measured faithfulness."""
@@ -98,44 +103,36 @@ class Results:
         curve = self.curve()
         return Circuit.top(self.ranking, size, float(curve.faithfulness[curve.sizes.index(size)]))
 
+    @_once
     def curve(self) -> FaithfulnessCurve:
         """Faithfulness of all sizes in the original, every other edge carrying its corrupt value."""
-        return self._once(
-            ("curve",),
-            lambda: faithfulness_curve(self.model, self.ranking, self.pairs, self.sizes, control_seeds=_CONTROL_SEEDS),
-        )
+        return faithfulness_curve(self.model, self.ranking, self.pairs, self.sizes, control_seeds=_CONTROL_SEEDS)
 
+    @_once
     def divergence(self, stage: Stage, size: int, pair: int | None) -> Divergence:
         """CAD of one model against the original on the circuit of that size, over all pairs or on one."""
-
-        def make() -> Divergence:
-            circuit, pairs = self.circuit(size), self.pairs if pair is None else self.pairs[[pair]]
-            before, after = (self._of_circuit(s, circuit, pair) for s in (ORIGINAL, stage))
-            return circuit_divergence(before, after, circuit, pairs, label=self.title(stage))
-
-        return self._once(("divergence", stage, size, pair), make)
+        circuit, pairs = self.circuit(size), self.pairs if pair is None else self.pairs[[pair]]
+        before, after = (self._of_circuit(s, circuit, pair) for s in (ORIGINAL, stage))
+        return circuit_divergence(before, after, circuit, pairs, label=self.title(stage))
 
     def pair_circuit(self, size: int, pair: int) -> Circuit:
         """The circuit of that size, carrying the scores of one pair."""
         return replace(self.circuit(size), scores=self.scores(ORIGINAL)[pair], faithfulness=float("nan"))
 
+    @_once
     def answers(self, stage: Stage) -> Answers:
         """How a model answers."""
-
-        def make() -> Answers:
-            model = self._model(stage)
-            pairs = self.pairs.to(home(model))
-            logits = last_logits(model, pairs.clean, pairs.lengths).cpu()
-            chance = logits.softmax(-1).gather(1, self.pairs.answers.cpu()[:, None])[:, 0]
-            likeliest = tuple(self.token(int(i)) for i in logits.argmax(-1))
-            return Answers(chance, logit_difference(logits, self.pairs.to("cpu")), likeliest)
-
-        return self._once(("answers", stage), make)
+        model = self._model(stage)
+        pairs = self.pairs.to(home(model))
+        logits = last_logits(model, pairs.clean, pairs.lengths).cpu()
+        chance = logits.softmax(-1).gather(1, self.pairs.answers.cpu()[:, None])[:, 0]
+        likeliest = tuple(self.token(int(i)) for i in logits.argmax(-1))
+        return Answers(chance, logit_difference(logits, self.pairs.to("cpu")), likeliest)
 
     def pattern(self, stage: Stage, pair: int, head: str) -> Float[Tensor, "query key"]:
         """What a head attends to in a pair's clean prompt."""
         layer, _, index = head.removeprefix("L").partition("H")
-        return self._once(("patterns", stage, pair), lambda: self._patterns(stage, pair))[int(layer)][int(index)]
+        return self._patterns(stage, pair)[int(layer)][int(index)]
 
     def tokens(self, pair: int, corrupt: bool = False) -> list[str]:
         """A pair's prompt, token by token."""
@@ -184,6 +181,7 @@ class Results:
         writers = tuple(circuit.writers[i] for i in rows.tolist())
         return CircuitScores(chosen, writers, tuple(circuit.readers[i] for i in columns.tolist()), groups)
 
+    @_once
     @torch.no_grad()
     def _patterns(self, stage: Stage, pair: int) -> list[Tensor]:
         model = self._model(stage)
@@ -206,8 +204,3 @@ class Results:
             while len(self._models) > _KEPT_MODELS:
                 del self._models[next(iter(self._models))]
         return self._models[stage]
-
-    def _once(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]

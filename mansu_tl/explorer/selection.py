@@ -56,29 +56,27 @@ def item_name(item: Item) -> str:
 def parts_of(item: Item, cmap: Anatomy, linear: Container[str]) -> tuple[Part, ...]:
     """The weights behind an item: for an edge those that its reader reads with, then those that its writer writes with.
 
-    The embedding and the unembedding are not quantized, so `embed` and `logits` have none; biases neither.
-
-    Args:
-        item: an edge or a node.
-        cmap: the model's components.
-        linear: names of the matrices that quantized loading quantizes.
+    The embedding and the unembedding are not quantized, so `embed` and `logits` have none; biases neither. `linear` names
+    the matrices that quantized loading quantizes.
     """
     if isinstance(item, tuple):
-        names = [*_read_with(item[1]), *_written_with(item[0])]
-    elif item in ("embed", "logits"):
-        names = []
-    elif item.startswith("MLP"):
-        names = [item]
+        writer, reader = item
+        names = [reader, f"{writer}.out" if writer.startswith("MLP") else f"{writer}.o"]
+    elif "H" in item:
+        layer, _, number = item.partition("H")
+        kv_head = f"{layer}KV{int(number) * cmap.n_kv_heads // cmap.n_heads}"
+        names = [f"{item}.q", f"{kv_head}.k", f"{kv_head}.v", f"{item}.o"]
     else:
-        names = [f"{item}.q", *(f"{_kv_head(item, cmap)}.{p}" for p in "kv"), f"{item}.o"]
-    found = []
-    for name in names:
+        names = [item]
+    parts = []
+    for name in (name for name in names if name.partition(".")[0] not in ("embed", "logits")):
         # `.in` and `.out` are sides of an MLP: its rows (gate and up) and its columns (down).
-        side = name.partition(".")[2] if name.startswith("MLP") else ""
-        pieces = [p for p in cmap.slices(name.partition(".")[0] if side else name) if p.parameter in linear]
-        chosen = {"in": pieces[:-1], "out": pieces[-1:]}.get(side, pieces)
-        found += [Part(f"{name.partition('.')[0] if side else name} ({_matrix(p)})", p) for p in chosen]
-    return tuple(found)
+        whole, _, side = name.partition(".") if name.startswith("MLP") else (name, "", "")
+        pieces = [piece for piece in cmap.slices(whole) if piece.parameter in linear]
+        for piece in {"in": pieces[:-1], "out": pieces[-1:]}.get(side, pieces):
+            matrix = piece.parameter.removesuffix(".weight").rsplit(".", 1)[-1]
+            parts.append(Part(f"{whole} ({matrix})", piece))
+    return tuple(parts)
 
 
 def head_of(item: Item, kv_groups: int) -> str | None:
@@ -102,29 +100,8 @@ def part_mask(part: Part, shape: tuple[int, ...]) -> Bool[Tensor, "rows columns"
 
 
 def parsed_item(text: str) -> Item:
-    """The item of that name; the reverse of `item_name`.
-
-    Raises:
-        MansuError: neither a node nor an edge.
-    """
+    """The item of that name, the reverse of `item_name`; a `MansuError` where it is neither a node nor an edge."""
     parts = [part.strip() for part in text.replace("->", "→").split("→")]
     if len(parts) > 2 or not all(parts):
         raise MansuError(f"item {text!r}: name a node such as L0H1, or an edge such as L0H1 → L2H3.q")
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
-
-
-def _read_with(reader: str) -> list[str]:
-    return [] if reader == "logits" else [reader]
-
-
-def _written_with(writer: str) -> list[str]:
-    return [] if writer == "embed" else [f"{writer}.out" if writer.startswith("MLP") else f"{writer}.o"]
-
-
-def _kv_head(head: str, cmap: Anatomy) -> str:
-    layer, _, number = head.partition("H")
-    return f"{layer}KV{int(number) * cmap.n_kv_heads // cmap.n_heads}"
-
-
-def _matrix(piece: WeightSlice) -> str:
-    return piece.parameter.removesuffix(".weight").rsplit(".", 1)[-1]

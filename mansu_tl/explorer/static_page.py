@@ -11,13 +11,12 @@ import json
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
-from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from mansu_tl.errors import MansuError
@@ -39,32 +38,16 @@ def write(
     pairs: Sequence[int] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> Path:
-    """Write the page; plotly.js is in it, and it loads nothing.
-
-    Args:
-        pairs: as `Explorer.save_html`.
-        sizes: as `Explorer.save_html`.
-
-    Raises:
-        MansuError: a pair or size that is not there, or a folder that cannot be written to.
-    """
+    """Write the page; plotly.js is in it, and it loads nothing. Arguments and errors as of `Explorer.save_html`."""
     shown_pairs = _pairs(results, selection, pairs)
     shown_sizes = _sizes(results, selection, sizes)
     data = _data(results, selection, shown_pairs, shown_sizes)
     # Packed, because it says the same things many times over; and in base64 no text can close the script element.
     packed = gzip.compress(json.dumps(data, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
     text = b64encode(packed).decode()
-    part = files("mansu_tl.explorer") / "page"
-    body = (part / "page.html").read_text(encoding="utf-8")
-    for name, value in (
-        ("TITLE", escape(f"Explorer: {', '.join(results.titles.values())}")),
-        ("STYLE", (part / "page.css").read_text(encoding="utf-8")),
-        ("SCRIPT", (part / "page.js").read_text(encoding="utf-8")),
-        ("PLOTLY", get_plotlyjs()),
-        ("DATA", text),
-    ):
-        body = body.replace(f"@@{name}@@", value, 1)
-    return write_text(path, body)
+    template = Environment(loader=PackageLoader("mansu_tl.explorer", "page"), autoescape=True).get_template("page.html")
+    title = f"Explorer: {', '.join(results.titles.values())}"
+    return write_text(path, template.render(title=title, plotly=get_plotlyjs(), data=text))
 
 
 def _pairs(results: Results, selection: Selection, asked: Sequence[int] | None) -> list[int]:

@@ -13,9 +13,9 @@ import plotly.graph_objects as go
 
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer.explorer import Explorer
-from mansu_tl.explorer.page_text import answers_table, prompts_table
 from mansu_tl.explorer.pictures import SELECTED, clicked, ring_places
 from mansu_tl.explorer.selection import Item, item_name
+from mansu_tl.plots.theme import fixed
 
 _TABS = {
     "scores": "Scores",
@@ -120,7 +120,8 @@ class ExplorerWidget(w.VBox):
 
     def _show_answers(self) -> None:
         self._working("computing the answers")
-        self._answers.value = prompts_table(self.explorer) + answers_table(self.explorer.answers())
+        table = self.explorer.answers().to_html(index=False, border=0, float_format=lambda value: fixed(value, 2))
+        self._answers.value = _prompts(self.explorer) + table
         self._status.value = ""
 
     def _draw(self) -> None:
@@ -166,6 +167,19 @@ class ExplorerWidget(w.VBox):
 
     def _working(self, text: str) -> None:
         self._status.value = f"<i>{escape(text)} …</i>"
+
+
+def _prompts(explorer: Explorer) -> str:
+    """The chosen pair's prompts as HTML, tokens that differ in bold, with the answer and its rival."""
+    results, pair = explorer.results, explorer.selection.pair
+    clean, corrupt = results.tokens(pair), results.tokens(pair, corrupt=True)
+    answer, rival = (results.token(int(ids[pair])) for ids in (results.pairs.answers, results.pairs.distractors[:, 0]))
+    rows = ""
+    for name, tokens, others, end in (("clean", clean, corrupt, answer), ("corrupt", corrupt, clean, rival)):
+        words = [(escape(a.strip() or a), a != b) for a, b in zip(tokens, others, strict=True)]
+        shown = " ".join(f"<b>{word}</b>" if differs else word for word, differs in words)
+        rows += f"<tr><th>{name}</th><td>{shown} → <b>{escape(end.strip())}</b></td></tr>"
+    return f"<table>{rows}</table>"
 
 
 def _controls(explorer: Explorer) -> dict[str, Any]:

@@ -7,17 +7,10 @@ from mansu_tl.plots.circuit_graph import circuit
 from mansu_tl.plots.circuit_views import circuit_layers, circuit_stages
 from mansu_tl.plots.curves import erasure_depth, faithfulness_curves, probes, relearning
 from mansu_tl.plots.divergences import circuit_divergence, divergence_by_layer, divergence_plane
-from mansu_tl.plots.export import write_html, write_image, write_images, write_png
+from mansu_tl.plots.export import write_html, write_image, write_images
 from mansu_tl.plots.frontier import frontier, pareto, sensitivity
 from mansu_tl.plots.gaps import gap_matrix, ptq_gap, ptq_gaps
-from mansu_tl.plots.heatmaps import (
-    attention_patterns,
-    attention_view,
-    edge_matrix,
-    head_scores,
-    patching,
-    token_scores,
-)
+from mansu_tl.plots.heatmaps import attention_patterns, attention_view, edge_matrix, head_scores, patching, token_scores
 from mansu_tl.plots.ruler import ruler
 from mansu_tl.plots.scatters import attribution_scatter, divergence_scatter, node_scores
 from mansu_tl.plots.tables import certificate, methods_table, scorecard
@@ -28,7 +21,7 @@ __all__ = [
     "circuit_layers", "circuit_stages", "dither", "divergence_by_layer", "divergence_plane", "divergence_scatter",
     "edge_matrix", "erasure_depth", "faithfulness_curves", "frontier", "gap_matrix", "head_scores", "methods_table",
     "node_scores", "pareto", "patching", "probes", "ptq_gap", "ptq_gaps", "relearning", "ruler", "scorecard", "sensitivity",
-    "token_scores", "write_html", "write_image", "write_images", "write_png",
+    "token_scores", "write_html", "write_image", "write_images",
 ]  # fmt: skip
 
 

@@ -25,8 +25,8 @@ from mansu_tl.plots.circuit_look import (
 )  # fmt: skip
 from mansu_tl.plots.layered import MLP_COLUMN, Placement, bundled, path, place
 from mansu_tl.plots.ordering import untangled
-from mansu_tl.plots.panels import BARE, Panel, segments
-from mansu_tl.plots.theme import new_figure, number, plain, theme_named
+from mansu_tl.plots.panels import BARE, Panel, marker, new_panel, segments
+from mansu_tl.plots.theme import number, plain, theme_named
 
 _LABELLED_HEADS = 16
 _FAINT_OPACITIES = (0.22, 0.5)  # of many and of few
@@ -55,8 +55,6 @@ def circuit(
         reference: another circuit of the same graph; its edges that `circuit` lacks are grey, its scores in the hover texts.
         emphasis: how many of the strongest edges stand out; by default all of up to 120, the 60 strongest of more.
         untangle: order the heads of a layer so that few of the strong edges cross (up to 16 heads a layer); else by number.
-        title: plain text; by default the number of edges and the faithfulness.
-        theme: "light" or "dark".
 
     Raises:
         MansuError: the circuit has no edge, a negative emphasis, or the reference belongs to another graph.
@@ -74,28 +72,27 @@ def circuit(
     )
     placement = place(circuit.writers, pairs_of(pd.concat([frame, missing])), circuit.kv_groups, columns)
     faithful = "" if math.isnan(circuit.faithfulness) else f", faithfulness {circuit.faithfulness:.2f}"
-    figure = new_figure(
+    how_to_read = f"Edges run upward; {circuit.how}" + (
+        "" if reference is None else f"; compared with: {reference.how}"
+    )
+    panel = new_panel(
         look,
         title or f"Circuit of {circuit.n_edges} edges{faithful}",
-        f"Edges run upward; {circuit.how}" + ("" if reference is None else f"; compared with: {reference.how}"),
+        how_to_read,
         190 + (112 if placement.n_layers <= 6 else 84) * (placement.n_layers + 1.25),
     )
-    panel, top = Panel(figure, look), float(frame["score"].abs().max())
+    top = float(frame["score"].abs().max())
     if reference is not None:
         xs, ys = segments([path(placement, *pair) for pair in pairs_of(missing)])
         line = {"width": 1, "color": look.neutral}
         panel.mark(xs, ys, "only in the reference", line=line, opacity=0.5, group="reference", legend=False)
     draw_panel(panel, frame, placement, circuit.kv_groups, top, beside=reference, emphasis=emphasis)
     draw_legend(panel, frame, top, len(missing), emphasis)
-    return figure
+    return panel.figure
 
 
 def require_edges(circuit: Circuit) -> pd.DataFrame:
-    """A circuit's table of edges.
-
-    Raises:
-        MansuError: it has none.
-    """
+    """A circuit's table of edges; a `MansuError` where it has none."""
     frame = circuit.to_dataframe()
     if frame.empty:
         raise MansuError("circuit: it has no edge to draw; select more edges or lower the faithfulness target")
@@ -103,11 +100,7 @@ def require_edges(circuit: Circuit) -> pd.DataFrame:
 
 
 def require_same_graph(circuit: Circuit, other: Circuit) -> None:
-    """Refuse circuits of different graphs.
-
-    Raises:
-        MansuError: they are.
-    """
+    """Refuse circuits of different graphs with a `MansuError`."""
     if (circuit.writers, circuit.readers) != (other.writers, other.readers):
         raise MansuError("circuits: they belong to graphs of different shape; compare circuits of one architecture")
 
@@ -141,15 +134,13 @@ def draw_panel(
     labels: Mapping[str, str] | None = None,
     panels: int = 1,
 ) -> None:
-    """Draw one circuit into one panel.
+    """Draw one circuit into one of `panels` panels.
 
     Args:
         frame: its edges, with columns writer, reader and score.
         top: the |score| that the widest edges stand for.
         beside: another circuit whose scores are added to the hover texts.
-        emphasis: how many edges stand out.
-        labels: texts of nodes, where they are not those of their names.
-        panels: how many there are, side by side.
+        labels: texts of nodes, where they are not their names.
     """
     strong = emphasised(frame, emphasis).tolist()
     sizes = [size if front else _BUNDLED for size, front in zip(width_classes(frame, top)[0], strong, strict=True)]
@@ -193,14 +184,14 @@ def _middles(
         parts[reader_kind(reader)].append((xs[at], ys[at], ring, [writer, reader, score, text]))
     for kind, points in parts.items():
         xs, ys, rings, data = (list(each) for each in zip(*points, strict=True))
-        marker = {
+        circles = {
             "size": [ring or 9 for ring in rings],
             "color": [panel.look.paper if ring else "rgba(0,0,0,0)" for ring in rings],
             "line": {"width": [1.5 if ring else 0 for ring in rings], "color": edge_colour(panel.look, kind, False)},
         }
         name = f"edges into {KINDS[kind]}"
         panel.mark(
-            xs, ys, name, "markers", hover="%{customdata[3]}", data=data, marker=marker, group=kind, legend=False
+            xs, ys, name, "markers", hover="%{customdata[3]}", data=data, marker=circles, group=kind, legend=False
         )
 
 
@@ -250,12 +241,7 @@ def _nodes(
             hover="%{customdata[0]}<br>in %{customdata[3]}, out %{customdata[4]}",
             data=[[n, *both, *map(number, both)] for n, both in zip(names, sums, strict=True)],
             legend=False,
-            marker={
-                "symbol": shape,
-                "size": size,
-                "color": panel.look.paper,
-                "line": {"width": 1.5, "color": panel.look.ink},
-            },
+            marker=marker(shape, size, panel.look.paper, panel.look.ink, 1.5),
             text=[labels.get(n, n if n in ends else _short(n) if written else "") for n in names],
             textfont={"size": font, "color": panel.look.ink},
             textposition=[ends.get(n, "middle center") for n in names],

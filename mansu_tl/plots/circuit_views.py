@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -14,7 +15,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.plots.circuit_graph import draw_panel, pairs_of, require_edges, require_same_graph
 from mansu_tl.plots.circuit_look import draw_legend
 from mansu_tl.plots.layered import place
-from mansu_tl.plots.panels import Panel, panel_titles
+from mansu_tl.plots.panels import Panel, new_panel
 from mansu_tl.plots.theme import fixed, new_figure, plain, theme_named
 from mansu_tl.verification import Divergence
 
@@ -59,21 +60,20 @@ def circuit_stages(
     top = float(everything["score"].abs().max())
     placements = [place(circuit.writers, pairs_of(frame), circuit.kv_groups) for frame in frames.values()]
     layers = placements[0].n_layers
+    how_to_read = "One scale and layout for all panels: width is |score|, blue supports the answer, orange with a ring "
+    how_to_read += "opposes it."
+    grid: dict[str, Any] = {"rows": 1, "cols": len(frames), "shared_yaxes": True, "horizontal_spacing": 0.015}
+    grid["subplot_titles"] = [f"<b>{plain(name)}</b><br>{plain(note)}" for name, note in notes.items()]
     figure = new_figure(
         look,
         title or "What became of the circuit",
-        "One scale and layout for all panels: width is |score|, blue supports the answer, orange with a ring opposes it.",
+        how_to_read,
         230 + (100 if layers <= 6 else 72) * (layers + 1.25),
-        rows=1,
-        cols=len(frames),
-        shared_yaxes=True,
-        horizontal_spacing=0.015,
-        subplot_titles=[f"<b>{plain(name)}</b><br>{plain(note)}" for name, note in notes.items()],
+        **grid,
     )
     for col, (frame, placement) in enumerate(zip(frames.values(), placements, strict=True), 1):
         draw_panel(Panel(figure, look, 1, col), frame, placement, circuit.kv_groups, top, panels=len(frames))
     draw_legend(Panel(figure, look), everything, top)
-    panel_titles(figure)
     margin = {"t": figure.layout.margin.t + 40}
     figure.update_layout(margin=margin, legend={"orientation": "v", "font": {"size": 11}})
     return figure
@@ -94,17 +94,17 @@ def circuit_layers(circuit: Circuit, *, title: str | None = None, theme: str = "
     # In four columns of which the heads take the second, so that they stand beside the trunk and their inputs close by.
     spare = [f"L0H{i}" for i in range(1, 4)]
     placement = place((*writers, *spare), pairs_of(grouped), 1, dict.fromkeys(heads, 1))
-    figure = new_figure(
-        look,
-        title or f"{circuit.n_edges} edges, layer by layer",
+    how_to_read = (
         f"Heads of a layer as one part, scores of all edges between two parts added up: {len(grouped)} bundles. "
-        f"{circuit.how[:1].upper()}{circuit.how[1:]}.",
-        190 + 100 * (placement.n_layers + 1.25),
+        f"{circuit.how[:1].upper()}{circuit.how[1:]}."
     )
-    panel, top = Panel(figure, look), float(grouped["score"].abs().max())
+    panel = new_panel(
+        look, title or f"{circuit.n_edges} edges, layer by layer", how_to_read, 190 + 100 * (placement.n_layers + 1.25)
+    )
+    top = float(grouped["score"].abs().max())
     draw_panel(panel, grouped, placement, 1, top, labels=dict.fromkeys(heads, "heads"))
     draw_legend(panel, grouped, top)
-    return figure
+    return panel.figure
 
 
 def _summed_by_layer(frame: pd.DataFrame) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from mansu_tl.plots.panels import (
     Panel,
     distinct,
     legend_below,
-    panel_titles,
+    new_panel,
     series_styles,
     whiskers,
 )  # fmt: skip
@@ -45,14 +46,12 @@ def faithfulness_curves(
     look = theme_named(theme)
     if not curves:
         raise MansuError("faithfulness curves: none given; pass at least one result of faithfulness_curve()")
-    figure = new_figure(
-        look,
-        title or "How few edges carry the behaviour",
+    how_to_read = (
         "Share of the metric's clean-corrupt difference that a circuit keeps, every other edge carrying its ablated "
-        "value. Grey: random circuits of the same size.",
-        500,
+        "value. Grey: random circuits of the same size."
     )
-    panel, looks, in_legend = Panel(figure, look), series_styles(list(curves), look), True
+    panel = new_panel(look, title or "How few edges carry the behaviour", how_to_read, 500)
+    looks, in_legend = series_styles(list(curves), look), True
     for name, curve in curves.items():
         sizes = np.array(curve.sizes)
         some = np.flatnonzero(sizes > 0)
@@ -78,8 +77,8 @@ def faithfulness_curves(
     ticks = {"dtick": 1, "minor": {"ticks": "outside", "ticklen": 2}}
     panel.x(type="log", title_text="edges selected (log scale)", **ticks)
     panel.y(title_text="faithfulness", zeroline=True)
-    legend_below(figure)
-    return figure
+    legend_below(panel.figure)
+    return panel.figure
 
 
 def relearning(
@@ -116,19 +115,19 @@ def relearning(
     looks = series_styles(list(dict.fromkeys(table["label"])), look, [result.reference])
     what = "above the model's own prior" if excess else "asked about facts that are not in the attack"
     trained = "a few forget facts" if kind == "facts" else "unrelated text"
+    how_to_read = f"Forget questions, {what}. Bands: 95 % intervals over facts. " + (
+        f"Above the dotted line ({result.reference}) = knowledge that came back." if result.reference else ""
+    )
+    grid: dict[str, Any] = {
+        "rows": len(measures),
+        "cols": len(rates),
+        "horizontal_spacing": 0.04,
+        "vertical_spacing": 0.07,
+    }
+    grid |= {"shared_xaxes": True, "shared_yaxes": True}
+    grid["subplot_titles"] = [f"attack at learning rate {rate:g}" for rate in rates]
     figure = new_figure(
-        look,
-        title or f"What fine-tuning on {trained} brings back",
-        f"Forget questions, {what}. Bands: 95 % intervals over facts. "
-        + (f"Above the dotted line ({result.reference}) = knowledge that came back." if result.reference else ""),
-        190 + 235 * len(measures),
-        rows=len(measures),
-        cols=len(rates),
-        shared_xaxes=True,
-        shared_yaxes=True,
-        horizontal_spacing=0.04,
-        vertical_spacing=0.07,
-        subplot_titles=[f"attack at learning rate {rate:g}" for rate in rates],
+        look, title or f"What fine-tuning on {trained} brings back", how_to_read, 190 + 235 * len(measures), **grid
     )
     x = np.log2(1 + np.array(steps)).tolist()
     lowest = table.groupby("label")["learning_rate"].min()
@@ -155,7 +154,6 @@ def relearning(
         figure.update_yaxes(title_text=axis, row=row, col=1)
     figure.update_xaxes(tickvals=x, ticktext=[str(step) for step in steps], showgrid=False, zeroline=False)
     figure.update_xaxes(title_text="fine-tuning steps (log scale)", row=len(measures))
-    panel_titles(figure)
     legend_below(figure, 88, 24)
     return figure
 
@@ -167,10 +165,6 @@ def probes(
 
     Bands are 95 % intervals over facts. The reference (a model that never learnt the facts) is dotted and grey; the
     shaded strip spans what probes reach that are fitted to shuffled answers; the dashed line is guessing.
-
-    Args:
-        results: one a model, probed at the same layers.
-        reference: the label of the never-trained model.
 
     Raises:
         MansuError: none given, two of one label, different layers, or a reference that is none of them.
@@ -184,14 +178,12 @@ def probes(
     layers = _layers(tables[0])
     if any(_layers(table) != layers for table in tables):
         raise MansuError("probes: the results were taken at different layers; compare models of one shape")
-    figure = new_figure(
-        look,
-        title or "Can the answer still be read from inside?",
+    how_to_read = (
         "Linear probes of the residual stream at the prompt's last token, asked about facts that they were not fitted "
-        "on. Bands: 95 % intervals over facts; grey strip: probes fitted to shuffled answers.",
-        500,
+        "on. Bands: 95 % intervals over facts; grey strip: probes fitted to shuffled answers."
     )
-    panel, x = Panel(figure, look), list(range(len(layers)))
+    panel = new_panel(look, title or "Can the answer still be read from inside?", how_to_read, 500)
+    x = list(range(len(layers)))
     shuffled = pd.concat(tables).groupby(level=0)
     low, high = shuffled["shuffled_low"].min().tolist(), shuffled["shuffled_high"].max().tolist()
     panel.band(x, low, high, look.neutral, "shuffled answers")
@@ -209,8 +201,8 @@ def probes(
     panel.level(chance, f"chance {number(chance)} %")
     panel.x(tickvals=x, ticktext=layers, title_text="stream after", showgrid=False, zeroline=False)
     panel.y(title_text="probe accuracy, %", **PERCENT)
-    legend_below(figure)
-    return figure
+    legend_below(panel.figure)
+    return panel.figure
 
 
 def erasure_depth(
@@ -220,9 +212,6 @@ def erasure_depth(
 
     The never-trained model's stream is the reference (dotted): an edited model that reaches its line at every layer
     holds no more than a model that never learnt. Bands are 95 % intervals over facts; at the right the depth score.
-
-    Args:
-        results: one an edited model, against the same never-trained model.
 
     Raises:
         MansuError: none given, two of one label, or other layers, metrics or never-trained models.
@@ -240,17 +229,12 @@ def erasure_depth(
                 "never-trained model, metric and set of pairs"
             )
     metric = several[0].metric.replace("_", " ")
-    figure = new_figure(
-        look,
-        title or "How deep does the forgetting go?",
+    how_to_read = (
         f"Left: loss of {metric} in the original when its residual stream ({several[0].positions} positions)"
-        " is taken from another model. Right: the share of it that the never-trained model's stream costs.",
-        480,
-        rows=1,
-        cols=2,
-        column_widths=[0.66, 0.34],
-        horizontal_spacing=0.15,
+        " is taken from another model. Right: the share of it that the never-trained model's stream costs."
     )
+    grid = {"rows": 1, "cols": 2, "column_widths": [0.66, 0.34], "horizontal_spacing": 0.15}
+    figure = new_figure(look, title or "How deep does the forgetting go?", how_to_read, 480, **grid)
     left, right = Panel(figure, look, 1, 1), Panel(figure, look, 1, 2)
     x, looks = list(range(len(layers))), series_styles(labels, look)
     left.mark(

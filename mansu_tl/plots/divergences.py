@@ -14,7 +14,7 @@ from mansu_tl.plots.panels import (
     Panel,
     intervals_of,
     legend_below,
-    named,
+    new_panel,
     require_columns,
     series_styles,
     whiskers,
@@ -47,16 +47,16 @@ def circuit_divergence(
     look = theme_named(theme)
     if not divergences:
         raise MansuError("circuit divergence: none given; pass at least one result of circuit_divergence()")
-    shown, beside = named(divergences, "circuit divergence"), dict(references or {})
+    shown = dict(divergences) if isinstance(divergences, Mapping) else {d.label: d for d in divergences}
+    if len(shown) != len(divergences):
+        raise MansuError("circuit divergence: two results have the same label; pass a mapping label -> result")
+    beside = dict(references or {})
     rows = [*shown.values(), *beside.values()]
-    figure = new_figure(
-        look,
-        title or "Circuit attribution divergence (CAD)",
+    how_to_read = (
         "0 = the circuit is intact, 1 = gone, above 1 = inverted. Bars: CAD with its 95 % interval over facts; "
-        "diamonds: mass loss.",
-        190 + 46 * len(rows),
+        "diamonds: mass loss."
     )
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or "Circuit attribution divergence (CAD)", how_to_read, 190 + 46 * len(rows))
     hatched = {"shape": "/", "fgcolor": look.neutral, "bgcolor": look.band, "size": 6}
     grey = {"color": look.band, "line": {"color": look.neutral, "width": 1.2}, "pattern": hatched}
     _bars(panel, 0, shown, "models", {"color": look.positive_soft, "line": {"width": 0}})
@@ -74,8 +74,8 @@ def circuit_divergence(
     panel.rows([*shown, *beside], 0.5, showgrid=False)
     names = [*(plain(label) for label in shown), *(f"<i>{plain(label)}</i>" for label in beside)]
     panel.y(ticktext=names)
-    legend_below(figure, 88, 21)
-    return figure
+    legend_below(panel.figure, 88, 21)
+    return panel.figure
 
 
 def _bars(panel: Panel, start: int, part: Mapping[str, Divergence], name: str, marker: Mapping[str, object]) -> None:
@@ -127,21 +127,19 @@ def divergence_plane(
     if twice.any():
         row = rows[twice].iloc[0]
         raise MansuError(f"CAD plane: {row['label']!r} has two rows for quantizer {row['quantizer']!r}; drop one")
-    figure = new_figure(
-        look,
-        title or "Erased, or only suppressed?",
+    how_to_read = (
         "Across: what is left of the circuit (0 = intact, 1 = gone). Upright: what the model answers. Rings: full "
-        "precision; filled: quantized.",
-        640,
+        "precision; filled: quantized."
     )
-    panel, looks = Panel(figure, look), series_styles(rows["label"].astype(str).tolist(), look)
+    panel = new_panel(look, title or "Erased, or only suppressed?", how_to_read, 640)
+    looks = series_styles(rows["label"].astype(str).tolist(), look)
     ends = (min(-0.12, float(rows["cad"].min()) - 0.1), max(1.2, float(rows["cad"].max()) + 0.1))
     _quadrants(panel, ends, cad_bound, accuracy_bound)
     for label, part in rows.assign(quantizer=rows["quantizer"].fillna("").astype(str)).groupby("label", sort=False):
         style, name = looks[str(label)], plain(label)
         full, quantized = part[part["quantizer"] == ""], part[part["quantizer"] != ""]
         for end in quantized[["cad", "accuracy"]].to_numpy(float).tolist() if len(full) else ():
-            _arrow(figure, full[["cad", "accuracy"]].to_numpy(float)[0].tolist(), end, style.colour)
+            _arrow(panel.figure, full[["cad", "accuracy"]].to_numpy(float)[0].tolist(), end, style.colour)
         for i, quantizer in enumerate(part["quantizer"]):
             point = part.iloc[i : i + 1]
             values = {key: [float(point[key].iloc[0])] for key in ("cad", "accuracy")}
@@ -156,8 +154,8 @@ def divergence_plane(
             )  # fmt: skip
     panel.x(title_text=_CAD, range=ends, zeroline=False, showgrid=False)
     panel.y(title_text=plain(measure), range=[-8, 112], zeroline=False, showgrid=False)
-    legend_below(figure)
-    return figure
+    legend_below(panel.figure)
+    return panel.figure
 
 
 def divergence_by_layer(
@@ -167,9 +165,6 @@ def divergence_by_layer(
 
     A layer's CAD is 1 - <a, b> / <a, a> over its edges alone; the whole CAD is their mean, weighted with each layer's
     share of <a, a>, which the bars show.
-
-    Args:
-        divergences: results for the same circuit by label.
 
     Raises:
         MansuError: none given, no edge, or results of different circuits.
@@ -187,17 +182,13 @@ def divergence_by_layer(
     layers, share = [*tables[0].index], 100 * tables[0]["share"].to_numpy()
     names = ["embed" if i < 0 else f"layer {i}" for i in layers]
     z = np.array([table["cad"] for table in tables])
-    figure = new_figure(
-        look,
-        title or "Where the mechanism went, layer by layer",
+    how_to_read = (
         "CAD over the edges that start in each layer: 0 = intact, 1 = gone, above 1 = inverted. Bars: what the layer "
-        "carries of the original circuit.",
-        300 + 40 * len(divergences),
-        rows=2,
-        cols=1,
-        shared_xaxes=True,
-        row_heights=[0.3, 0.7],
-        vertical_spacing=0.06,
+        "carries of the original circuit."
+    )
+    grid = {"rows": 2, "cols": 1, "shared_xaxes": True, "row_heights": [0.3, 0.7], "vertical_spacing": 0.06}
+    figure = new_figure(
+        look, title or "Where the mechanism went, layer by layer", how_to_read, 300 + 40 * len(divergences), **grid
     )
     above, below = Panel(figure, look, 1, 1), Panel(figure, look, 2, 1)
     above.bars(

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from html import escape
 from os import PathLike
 from pathlib import Path
 from shutil import which
@@ -15,6 +14,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 from choreographer.browsers.chromium import Chromium
+from jinja2 import Environment
 from kaleido import Kaleido
 from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
 from plotly.io import to_html
@@ -26,6 +26,14 @@ from mansu_tl.results.files import write_text, write_whole
 
 _FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 _WIDTH, _HEIGHT = 1000, 600
+_PAGE = Environment(autoescape=True).from_string(
+    """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{{ title }}</title><link rel="icon" href="data:,"><script>{{ plotly|safe }}</script></head>
+<body>{{ figure|safe }}</body>
+</html>
+"""
+)
 
 
 def write_image(
@@ -35,37 +43,8 @@ def write_image(
     height: int | None = None,
     scale: float | int = 2,
 ) -> Path:
-    """Write a figure as an image; the suffix of the path says in which format.
-
-    Args:
-        figure: what to write.
-        path: ends in .png, .svg, .pdf, .jpg, .jpeg or .webp.
-        width: in pixels before scaling; by default the figure's own, else 1000.
-        height: in pixels before scaling; by default the figure's own, else 600.
-        scale: pixels of the image for each pixel of the figure.
-
-    Raises:
-        MansuError: a suffix of another format, no browser, one that does not start, or a folder that cannot be
-            written to.
-    """
+    """Write a figure as an image; see `write_images`."""
     return write_images({path: figure}, width=width, height=height, scale=scale)[0]
-
-
-def write_png(
-    figure: go.Figure,
-    path: str | PathLike[str],
-    width: int | None = None,
-    height: int | None = None,
-    scale: float | int = 2,
-) -> Path:
-    """Write a figure as PNG; see `write_image`.
-
-    Raises:
-        MansuError: the path does not end in .png, or as `write_image`.
-    """
-    if Path(path).suffix.lower() != ".png":
-        raise MansuError(f"{Path(path)}: does not end in .png; rename it or use write_image")
-    return write_image(figure, path, width, height, scale)
 
 
 def write_images(
@@ -76,17 +55,18 @@ def write_images(
     scale: float | int = 2,
     progress: bool = False,
 ) -> list[Path]:
-    """Write several figures with one start of the browser; see `write_image`.
+    """Write figures as images, with one start of the browser.
 
     Args:
-        figures: by path.
-        width: as in `write_image`.
-        height: as in `write_image`.
-        scale: as in `write_image`.
+        figures: by path, which ends in .png, .svg, .pdf, .jpg, .jpeg or .webp.
+        width: in pixels before scaling; by default the figure's own, else 1000.
+        height: in pixels before scaling; by default the figure's own, else 600.
+        scale: pixels of the image for each pixel of the figure.
         progress: show a bar.
 
     Raises:
-        MansuError: as `write_image`; then no file is written.
+        MansuError: a suffix of another format, no browser, one that does not start (then no file is written), or a
+            folder that cannot be written to.
     """
     jobs = []
     for path, figure in figures.items():
@@ -95,39 +75,21 @@ def write_images(
             raise MansuError(
                 f"{Path(path)}: no image format is called {suffix!r}; end it in one of {', '.join(_FORMATS)}"
             )
-        size = {
-            "width": width or figure.layout.width or _WIDTH,
-            "height": height or figure.layout.height or _HEIGHT,
-            "scale": scale,
-        }
-        jobs.append((figure.to_dict(), {"format": suffix[1:], **size}))
+        size = {"width": width or figure.layout.width or _WIDTH, "height": height or figure.layout.height or _HEIGHT}
+        jobs.append((figure.to_dict(), {"format": suffix[1:], "scale": scale, **size}))
     images = _drawn(jobs, progress) if jobs else []
-    return [
-        write_whole(path, partial(Path.write_bytes, data=image)) for path, image in zip(figures, images, strict=True)
-    ]
+    pairs = zip(figures, images, strict=True)
+    return [write_whole(path, partial(Path.write_bytes, data=image)) for path, image in pairs]
 
 
 def write_html(figure: go.Figure, path: str | PathLike[str], title: str) -> Path:
-    """Write a figure as a page of its own, plotly.js included (5 MB); it opens without a network.
-
-    Args:
-        figure: what to write.
-        path: of the file.
-        title: plain text, shown by the browser.
-    """
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<link rel="icon" href="data:,"><script>{get_plotlyjs()}</script></head>\n'
-        f"<body>{html(figure, 'figure')}</body>\n</html>\n"
-    )
-    return write_text(path, page)
+    """Write a figure as a page of its own with a title, plotly.js included (5 MB); it opens without a network."""
+    parts = {"title": title, "plotly": get_plotlyjs(), "figure": html(figure, "figure")}
+    return write_text(path, _PAGE.render(parts))
 
 
 def html(figure: go.Figure, name: str) -> str:
-    """A figure as an HTML element with the id `name`, for a page that has plotly.js in it.
-
-    Without plotly's button that sends a figure to its cloud.
-    """
+    """A figure as an HTML element with the id `name`, for a page that has plotly.js in it; no button for plotly's cloud."""
     config = {
         "displaylogo": False,
         "responsive": True,

@@ -17,8 +17,9 @@ from mansu_tl.plots.panels import (
     Style,
     intervals_of,
     legend_below,
+    marker,
+    new_panels,
     padded,
-    panel_titles,
     require_columns,
     series_styles,
     whiskers,
@@ -73,19 +74,15 @@ def frontier(
         raise MansuError(f"frontier: two rows are called {settings[settings.duplicated()].iloc[0]!r}; rename one")
     if default is not None and default not in set(settings):
         raise MansuError(f"frontier: default {default!r} is no setting of the table; see its column {name!r}")
-    figure = new_figure(
-        look,
-        title or "What one setting gives up for another",
+    how_to_read = (
         "Joined: no other setting is better in both. "
         + ("Ringed: the default. " if default is not None else "")
         + ("Shaded: within both bounds. " if bounds else "")
         + f"Better: {_better([x], 'right', 'left', higher_is_better)} and "
-        + f"{_better(columns, 'up', 'down', higher_is_better)}.",
-        520,
-        rows=1,
-        cols=len(columns),
-        horizontal_spacing=0.1,
+        + f"{_better(columns, 'up', 'down', higher_is_better)}."
     )
+    grid = {"rows": 1, "cols": len(columns), "horizontal_spacing": 0.1}
+    figure = new_figure(look, title or "What one setting gives up for another", how_to_read, 520, **grid)
     groups = rows[group].astype(str) if group else pd.Series("settings", index=rows.index)
     looks = series_styles(groups.tolist(), look)
     for col, column in enumerate(columns, 1):
@@ -105,12 +102,7 @@ def frontier(
         size = (900 / len(columns), 350.0)
         if len(ringed):
             at = (float(ringed[x].iloc[0]), float(ringed[column].iloc[0]))
-            ring = {
-                "symbol": "circle-open",
-                "size": _RING,
-                "color": look.ink,
-                "line": {"width": 2.4, "color": look.ink},
-            }
+            ring = marker("circle-open", _RING, look.ink, look.ink, 2.4)
             panel.mark([at[0]], [at[1]], f"default: {plain(default)}", "markers", group="default", marker=ring)
             reach = [_RING / 2 * (end - start) / pixels for (start, end), pixels in zip(spans, size, strict=True)]
             boxes.append((at[0] - reach[0], at[1] - reach[1], at[0] + reach[0], at[1] + reach[1]))
@@ -166,24 +158,14 @@ def sensitivity(
             f"sensitivity: default for {unknown[0]!r}, which is not in the table; it has {', '.join(names)}"
         )
     looks = series_styles(measures, look)
-    across = min(_COLUMNS, len(names))
-    down = math.ceil(len(names) / across)
     seeds = rows["seed"].nunique() if "seed" in rows.columns else 1
-    figure = new_figure(
-        look,
-        title or "How much each setting matters",
-        "One setting is changed at a time, the others stay at their defaults (dashed line)."
-        + (f" Means over up to {seeds} seeds; bars: lowest to highest." if seeds > 1 else ""),
-        190 + 230 * down,
-        rows=down,
-        cols=across,
-        shared_yaxes="all",
-        horizontal_spacing=0.05,
-        vertical_spacing=0.26 / down,
-        subplot_titles=[plain(name) for name in names],
+    how_to_read = "One setting is changed at a time, the others stay at their defaults (dashed line)." + (
+        f" Means over up to {seeds} seeds; bars: lowest to highest." if seeds > 1 else ""
     )
-    for at, name in enumerate(names):
-        panel = Panel(figure, look, at // across + 1, at % across + 1, at == 0)
+    title, grid = title or "How much each setting matters", {"shared_yaxes": "all", "horizontal_spacing": 0.05}
+    panels = new_panels(look, title, how_to_read, names, min(_COLUMNS, len(names)), (190, 230), 80, **grid)
+    figure = panels[0].figure
+    for panel, name in zip(panels, names, strict=True):
         part = rows[rows["hyperparameter"].astype(str) == name]
         scale = _Scale(part["value"].tolist())
         for measure in measures:
@@ -196,7 +178,6 @@ def sensitivity(
         panel.x(tickvals=scale.places, ticktext=scale.texts, showgrid=False, zeroline=False)
         if panel.col == 1:
             panel.y(title_text=plain(measures[0]) if len(measures) == 1 else "result")
-    panel_titles(figure)
     legend_below(figure, 88, 24)
     if len(measures) == 1:
         figure.update_layout(showlegend=False, margin={"b": 48})

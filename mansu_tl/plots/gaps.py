@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mansu_tl.plots.panels import (
-    BARE,
-    Panel,
-    legend_below,
-    panel_titles,
-    require_columns,
-    segments,
-    whiskers,
-)
-from mansu_tl.plots.theme import Theme, new_figure, number, plain, signed, theme_named
+from mansu_tl.plots.panels import BARE, Panel, legend_below, new_panel, new_panels, require_columns, segments, whiskers
+from mansu_tl.plots.theme import Theme, number, plain, signed, theme_named
 
 _SEEDS = ("method", "quantizer", "seed", "value_before", "value_after")
 _ACROSS = 3
@@ -127,14 +118,11 @@ def gap_matrix(
     ]
     top = max(5.0, float(np.nanmax(np.abs(z))))
     low, zero, high = look.diverging
-    figure = new_figure(
-        look,
-        title or "What quantization brings back, in points",
+    how_to_read = (
         f"PTQ gap: {measure} after quantization minus before, mean over seeds. Orange and + = knowledge came back; "
-        "blue and − = it fell further; grey = not measured.",
-        210 + 34 * len(methods),
+        "blue and − = it fell further; grey = not measured."
     )
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or "What quantization brings back, in points", how_to_read, 210 + 34 * len(methods))
     panel.heat(
         z, [[0, high], [0.5, zero], [1, low]], (-top, top), "points", gap=2,
         hover="%{y}, %{x}<br>gap %{text} points (%{customdata[0]} to %{customdata[1]}, %{customdata[2]} seeds)",
@@ -144,7 +132,7 @@ def gap_matrix(
     )  # fmt: skip
     panel.x(**BARE, side="bottom")
     panel.y(**BARE, autorange="reversed")
-    return figure
+    return panel.figure
 
 
 def _dumbbells(
@@ -152,22 +140,10 @@ def _dumbbells(
 ) -> go.Figure:
     """Columns panel, line, seed, before and after: one dumbbell a line in each panel."""
     panels, lines = (list(dict.fromkeys(rows[key].astype(str))) for key in ("panel", "line"))
-    down = math.ceil(len(panels) / across)
-    height = 210 + down * (34 * len(lines) + 76)
-    figure = new_figure(
-        look,
-        title,
-        subtitle,
-        height,
-        rows=down,
-        cols=across,
-        shared_yaxes=True,
-        horizontal_spacing=0.03,
-        vertical_spacing=84 / height if down > 1 else 0,
-        subplot_titles=[plain(name) for name in panels],
-    )
-    for at, name in enumerate(panels):
-        panel = Panel(figure, look, at // across + 1, at % across + 1, at == 0)
+    grid = {"shared_yaxes": True, "horizontal_spacing": 0.03}
+    drawn = new_panels(look, title, subtitle, panels, across, (210, 34 * len(lines) + 76), 84, **grid)
+    figure = drawn[0].figure
+    for panel, name in zip(drawn, panels, strict=True):
         _panel(panel, rows[rows["panel"].astype(str) == name], lines, measure)
         if chance is not None:
             line = {"color": look.muted, "width": 1.3, "dash": "dash"}
@@ -175,10 +151,8 @@ def _dumbbells(
             panel.mark([chance, chance], ends, f"chance ({number(chance)})", line=line, group="chance")
         panel.rows(lines)
     figure.update_xaxes(range=[-4, 122], tickvals=[0, 25, 50, 75, 100], zeroline=False)
-    for col in range(1, across + 1):
-        last = down if (down - 1) * across + col <= len(panels) else down - 1
-        figure.update_xaxes(title_text=plain(measure), row=last, col=col)
-    panel_titles(figure)
+    for panel in drawn[-across:]:  # the lowest of each column
+        panel.x(title_text=plain(measure))
     legend_below(figure, 92, 24)
     return figure
 

@@ -18,7 +18,7 @@ from mansu_tl.circuit import EdgeScores
 from mansu_tl.circuit.graph import layer_of
 from mansu_tl.errors import MansuError
 from mansu_tl.patching import NodeScores, PatchingResult
-from mansu_tl.plots.panels import BARE, Panel, panel_titles
+from mansu_tl.plots.panels import BARE, Panel, new_panel, new_panels
 from mansu_tl.plots.theme import Theme, fixed, new_figure, number, plain, theme_named
 
 _ALL_LABELS = 48  # names up to which every one is written
@@ -42,11 +42,14 @@ def edge_matrix(scores: EdgeScores, *, title: str | None = None, theme: str = "l
         raise MansuError("edge scores: no edge exists; score a model with at least one layer")
     z = np.where(exists, scores.tensor.detach().float().cpu().numpy(), np.nan)
     top = float(np.nanmax(np.abs(z))) or 1.0
+    how_to_read = (
+        f"Blue supports the answer, orange opposes it; colour ~ √|score|. Metric {scores.metric}, "
+        f"completeness residual {number(scores.residual, 2)}."
+    )
     figure = new_figure(
         look,
         title or f"{scores.method.upper()} scores of {int(exists.sum()):,} edges",
-        f"Blue supports the answer, orange opposes it; colour ~ √|score|. Metric {scores.metric}, "
-        f"completeness residual {number(scores.residual, 2)}.",
+        how_to_read,
         190 + min(760, max(320, 18 * len(z))),
     )
     panel = Panel(figure, look)
@@ -79,13 +82,15 @@ def patching(result: PatchingResult, *, title: str | None = None, theme: str = "
         raise MansuError("patching: the sweep has no cell to draw; run it on at least one layer and position")
     top = max(1.0, float(np.nanmax(np.abs(z))))
     done = "restored" if result.direction == "denoising" else "destroyed"
-    figure = new_figure(
+    how_to_read = f"Share of the clean-corrupt difference in {result.metric} that one patch has {done}, "
+    how_to_read += "1 = all of it; 0 = no effect."
+    panel = new_panel(
         look,
         title or f"{result.direction.capitalize()} the {result.component}",
-        f"Share of the clean-corrupt difference in {result.metric} that one patch has {done}, 1 = all of it; 0 = no effect.",
+        how_to_read,
         190 + max(200, 34 * len(z)),
     )
-    panel, few = Panel(figure, look), z.size <= _VALUES_IN_CELLS
+    few = z.size <= _VALUES_IN_CELLS
     low, zero, high = look.diverging
     panel.heat(
         z, [[0, low], [0.5, zero], [1, high]], (-top, top), "share", texts=_written(z, few),
@@ -94,7 +99,7 @@ def patching(result: PatchingResult, *, title: str | None = None, theme: str = "
     )  # fmt: skip
     panel.x(**{**BARE, **_ticks(result.columns)}, title_text=plain(result.column_axis))
     panel.y(**{**BARE, **_ticks(result.rows)}, title_text=plain(result.row_axis))
-    return figure
+    return panel.figure
 
 
 def head_scores(scores: NodeScores, *, title: str | None = None, theme: str = "light") -> go.Figure:
@@ -164,10 +169,7 @@ def attention_patterns(
 ) -> go.Figure:
     """Draw what each head attends to in one prompt: queries downward, keys across, one panel a head.
 
-    Args:
-        patterns: attention probabilities of one prompt.
-        tokens: the prompt's tokens.
-        heads: their names; numbered where not given.
+    Heads are numbered where no names are given.
 
     Raises:
         MansuError: no head, or tokens or names of another number.
@@ -181,31 +183,24 @@ def attention_patterns(
         raise MansuError(
             f"attention: {len(tokens)} tokens for patterns of {queries} x {keys}; give one for each position"
         )
-    across = min(_ACROSS, count)
-    down = math.ceil(count / across)
-    height = 220 + 284 * down
-    figure = new_figure(
-        look,
-        title or "What the heads look at",
+    how_to_read = (
         "Rows: the token that looks; columns: the token that is looked at. Dark = most of the attention; each row adds "
-        "up to 1.",
-        height,
-        rows=down,
-        cols=across,
-        shared_xaxes=True,
-        shared_yaxes=True,
-        horizontal_spacing=0.025,
-        vertical_spacing=40 / height if down > 1 else 0,
-        subplot_titles=[plain(name) for name in names],
+        "up to 1."
     )
+    title, grid = (
+        title or "What the heads look at",
+        {"shared_xaxes": True, "shared_yaxes": True, "horizontal_spacing": 0.025},
+    )
+    panels = new_panels(look, title, how_to_read, names, min(_ACROSS, count), (220, 284), 40, **grid)
+    figure = panels[0].figure
     shown = [plain(token) for token in tokens]
     z = patterns.detach().float().cpu().tolist()
-    for i, name in enumerate(plain(name) for name in names):
-        causal = [[v if k <= q or v else None for k, v in enumerate(row)] for q, row in enumerate(z[i])]
+    for panel, name, pattern in zip(panels, map(plain, names), z, strict=True):
+        causal = [[v if k <= q or v else None for k, v in enumerate(row)] for q, row in enumerate(pattern)]
         figure.add_heatmap(
             z=causal, coloraxis="coloraxis", customdata=_cells(tokens, tokens), hoverongaps=False, xgap=1, ygap=1, name=name,
             hovertemplate=f"{name}: %{{customdata[0]}} looks at %{{customdata[1]}}<br>%{{z:.3f}}<extra></extra>",
-            row=i // across + 1, col=i % across + 1,
+            **panel.where,
         )  # fmt: skip
     axis = {**BARE, "tickfont": {"size": 10}, "tickvals": list(range(len(shown))), "ticktext": shown}
     figure.update_xaxes(**axis, tickangle=-60)
@@ -214,7 +209,7 @@ def attention_patterns(
     bar = {"title": {"text": "attention"}, "thickness": 14, "outlinewidth": 0}
     colours = {"cmin": 0, "cmax": 1, "colorscale": [[0, zero], [1, high]], "colorbar": bar}
     figure.update_layout(coloraxis=colours, plot_bgcolor=look.band, margin={"t": figure.layout.margin.t + 24})
-    panel_titles(figure, 12)
+    figure.update_annotations(font={"size": 12})
     return figure
 
 

@@ -32,8 +32,7 @@ def label_points(
 
     Args:
         names: plain text, the most important first.
-        spans: ends of both axes.
-        size: of the panel in pixels, about.
+        spans: ends of both axes; `size` is that of the panel in pixels, about.
         avoid: boxes (left, bottom, right, top), on the axes, that no name may lie on, such as lines.
     """
     (x0, x1), (y0, y1) = spans
@@ -65,15 +64,9 @@ def _overlap(a: _Box, b: _Box) -> bool:
 def apart(
     xs: np.ndarray, ys: np.ndarray, *, size: np.ndarray, most: int, room: tuple[float, float], among: int | None = None
 ) -> list[int]:
-    """The largest points whose labels do not meet.
+    """The points of largest `size` (`most` of them, tried `among` the first) whose labels do not meet.
 
-    Args:
-        xs: shares of the panel.
-        ys: shares of the panel.
-        size: of each point, what makes it worth a label.
-        most: labels.
-        room: what a label takes, in shares of the panel.
-        among: how many of the largest points are tried; all where not given.
+    Places and the `room` that a label takes are shares of the panel.
     """
     chosen: list[int] = []
     for at in np.argsort(-size, kind="stable")[:among].tolist():

@@ -29,8 +29,6 @@ class Placement:
         nodes: centre of every writer with an edge, and of `logits`.
         bars: KV heads shared by several query heads, drawn as a bar under their group: left, right and height.
         stubs: from a bar up to the heads of its group that are drawn.
-        n_layers: layers of the model.
-        n_heads: heads of a layer.
     """
 
     nodes: dict[str, Point]
@@ -51,10 +49,7 @@ class Placement:
 
 
 def place(
-    writers: Sequence[str],
-    edges: Sequence[tuple[str, str]],
-    kv_groups: int,
-    columns: Mapping[str, int] | None = None,
+    writers: Sequence[str], edges: Sequence[tuple[str, str]], kv_groups: int, columns: Mapping[str, int] | None = None
 ) -> Placement:
     """Positions for the given edges; nodes without an edge are left out.
 
@@ -63,20 +58,16 @@ def place(
     """
     n_layers = 1 + max(layer_of(name) for name in writers)
     n_heads = sum(name.startswith("L0H") for name in writers)
-    senders = {writer for writer, _ in edges}
-    direct = {
-        target
-        for _, reader in edges
-        for target in (writers_behind(reader, kv_groups) or ["logits"])
-        if kv_groups == 1 or reader_kind(reader) not in "kv"
-    }
-    drawn = senders | direct
+    shared = {reader for _, reader in edges if kv_groups > 1 and reader_kind(reader) in "kv"}
+    drawn = {writer for writer, _ in edges}
+    for reader in {reader for _, reader in edges} - shared:
+        drawn |= set(writers_behind(reader, kv_groups) or ["logits"])
     nodes = {name: _centre(name, n_layers, n_heads, columns) for name in (*writers, "logits") if name in drawn}
     bars: dict[str, tuple[float, float, float]] = {}
     stubs: list[tuple[Point, Point]] = []
-    for _, reader in edges:
+    for reader in (reader for _, reader in edges if reader in shared):
         name = reader.partition(".")[0]
-        if kv_groups == 1 or reader_kind(reader) not in "kv" or name in bars:
+        if name in bars:
             continue
         group = [_centre(head, n_layers, n_heads, columns) for head in writers_behind(reader, kv_groups)]
         y = group[0][1] - _BAR_Y

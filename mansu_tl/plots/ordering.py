@@ -23,7 +23,7 @@ def untangled(writers: Sequence[str], edges: Sequence[tuple[str, str]], kv_group
     n_heads = sum(name.startswith("L0H") for name in writers)
     layers = 1 + max(layer_of(name) for name in writers)
     order = {layer: list(range(n_heads)) for layer in range(layers)}
-    best = _crossings(writers, edges, kv_groups, order)
+    best = crossings(writers, edges, kv_groups, _columns(order))
     for _ in range(_PASSES):
         start = best
         for layer in order:
@@ -34,7 +34,7 @@ def untangled(writers: Sequence[str], edges: Sequence[tuple[str, str]], kv_group
                         continue
                     here = order[layer]
                     order[layer] = here[:i] + here[i + size : i + 2 * size] + here[i : i + size] + here[i + 2 * size :]
-                    now = _crossings(writers, edges, kv_groups, order)
+                    now = crossings(writers, edges, kv_groups, _columns(order))
                     if now < best:
                         best = now
                     else:
@@ -54,12 +54,6 @@ def crossings(
     c, d = ends[None, :, :2], ends[None, :, 2:]
     apart = (_turn(a, b, c) * _turn(a, b, d) < 0) & (_turn(c, d, a) * _turn(c, d, b) < 0)
     return int(np.triu(apart, 1).sum())
-
-
-def _crossings(
-    writers: Sequence[str], edges: Sequence[tuple[str, str]], kv_groups: int, order: Mapping[int, list[int]]
-) -> int:
-    return crossings(writers, edges, kv_groups, _columns(order))
 
 
 def _columns(order: Mapping[int, list[int]]) -> dict[str, int]:

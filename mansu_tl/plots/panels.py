@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.theme import Theme, plain, translucent
+from mansu_tl.plots.theme import Theme, new_figure, plain, translucent
 
 _COLOURS = {
     "light": ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7A5195", "#8C564B"),
@@ -21,6 +22,7 @@ _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "star", "cross", "hexagon", "pentagon")
 BARE: dict[str, Any] = {"showgrid": False, "zeroline": False, "showline": False, "ticks": ""}  # an axis of names
 PERCENT: dict[str, Any] = {"range": [-4, 104], "tickvals": [0, 25, 50, 75, 100]}
+Number = float | int
 Numbers = Sequence[Any] | np.ndarray
 
 
@@ -59,12 +61,8 @@ def series_styles(labels: Sequence[str], look: Theme, references: Sequence[str] 
 class Panel:
     """One panel of a figure, and what is drawn into it.
 
-    Attributes:
-        figure: of which it is a part.
-        look: the theme.
-        row: from 1; None where the figure has one panel only.
-        col: from 1.
-        first: its groups stand in the legend, those of other panels do not again.
+    Row and column count from 1 and are None where there is one panel only. Groups of the `first` stand in the legend;
+    those of others do not again.
     """
 
     figure: go.Figure
@@ -93,54 +91,25 @@ class Panel:
     ) -> None:
         """Points, lines or both.
 
-        Args:
-            name: for the legend, escaped.
-            hover: plotly's template of what a mark tells; "" = nothing.
-            data: of each mark, for the template.
-            group: what the legend switches together, in all panels.
-            legend: whether the name stands there; by default in the group's first panel.
+        `hover` is plotly's template of what a mark tells ("" = nothing), `data` what it knows of each mark, `group` what
+        the legend switches together, `legend` whether the name stands there (by default in the group's first panel).
         """
         self.figure.add_scatter(
             x=x, y=y, mode=mode, name=name, customdata=data, **self._shared(hover, group, legend), **style
         )
 
     def bars(
-        self,
-        x: Numbers,
-        y: Numbers,
-        name: str | None = None,
-        *,
-        hover: str = "",
-        data: Any = None,
-        legend: bool | None = None,
-        **style: Any,
+        self, x: Numbers, y: Numbers, name: str, *, hover: str, data: Any = None, legend: Any = None, **style: Any
     ) -> None:
         """Bars, upright where not said otherwise; see `mark`."""
         self.figure.add_bar(x=x, y=y, name=name, customdata=data, **self._shared(hover, None, legend), **style)
 
     def heat(
-        self,
-        z: Any,
-        scale: Any,
-        ends: tuple[float | int, float | int],
-        bar: str,
-        *,
-        hover: str,
-        texts: Any = None,
-        gap: int | None = 1,
-        colorbar: Mapping[str, Any] | None = None,
-        **more: Any,
+        self, z: Any, scale: Any, ends: Numbers, bar: str, *, hover: str, texts: Any = None, gap: Any = 1, **more: Any
     ) -> None:
-        """A heat map; cells without a value show the band's colour.
-
-        Args:
-            scale: of the colours.
-            ends: the values at its ends.
-            bar: title of the colour bar.
-            texts: written into the cells.
-            gap: between cells, in pixels.
-        """
-        bars = {"title": {"text": bar}, "thickness": 14, "outlinewidth": 0, **(colorbar or {})}
+        """A heat map with a colour scale, the values at its ends, a title of its bar, and texts in the cells; cells
+        without a value show the band's colour."""
+        bars = {"title": {"text": bar}, "thickness": 14, "outlinewidth": 0, **more.pop("colorbar", {})}
         self.figure.add_heatmap(
             z=z, zmin=ends[0], zmax=ends[1], colorscale=scale, xgap=gap, ygap=gap, hoverongaps=False, text=texts,
             texttemplate=None if texts is None else "%{text}", textfont={"size": 11}, colorbar=bars,
@@ -155,45 +124,19 @@ class Panel:
             fill="toself", fillcolor=translucent(colour, 0.16), line={"width": 0},
         )  # fmt: skip
 
-    def series(
-        self, x: Numbers, y: Numbers, name: str, style: Style, *, hover: str, data: Any, group: str = ""
-    ) -> None:
-        """A line through points."""
-        self.mark(
-            x,
-            y,
-            name,
-            "lines+markers",
-            hover=hover,
-            data=data,
-            group=group or None,
-            line=style.line,
-            marker=style.marker,
-        )
+    def series(self, x: Numbers, y: Numbers, name: str, style: Style, **told: Any) -> None:
+        """A line through points; see `mark`."""
+        self.mark(x, y, name, "lines+markers", line=style.line, marker=style.marker, **told)
 
-    def note(
-        self, x: Any, y: Any, text: str, *, size: float | int = 11, colour: str | None = None, **place: Any
-    ) -> None:
-        """Text at a point.
-
-        Args:
-            text: escaped.
-            colour: muted where not given; "" = the figure's own.
-        """
+    def note(self, x: Any, y: Any, text: str, *, size: Number = 11, colour: str | None = None, **place: Any) -> None:
+        """Escaped text at a point, muted where no colour is given; "" = the figure's own."""
         font: dict[str, Any] = {"size": size}
         if colour != "":
             font["color"] = colour or self.look.muted
         self.figure.add_annotation(x=x, y=y, text=text, showarrow=False, font=font, **place, **self.where)
 
     def level(
-        self,
-        value: Any,
-        text: str = "",
-        *,
-        upright: bool = False,
-        width: float | int = 1.2,
-        dash: str = "dash",
-        **place: Any,
+        self, at: Any, text: str = "", *, upright: bool = False, width: Number = 1.2, dash: str = "dash", **place: Any
     ) -> None:
         """A reference line across the panel, level or upright, and what it is."""
         line = {"color": self.look.muted, "width": width, "dash": dash}
@@ -204,7 +147,7 @@ class Panel:
             **{f"annotation_{key}": each for key, each in place.items()},
         }
         draw = self.figure.add_vline if upright else self.figure.add_hline
-        draw(**{"x" if upright else "y": value}, line=line, **(noted if text else {}), **self.where)
+        draw(**{"x" if upright else "y": at}, line=line, **(noted if text else {}), **self.where)
 
     def x(self, **axis: Any) -> None:
         """Set up the horizontal axis."""
@@ -214,7 +157,7 @@ class Panel:
         """Set up the vertical axis."""
         self.figure.update_yaxes(**axis, **self.where)
 
-    def rows(self, names: Sequence[str], pad: float | int = 0.6, **axis: Any) -> None:
+    def rows(self, names: Sequence[str], pad: Number = 0.6, **axis: Any) -> None:
         """One row a name, the first on top."""
         bare = {key: each for key, each in BARE.items() if key != "showgrid"}
         shown = [plain(name) for name in names]
@@ -236,6 +179,11 @@ def whiskers(values: Numbers, lows: Numbers, highs: Numbers, colour: str) -> dic
     return {"type": "data", "symmetric": False, **ends, "color": colour, "thickness": 1.4, "width": 4}
 
 
+def marker(symbol: str, size: Number, fill: str, rim: str, width: Number) -> dict[str, Any]:
+    """A mark with a rim of some width in pixels."""
+    return {"symbol": symbol, "size": size, "color": fill, "line": {"color": rim, "width": width}}
+
+
 def segments(parts: Sequence[tuple[Numbers, Numbers]]) -> tuple[list[Any], list[Any]]:
     """Separate lines as one, with gaps between them."""
     xs: list[Any] = []
@@ -247,29 +195,48 @@ def segments(parts: Sequence[tuple[Numbers, Numbers]]) -> tuple[list[Any], list[
 
 
 def legend_below(figure: go.Figure, bottom: int = 96, more: int = 0) -> None:
-    """A legend in one line under the figure, and room for it.
-
-    Args:
-        bottom: margin, in pixels.
-        more: room for the titles of panels, added to the margin on top.
-    """
+    """A legend in one line under the figure and room for it, and `more` room on top, for the titles of panels."""
     figure.update_layout(
         legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
         margin={"b": bottom, "t": figure.layout.margin.t + more},
     )
 
 
-def panel_titles(figure: go.Figure, size: int = 13) -> None:
-    """Set the size of the titles over panels."""
-    figure.update_annotations(font={"size": size}, selector={"yref": "paper"})
+def new_panel(look: Theme, title: str, subtitle: str, height: Number) -> Panel:
+    """The panel of a new figure; see `new_figure`."""
+    return Panel(new_figure(look, title, subtitle, height), look)
+
+
+def new_panels(
+    look: Theme,
+    title: str,
+    subtitle: str,
+    names: Sequence[str],
+    across: int,
+    heights: tuple[int, int],
+    gap: int,
+    **grid: Any,
+) -> list[Panel]:
+    """The panels of a new figure, one a name (plain text), `across` of them side by side; see `new_figure`.
+
+    Args:
+        heights: in pixels, of all that is around the panels and of each row of them.
+        gap: between the rows, in pixels.
+    """
+    down = math.ceil(len(names) / across)
+    height, titles = heights[0] + heights[1] * down, [plain(name) for name in names]
+    grid |= {
+        "rows": down,
+        "cols": across,
+        "vertical_spacing": gap / height if down > 1 else 0,
+        "subplot_titles": titles,
+    }
+    figure = new_figure(look, title, subtitle, height, **grid)
+    return [Panel(figure, look, i // across + 1, i % across + 1, i == 0) for i in range(len(names))]
 
 
 def require_columns(what: str, rows: pd.DataFrame, names: Sequence[str]) -> None:
-    """Refuse a table that lacks columns or rows.
-
-    Raises:
-        MansuError: it does.
-    """
+    """Refuse a table that lacks columns or rows with a `MansuError`."""
     lacking = [name for name in names if name not in rows.columns]
     if lacking:
         raise MansuError(f"{what}: the table has no column {', '.join(lacking)}; it needs {', '.join(names)}")
@@ -278,11 +245,7 @@ def require_columns(what: str, rows: pd.DataFrame, names: Sequence[str]) -> None
 
 
 def distinct(what: str, labels: Sequence[str]) -> list[str]:
-    """The labels, of which there has to be at least one, and no two alike.
-
-    Raises:
-        MansuError: it is not so.
-    """
+    """The labels; where there is none, or two are alike, a `MansuError`."""
     if not labels:
         raise MansuError(f"{what}: none given; pass at least one result")
     if len(set(labels)) != len(labels):
@@ -301,21 +264,7 @@ def intervals_of(part: pd.DataFrame, name: str) -> tuple[list[float], list[float
     return low, high
 
 
-def padded(low: float | int, high: float | int, share: float | int = 0.07) -> list[float]:
+def padded(low: Number, high: Number, share: Number = 0.07) -> list[float]:
     """Ends of an axis with some room beyond the values."""
     pad = share * (high - low or 1.0)
     return [low - pad, high + pad]
-
-
-def named(results: Mapping[str, Any] | Sequence[Any], what: str) -> dict[str, Any]:
-    """Results by label: a mapping's keys, else their own.
-
-    Raises:
-        MansuError: none, or two of one label.
-    """
-    if isinstance(results, Mapping):
-        return dict(results)
-    out = {each.label: each for each in results}
-    if len(out) != len(results):
-        raise MansuError(f"{what}: two results have the same label; pass a mapping label -> result")
-    return out

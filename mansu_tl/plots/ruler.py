@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.panels import BARE, Panel, legend_below, segments
-from mansu_tl.plots.theme import new_figure, number, plain, theme_named
+from mansu_tl.plots.panels import BARE, Panel, legend_below, marker, new_panel, segments
+from mansu_tl.plots.theme import number, plain, theme_named
 from mansu_tl.quantization import Grid
 
 _MOST_BLOCKS = 40
@@ -59,9 +59,9 @@ def ruler(
     if encoded[0].absmax.ndim != 1:
         raise MansuError(f"ruler: {grid.name} has no fixed codes to draw; use nf4, fp4 or int4")
     size = grid.block_size or before.shape[1]
-    edited = (matrices[0] != matrices[1]).reshape(-1)
-    count = -(-len(edited) // size)
-    chosen = _most_edited(edited, size, count) if blocks is None else list(blocks)
+    edited = matrices[0] != matrices[1]
+    count = -(-edited.numel() // size)
+    chosen = (most_edited(edited, size, _MOST_BLOCKS) or [0]) if blocks is None else list(blocks)
     for block in chosen:
         if not 0 <= block < count:
             raise MansuError(f"ruler: block {block}, the matrix has {count}; choose 0..{count - 1}")
@@ -77,36 +77,32 @@ def ruler(
         return _Block(number, weights, codes, (scales[0], scales[1]), levels)
 
     shown = [block_of(number) for number in chosen]
-    figure = new_figure(
-        look,
-        title or f"On the {grid.name} ruler{': ' if name else ''}{name}",
+    how_to_read = (
         "Each mark is a weight, as a share of its block's largest. Thin lines: where one code ends and the next begins; "
-        "ticks below: the codes' values, to which the edited weights are followed.",
-        520,
+        "ticks below: the codes' values, to which the edited weights are followed."
     )
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or f"On the {grid.name} ruler{': ' if name else ''}{name}", how_to_read, 520)
     # The slider rewrites the first annotation.
     line = {"xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
     panel.note(0, 1.02, shown[0].text(), size=13, colour="", **line)
     _scale(panel, levels, grid.bounds.tolist())
-    first = len(figure.data)
+    first = len(panel.figure.data)
     for kind, colour, width, dash, symbol, mark in (
         ("kept", look.neutral, 0.4, "solid", "line-ns-open", 12),
         ("crossed", look.positive, 1.6, "solid", "circle", 9),
         ("back", look.negative, 1.6, "dot", "x", 9),
     ):
-        marker = {"symbol": symbol, "size": mark, "color": colour, "line": {"width": 1.6, "color": colour}}
-        figure.add_scatter(
+        panel.figure.add_scatter(
             **shown[0].trace(kind),
             mode="lines+markers",
             name=_NAMES[kind],
             line={"color": colour, "width": width, "dash": dash},
-            marker=marker,
+            marker=marker(symbol, mark, colour, colour, 1.6),
             hovertemplate="%{customdata}<extra></extra>",
         )
     if len(shown) > 1:
         steps = [each.step(list(range(first, first + len(_NAMES)))) for each in shown]
-        figure.update_layout(
+        panel.figure.update_layout(
             sliders=[
                 {
                     "steps": steps, "currentvalue": {"prefix": "block ", "font": {"size": 13}}, "pad": {"t": 52, "b": 8},
@@ -114,17 +110,12 @@ def ruler(
                 }
             ]
         )  # fmt: skip
-    panel.x(
-        title_text="weight / absmax of its block",
-        range=[-1.04, 1.04],
-        tickvals=[-1, -0.5, 0, 0.5, 1],
-        showgrid=False,
-        zeroline=False,
-    )
+    ticks = {"range": [-1.04, 1.04], "tickvals": [-1, -0.5, 0, 0.5, 1]}
+    panel.x(title_text="weight / absmax of its block", **ticks, showgrid=False, zeroline=False)
     panel.y(**BARE, tickvals=[1, 0.5, 0], ticktext=["before", "after", "codes"], range=[-0.28, 1.18])
-    legend_below(figure, 170 if len(shown) > 1 else 96)
-    figure.update_layout(margin={"t": 120})
-    return figure
+    legend_below(panel.figure, 170 if len(shown) > 1 else 96)
+    panel.figure.update_layout(margin={"t": 120})
+    return panel.figure
 
 
 @dataclass(frozen=True)
@@ -175,11 +166,12 @@ class _Block:
         )
 
 
-def _most_edited(edited: Tensor, size: int, count: int) -> list[int]:
-    """The blocks with most edited weights, in order of their numbers."""
-    hits = torch.nn.functional.pad(edited, (0, count * size - len(edited))).view(count, size).sum(1)
-    best = torch.argsort(hits, descending=True, stable=True)[:_MOST_BLOCKS]
-    return sorted(best[hits[best] > 0].tolist()) or [0]
+def most_edited(edited: Bool[Tensor, "*any"], size: int, most: int) -> list[int]:
+    """The blocks of a matrix that hold most edited weights, in order of their numbers; none without one."""
+    count = -(-edited.numel() // size)
+    hits = torch.nn.functional.pad(edited.reshape(-1), (0, count * size - edited.numel())).view(count, size).sum(1)
+    best = torch.argsort(hits, descending=True, stable=True)[:most]
+    return sorted(best[hits[best] > 0].tolist())
 
 
 def _scale(panel: Panel, levels: np.ndarray, bounds: list[float]) -> None:
@@ -190,12 +182,7 @@ def _scale(panel: Panel, levels: np.ndarray, bounds: list[float]) -> None:
         panel.figure.add_shape(type="rect", x0=low, x1=high, y0=-0.24, y1=1.12, **style)
     lines = segments([([bound, bound], [-0.24, 1.12]) for bound in bounds])
     panel.mark(*lines, "boundaries", line={"color": look.grid, "width": 1}, legend=False)
-    ticks = {
-        "symbol": "line-ns-open",
-        "size": 16,
-        "color": look.ink,
-        "line": {"width": 2.4 if few else 1, "color": look.ink},
-    }
+    ticks = marker("line-ns-open", 16, look.ink, look.ink, 2.4 if few else 1)
     panel.mark(
         levels, [0.0] * len(levels), "codes", "markers+text" if few else "markers", legend=False, marker=ticks,
         hover="code %{text}: %{x:.4f}", text=[str(i) for i in range(len(levels))], textposition="bottom center",

@@ -17,8 +17,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.patching import NodeScores, PatchingResult
 from mansu_tl.plots.circuit_look import KINDS
 from mansu_tl.plots.labels import apart
-from mansu_tl.plots.panels import Panel, legend_below, padded, require_columns, series_styles, whiskers
-from mansu_tl.plots.theme import fixed, new_figure, number, plain, theme_named
+from mansu_tl.plots.panels import legend_below, new_panel, padded, require_columns, series_styles, whiskers
+from mansu_tl.plots.theme import fixed, number, plain, theme_named
 from mansu_tl.verification import Divergence
 
 _SYMBOLS = {"q": "circle", "k": "square", "v": "diamond", "mlp": "triangle-up", "logits": "x"}
@@ -28,10 +28,6 @@ _SPREAD = 0.24  # of a row, either side
 
 def node_scores(scores: NodeScores, *, most: int = 30, title: str | None = None, theme: str = "light") -> go.Figure:
     """Draw the nodes of largest |score| as bars, largest on top; what opposes the answer is hatched and orange.
-
-    Args:
-        scores: scores of nodes.
-        most: how many are drawn.
 
     Raises:
         MansuError: there is no node, or `most` is below one.
@@ -45,14 +41,11 @@ def node_scores(scores: NodeScores, *, most: int = 30, title: str | None = None,
     share = 100 * float(np.abs(values[order]).sum()) / (float(np.abs(values).sum()) or 1)
     metric = scores.metric.replace("_", " ")
     whole = "What each node is worth" if len(order) == len(values) else f"The {len(order)} nodes that matter most"
-    figure = new_figure(
-        look,
-        title or whole,
+    how_to_read = (
         f"Estimated effect on the {metric} of restoring each node's output; positive supports the answer. "
-        f"Shown: {fixed(share, 0)} % of all |score| in {len(values)} nodes.",
-        170 + 22 * len(order),
+        f"Shown: {fixed(share, 0)} % of all |score| in {len(values)} nodes."
     )
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or whole, how_to_read, 170 + 22 * len(order))
     for positive, name, colour, hatch in (
         (True, "supports the answer", look.positive, ""),
         (False, "opposes it", look.negative, "/"),
@@ -73,8 +66,8 @@ def node_scores(scores: NodeScores, *, most: int = 30, title: str | None = None,
     order_of_names = {"categoryorder": "array", "categoryarray": names[::-1]}
     panel.y(**order_of_names, showgrid=False, showline=False, ticks="", tickfont={"size": 11})
     legend = {"x": 1, "y": 0, "xanchor": "right", "yanchor": "bottom"}
-    figure.update_layout(bargap=0.25, legend=legend, showlegend=min(drawn) < 0)
-    return figure
+    panel.figure.update_layout(bargap=0.25, legend=legend, showlegend=min(drawn) < 0)
+    return panel.figure
 
 
 def attribution_scatter(
@@ -99,14 +92,11 @@ def attribution_scatter(
     require_columns("attribution scatter", frame, ["name", "exact", "attribution"])
     x, y = frame["exact"].to_numpy(float), frame["attribution"].to_numpy(float)
     together = f", correlation {fixed(float(np.corrcoef(x, y)[0, 1]), 3)}" if len(x) > 2 and x.std() and y.std() else ""
-    figure = new_figure(
-        look,
-        title or "When can the linear estimate be trusted?",
+    how_to_read = (
         f"Each point is a node or an edge: its exact effect by activation patching across, the linear estimate upright. "
-        f"{len(x)} points, mean error {number(float(np.abs(x - y).mean()))}{together}.",
-        600,
+        f"{len(x)} points, mean error {number(float(np.abs(x - y).mean()))}{together}."
     )
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or "When can the linear estimate be trusted?", how_to_read, 600)
     ends = padded(min(x.min(), y.min(), 0.0), max(x.max(), y.max(), 0.0))
     panel.mark(ends, ends, "estimate = exact", line={"color": look.muted, "width": 1.3})
     kinds = frame["kind"].astype(str) if "kind" in frame.columns else pd.Series("nodes", index=frame.index)
@@ -123,7 +113,7 @@ def attribution_scatter(
         panel.note(x[at], y[at], plain(frame["name"].iloc[at]), xanchor="left", xshift=8)
     panel.x(title_text="exact effect of patching", range=ends, zeroline=False)
     panel.y(title_text="estimate by attribution", range=ends, zeroline=False)
-    return figure
+    return panel.figure
 
 
 def divergence_scatter(divergence: Divergence, *, title: str | None = None, theme: str = "light") -> go.Figure:
@@ -139,14 +129,11 @@ def divergence_scatter(divergence: Divergence, *, title: str | None = None, them
     if frame.empty:
         raise MansuError(f"circuit divergence {label!r}: it has no edge to draw; use a circuit that has some")
     low, high = divergence.interval
-    figure = new_figure(
-        look,
-        title or f"{label}: edge scores before and after",
+    how_to_read = (
         f"CAD {fixed(divergence.value, 3)}, 95 % interval {fixed(low, 3)} to {fixed(high, 3)}; "
-        f"mass loss {fixed(divergence.mass_loss, 3)}; {len(frame)} edges.",
-        600,
+        f"mass loss {fixed(divergence.mass_loss, 3)}; {len(frame)} edges."
     )
-    panel = Panel(figure, look)
+    panel = new_panel(look, title or f"{label}: edge scores before and after", how_to_read, 600)
     x, y = frame["original"].to_numpy(float), frame["other"].to_numpy(float)
     across = padded(min(x.min(), 0.0), max(x.max(), 0.0), 0.06)
     upright = padded(min(x.min(), y.min(), 0.0), max(x.max(), y.max(), 0.0), 0.06)
@@ -169,19 +156,12 @@ def divergence_scatter(divergence: Divergence, *, title: str | None = None, them
         panel.note(x[at], y[at], f"{plain(writer)} → {plain(reader)}", size=10, yshift=11)
     panel.x(title_text="score in the original", range=across, zeroline=False)
     panel.y(title_text=f"score in: {plain(label)}", range=upright, zeroline=False)
-    return figure
+    return panel.figure
 
 
 @dataclass(frozen=True)
 class StageScore:
-    """A score in one model.
-
-    Attributes:
-        name: what the model is.
-        values: of every pair.
-        mean: over pairs.
-        interval: its 95 % interval.
-    """
+    """A score in one model: of every pair, the mean over them and its 95 % interval."""
 
     name: str
     values: Float[Tensor, " pair"]
@@ -200,13 +180,7 @@ def stage_scores(
 ) -> go.Figure:
     """Draw a score before an edit, after it and after quantization, one row each; zero is where nothing is left.
 
-    Traces, in order: the pairs, the chosen pair, the means.
-
-    Args:
-        stages: from the top down.
-        labels: a name for each pair, for the hover texts.
-        chosen: a pair that is marked in every row.
-        metric: what the scores are measured in.
+    Traces, in order: the pairs (with a label each, for the hover texts), the chosen pair, the means.
 
     Raises:
         MansuError: no stage, labels of another number, or a chosen pair that is not there.
@@ -219,13 +193,9 @@ def stage_scores(
             raise MansuError(f"stage scores: {len(stage.values)} values, {len(labels)} labels; give one for each pair")
     if chosen is not None and not 0 <= chosen < len(labels):
         raise MansuError(f"stage scores: pair {chosen}, there are {len(labels)}; choose 0..{len(labels) - 1}")
-    figure = new_figure(
-        look,
-        title or "Score at every stage",
-        "Each mark is a pair; the bar is the mean over pairs, its whisker the 95 % interval over facts.",
-        190 + 88 * len(stages),
-    )
-    panel, rows, shown = Panel(figure, look), range(len(stages)), [plain(label) for label in labels]
+    how_to_read = "Each mark is a pair; the bar is the mean over pairs, its whisker the 95 % interval over facts."
+    panel = new_panel(look, title or "Score at every stage", how_to_read, 190 + 88 * len(stages))
+    rows, shown = range(len(stages)), [plain(label) for label in labels]
     # Spread evenly within the row, the same pair at the same height in every row.
     heights = [_SPREAD * (2 * ((i * _GOLDEN) % 1) - 1) for i in range(len(labels))]
     dots = {"size": 5, "color": look.positive_soft, "opacity": 0.55, "line": {"width": 0}}
@@ -249,8 +219,8 @@ def stage_scores(
     panel.level(0, upright=True, width=1, dash="solid")
     panel.x(title_text=f"score, {plain(metric)}", zeroline=False)
     panel.rows([stage.name for stage in stages], showgrid=False)
-    legend_below(figure, 92)
-    return figure
+    legend_below(panel.figure, 92)
+    return panel.figure
 
 
 def _beside(scores: NodeScores, exact: PatchingResult | None) -> pd.DataFrame:

@@ -207,33 +207,24 @@ def _table(title: str, subtitle: str, columns: Sequence[_Column], groups: Sequen
     """The table, each column as wide as its longest line; every other group of rows is shaded."""
     figure = new_figure(look, title, subtitle)
     widths = [_PADDING + _CHARACTER * max(map(_length, (column.head, *column.cells))) for column in columns]
-    rows = zip(*(column.cells for column in columns), strict=True)
-    heights = [_ROOM + _LINE * (1 + max(cell.count("<br>") for cell in row)) for row in rows]
-    head = _ROOM + _LINE * (1 + max(column.head.count("<br>") for column in columns))
+    rows = [[column.head for column in columns], *zip(*(column.cells for column in columns), strict=True)]
+    head, *heights = [_ROOM + _LINE * (1 + max(cell.count("<br>") for cell in row)) for row in rows]
     stripes = [look.band if group % 2 else look.paper for group in groups]
     shades: dict[_Verdict, str] = {True: look.passed, False: look.failed}
-    fills = [
-        [
-            shades.get(verdict, stripe)
-            for verdict, stripe in zip(column.passed or [None] * len(stripes), stripes, strict=True)
-        ]
-        for column in columns
-    ]
+    fills = []
+    for column in columns:
+        verdicts = column.passed or [None] * len(stripes)
+        fills.append([shades.get(verdict, stripe) for verdict, stripe in zip(verdicts, stripes, strict=True)])
     shared = {
         "align": ["center" if column.centred else "left" for column in columns],
         "line": {"width": 1, "color": look.paper},
         "font": {"size": 11.5, "color": look.ink},
     }
-    names = [column.head for column in columns]
+    names, cells = [column.head for column in columns], [column.cells for column in columns]
     figure.add_table(
         columnwidth=widths,
         header={"values": names, "fill": {"color": look.grid}, "height": head, **shared},
-        cells={
-            "values": [column.cells for column in columns],
-            "fill": {"color": fills},
-            "height": min(heights),
-            **shared,
-        },
+        cells={"values": cells, "fill": {"color": fills}, "height": min(heights), **shared},
     )
     figure.update_layout(
         height=figure.layout.margin.t + head + sum(heights) + 36,

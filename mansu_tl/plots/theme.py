@@ -47,33 +47,17 @@ class Theme:
     @property
     def template(self) -> go.layout.Template:
         """The plotly template: fonts, margins, axes, legend."""
-        axis = {
-            "gridcolor": self.grid,
-            "linecolor": self.muted,
-            "zerolinecolor": self.grid,
-            "ticks": "outside",
-            "tickcolor": self.muted,
-            "ticklen": 4,
-            "showline": True,
-            "automargin": True,
-            "title": {"standoff": 8, "font": {"size": 13}},
-        }
+        lines = {"gridcolor": self.grid, "linecolor": self.muted, "zerolinecolor": self.grid, "tickcolor": self.muted}
+        axis = {**lines, "ticks": "outside", "ticklen": 4, "showline": True, "automargin": True}
+        axis["title"] = {"standoff": 8, "font": {"size": 13}}
+        title = {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
         return go.layout.Template(
             layout={
                 "font": {"family": _FONT, "size": 12, "color": self.ink},
                 "paper_bgcolor": self.paper,
                 "plot_bgcolor": self.paper,
                 "colorway": list(OKABE_ITO[:7]),
-                "title": {
-                    "x": 0,
-                    "xref": "container",
-                    "xanchor": "left",
-                    "y": 1,
-                    "yref": "container",
-                    "yanchor": "top",
-                    "pad": {"t": 28, "l": 16},
-                    "font": {"size": 17},
-                },
+                "title": {**title, "pad": {"t": 28, "l": 16}, "font": {"size": 17}},
                 "margin": {"l": 64, "r": 24, "t": 84, "b": 56},
                 "xaxis": axis,
                 "yaxis": axis,
@@ -119,6 +103,7 @@ def new_figure(look: Theme, title: str, subtitle: str = "", height: float | int 
         grid: of panels, as for plotly's `make_subplots`; one panel where not given.
     """
     figure = make_subplots(**grid) if grid else go.Figure()
+    figure.update_annotations(font={"size": 13})  # the panels' titles
     lines = textwrap.wrap(subtitle, _SUBTITLE_WIDTH)
     if len(lines) > 1:  # of about equal length
         even = textwrap.wrap(subtitle, len(subtitle) // len(lines) + 12)

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.panels import PERCENT, Panel, legend_below, panel_titles, require_columns
+from mansu_tl.plots.panels import PERCENT, Panel, legend_below, require_columns
 from mansu_tl.plots.theme import fixed, new_figure, number, plain, theme_named
 from mansu_tl.quantization import UpdateStatistics
 
@@ -21,9 +21,8 @@ _PREDICTION = ("low", "high", "changed", "measured", "uniform", "by_position")
 def bins(statistics: UpdateStatistics, *, title: str | None = None, theme: str = "light") -> go.Figure:
     """Draw update sizes against local bin widths, the share that changes its code, and where weights rest.
 
-    Upper left: changed weights by |update| / bin width, those whose code changed filled. Lower left: their share in
-    each bin, beside what rounding does to weights that rest anywhere in their bins with equal chance, min(1, ratio).
-    Right: where all weights rested inside their cells before the update.
+    Upper left: changed weights by |update| / bin width, those whose code changed filled. Lower left: their share, beside
+    min(1, ratio), what rounding does to weights that rest anywhere in their bins. Right: where all weights rested before.
 
     Raises:
         MansuError: the update changed no weight.
@@ -34,19 +33,18 @@ def bins(statistics: UpdateStatistics, *, title: str | None = None, theme: str =
         raise MansuError("update: it changed no weight, so there is nothing to draw; compare two different models")
     total = statistics.to_dataframe().iloc[-1]
     share = f"{number(100 * float(total['share']))} %"
+    how_to_read = (
+        f"{int(total['codes_changed']):,} of {int(total['changed']):,} changed weights take another code "
+        f"({int(total['weights']):,} weights in all). A weight at a code's value has to move about half a bin."
+    )
+    grid: dict[str, Any] = {"rows": 2, "cols": 2, "specs": [[{}, {"rowspan": 2}], [{}, None]], "vertical_spacing": 0.09}
+    grid |= {"column_widths": [0.66, 0.34], "row_heights": [0.58, 0.42], "horizontal_spacing": 0.11}
     figure = new_figure(
         look,
         title or f"{share} of the changed weights change their {statistics.quantizer} code",
-        f"{int(total['codes_changed']):,} of {int(total['changed']):,} changed weights take another code "
-        f"({int(total['weights']):,} weights in all). A weight at a code's value has to move about half a bin.",
+        how_to_read,
         560,
-        rows=2,
-        cols=2,
-        specs=[[{}, {"rowspan": 2}], [{}, None]],
-        column_widths=[0.66, 0.34],
-        row_heights=[0.58, 0.42],
-        vertical_spacing=0.09,
-        horizontal_spacing=0.11,
+        **grid,
     )
     above, below, right = Panel(figure, look, 1, 1), Panel(figure, look, 2, 1), Panel(figure, look, 1, 2)
     edges = statistics.ratio_edges.cpu().numpy()
@@ -117,19 +115,15 @@ def dither(
     for table in predictions.values():
         require_columns("dither", table, _PREDICTION)
     rows = 2 if positions else 1
-    figure = new_figure(
-        look,
-        title or "Why an update survives rounding, or does not",
+    how_to_read = (
         "Weights anywhere in their cells: rounding works as dither, and an update of a tenth of a bin changes a tenth of "
-        "the codes. Weights at their codes' values: nothing happens below half a bin.",
-        640 if positions else 480,
-        rows=rows,
-        cols=len(predictions),
-        row_heights=[0.32, 0.68] if positions else [1.0],
-        shared_yaxes=True,
-        horizontal_spacing=0.06,
-        vertical_spacing=0.2,
-        subplot_titles=[plain(name) for name in predictions],
+        "the codes. Weights at their codes' values: nothing happens below half a bin."
+    )
+    grid: dict[str, Any] = {"rows": rows, "row_heights": [0.32, 0.68] if positions else [1.0], "shared_yaxes": True}
+    grid |= {"cols": len(predictions), "subplot_titles": [plain(name) for name in predictions]}
+    grid |= {"horizontal_spacing": 0.06, "vertical_spacing": 0.2}
+    figure = new_figure(
+        look, title or "Why an update survives rounding, or does not", how_to_read, 640 if positions else 480, **grid
     )
     for col, (name, table) in enumerate(predictions.items(), 1):
         if positions is not None:
@@ -150,7 +144,6 @@ def dither(
     figure.update_xaxes(**names, type="log", range=[start, 0.6], zeroline=False, row=rows)
     figure.update_yaxes(**PERCENT, zeroline=False, row=rows)
     figure.update_yaxes(title_text="code changed, %", row=rows, col=1)
-    panel_titles(figure)
     legend_below(figure, 92, 24)
     return figure
 
@@ -176,14 +169,8 @@ def _shares(panel: Panel, table: pd.DataFrame) -> None:
     measured, rest, uniform = (fixed(100 * total[key], 2) for key in ("measured", "by_position", "uniform"))
     text = f"codes changed, of all {int(total['changed']):,} updates<br><b>measured {measured} %</b><br>"
     text += f"predicted from rest {rest} %<br>predicted if anywhere {uniform} %"
-    corner: dict[str, Any] = {
-        "xref": "x domain",
-        "yref": "y domain",
-        "align": "left",
-        "xanchor": "left",
-        "yanchor": "top",
-    }
-    panel.note(0.02, 0.98, text, colour="", **corner)
+    corner: dict[str, Any] = {"xref": "x domain", "yref": "y domain", "xanchor": "left", "yanchor": "top"}
+    panel.note(0.02, 0.98, text, colour="", align="left", **corner)
 
 
 def _rest(panel: Panel, statistics: UpdateStatistics, name: str, ends: list[str]) -> None:

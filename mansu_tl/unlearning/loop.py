@@ -78,7 +78,7 @@ def run(solver: Solver, checkpoint: Checkpoint, *, progress: bool = False) -> No
     fine_from = -1  # the check from which on every step is looked at; -1 = none
     while True:
         solver.restart()
-        first, fine_from = _taken_up(solver, checkpoint, fine_from)
+        first, fine_from = _resumed(solver, checkpoint, fine_from)
         total, every = solver.steps, solver.check_every
         with tqdm(range(first, total), solver.method, total, initial=first, unit="step", disable=not progress) as bar:
             for step in bar:
@@ -126,7 +126,7 @@ def _state(solver: Solver, done: int, fine_from: int) -> State:
     return tensors, {"done": done, "fine_from": fine_from, "marks": solver.marks, "history": solver.history}
 
 
-def _taken_up(solver: Solver, checkpoint: Checkpoint, fine_from: int) -> tuple[int, int]:
+def _resumed(solver: Solver, checkpoint: Checkpoint, fine_from: int) -> tuple[int, int]:
     """Put back what the checkpoint holds: the number of steps done, and the check from which on all are looked at."""
     state = checkpoint.read()
     # Sent back to look at every step, it starts again: what was kept lies beyond.

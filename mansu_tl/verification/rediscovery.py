@@ -151,14 +151,18 @@ def rediscover(
     models = {"original": original} | ({} if reference is None else {"reference": reference}) | {label: edited}
     if len(models) < (2 if reference is None else 3):
         raise MansuError(f"rediscovery: label {label!r} is taken; choose another one")
-    scores, found, effects = [], [], []
+    scores, strongest, effects = [], [], []
     for model in models.values():
-        mine = edge_attribution(model, pairs, steps=steps, metric=metric, batch_size=batch_size, progress=progress)
-        if (mine.writers, mine.readers) != (circuit.writers, circuit.readers):
+        edge_scores = edge_attribution(
+            model, pairs, steps=steps, metric=metric, batch_size=batch_size, progress=progress
+        )
+        if (edge_scores.writers, edge_scores.readers) != (circuit.writers, circuit.readers):
             raise MansuError("circuit: its writers and readers are not this model's; discover one on the original")
-        scores.append(mine.tensor)
-        found.append(_strongest(mine, circuit.n_edges))
-        masks = torch.stack([mine.exists, mine.exists & ~circuit.mask, circuit.mask, torch.zeros_like(mine.exists)])
+        scores.append(edge_scores.tensor)
+        strongest.append(_strongest(edge_scores, circuit.n_edges))
+        masks = torch.stack(
+            [edge_scores.exists, edge_scores.exists & ~circuit.mask, circuit.mask, torch.zeros_like(edge_scores.exists)]
+        )
         values = patch_edges(model, pairs, masks.float(), metric=metric, batch_size=batch_size, progress=progress)
         effects.append(values[:3] - values[3])
     if abs(effects[0][0].double().mean().item()) < 1e-6:
@@ -166,7 +170,7 @@ def rediscover(
             "pairs: the original shows no difference between clean and corrupt prompts; use pairs whose answer it knows"
         )
     return Rediscovery(
-        tuple(models), circuit.mask, torch.stack(found), torch.stack(scores), torch.stack(effects).cpu().float(),
+        tuple(models), circuit.mask, torch.stack(strongest), torch.stack(scores), torch.stack(effects).cpu().float(),
         circuit.writers, circuit.readers, pairs.facts,
     )  # fmt: skip
 

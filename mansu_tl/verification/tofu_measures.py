@@ -29,16 +29,16 @@ def rouge_l_recall(reference: str, text: str) -> float:
     Raises:
         MansuError: a reference without a word.
     """
-    wanted, said = _TOKEN.findall(reference.lower()), _TOKEN.findall(text.lower())
-    if not wanted:
+    reference_words, words = _TOKEN.findall(reference.lower()), _TOKEN.findall(text.lower())
+    if not reference_words:
         raise MansuError(f"ROUGE-L: the reference {reference!r} has no word; drop the question")
-    row = [0] * (len(said) + 1)
-    for word in wanted:
+    row = [0] * (len(words) + 1)
+    for word in reference_words:
         above = row
         row = [0]
-        for j, other in enumerate(said):
+        for j, other in enumerate(words):
             row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
-    return row[-1] / len(wanted)
+    return row[-1] / len(reference_words)
 
 
 def extraction_strength(predicted: Int[Tensor, " token"], answer: Int[Tensor, " token"]) -> float:
@@ -140,7 +140,7 @@ def greedy_answers(
         mask = torch.tensor(
             [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device
         )
-        said, past = tokens[:, :0], None
+        generated, past = tokens[:, :0], None
         for _ in range(new_tokens):
             position = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             found = model(
@@ -152,10 +152,10 @@ def greedy_answers(
                 **({} if past is None else {cache_argument(model): past}),
             )
             tokens, past = found.logits[:, -1].argmax(-1, keepdim=True), cache_of(found)
-            said = torch.cat([said, tokens], 1)
+            generated = torch.cat([generated, tokens], 1)
             mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], 1)
-            if end is not None and bool((said == end).any(1).all()):
+            if end is not None and bool((generated == end).any(1).all()):
                 break
-        for i, row in zip(chosen, said.tolist(), strict=True):
+        for i, row in zip(chosen, generated.tolist(), strict=True):
             out[i] = row[: row.index(end)] if end in row else row
     return out

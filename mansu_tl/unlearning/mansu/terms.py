@@ -181,7 +181,7 @@ def _closest(pairs: PromptPairs, unseen: Sequences) -> Bool[Tensor, "pair unseen
     rows = max(1, _MOST_NUMBERS // max(1, other.numel()))
     parts = []
     for start in range(0, len(pairs), rows):
-        mine, differs = clean[start : start + rows], (clean != corrupt)[start : start + rows]
-        shared = ((mine[:, None] == other[None]) & ~differs[:, None]).sum(-1)
+        prompts, differs = clean[start : start + rows], (clean != corrupt)[start : start + rows]
+        shared = ((prompts[:, None] == other[None]) & ~differs[:, None]).sum(-1)
         parts.append(shared == shared.max(1, keepdim=True).values)
     return torch.cat(parts)
