@@ -34,19 +34,6 @@ QUICK = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return mtl.load("pocket")
-
-
 @pytest.fixture(scope="module")
 def task():
     return sliced_task(24, retain=48)

@@ -7,13 +7,12 @@ import math
 import os
 
 import pytest
-import torch
 
 import mansu_tl as mtl
 from mansu_tl.models import fingerprint
 from mansu_tl.quantization.formats.grids import fp4, int4_asymmetric, nf4
 from mansu_tl.unlearning import unlearn
-from tests.test_bad_input import QUICK, Interrupted, circuit, everything, model, refused, task  # noqa: F401
+from tests.test_bad_input import QUICK, Interrupted, circuit, everything, refused, task  # noqa: F401
 from tests.tiny import tiny
 
 
@@ -72,11 +71,3 @@ def test_a_model_folder_survives_an_interrupt_between_the_two_moves(tmp_path, mo
                 mtl.save(two, folder)
         assert everything(tmp_path) == before
     assert fingerprint(mtl.load(mtl.save(two, folder))) == fingerprint(two)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

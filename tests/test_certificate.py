@@ -20,14 +20,6 @@ from tests.tiny import tiny
 MATRIX = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def floor_edit(bridge, name: str, share: float = 0.05) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """New values, and the flat indices of the weights that moved to the next code."""
     generator = torch.Generator().manual_seed(0)

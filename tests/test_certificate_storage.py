@@ -22,14 +22,6 @@ MATRIX = "model.layers.1.mlp.up_proj.weight"  # 48 x 32: 24 blocks of 64
 OTHER = "model.layers.0.self_attn.k_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def codes(w: torch.Tensor, kind: str = "nf4") -> torch.Tensor:
     """bitsandbytes' codes, flat."""
     packed, _ = bnb.quantize_4bit(w.contiguous(), blocksize=64, quant_type=kind, compress_statistics=False)

@@ -22,11 +22,6 @@ NPO = {"max_steps": 14, "check_every": 5, "stop_over_chance": -100.0, "learning_
 
 
 @pytest.fixture(scope="module")
-def model():
-    return mtl.load("pocket")
-
-
-@pytest.fixture(scope="module")
 def circuit(model):
     return mtl.discover_circuit(model, sliced_task(32, retain=64).forget_pairs, faithfulness=0.6, steps=2)
 

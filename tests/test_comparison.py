@@ -16,12 +16,14 @@ from mansu_tl.comparison.plan import ABLATIONS, title_of
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
 from mansu_tl.unlearning import Edit, method_flags, methods
+from tests.tiny import SMALL_TASK
 
 FAST = {
     "mansu": {"steps": 10, "learning_rate": 0.5, "fisher_sequences": 8, "adversary_weight": 0.0, "retain_batch": 8},
     "graddiff": {"max_steps": 6, "check_every": 3},
 }
 PLAN = quick(
+    task=SMALL_TASK,
     methods=("mansu", "graddiff", "mansu/no-floor"),
     quantizers=("nf4",),
     control_quantizers=("nf4",),
@@ -43,7 +45,8 @@ def value(table: pd.DataFrame, method: str, measure: str, quantizer: str = "") -
 
 
 def test_every_number_is_the_saved_edit_measured_on_the_test_half(result) -> None:
-    model, (_, test) = mtl.load("pocket"), split_questions(mtl.load_task("pocket"))
+    model = mtl.load("pocket")
+    _, test = split_questions(mtl.load_task(SMALL_TASK, tokenizer=model))
     edit = Edit.load(result.folder / "jobs/pocket/graddiff/seed0/edit.safetensors")
     edited = edit.apply(model)
     for deployed, name in ((edited, ""), (mtl.quantize(edited, "nf4"), "nf4")):

@@ -25,14 +25,6 @@ HALVES = (torch.bfloat16, torch.float16)
 EVERYWHERE = {**MANSU, "restrict": "none", "discover_near": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=HALVES, ids=["bfloat16", "float16"])
 def half(request) -> Case:
     return case("llama", dtype=request.param)

@@ -45,21 +45,6 @@ _BLOCKS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # rows 
 
 
 @pytest.fixture(scope="module")
-def pocket():
-    return mtl.load("pocket")
-
-
-@pytest.fixture(scope="module")
-def never():
-    return mtl.load("pocket-never")
-
-
-@pytest.fixture(scope="module")
-def task():
-    return mtl.load_task("pocket")
-
-
-@pytest.fixture(scope="module")
 def suppressed(pocket, task):
     """Pocket with the forget answers pushed down by its last MLP alone; nothing before it has changed."""
     hf, name = plain(pocket), "model.layers.3.mlp.down_proj.weight"

@@ -32,11 +32,6 @@ QUICK = {"steps": 10, "learning_rate": 0.5, "fisher_sequences": 8, "retain_batch
 
 
 @pytest.fixture(scope="module")
-def model():
-    return mtl.load("pocket")
-
-
-@pytest.fixture(scope="module")
 def task():
     return sliced_task(16, retain=64)
 

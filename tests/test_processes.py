@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,13 +20,15 @@ from mansu_tl import processes
 from mansu_tl.config import StudyConfig
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.processes import Job, Processes, StageBar, is_small, one_thread
+from mansu_tl.results.files import write_text
 from mansu_tl.results.locks import held
 from mansu_tl.study import run_study
 from tests.terminal import terminal
-from tests.tiny import tiny
+from tests.tiny import SMALL_TASK, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = StudyConfig(
+    task=SMALL_TASK,
     methods=("graddiff",),
     quantizers=("nf4",),
     never="",
@@ -76,13 +79,13 @@ def test_what_a_process_refuses_is_the_users_error(tmp_path: Path) -> None:
         run_study(config, tmp_path, progress=False, workers=2)
 
 
-SCRIPT = """
+SCRIPT = f"""
 from pathlib import Path
 Path("begun").open("a").write("once ")
 import mansu_tl as mtl
 config = mtl.StudyConfig(
-    methods=("graddiff",), quantizers=("nf4",), never="", also=("pocket-fp",), faithfulness=0.6, steps=1,
-    settings={"graddiff": {"max_steps": 3, "check_every": 2, "stop_over_chance": -100.0}},
+    task={SMALL_TASK!r}, methods=("graddiff",), quantizers=("nf4",), never="", also=("pocket-fp",), faithfulness=0.6, steps=1,
+    settings={{"graddiff": {{"max_steps": 3, "check_every": 2, "stop_over_chance": -100.0}}}},
 )
 print(mtl.run_study(config, "out", progress=False, workers=2))
 """
@@ -107,10 +110,14 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as a terminal sends them")
 def test_ctrl_c_stops_the_processes_too_and_says_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mansu_tl", "demo", "--out", str(tmp_path), "--workers", "2", "--quiet"]
+    config = write_text(
+        tmp_path / "config.toml",
+        replace(CONFIG, settings={"graddiff": {"max_steps": 10**6, "stop_over_chance": -100.0}}).to_toml(),
+    )
+    words = ["run", str(config), "--out", str(tmp_path / "out"), "--workers", "2", "--quiet"]
     # Only the caller gets the signal, as a notebook's kernel does; in a terminal all get it.
-    with terminal(command, environment()) as caller:
-        inner = tmp_path / "also" / "pocket-fp" / "circuit" / "scores.safetensors.key"
+    with terminal([sys.executable, "-m", "mansu_tl", *words], environment()) as caller:
+        inner = tmp_path / "out" / "also" / "pocket-fp" / "circuit" / "scores.safetensors.key"
         until = time.monotonic() + 240
         while not inner.is_file() and time.monotonic() < until:
             assert caller.poll() is None
@@ -122,11 +129,11 @@ def test_ctrl_c_stops_the_processes_too_and_says_how_to_go_on(tmp_path: Path) ->
     assert caller.returncode == 130
     assert "Traceback" not in said
     assert "interrupted; what is finished is kept" in said
-    assert f"demo --out {tmp_path} --workers 2 --quiet" in said
+    assert " ".join(words) in said
     assert not any(worker.is_running() for worker in workers)
     # Half-written files are hidden ones; the locks stay, held by nobody.
     assert not [path for path in tmp_path.rglob(".*") if path.suffix != ".lock"]
-    assert held(tmp_path, "*") == held(inner.parents[1], "*") == []
+    assert held(tmp_path / "out", "*") == held(inner.parents[1], "*") == []
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, code: str) -> None:

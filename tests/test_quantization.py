@@ -28,14 +28,6 @@ SYMMETRIC = ("nf4", "nf4-128", "fp4", "int8", "int4-g64", "int4-g128", "int3-g64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def library_codes(w: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """bitsandbytes' codes, as ranks among its distinct levels, and its scales."""
     kind, block = FOUR_BIT[name]

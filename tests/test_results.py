@@ -50,7 +50,8 @@ def every_result() -> Iterator[type[Result]]:
     while waiting:
         for kind in waiting.pop().__subclasses__():
             waiting.append(kind)
-            if kind.__module__.startswith("mansu_tl.") and kind.__name__ not in FOLDERS:
+            ours = kind.__module__.startswith("mansu_tl.") and dataclasses.is_dataclass(kind)
+            if ours and kind.__name__ not in FOLDERS:
                 yield kind
 
 

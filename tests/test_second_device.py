@@ -25,14 +25,6 @@ CASES += [("gemma2", torch.float32, "circuits"), ("gpt_neox", torch.float32, "no
 _KEPT: dict[tuple[str, torch.dtype, bool], Case] = {}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def second():
     yield SecondDevice()

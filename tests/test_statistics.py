@@ -21,14 +21,6 @@ STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "
 NAME = "model.layers.0.mlp.gate_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def gaussian():
     """About 0.9 M weights drawn from N(0, 0.02)."""

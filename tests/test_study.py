@@ -25,10 +25,12 @@ from mansu_tl.study_report import study_figures, write_study_report
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import Scorecard
 from tests.browser import opened
+from tests.tiny import SMALL_TASK
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K"
 
 CONFIG = StudyConfig(
+    task=SMALL_TASK,
     methods=("mansu", "graddiff"),
     never="pocket-never",
     faithfulness=0.6,

@@ -29,11 +29,6 @@ QUICK = {"mansu": {"steps": 12, "learning_rate": 0.5, "fisher_sequences": 8, "ad
 
 
 @pytest.fixture(scope="module")
-def model():
-    return mtl.load("pocket")
-
-
-@pytest.fixture(scope="module")
 def task():
     return sliced_task(24, retain=48)
 

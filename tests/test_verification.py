@@ -25,11 +25,6 @@ from tests.tiny import sliced_task
 
 
 @pytest.fixture(scope="module")
-def model():
-    return mtl.load("pocket")
-
-
-@pytest.fixture(scope="module")
 def task():
     return sliced_task(48, questions=48)
 

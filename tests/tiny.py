@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
@@ -11,6 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mansu_tl import load_task
 from mansu_tl.data import Task
+
+# 30 facts to forget, 8 near and 20 far ones to keep, each in one wording and a held-out one: what runs use that go all the
+# way. Lines of the embedded task, so that its models know them.
+SMALL_TASK = str(Path(__file__).parent / "data" / "small_pocket.jsonl")
 
 FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt_neox", "gpt2")
 

@@ -317,8 +317,8 @@ def _offsets(model: TransformerBridge, layer: int, norm: NormWeights) -> Float[T
 
 
 def _last_of(batch: PromptPairs, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of every row's last token, on the tensor's device."""
-    return torch.arange(len(batch), device=tensor.device), (batch.lengths - 1).to(tensor.device)
+    """The index of every row's asked position, on the tensor's device."""
+    return torch.arange(len(batch), device=tensor.device), batch.asked.to(tensor.device)
 
 
 def _changes(anatomy: Anatomy, batch: PromptPairs, clean: End, other: End) -> Changes:

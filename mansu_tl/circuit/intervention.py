@@ -179,9 +179,9 @@ class _Base:
         if self.ablation.kind == "corrupt":
             # In front of the first changed token both runs are the same, whatever edges are live.
             alive &= (clean != pairs.corrupt).cumsum(1) > 0
-            alive[torch.arange(len(pairs), device=clean.device), pairs.lengths - 1] = True
+            alive[torch.arange(len(pairs), device=clean.device), pairs.asked] = True
         self.tokens = alive.flatten().nonzero()[:, 0]
-        ends = torch.arange(len(pairs), device=clean.device) * clean.shape[1] + pairs.lengths - 1
+        ends = torch.arange(len(pairs), device=clean.device) * clean.shape[1] + pairs.asked
         self.last = torch.searchsorted(self.tokens, ends)
         self.embed = self.at(_embedded(self.model, clean) - self.run.value("stream", 0))
 

@@ -1,10 +1,24 @@
 """Prompt pairs, questions and tasks."""
 
+from mansu_tl.data.corruption import Counterfactual, Subject, corruptions, counterfactuals, register_corruption
 from mansu_tl.data.pairs import PromptPairs, Span
 from mansu_tl.data.positions import Positions, positions
 from mansu_tl.data.task import Questions, Sequences, Task
 
-__all__ = ["Positions", "PromptPairs", "Questions", "Sequences", "Span", "Task", "positions"]
+__all__ = [
+    "Counterfactual",
+    "Positions",
+    "PromptPairs",
+    "Questions",
+    "Sequences",
+    "Span",
+    "Subject",
+    "Task",
+    "corruptions",
+    "counterfactuals",
+    "positions",
+    "register_corruption",
+]
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mansu_tl.errors import MansuError
@@ -48,7 +47,7 @@ def write(
     text = b64encode(packed).decode()
     template = Environment(loader=PackageLoader("mansu_tl.explorer", "page"), autoescape=True).get_template("page.html")
     title = f"Explorer: {', '.join(results.titles.values())}"
-    return write_text(path, template.render(title=title, plotly=Markup(get_plotlyjs()), data=text))
+    return write_text(path, template.render(title=title, plotly=get_plotlyjs(), data=text))
 
 
 def _pairs(results: Results, selection: Selection, asked: Sequence[int] | None) -> list[int]:

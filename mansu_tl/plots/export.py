@@ -17,7 +17,6 @@ from choreographer.browsers.chromium import Chromium
 from jinja2 import Environment
 from kaleido import Kaleido
 from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
-from markupsafe import Markup
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 from tqdm.auto import tqdm
@@ -30,8 +29,8 @@ _WIDTH, _HEIGHT = 1000, 600
 _PAGE = Environment(autoescape=True).from_string(
     """<!doctype html>
 <html lang="en">
-<head><meta charset="utf-8"><title>{{ title }}</title><link rel="icon" href="data:,"><script>{{ plotly }}</script></head>
-<body>{{ figure }}</body>
+<head><meta charset="utf-8"><title>{{ title }}</title><link rel="icon" href="data:,"><script>{{ plotly|safe }}</script></head>
+<body>{{ figure|safe }}</body>
 </html>
 """
 )
@@ -85,7 +84,7 @@ def write_images(
 
 def write_html(figure: go.Figure, path: str | PathLike[str], title: str) -> Path:
     """Write a figure as a page of its own with a title, plotly.js included (5 MB); it opens without a network."""
-    parts = {"title": title, "plotly": Markup(get_plotlyjs()), "figure": Markup(html(figure, "figure"))}
+    parts = {"title": title, "plotly": get_plotlyjs(), "figure": html(figure, "figure")}
     return write_text(path, _PAGE.render(parts))
 
 

@@ -173,7 +173,7 @@ def _put_in(name: str, value: Tensor, batch: PromptPairs, positions: str) -> Hoo
         other = value.to(stream)
         if positions == "all":
             return other
-        rows, last = torch.arange(len(batch), device=stream.device), batch.lengths.to(stream.device) - 1
+        rows, last = torch.arange(len(batch), device=stream.device), batch.asked.to(stream.device)
         patched = stream.clone()
         patched[rows, last] = other[rows, last]
         return patched
