@@ -118,7 +118,7 @@ class _Reader:
                 return node
         elif issubclass(kind, Tensor | AbstractArray):
             return self.tensor(hint, node, at)
-        elif is_dataclass(kind):
+        elif is_dataclass(kind) and isinstance(kind, type):
             return self.dataclass(kind, node, at)
         elif kind is pd.DataFrame and isinstance(node, dict):
             return pd.DataFrame(node)
