@@ -91,10 +91,10 @@ class Explorer:
             raise MansuError("explorer: the scores are another model's; score the edges of this one, or leave them out")
         ranking = scores or edge_attribution(model, task.forget_pairs, steps=steps)
         total = int(ranking.exists.sum())
-        own = None if circuit is None else _selected(ranking, circuit, total)
+        circuit_size = None if circuit is None else _selected(ranking, circuit, total)
         titles = {name: method_title(name) if name in methods() else name for name in named}
-        self.results = Results(model, task, named, titles, quantizers, _stops(total, own), ranking, steps)
-        size = own or self.results.curve().edges_to_reach() or self.results.sizes[len(self.results.sizes) // 2]
+        self.results = Results(model, task, named, titles, quantizers, _stops(total, circuit_size), ranking, steps)
+        size = circuit_size or self.results.curve().edges_to_reach() or self.results.sizes[len(self.results.sizes) // 2]
         first = self.results.circuit(size).edges
         if not first:
             raise MansuError(f"explorer: no edge of the {size} strongest lies on a path; pass a larger circuit")
@@ -221,11 +221,11 @@ class Explorer:
         return f"Explorer({s.method}, {s.quantizer}, {s.size} edges selected, pair {s.pair}, {item_name(s.item)})"
 
 
-def _stops(total: int, own: int | None) -> tuple[int, ...]:
+def _stops(total: int, circuit_size: int | None) -> tuple[int, ...]:
     """Sizes to choose from: evenly spread over the logarithm, with the circuit's own."""
     spread = {round(total ** (i / (_STOPS - 1))) for i in range(_STOPS)}
     smallest = min(total, 4)  # with fewer, hardly a model has a path
-    return tuple(sorted({max(smallest, n) for n in spread} | ({own} if own else set())))
+    return tuple(sorted({max(smallest, n) for n in spread} | ({circuit_size} if circuit_size else set())))
 
 
 def _selected(scores: EdgeScores, circuit: Circuit, total: int) -> int:

@@ -124,9 +124,9 @@ class Panel:
             fill="toself", fillcolor=translucent(colour, 0.16), line={"width": 0},
         )  # fmt: skip
 
-    def series(self, x: Numbers, y: Numbers, name: str, style: Style, **told: Any) -> None:
+    def series(self, x: Numbers, y: Numbers, name: str, style: Style, **details: Any) -> None:
         """A line through points; see `mark`."""
-        self.mark(x, y, name, "lines+markers", line=style.line, marker=style.marker, **told)
+        self.mark(x, y, name, "lines+markers", line=style.line, marker=style.marker, **details)
 
     def note(self, x: Any, y: Any, text: str, *, size: Number = 11, colour: str | None = None, **place: Any) -> None:
         """Escaped text at a point, muted where no colour is given; "" = the figure's own."""
@@ -165,8 +165,8 @@ class Panel:
 
     def _shared(self, hover: str, group: str | None, legend: bool | None) -> dict[str, Any]:
         shown = legend if legend is not None or self.first or group is None else False
-        told = hover if "<extra>" in hover else f"{hover}<extra></extra>"
-        tells = {"hovertemplate": told} if hover else {"hoverinfo": "skip"}
+        template = hover if "<extra>" in hover else f"{hover}<extra></extra>"
+        tells = {"hovertemplate": template} if hover else {"hoverinfo": "skip"}
         return {"legendgroup": group, "showlegend": shown, **tells, **self.where}
 
 

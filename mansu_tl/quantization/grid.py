@@ -172,8 +172,8 @@ class Grid(Quantizer):
             raise MansuError(
                 f"target code {int(codes_target.max())}: {self.name} has codes 0 to {len(self.levels) - 1}"
             )
-        own = self.codes(w, absmax)
-        index = (codes_target != own).reshape(-1).nonzero().squeeze(1)
+        codes = self.codes(w, absmax)
+        index = (codes_target != codes).reshape(-1).nonzero().squeeze(1)
         result = w.clone(memory_format=torch.contiguous_format)
         if not len(index):
             return result
@@ -184,7 +184,7 @@ class Grid(Quantizer):
                 f"floor_target: {carriers} weights to move carry their block's absmax; leave out absmax_mask(w)"
             )
         target = codes_target.reshape(-1)[index]
-        start, old = w.reshape(-1)[index], own.reshape(-1)[index]
+        start, old = w.reshape(-1)[index], codes.reshape(-1)[index]
         placed, lost = self._place(start, old, target, scale, index >= self._tail(w))
         if lost.any() and not leave_unreachable:
             smallest = float(scale[lost].abs().view(int(lost.sum()), -1).amax(1).min())
