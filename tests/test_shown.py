@@ -197,7 +197,7 @@ def test_an_error_in_a_cell_is_short_and_the_whole_traceback_is_one_command_away
     ]
     shell.run_cell("%tb Verbose")
     whole = "\n".join(plain(capsys.readouterr().out))
-    assert "_require_size" in whole
+    assert "greedy_mask(scores, n, by)" in whole
     assert "circuit.py" in whole
     assert len(whole.splitlines()) > 15
     # Only for that one call.
@@ -231,7 +231,7 @@ def test_every_progress_bar_is_one_that_becomes_a_widget_in_a_notebook() -> None
     folder = Path(mtl.__file__).parent
     bars = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
     users = {path.relative_to(folder).as_posix() for path, text in bars.items() if re.search(r"\bt(qdm|range)\(", text)}
-    assert len(users) >= 20
+    assert len(users) >= 15
     for path, text in bars.items():
         assert not re.search(r"^(import tqdm|from tqdm import)", text, re.MULTILINE), path
         if path.relative_to(folder).as_posix() in users and path.name != "train.py":
