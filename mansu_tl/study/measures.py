@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
@@ -76,6 +77,7 @@ class Measurements:
         """The model that never learnt the facts."""
         other = Subject(self._never(), self._task, self._original.circuit, steps=self._original.steps)
         rows: list[Measured] = []
+        row: Any
         for kind, word in (("multiple_choice", "MC"), ("cloze", "cloze")) if self._attacked else ():
             for row in Relearning(self._reference).summary(kind).itertuples():
                 name = f"relearning {word}, {row.kind}, lr {row.learning_rate:g}"
@@ -105,6 +107,7 @@ class Measurements:
         ).curves
 
     def _relearning(self, model: TransformerBridge, quantizer: str) -> Iterator[Measured]:
+        row: Any
         table = Relearning((*self._curves(model, "edited"), *self._reference), NEVER)
         for kind, word in (("multiple_choice", "MC"), ("cloze", "cloze")):
             frame = table.summary(kind)
@@ -117,6 +120,7 @@ class Measurements:
                 yield _plain(quantizer, "forget", name, row.value)
 
     def _further(self, edited: TransformerBridge) -> Iterator[Measured]:
+        row: Any
         task, never = self._task, self._never()
         near = task.questions.get("near")
         probes, control = (probe(each, task.questions["forget"], also_train=near) for each in (edited, never))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -146,6 +147,8 @@ def _draws(kept: Kept) -> dict[str, tuple[str, dict[str, str], Draw]]:
         "scorecards": lambda t: plots.scorecard([card(method) for method in kept.titles], theme=t),
         "certificate": lambda t: plots.certificate(load(Certificate, f"methods/{main}/certificate.json"), theme=t),
     }
+    first: dict[str, Any]
+    last: dict[str, Any]
     first, last = ({name: (name, {}, draw) for name, draw in part.items()} for part in (draws, erasure))
     return first | _of_baseline(kept) | last
 
