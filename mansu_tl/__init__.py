@@ -7,7 +7,19 @@ TransformerLens `TransformerBridge`. These are the names that most people need; 
 
 from importlib.metadata import version as _version
 
-from mansu_tl import circuit, data, explorer, models, patching, plots, quantization, runs, unlearning, verification
+from mansu_tl import (
+    circuit,
+    data,
+    explorer,
+    models,
+    patching,
+    plots,
+    quantization,
+    runs,
+    study,
+    unlearning,
+    verification,
+)
 from mansu_tl.circuit import discover_circuit, edge_attribution
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.sources import load_task
@@ -47,7 +59,7 @@ __all__ = [
 ]
 
 # What else completion offers: the rooms that hold the rest.
-_ROOMS = (circuit, data, explorer, models, patching, plots, quantization, runs, unlearning, verification)
+_ROOMS = (circuit, data, explorer, models, patching, plots, quantization, runs, study, unlearning, verification)
 
 
 def __dir__() -> list[str]:

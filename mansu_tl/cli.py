@@ -84,14 +84,14 @@ def demo(
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
-    """Run the whole road on the embedded models and write a report: three minutes on two free CPU cores."""
+    """Run everything on the embedded models and write a report: three minutes on two free CPU cores."""
     with _to_be_continued():
         _finish(run_study(replace(_DEMO, seed=seed), out, progress=not quiet, workers=workers, on=on), png)
 
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="A TOML file; README shows one.")],
+    config: Annotated[Path, typer.Argument(help="A TOML file; docs/commands.md shows one.")],
     out: Out,
     workers: Workers = None,
     on: On = "processes",
@@ -109,7 +109,7 @@ def run(
 
 @app.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="A TOML file; README shows one.")],
+    config: Annotated[Path, typer.Argument(help="A TOML file; docs/commands.md shows one.")],
 ) -> None:
     """Look for what is wrong with a study before an hour is spent on it: files, pairs, knowledge, settings, memory."""
     found = check_study(StudyConfig.read(config))

@@ -153,7 +153,7 @@ def test_completion_of_the_package_and_its_rooms_offers_public_names_only() -> N
     assert offered - rooms == set(mtl.__all__)
     assert len(mtl.__all__) <= 20
     assert rooms == {
-        "circuit", "data", "explorer", "models", "patching", "plots", "quantization", "runs", "unlearning",
+        "circuit", "data", "explorer", "models", "patching", "plots", "quantization", "runs", "study", "unlearning",
         "verification",
     }  # fmt: skip
     # Python hangs every module that was imported on its package; nothing else may resolve.

@@ -118,7 +118,7 @@ class StudyConfig(Plan):
         """
         source = local(path)
         if not source.exists():
-            raise MansuError(f"{source}: no such config file; write one (README shows an example)")
+            raise MansuError(f"{source}: no such config file; write one (docs/commands.md shows an example)")
         try:
             raw = tomllib.loads(read_text(source))
         except tomllib.TOMLDecodeError as error:
