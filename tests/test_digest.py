@@ -132,7 +132,7 @@ def test_order_of_mappings_and_place_of_tensors_do_not_count() -> None:
 
 
 def test_a_digest_is_the_same_in_another_process() -> None:
-    code = "import mansu_tl as m; print(m.load_task('pocket').digest(), m.MansuSettings().digest())"
+    code = "import mansu_tl as m; print(m.load_task('pocket').digest(), m.unlearning.MansuSettings().digest())"
     said = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.split() == [mtl.load_task("pocket").digest(), mtl.unlearning.MansuSettings().digest()]
 

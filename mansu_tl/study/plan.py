@@ -44,6 +44,7 @@ class Plan(Digested):
     seed: int = 0
     task: str
     never: str
+    methods: tuple[str, ...]
     settings: Mapping[str, Mapping[str, Any]]
     faithfulness: float = 0.85
     steps: int = 5

@@ -33,6 +33,7 @@ from mansu_tl.study.engines import compute, engine_for, is_small, one_thread, pe
 from mansu_tl.study.plan import Cell, Comparison, Plan
 from mansu_tl.study.study import PASSES, Study, assembled, study_cell
 from mansu_tl.study.table import write_table
+from mansu_tl.unlearning import method_flags
 
 Work = Callable[[Bench, Cell], Any]
 _PACKAGES = ("mansu-tl", "torch", "transformers", "transformer-lens", "bitsandbytes", "safetensors", "plotly")
@@ -138,11 +139,13 @@ def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | No
     done: dict[Cell, Any] = {}
     waiting: dict[Cell, Bench] = {}
     stores, threads = [], 1
+    settings = (method_flags(plan.settings_for(method)[0]).settings for method in plan.methods)
+    shipped = all(each.__module__.startswith("mansu_tl.") for each in settings)
     for base in plan.bases:
         bench = Bench(plan, base, folder, progress=progress)
         small = is_small(bench.model)
-        # Large ones are not held side by side.
-        bench.store.making = on == "processes" and (workers == 1 or not small)
+        # Large ones are not held side by side, and a fresh process does not know what the caller has registered.
+        bench.store.making = on == "processes" and (workers == 1 or not small or not shipped)
         stores.append(bench.store)
         cells = [cell for cell in plan.cells if cell.base == base]
         with one_thread(small):
