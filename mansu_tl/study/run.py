@@ -150,7 +150,7 @@ def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | No
         cells = [cell for cell in plan.cells if cell.base == base]
         with one_thread(small):
             threads = torch.get_num_threads()
-            for cell in tqdm(cells, bench.name, unit="cell", disable=not (progress and bench.store.making)):
+            for cell in tqdm(cells, bench.name, unit="cell", disable=not progress or not bench.store.making):
                 try:
                     done[cell] = work(bench, cell)
                 except NotMadeError:
