@@ -301,7 +301,7 @@ def test_an_interrupted_run_continues_where_it_stopped(edit, tmp_path, monkeypat
     assert sorted(everything(tmp_path)) == ["a/edit.safetensors", "a/edit.safetensors.key"]
     cut(2)  # the table is there, its key is not: it does not count
     assert made == ["first", "second", "second"]
-    assert sorted(everything(tmp_path))[-1] == "b/table.csv"
+    assert sorted(everything(tmp_path))[-1] == "b/table.parquet"
     assert stages() == [1, [1.5, 2.5], [1, 2]]
     assert made == ["first", "second", "second", "second", "third"]
     whole = everything(tmp_path)
