@@ -268,10 +268,10 @@ def test_a_table_that_does_not_say_what_guessing_gives_is_not_judged() -> None:
 
 
 def test_nothing_is_judged_where_quantization_alone_breaks_the_model() -> None:
-    broken = rows_of("forget PTQ gap, MC", (-60.0, -58.0), "nf4", control=-87.0)
+    broken = rows_of("PTQ gap, MC", (-60.0, -58.0), "nf4", control=-87.0)
     assert mark(broken, "PTQ gap, nf4").endswith("not judgeable: nf4 alone gives -87.00")
     assert mark(broken, "PTQ gap, all") == "not judgeable"
-    sound = rows_of("forget PTQ gap, MC", (-2.0, -1.0), "int8", control=0.5, high=0.0)
+    sound = rows_of("PTQ gap, MC", (-2.0, -1.0), "int8", control=0.5, high=0.0)
     both = mark([*broken, *sound], "PTQ gap, all")
     assert both == "-1.5, worst -1.5 (int8) fail; not judgeable: nf4"  # two seeds: the interval reaches above 1
     assert "not judgeable: nf4 alone gives 0.85" in mark(rows_of("CAD", (1.0,), "nf4", control=0.85), "CAD, nf4")
