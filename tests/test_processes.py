@@ -227,7 +227,7 @@ def test_a_worker_whose_caller_is_killed_ends(tmp_path: Path) -> None:
 def cluster():
     """Ray on this machine with two workers."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'mansu-tl[ray]'")
-    runtime = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    runtime = {"env_vars": {"PYTHONPATH": environment()["PYTHONPATH"]}}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime)
     yield ray
     ray.shutdown()

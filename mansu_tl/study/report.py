@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -55,7 +56,9 @@ def study_figures(study: Study) -> dict[str, go.Figure]:
 def _shown(study: Study) -> list[Picture]:
     listed = study_pictures(Kept({**kept_of(study), **ruled_of_saved(study)}))
     order = {name: i for i, name in enumerate(_ORDER)}
-    return sorted((each for each in listed if each.heading), key=lambda each: order.get(each.name, len(order)))
+    shown = sorted((each for each in listed if each.heading), key=lambda each: order.get(each.name, len(order)))
+    # The report has one picture of scorecards, that of all methods.
+    return [replace(each, name="scorecard") if each.name == "scorecards" else each for each in shown]
 
 
 def _verdict(study: Study) -> str:

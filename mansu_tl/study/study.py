@@ -244,7 +244,7 @@ def _method(bench: Bench, cell: Cell) -> MethodResult:
     card = store.result(
         f"scores/{cell.place}/scorecard",
         Scorecard,
-        {"table": table, "title": title, "known": bench.known},
+        {**mark, "quantizers": names, "steps": bench.plan.steps, "title": title},
         lambda: judge(table, bench.task, bench.known, title=title),
     )
     divergences = {}
