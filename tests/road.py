@@ -17,6 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit, Graph, random_mask
+from mansu_tl.data.sources.tofu import Tofu
+from mansu_tl.data.sources.tofu.files import Item
 from mansu_tl.explorer import Explorer
 from mansu_tl.models import fingerprint, float32_copy, linear_weights, parameters, plain, rebuild
 from mansu_tl.quantization import inputs_of, predicted_flips, quantized_values
@@ -24,12 +26,15 @@ from mansu_tl.quantization.dither import dither
 from mansu_tl.unlearning import Edit
 from mansu_tl.unlearning.search import judge
 from mansu_tl.verification import (
+    Subject,
     attack_splits,
     certify,
     circuit_scores,
     compare_relearning,
     damage,
     erasure_depth,
+    evaluate_tofu,
+    measure,
     probe,
     rediscover,
     relearn,
@@ -304,6 +309,7 @@ def _scores(c: Case) -> mtl.circuit.EdgeScores:
     )
 
 
+_ASKED = tuple(Item(f"w{i} w7", f"w{i + 5} w6", perturbed_answers=("w9 w8", "w3 w4")) for i in range(10, 13))
 # Every public function that runs a model or makes one of it, by the name of the function; what it does is looked at in
 # the stages and in the tests of its room. "function: how" are further ways of one function.
 FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
@@ -340,6 +346,8 @@ FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
     ),
     "probe": lambda c: probe(c.model, c.task.questions["forget"], folds=2, shuffles=1),
     "erasure_depth": lambda c: erasure_depth(c.model, c.edited, c.never, c.task.forget_pairs, threshold=0.0),
+    "measure": lambda c: measure(Subject(c.model, c.task, c.circuit), Subject(c.edited, c.task, c.circuit), ["nf4"]),
+    "evaluate_tofu": lambda c: evaluate_tofu(c.model, Tofu((), (), _ASKED, _ASKED), batch_size=4),
     "damage": lambda c: damage(c.model, c.edited, {"retain": c.task.retain_text}),
 }
 # The same for those that look at weights alone: hooks that are left do not enter.

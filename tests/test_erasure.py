@@ -418,7 +418,9 @@ def test_depth_is_one_like_never_and_zero_like_the_original(family: str, positio
     pairs = random_pairs(padded=True)
     with torch.no_grad():
         known = tiny(family)(pairs.clean).logits[torch.arange(len(pairs)), pairs.lengths - 1].argmax(1)
-    pairs = dataclasses.replace(pairs, answers=known)
+    choices = pairs.options.clone()
+    choices[:, 0, 0] = known
+    pairs = dataclasses.replace(pairs, options=choices)
     options = {"positions": positions, "batch_size": 4, "metric": answer_log_prob}
     same = erasure_depth(original, original, never, pairs, **options)
     gone = erasure_depth(original, never, never, pairs, **options)

@@ -58,6 +58,8 @@ WITHOUT_MODEL = {
         "register_quantizer",
     ),
     *("floored", "headline", "method_flags", "method_title", "methods", "register", "settings_of", "trained"),
+    *("corruptions", "counterfactuals", "register_corruption"),  # prompts to prompts
+    "judge",  # a table to a scorecard
     *("explore", "run_study"),  # made of the others
     "save",  # inside "certify"
     "certify_in_fresh_process",  # a process of its own

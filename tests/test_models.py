@@ -158,7 +158,7 @@ def test_load_copies_and_keeps_the_tokenizer(tmp_path):
 
 
 def test_embedded_names_win_over_folders(tmp_path, monkeypatch):
-    save(tiny("llama", seed=1), tmp_path / "package" / "pocket" / "checkpoints" / "pocket")
+    save(tiny("llama", seed=1), tmp_path / "package" / "embedded" / "pocket")
     save(tiny("llama", seed=2), tmp_path / "here" / "pocket")
     monkeypatch.setattr(loading, "resources", SimpleNamespace(files=lambda name: tmp_path / "package"))
     monkeypatch.chdir(tmp_path / "here")

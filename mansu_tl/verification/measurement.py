@@ -18,6 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
+from mansu_tl.defaults import torch_defaults
 from mansu_tl.quantization import quantize
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.runs.metrics import Accuracy, accuracy
@@ -96,6 +97,7 @@ class Subject:
         return kept
 
 
+@torch_defaults()
 def measure(
     original: Subject,
     edited: Subject,

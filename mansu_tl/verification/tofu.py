@@ -134,6 +134,7 @@ class TofuScores(Result):
 
 
 @torch_defaults()
+@torch_defaults()
 def evaluate_tofu(
     model: TransformerBridge | PreTrainedModel,
     tofu: Tofu,
