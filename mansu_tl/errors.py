@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import linecache
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,12 @@ class MansuError(ValueError):
 
 class NoEditError(MansuError):
     """A method ran with these settings and ended without an edit: its loss blew up, or no weight moved far enough."""
+
+
+def near(name: str, names: Sequence[str]) -> str:
+    """What was probably meant by an unknown name, for the end of an error; "" where nothing is close."""
+    close = difflib.get_close_matches(name, names, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _caller(error: BaseException, shell: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mansu_tl.data.sources import beside
-from mansu_tl.errors import MansuError
+from mansu_tl.errors import MansuError, near
 from mansu_tl.models.loading import EMBEDDED
 from mansu_tl.quantization import quantizer
 from mansu_tl.results.files import local, read_text
@@ -64,7 +63,7 @@ class StudyConfig(Plan):
             quantizer(name)
         for name in self.methods:
             if name not in methods():
-                choices = f"{', '.join(methods())}{_near(name, methods())}"
+                choices = f"{', '.join(methods())}{near(name, methods())}"
                 raise MansuError(f"config: unknown method {name!r}; choose one of {choices}")
         self._named_once("config", ("methods", "quantizers"), ("methods", "quantizers", "also"))
         short_names(self.bases, "config: model and also")
@@ -133,7 +132,7 @@ class StudyConfig(Plan):
                 values[key] = _checked(source, key, value, getattr(cls(), key))
             else:
                 names = (*known, *methods())
-                raise MansuError(f"{source}: unknown key {key!r}; known keys are {', '.join(names)}{_near(key, names)}")
+                raise MansuError(f"{source}: unknown key {key!r}; known keys are {', '.join(names)}{near(key, names)}")
         model = values.get("model", cls().model)
         if "task" not in values and model not in EMBEDDED:
             raise MansuError(
@@ -171,8 +170,3 @@ def _beside(source: Path, name: str) -> str:
 
 def _toml(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
-
-
-def _near(name: str, names: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, names, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

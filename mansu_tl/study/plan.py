@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -38,7 +39,7 @@ class Cell:
     place: str
 
 
-class Plan(Digested):
+class Plan(Digested, ABC):
     """What the runner asks of a study's config and of a comparison."""
 
     seed: int = 0
@@ -57,31 +58,31 @@ class Plan(Digested):
     attack_seed: int = 0
 
     @property
+    @abstractmethod
     def bases(self) -> tuple[str, ...]:
         """The models that know the forget set."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def names(self) -> dict[str, str]:
         """A short name for every base."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def cells(self) -> tuple[Cell, ...]:
         """Everything that is to be done, in the order in which it is begun."""
-        raise NotImplementedError
 
+    @abstractmethod
     def folder_of(self, base: str) -> str:
         """Where a base's results lie in the results folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quantizers_of(self, method: str) -> tuple[str, ...]:
         """What a method's models are quantized with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settings_for(self, method: str) -> tuple[str, dict[str, Any]]:
         """The method's name in the registry, and its settings where they differ from the defaults."""
-        raise NotImplementedError
 
     def looks_further(self, cell: Cell) -> bool:
         """Whether probes, erasure depth and damage are measured for a cell too."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
-from mansu_tl.errors import MansuError
+from mansu_tl.errors import MansuError, near
 from mansu_tl.unlearning.edit import Edit
 
 Needs = Callable[[TransformerBridge, Task, Any], Iterator[tuple[str, str]]]
@@ -85,7 +84,7 @@ def method_flags(name: str) -> Method:
         MansuError: an unknown method.
     """
     if name not in _METHODS:
-        raise MansuError(f"unknown method {name!r}; choose one of {', '.join(_METHODS)}{_near(name, tuple(_METHODS))}")
+        raise MansuError(f"unknown method {name!r}; choose one of {', '.join(_METHODS)}{near(name, tuple(_METHODS))}")
     return _METHODS[name]
 
 
@@ -126,7 +125,7 @@ def settings_of(method: str, values: Mapping[str, Any], base: Any = None) -> Any
     for key, value in values.items():
         if key not in known:
             names = tuple(sorted(known))
-            raise MansuError(f"{method}: unknown setting {key!r}; it has {', '.join(names)}{_near(key, names)}")
+            raise MansuError(f"{method}: unknown setting {key!r}; it has {', '.join(names)}{near(key, names)}")
         group = known[key]
         holder = getattr(base, group) if group else base
         changed = replace(holder, **{key: _typed(method, key, value, getattr(holder, key))})
@@ -140,8 +139,3 @@ def _typed(method: str, key: str, value: Any, like: Any) -> Any:
     if isinstance(like, int) and not isinstance(like, bool) and isinstance(value, float) and not value.is_integer():
         raise MansuError(f"{method}: {key}={value!r} should be a whole number, like {like!r}")
     return type(like)(value)
-
-
-def _near(name: str, names: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, names, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
