@@ -1,0 +1,7 @@
+"""GGUF files, the format of llama.cpp: read into Hugging Face models, remembered, and written again code by code."""
+
+from mansu_tl.models.gguf.blocks import LAYOUTS, Blocks, Layout
+from mansu_tl.models.gguf.file import GgufFile, Stored
+from mansu_tl.models.gguf.read import GgufWeights, gguf_weights, read_model
+
+__all__ = ["LAYOUTS", "Blocks", "GgufFile", "GgufWeights", "Layout", "Stored", "gguf_weights", "read_model"]
