@@ -19,6 +19,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models.cache import pass_cache_on
 from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import compute_from_codes, packed, repack, require_dense, splitter
+from mansu_tl.models.gguf import gguf_weights, remember
 from mansu_tl.models.tree import Model, blank, buffers, groups, hf_of, matched, require_in_step
 
 
@@ -164,6 +165,7 @@ def _copy(model: Model, values: Mapping[str, Tensor]) -> PreTrainedModel:
             raise MansuError(f"{name}: buffer not found in this model; load it with mansu_tl.load")
         _put(fresh, name, live_buffers[name].detach().clone(), "_buffers")
     fresh.generation_config = copy.deepcopy(source.generation_config)
+    remember(fresh, gguf_weights(model))
     return fresh.eval()
 
 

@@ -26,7 +26,9 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models.copies import boot, cast, duplicate, forget_source_format
 from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import convert, is_four_bit, quantization_config, require_kind, stored_kind
+from mansu_tl.models.gguf import read_model
 from mansu_tl.models.kinds import adapter_layer, way_to_load
+from mansu_tl.models.packages import PACKAGED, packaged_file
 from mansu_tl.models.placement import DeviceMap, place, require_map, require_placed
 from mansu_tl.models.quiet import quiet
 from mansu_tl.results.files import local, read_text
@@ -72,9 +74,11 @@ def load(
     (embedding and norms), whatever the checkpoint says; dtype= sets that.
 
     Args:
-        source: "pocket", "pocket-fp" or "pocket-never" (embedded in the package; these names win over folders of the
-            same name: write "./pocket" for a folder), a folder in HF format, a hub id, or an HF model in memory,
-            which is copied (a 4-bit one with its packed bytes) and never changed.
+        source: "pocket", "pocket-fp" or "pocket-never" (embedded in the package), "smollm2-135m" or "gemma3-270m" (real
+            models in packages of their own); these names win over folders of the same name: write "./pocket" for a
+            folder. A GGUF file or a folder that holds one: the model remembers its file (`mansu_tl.models.gguf`). A
+            folder in HF format, a hub id, or an HF model in memory, which is copied (a 4-bit one with its packed bytes)
+            and never changed.
         tokenizer: used instead of the one beside the weights. It is copied; a folder without one gives a model with
             `tokenizer` None.
         dtype: cast the weights; by default they keep the checkpoint's own.
@@ -111,6 +115,13 @@ def load(
         hf = hf if dtype is None else cast(hf, dtype)
         hf = convert(hf, quantized) if quantized is not None and not is_four_bit(hf) else hf
         hf = hf if device_map is None else place(name, hf, device_map)
+    elif isinstance(source, str | os.PathLike) and (file := _gguf(source)) is not None:
+        name = os.fspath(source)
+        hf, its_own = read_model(file, name)
+        hf = hf if dtype is None else cast(hf, dtype)
+        hf = hf if quantized is None else convert(hf, quantized)
+        hf = hf if device_map is None else place(name, hf, device_map)
+        tokenizer = tokenizer if tokenizer is not None else its_own
     elif isinstance(source, str | os.PathLike):
         name, where = _locate(source)
         config = _config(name, where)
@@ -172,6 +183,26 @@ def embedded_folder(name: str) -> Path:
     return Path(str(resources.files("mansu_tl.models").joinpath("embedded", name)))
 
 
+def _gguf(source: str | os.PathLike[str]) -> Path | None:
+    """The GGUF file that a source is: by name, a file, or a folder that holds one and no other weights."""
+    name = os.fspath(source)
+    if isinstance(source, str) and name in PACKAGED:
+        return packaged_file(name)
+    place = local(name)
+    if place.suffix.lower() == ".gguf" and not place.is_dir():
+        if not place.is_file():
+            raise MansuError(f"{name}: no such file; pass an existing GGUF file")
+        return place
+    if not place.is_dir() or any(place.glob("*.safetensors")):
+        return None
+    files = sorted(place.glob("*.gguf"))
+    if len(files) > 1:
+        raise MansuError(
+            f"{name}: holds {len(files)} GGUF files, {files[0].name} the first; pass the file that you mean"
+        )
+    return files[0] if files else None
+
+
 def _locate(source: str | os.PathLike[str]) -> tuple[str, Path | str]:
     """What to call a source, and its folder or, for the hub, its id."""
     name = os.fspath(source)
@@ -186,20 +217,16 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path | str]:
     if folder.is_dir():
         if (folder / _ADAPTER).is_file():
             raise MansuError(f"{name}: {_merge(folder)}")
-        packed = sorted(folder.glob("*.gguf"))
-        if packed and not any(folder.glob("*.safetensors")):
-            raise MansuError(f"{name}: {_dequantize(packed[0])}")
         if not (folder / "config.json").is_file():
             raise MansuError(f"{name}: this folder has no config.json; pass a folder in Hugging Face format")
         if not any(folder.glob("*.safetensors")):
             raise MansuError(f"{name}: this folder has no .safetensors file; save the model in that format first")
         return name, folder
-    if folder.suffix.lower() == ".gguf":
-        raise MansuError(f"{name}: {_dequantize(folder)}")
     if folder.exists():
         raise MansuError(f"{name}: this is a file; pass the folder that holds it")
     if not isinstance(source, str) or not _HUB_ID.fullmatch(name):
-        raise MansuError(f"{name}: no such folder; pass an existing folder, a hub id or one of {', '.join(EMBEDDED)}")
+        known = ", ".join((*EMBEDDED, *PACKAGED))
+        raise MansuError(f"{name}: no such folder; pass an existing folder, a GGUF file, a hub id or one of {known}")
     return name, name
 
 
@@ -212,14 +239,6 @@ def _merge(folder: Path) -> str:
     return (
         f"this folder holds an adapter of {base}, no model; merge it first: peft.PeftModel.from_pretrained("
         f"AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r}).merge_and_unload(), and pass what that gives"
-    )
-
-
-def _dequantize(file: Path) -> str:
-    """How a GGUF file becomes a model."""
-    return (
-        "a GGUF file holds quantized weights; dequantize it first (pip install gguf), AutoModelForCausalLM.from_pretrained("
-        f"{str(file.parent)!r}, gguf_file={file.name!r}), and pass what that gives with its tokenizer"
     )
 
 

@@ -17,6 +17,8 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 LAYOUTS: dict[str, type[Layout]] = {}
+# Codes [block, weight], steps [block, group] and, where the format has them, shifts [block, group].
+Unpacked = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Blocks:
     def spread(self) -> tuple[Float32[Tensor, "out in"], Float32[Tensor, "out in"] | None]:
         """Step and shift of each weight."""
         size = self.layout.group
-        return self.step.repeat_interleave(size, 1), None if self.shift is None else self.shift.repeat_interleave(size, 1)
+        return self.step.repeat_interleave(size, 1), None if self.shift is None else self.shift.repeat_interleave(
+            size, 1
+        )
 
 
 class Layout(ABC):
@@ -72,9 +76,7 @@ class Layout(ABC):
 
     @staticmethod
     @abstractmethod
-    def unpack(
-        raw: UInt8[Tensor, "block byte"],
-    ) -> tuple[UInt8[Tensor, "block weight"], Float32[Tensor, "block group"], Float32[Tensor, "block group"] | None]:
+    def unpack(raw: UInt8[Tensor, "block byte"]) -> Unpacked:
         """Codes, steps and shifts of blocks of bytes."""
 
     @staticmethod
@@ -109,11 +111,13 @@ class Q4_0(Layout):
     codes, zero = 16, 8
 
     @staticmethod
-    def unpack(raw):
+    def unpack(raw: Tensor) -> Unpacked:
+        """As in `Layout`."""
         return _low_high(raw[:, 2:], 16), _half(raw, 0), None
 
     @staticmethod
-    def pack(raw, codes):
+    def pack(raw: Tensor, codes: Tensor) -> Tensor:
+        """As in `Layout`."""
         return torch.cat([raw[:, :2], _from_low_high(codes, 16)], 1)
 
 
@@ -123,11 +127,13 @@ class Q4_1(Layout):
     codes = 16
 
     @staticmethod
-    def unpack(raw):
+    def unpack(raw: Tensor) -> Unpacked:
+        """As in `Layout`."""
         return _low_high(raw[:, 4:], 16), _half(raw, 0), _half(raw, 2)
 
     @staticmethod
-    def pack(raw, codes):
+    def pack(raw: Tensor, codes: Tensor) -> Tensor:
+        """As in `Layout`."""
         return torch.cat([raw[:, :4], _from_low_high(codes, 16)], 1)
 
 
@@ -137,11 +143,13 @@ class Q5_0(Layout):
     codes, zero = 32, 16
 
     @staticmethod
-    def unpack(raw):
+    def unpack(raw: Tensor) -> Unpacked:
+        """As in `Layout`."""
         return _low_high(raw[:, 6:], 16) | _bits(raw[:, 2:6]) << 4, _half(raw, 0), None
 
     @staticmethod
-    def pack(raw, codes):
+    def pack(raw: Tensor, codes: Tensor) -> Tensor:
+        """As in `Layout`."""
         return torch.cat([raw[:, :2], _from_bits(codes >> 4), _from_low_high(codes & 15, 16)], 1)
 
 
@@ -151,11 +159,13 @@ class Q5_1(Layout):
     codes = 32
 
     @staticmethod
-    def unpack(raw):
+    def unpack(raw: Tensor) -> Unpacked:
+        """As in `Layout`."""
         return _low_high(raw[:, 8:], 16) | _bits(raw[:, 4:8]) << 4, _half(raw, 0), _half(raw, 2)
 
     @staticmethod
-    def pack(raw, codes):
+    def pack(raw: Tensor, codes: Tensor) -> Tensor:
+        """As in `Layout`."""
         return torch.cat([raw[:, :4], _from_bits(codes >> 4), _from_low_high(codes & 15, 16)], 1)
 
 
@@ -165,11 +175,13 @@ class Q8_0(Layout):
     codes, zero = 256, 128
 
     @staticmethod
-    def unpack(raw):
+    def unpack(raw: Tensor) -> Unpacked:
+        """As in `Layout`."""
         return raw[:, 2:] ^ 128, _half(raw, 0), None
 
     @staticmethod
-    def pack(raw, codes):
+    def pack(raw: Tensor, codes: Tensor) -> Tensor:
+        """As in `Layout`."""
         return torch.cat([raw[:, :2], codes ^ 128], 1)
 
 
@@ -179,12 +191,14 @@ class Q4_K(Layout):
     codes = 16
 
     @staticmethod
-    def unpack(raw):
+    def unpack(raw: Tensor) -> Unpacked:
+        """As in `Layout`."""
         step, shift = _k_scales(raw)
         return _low_high(raw[:, 16:], 32), step, shift
 
     @staticmethod
-    def pack(raw, codes):
+    def pack(raw: Tensor, codes: Tensor) -> Tensor:
+        """As in `Layout`."""
         return torch.cat([raw[:, :16], _from_low_high(codes, 32)], 1)
 
 
@@ -194,13 +208,15 @@ class Q5_K(Layout):
     codes = 32
 
     @staticmethod
-    def unpack(raw):
+    def unpack(raw: Tensor) -> Unpacked:
+        """As in `Layout`."""
         step, shift = _k_scales(raw)
         high = raw[:, 16:48].unsqueeze(1) >> _shifts(range(8), raw) & 1
         return _low_high(raw[:, 48:], 32) | high.flatten(1) << 4, step, shift
 
     @staticmethod
-    def pack(raw, codes):
+    def pack(raw: Tensor, codes: Tensor) -> Tensor:
+        """As in `Layout`."""
         high = ((codes >> 4).view(-1, 8, 32) << _shifts(range(8), raw)).sum(1, dtype=torch.uint8)
         return torch.cat([raw[:, :16], high, _from_low_high(codes & 15, 32)], 1)
 
@@ -211,13 +227,15 @@ class Q6_K(Layout):
     codes, zero, group = 64, 32, 16
 
     @staticmethod
-    def unpack(raw):
+    def unpack(raw: Tensor) -> Unpacked:
+        """As in `Layout`."""
         high = raw[:, 128:192].view(-1, 2, 1, 32) >> _shifts((0, 2, 4, 6), raw).view(1, 1, 4, 1) & 3
         step = _half(raw, 208) * raw[:, 192:208].contiguous().view(torch.int8).float()
         return _low_high(raw[:, :128], 64) | high.flatten(1) << 4, step, None
 
     @staticmethod
-    def pack(raw, codes):
+    def pack(raw: Tensor, codes: Tensor) -> Tensor:
+        """As in `Layout`."""
         parts = (codes >> 4).view(-1, 2, 4, 32) << _shifts((0, 2, 4, 6), raw).view(1, 1, 4, 1)
         high = parts.sum(2, dtype=torch.uint8).flatten(1)
         return torch.cat([_from_low_high(codes & 15, 64), high, raw[:, 192:]], 1)

@@ -109,7 +109,9 @@ def _add_scaling(file: GgufFile, values: dict[str, Any]) -> None:
         else:
             values["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif kind != "none":
-        raise MansuError(f"{file.path}: rotary embeddings scaled by {kind!r} are not read; use the model's own checkpoint")
+        raise MansuError(
+            f"{file.path}: rotary embeddings scaled by {kind!r} are not read; use the model's own checkpoint"
+        )
     if "rope_freqs.weight" in file.tensors:
         values["rope_scaling"] = _llama3(file, values)
 

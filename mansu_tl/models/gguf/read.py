@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -45,11 +43,11 @@ class Way:
     transposed: bool
     offset: float
 
-    def arranged(self, value: Shaped[Tensor, "out *any"]) -> Shaped[Tensor, "out *any"]:
+    def arranged(self, value: Shaped[Tensor, out * any]) -> Shaped[Tensor, out * any]:
         """Something per weight, from the file's order of rows to the parameter's, oriented [out, in]."""
         return value if self.rows is None else value[self.rows.to(value.device)]
 
-    def back(self, value: Shaped[Tensor, "out *any"]) -> Shaped[Tensor, "out *any"]:
+    def back(self, value: Shaped[Tensor, out * any]) -> Shaped[Tensor, out * any]:
         """The other way."""
         return value if self.rows is None else value[self.rows.argsort().to(value.device)]
 
@@ -87,13 +85,30 @@ class GgufWeights:
         shift = None if read.shift is None else way.arranged(read.shift)
         return Blocks(read.layout, way.arranged(read.codes), way.arranged(read.step), shift)
 
-    def value(self, name: str) -> Float32[Tensor, "..."]:
-        """A parameter as the file has it, bit for bit what `gguf` dequantizes (less the offset of gemma's norms)."""
+    def value(self, name: str, raw: UInt8[Tensor, "row byte"] | None = None) -> Float32[Tensor, ...]:
+        """A parameter as the file has it, bit for bit what `gguf` dequantizes (less the offset of gemma's norms).
+
+        Args:
+            raw: its bytes, where they are not those of the file.
+        """
         way = self.ways[name]
-        value = way.arranged(_values(self.file, way.stored))
-        return (value.T.contiguous() if way.transposed else value) - way.offset if way.offset else (
-            value.T.contiguous() if way.transposed else value
-        )
+        value = way.arranged(self._dequantized(way.stored, self.file.data(way.stored.name) if raw is None else raw))
+        if way.transposed:
+            value = value.T.contiguous()
+        return value - way.offset if way.offset else value
+
+    def _dequantized(self, stored: Stored, raw: Tensor) -> Tensor:
+        """A tensor's values, in the file's order."""
+        if stored.type in LAYOUTS:
+            return LAYOUTS[stored.type].read(raw).values().view(stored.shape)
+        try:
+            values = dequantize(raw.numpy(), GGMLQuantizationType[stored.type])
+        except NotImplementedError:
+            raise MansuError(
+                f"{self.file.path}: {stored.name} is stored as {stored.type}, which gguf does not dequantize; convert the "
+                "file to another type"
+            ) from None
+        return torch.from_numpy(values.copy()).view(stored.shape)
 
 
 def gguf_weights(model: Model) -> GgufWeights | None:
@@ -166,21 +181,6 @@ def _rows(architecture: str, family: Family, hf: PreTrainedModel, stored: Stored
 
 def _state(weights: GgufWeights, tied: list[list[str]]) -> dict[str, Tensor]:
     return {name: weights.value(names[0]) for names in tied for name in names[:1]}
-
-
-def _values(file: GgufFile, stored: Stored) -> Tensor:
-    """A tensor dequantized, in the file's order."""
-    raw = file.data(stored.name)
-    if stored.type in LAYOUTS:
-        return LAYOUTS[stored.type].read(raw).values().view(stored.shape)
-    try:
-        values = dequantize(raw.numpy(), GGMLQuantizationType[stored.type])
-    except NotImplementedError:
-        raise MansuError(
-            f"{file.path}: {stored.name} is stored as {stored.type}, which gguf does not dequantize; convert the file to "
-            "another type"
-        ) from None
-    return torch.from_numpy(values.copy()).view(stored.shape)
 
 
 def _tokenizer(file: GgufFile) -> PreTrainedTokenizerBase | None:

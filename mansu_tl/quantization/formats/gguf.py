@@ -7,6 +7,7 @@ along rows, whose length has to be a multiple of 32. A model that came from a fi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Float32, Int, UInt8
@@ -119,7 +120,8 @@ class OneScaleGrid(_GgufGrid):
 class TwoScaleGrid(_GgufGrid):
     """Q4_1 and Q5_1: codes 0..n between a block's smallest and largest weight.
 
-    step = (largest - smallest) / n, code = trunc((w - smallest) / step + 1/2), value = float16(step) code + float16(smallest).
+    step = (largest - smallest) / n, code = trunc((w - smallest) / step + 1/2), value = float16(step) code +
+    float16(smallest).
     The scale of a block is the pair of its ends.
     """
 
@@ -198,4 +200,4 @@ def gguf_grid(kind: str) -> Grid:
 
 
 for _kind in _KINDS:
-    register_quantizer(f"gguf-{_kind}", lambda kind=_kind: gguf_grid(kind), "grid")
+    register_quantizer(f"gguf-{_kind}", partial(gguf_grid, _kind), "grid")
