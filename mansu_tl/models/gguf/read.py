@@ -43,11 +43,11 @@ class Way:
     transposed: bool
     offset: float
 
-    def arranged(self, value: Shaped[Tensor, out * any]) -> Shaped[Tensor, out * any]:
+    def arranged(self, value: Shaped[Tensor, " out *any"]) -> Shaped[Tensor, " out *any"]:
         """Something per weight, from the file's order of rows to the parameter's, oriented [out, in]."""
         return value if self.rows is None else value[self.rows.to(value.device)]
 
-    def back(self, value: Shaped[Tensor, out * any]) -> Shaped[Tensor, out * any]:
+    def back(self, value: Shaped[Tensor, " out *any"]) -> Shaped[Tensor, " out *any"]:
         """The other way."""
         return value if self.rows is None else value[self.rows.argsort().to(value.device)]
 
