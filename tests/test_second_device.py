@@ -11,7 +11,7 @@ from mansu_tl.unlearning import MansuSettings, TrainingSettings, method_flags
 from mansu_tl.unlearning import checkpoint as checkpoint_module
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.mansu.floor import Floor
-from mansu_tl.unlearning.methods.npo import NpoSettings
+from mansu_tl.unlearning.recipes.npo import NpoSettings
 from tests.road import MANSU, STAGES, Case, Numbers, case
 from tests.second_device import DEVICE, MisplacedError, SecondDevice
 
