@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from mansu_tl.cli import app
 from mansu_tl.errors import MansuError
 from mansu_tl.registry import Registry, import_plugins
-from mansu_tl.study import Comparison, StudyConfig, run
+from mansu_tl.study import Comparison, StudyConfig, full, run
 from mansu_tl.study.run import run_study
 from mansu_tl.unlearning import registry
 from tests.test_processes import CONFIG, environment
@@ -68,6 +71,19 @@ def test_a_plugin_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPat
     for kind in (StudyConfig, Comparison):
         with pytest.raises(MansuError, match="plugin 'not_there': No module"):
             kind(plugins=("not_there",))
+
+
+def test_the_lists_know_a_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "listed.py").write_text(
+        "from dataclasses import replace\n"
+        "from mansu_tl.unlearning import method_flags, register\n"
+        "register(replace(method_flags('ga'), name='listed', title='Listed'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_METHODS", Registry("method", registry._METHODS))
+    shown = CliRunner().invoke(app, ["methods", "--plugin", "listed"])
+    assert shown.exit_code == 0 and re.search(r"^listed +Listed", shown.output, re.MULTILINE)
+    assert "listed" in full(plugins=("listed",)).methods
 
 
 def test_what_a_plugin_registers_is_run_in_processes_of_its_own(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class StudyConfig(Plan):
         steps: EAP-IG steps.
         settings: per method, the settings that differ from its defaults.
         plugins: modules that register what is used here, imported by name in every process.
+        device: where the models are, "cpu" or "cuda"; on Ray each cell then gets a GPU of its own.
 
     Example:
         >>> config = mtl.StudyConfig(model="pocket", methods=("mansu", "npo"), quantizers=("nf4", "int8"))
@@ -58,6 +59,7 @@ class StudyConfig(Plan):
     steps: int = 5
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
+    device: str = "cpu"
     what, what_bases = "config", "config: model and also"
     unique = ("methods", "quantizers", "also")
 

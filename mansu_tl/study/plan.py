@@ -46,6 +46,7 @@ class Plan(Digested, ABC):
     quantizers: tuple[str, ...]
     settings: Mapping[str, Mapping[str, Any]]
     plugins: tuple[str, ...]
+    device: str
     faithfulness: float = 0.85
     steps: int = 5
     # Only comparisons choose settings on a validation split, attack what was edited, and look for further evidence.
@@ -146,6 +147,7 @@ class Comparison(Plan):
         evidence: probes, erasure depth and the damage audit, for every method's first seed.
         settings: per method, settings that differ from its defaults.
         plugins: modules that register what is used here, imported by name in every process.
+        device: where the models are, "cpu" or "cuda"; on Ray each cell then gets a GPU of its own.
     """
 
     bases: tuple[str, ...] = ("pocket", "pocket-fp")
@@ -165,6 +167,7 @@ class Comparison(Plan):
     evidence: bool = True
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
+    device: str = "cpu"
     validated = True
     what, what_bases = "compare", "compare: bases"
     filled = ("bases", "methods", "quantizers", "seeds", "control_seeds", "ablation_seeds")

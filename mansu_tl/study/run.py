@@ -156,7 +156,7 @@ def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | No
                     waiting[cell] = bench
     reports: Sequence[_Report] = ()
     if waiting:
-        engine = engine_for(on, workers, len(waiting))
+        engine = engine_for(on, workers, len(waiting), plan.device)
         if engine is not None:
             beside = partial(_compute, plan, folder, work)
             title = partial(_title, plan)
@@ -214,7 +214,7 @@ def _record(plan: Plan, path: Path, made: int, seconds: float, threads: int, mem
     record = {
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "seed": plan.seed,
-        "device": "cpu",
+        "device": plan.device,
         "threads": threads,
         "machine": platform.machine(),
         # A run that was interrupted counts all its parts.
