@@ -65,6 +65,10 @@ class Grid(Quantizer):
         """The boundaries between neighbouring codes at absmax 1; a value on one belongs to the lower code."""
         return (self.levels[:-1] + self.levels[1:]) / 2
 
+    def of(self, parameter: str) -> Grid:
+        """The grid of one parameter, by HF name: itself, but for the grid of a file, whose scales are given."""
+        return self
+
     # --- encode and decode ---------------------------------------------------------------------------------------
 
     def encode(self, w: Float[Tensor, "out in"]) -> Encoded:

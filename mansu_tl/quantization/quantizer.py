@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
+from mansu_tl.models import linear_weights, orient
+from mansu_tl.models.tree import Model
 from mansu_tl.registry import Registry
+
+Q = TypeVar("Q", bound="Quantizer")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,17 @@ class Quantizer(ABC):
     def roundtrip(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Q(w): what the deployed model uses in place of `w`, in the dtype of `w`."""
 
+    def bound(self: Q, model: Model) -> Q:
+        """Itself; for a quantizer that belongs to the file a model came from, the one of this model's file."""
+        return self
+
+    def quantized(self, model: Model, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Q(w) of every matrix that it quantizes, given a model's values by HF parameter name, as the model stores them."""
+        return {
+            name: orient(self.roundtrip(orient(live[name].detach(), linear)), linear).contiguous()
+            for name, linear in linear_weights(model).items()
+        }
+
 
 class CalibratedQuantizer(ABC):
     """One that looks at the inputs which a calibration text sends through the matrix.
@@ -71,7 +87,7 @@ class _Entry:
     package: str
 
 
-_KINDS = ("grid", "calibrated", "library")
+_KINDS = ("grid", "calibrated", "library", "file")
 _QUANTIZERS = Registry[_Entry]("quantizer")
 
 
@@ -82,7 +98,8 @@ def register_quantizer(
 
     Args:
         make: gives it; its `name` is this one.
-        kind: "grid" = a `Grid`, "calibrated" = a `CalibratedQuantizer`, "library" = any other.
+        kind: "grid" = a `Grid`, "calibrated" = a `CalibratedQuantizer`, "file" = one that belongs to the file that a model
+            came from, "library" = any other.
         package: what has to be installed for it; also the name of this package's extra.
 
     Raises:
@@ -98,7 +115,7 @@ def quantizers(kind: str | None = None) -> tuple[str, ...]:
     Args:
         kind: "grid" = those with fixed cells, which the floor and `update_statistics` can work with; "calibrated" =
             those that need calibration text; "library" = those computed by a package that is optional, as far as it
-            is installed; None = all three.
+            is installed; "file" = the file that a model came from; None = all of them.
 
     Raises:
         MansuError: another kind.

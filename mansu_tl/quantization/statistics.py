@@ -141,7 +141,7 @@ def update_statistics(
     Raises:
         MansuError: an unknown quantizer, one without fixed cells, or two models of different shape.
     """
-    grid = grid_of(quantizer)
+    grid = grid_of(quantizer).bound(before)
     linear, old, new = linear_weights(before), parameters(before), parameters(after)
     other = linear_weights(after)
     if linear != other:
@@ -152,7 +152,7 @@ def update_statistics(
     rows = []
     for name, shape in linear.items():
         w, w2 = orient(old[name].detach(), shape), orient(new[name].detach(), shape)
-        rows.append(_measure(w, w2, grid, fine, positions))
+        rows.append(_measure(w, w2, grid.of(name), fine, positions))
     columns = {
         key: torch.tensor([row[key] for row in rows], dtype=torch.float64 if isinstance(value, float) else torch.int64)
         for key, value in rows[0].items()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mansu_tl.data import Sequences
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
+from mansu_tl.models import parameters, plain, rebuild
 from mansu_tl.models.four_bit import require_dense
 from mansu_tl.quantization.calibration import calibrated_values
 from mansu_tl.quantization.quantizer import AnyQuantizer, CalibratedQuantizer
@@ -27,6 +27,8 @@ def quantize(
     progress: bool = False,
 ) -> TransformerBridge:
     """The dequantized twin: every matrix that quantized loading quantizes holds Q(w), everything else is untouched.
+
+    Under "gguf" every parameter is what `mansu_tl.models.gguf.save_gguf` would write into the model's own file.
 
     A new bridge in the dtype of `model`, which stays as it is. Its logits equal those of a real bitsandbytes model
     that computes in that dtype; it is faster on CPU, and every hook and gradient works. (bitsandbytes never rounds
@@ -83,7 +85,4 @@ def quantized_values(
         for name, parameter in edited.named_parameters():
             parameter.data.copy_(live[name])
         return calibrated_values(edited, found, calibration, progress=progress)
-    return {
-        name: orient(found.roundtrip(orient(live[name].detach(), linear)), linear).contiguous()
-        for name, linear in linear_weights(model).items()
-    }
+    return found.bound(model).quantized(model, live)

@@ -3,5 +3,17 @@
 from mansu_tl.models.gguf.blocks import LAYOUTS, Blocks, Layout
 from mansu_tl.models.gguf.file import GgufFile, Stored
 from mansu_tl.models.gguf.read import GgufWeights, gguf_weights, read_model, remember
+from mansu_tl.models.gguf.write import save_gguf
 
-__all__ = ["LAYOUTS", "Blocks", "GgufFile", "GgufWeights", "Layout", "Stored", "gguf_weights", "read_model", "remember"]
+__all__ = [
+    "LAYOUTS",
+    "Blocks",
+    "GgufFile",
+    "GgufWeights",
+    "Layout",
+    "Stored",
+    "gguf_weights",
+    "read_model",
+    "remember",
+    "save_gguf",
+]

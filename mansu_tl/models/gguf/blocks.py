@@ -40,15 +40,10 @@ class Blocks:
     def values(self) -> Float32[Tensor, "out in"]:
         """What the codes are worth."""
         grouped = self.codes.view(len(self.codes), -1, self.layout.group)
-        shift = None if self.shift is None else self.shift.unsqueeze(2)
-        return self.layout.value(grouped, self.step.unsqueeze(2), shift).view(self.codes.shape)
-
-    def spread(self) -> tuple[Float32[Tensor, "out in"], Float32[Tensor, "out in"] | None]:
-        """Step and shift of each weight."""
-        size = self.layout.group
-        return self.step.repeat_interleave(size, 1), None if self.shift is None else self.shift.repeat_interleave(
-            size, 1
-        )
+        values = grouped.float().sub_(self.layout.zero).mul_(self.step.unsqueeze(2))
+        if self.shift is not None:
+            values.add_(self.shift.unsqueeze(2))
+        return values.view(self.codes.shape)
 
 
 class Layout(ABC):
@@ -83,14 +78,6 @@ class Layout(ABC):
     @abstractmethod
     def pack(raw: UInt8[Tensor, "block byte"], codes: UInt8[Tensor, "block weight"]) -> UInt8[Tensor, "block byte"]:
         """The blocks with other codes under the scales that they have."""
-
-    @classmethod
-    def value(
-        cls, codes: UInt8[Tensor, "*any"], step: Float32[Tensor, "*any"], shift: Float32[Tensor, "*any"] | None
-    ) -> Float32[Tensor, "*any"]:
-        """What codes are worth."""
-        product = codes.float().sub_(cls.zero).mul_(step)
-        return product if shift is None else product.add_(shift)
 
     @classmethod
     def read(cls, raw: UInt8[Tensor, "row byte"]) -> Blocks:

