@@ -33,9 +33,9 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import Anatomy, attention_weights, norm_weights
+from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
 from mansu_tl.models.anatomy import UNEMBED
-from mansu_tl.runs.ablation import Ablation, normed
+from mansu_tl.runs.ablation import Ablation
 from mansu_tl.runs.exactness import require_exact
 from mansu_tl.runs.metrics import Metric, logit_difference, measured
 from mansu_tl.runs.passes import Hook, Recording, chunks, forward, heads_last, prepared, run
@@ -363,3 +363,12 @@ def _summed(
             out = torch.sparse.addmm(start.expand(len(weights), -1), sparse, flat)
             return out.unflatten(-1, base.shape)
     return torch.addmm(start, weights, flat).unflatten(-1, base.shape)
+
+
+def normed(x: Float[Tensor, "... d_model"], norm: NormWeights) -> Float[Tensor, "... d_model"]:
+    """A norm applied to a stream, in float32 inside and back in the stream's dtype."""
+    wide = x.float()
+    if norm.kind == "layer":
+        return functional.layer_norm(wide, wide.shape[-1:], norm.weight, norm.bias, norm.eps).to(x.dtype)
+    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1] + norm.eps)
+    return (wide * scale * norm.weight).to(x.dtype)

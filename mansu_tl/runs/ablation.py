@@ -1,20 +1,18 @@
 """What a component carries when it is switched off: its value on the corrupt prompt, zero, or a mean over other prompts.
 
-Zero and mean ablation have no run behind them, so the streams that readers see are put together from the writers'
-values: embedding, plus every head's z through W_O and the attention's bias (through the post-norm where the family has
-one), plus every MLP's output. What is switched off of `embed` is the token's embedding; a learned positional embedding
-(gpt2) stays where it is, as in EAP-IG's code.
+Zero and mean ablation are runs in which every writer's value is put in its place: the streams that readers see are what
+the model makes of those. What is switched off of `embed` is the token's embedding; a learned positional embedding (gpt2)
+stays where it is, as in EAP-IG's code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Sequences
@@ -22,11 +20,11 @@ from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
+from mansu_tl.models import Anatomy
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
 from mansu_tl.results.result import Result
-from mansu_tl.runs.passes import Recording, put, record, run
+from mansu_tl.runs.passes import Hook, Recording, record
 
 KINDS = ("corrupt", "zero", "mean")
 
@@ -54,18 +52,21 @@ class Ablation(Result):
         """
         if self.kind == "corrupt":
             return record(model, pairs.corrupt, pairs.lengths)
-        anatomy = Anatomy.of(model)
-        count, width = pairs.clean.shape
-        if self.means is None:
-            stream = torch.zeros(count, width, anatomy.d_model, dtype=computing_dtype(model), device=pairs.clean.device)
-            z = stream.new_zeros(count, width, anatomy.n_heads, anatomy.d_head)
-            embed = stream + _positional(model, width)
-            return _assembled(model, pairs, embed, [z] * anatomy.n_layers, [stream] * anatomy.n_layers)
-        every = ((self.means.embed,), self.means.z, self.means.mlp_out)
-        (embed,), zs, mlp_out = (
-            [_spread(value.to(pairs.clean.device), count, width) for value in values] for values in every
-        )
-        return _assembled(model, pairs, embed + _positional(model, width), zs, mlp_out)
+        anatomy, width = Anatomy.of(model), pairs.clean.shape[1]
+        zero = torch.zeros(1, 1, dtype=computing_dtype(model))
+        embed, z, mlp_out = zero, (zero,) * anatomy.n_layers, (zero,) * anatomy.n_layers
+        if self.means is not None:
+            embed, z, mlp_out = self.means.embed, self.means.z, self.means.mlp_out
+        if 1 < len(embed) < width:
+            raise MansuError(
+                f"ablation: pairs have {width} positions, the means were taken over {len(embed)}; use longer reference "
+                "prompts, or per_position=False"
+            )
+        stream = embed[:width].to(home(model)) + _positional(model, width)
+        hooks: list[Hook] = [(anatomy.hook("stream", 0), _everywhere(stream))]
+        for role, values in (("z", z), ("mlp_out", mlp_out)):
+            hooks += [(anatomy.hook(role, i), _everywhere(values[i][:width])) for i in anatomy.layers]
+        return record(model, pairs.clean, pairs.lengths, hooks)
 
 
 @dataclass(frozen=True)
@@ -142,41 +143,6 @@ def _positional(model: TransformerBridge, width: int) -> Float[Tensor, "... d_mo
     return model.pos_embed.weight[:width].detach()
 
 
-def _spread(value: Tensor, count: int, width: int) -> Tensor:
-    if value.shape[0] not in (1, width) and value.shape[0] < width:
-        raise MansuError(
-            f"ablation: pairs have {width} positions, the means were taken over {value.shape[0]}; use longer reference "
-            "prompts, or per_position=False"
-        )
-    rows = value.expand(width, *value.shape[1:]) if value.shape[0] == 1 else value[:width]
-    return rows[None].expand(count, *rows.shape)
-
-
-@torch.no_grad()
-def _assembled(
-    model: TransformerBridge, pairs: PromptPairs, embed: Tensor, z: Sequence[Tensor], mlp_out: Sequence[Tensor]
-) -> Recording:
-    anatomy, stream = Anatomy.of(model), embed
-    values: dict[str, Tensor] = {}
-    for layer in anatomy.layers:
-        weights = attention_weights(model, layer)
-        values |= {f"stream{layer}": stream, f"z{layer}": z[layer], f"mlp_out{layer}": mlp_out[layer]}
-        out = torch.einsum("bphe,hde->bpd", z[layer], weights.o)
-        out = out if weights.o_bias is None else out + weights.o_bias
-        if anatomy.post_norms:
-            values[f"attn_raw{layer}"] = out
-            out = normed(out, norm_weights(model, layer, "attn_post"))
-        values[f"mlp_in{layer}"] = stream if anatomy.parallel else stream + out
-        stream = stream + out + mlp_out[layer]
-    values[f"stream{anatomy.n_layers}"] = stream
-    logits = run(model, pairs.clean, pairs.lengths, [(anatomy.hook("stream", anatomy.n_layers), put(stream))])
-    return Recording(values, logits.float())
-
-
-def normed(x: Float[Tensor, "... d_model"], norm: NormWeights) -> Float[Tensor, "... d_model"]:
-    """A norm applied to a stream, in float32 inside and back in the stream's dtype."""
-    wide = x.float()
-    if norm.kind == "layer":
-        return functional.layer_norm(wide, wide.shape[-1:], norm.weight, norm.bias, norm.eps).to(x.dtype)
-    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1] + norm.eps)
-    return (wide * scale * norm.weight).to(x.dtype)
+def _everywhere(value: Float[Tensor, "pos ..."]) -> Callable[..., Tensor]:
+    """A hook that hands a value on for every pair, at every position where there is one row for all."""
+    return lambda seen, hook: value.to(seen.device).flatten(1).expand_as(seen.flatten(2)).reshape(seen.shape)

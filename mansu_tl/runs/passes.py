@@ -63,12 +63,14 @@ def forward(
 
 
 @torch.no_grad()
-def record(model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]) -> Recording:
-    """One plain forward pass, keeping what every writer wrote and every reader read."""
+def record(
+    model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], hooks: Sequence[Hook] = ()
+) -> Recording:
+    """One forward pass with `hooks` in place, keeping what every writer wrote and every reader read."""
     anatomy = Anatomy.of(model)
     values: dict[str, Tensor] = {}
-    hooks = anatomy.hooks("stream", "mlp_in", "z", "mlp_out", *(("attn_raw",) if anatomy.post_norms else ()))
-    logits = run(model, tokens, lengths, [(hook, keep(values, key)) for key, hook in hooks.items()])
+    points = anatomy.hooks("stream", "mlp_in", "z", "mlp_out", *(("attn_raw",) if anatomy.post_norms else ()))
+    logits = run(model, tokens, lengths, [*hooks, *((point, keep(values, key)) for key, point in points.items())])
     for i in anatomy.layers:
         values[f"z{i}"] = heads_last(values[f"z{i}"], anatomy.n_heads)
     return Recording(values, logits.float())

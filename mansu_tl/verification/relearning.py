@@ -27,7 +27,7 @@ from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import float32_copy, home, require_ready
+from mansu_tl.models import float32_copy, home, require_copyable
 from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import accuracy, last_logits
@@ -159,7 +159,7 @@ def relearn(
         raise MansuError(
             f"attack {attack.name!r}: {len(attack.text)} sequences, {len(attack.questions)} questions; give some"
         )
-    require_ready(model, attack.text.tokens, copied=True)
+    require_copyable(model, attack.text.tokens)
     require_fit(model, attack.text)
     hf = float32_copy(model).requires_grad_(True)
     text = attack.text.to(home(hf))
