@@ -7,7 +7,7 @@ stays where it is, as in EAP-IG's code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +35,12 @@ class Ablation(Result):
 
     Attributes:
         kind: "corrupt" (the pair's own counterfactual), "zero" or "mean".
-        means: for "mean", what every writer carries, with one row (all positions alike) or one row a position.
+        means: for "mean", what every writer carries, by `Anatomy.hooks`'s names ("stream0" is the embedding), with one row
+            (all positions alike) or one row a position.
     """
 
     kind: str = "corrupt"
-    means: _Means | None = None
+    means: Mapping[str, Float[Tensor, "pos d"]] | None = None
 
     def __repr__(self) -> str:
         return f"Ablation({self.kind})"
@@ -53,27 +54,17 @@ class Ablation(Result):
         if self.kind == "corrupt":
             return record(model, pairs.corrupt, pairs.lengths)
         anatomy, width = Anatomy.of(model), pairs.clean.shape[1]
-        zero = torch.zeros(1, 1, dtype=computing_dtype(model))
-        embed, z, mlp_out = zero, (zero,) * anatomy.n_layers, (zero,) * anatomy.n_layers
-        if self.means is not None:
-            embed, z, mlp_out = self.means.embed, self.means.z, self.means.mlp_out
-        if 1 < len(embed) < width:
-            raise MansuError(
-                f"ablation: pairs have {width} positions, the means were taken over {len(embed)}; use longer reference "
-                "prompts, or per_position=False"
-            )
-        stream = embed[:width].to(home(model)) + _positional(model, width)
-        hooks: list[Hook] = [(anatomy.hook("stream", 0), _everywhere(stream))]
-        for role, values in (("z", z), ("mlp_out", mlp_out)):
-            hooks += [(anatomy.hook(role, i), _everywhere(values[i][:width])) for i in anatomy.layers]
+        hooks: list[Hook] = []
+        for key, point in _points(anatomy).items():
+            value = torch.zeros(1, 1, dtype=computing_dtype(model)) if self.means is None else self.means[key]
+            if 1 < len(value) < width:
+                raise MansuError(
+                    f"ablation: pairs have {width} positions, the means were taken over {len(value)}; use longer reference "
+                    "prompts, or per_position=False"
+                )
+            value = value[:width].to(home(model))
+            hooks.append((point, _everywhere(value + _positional(model, width) if key == "stream0" else value)))
         return record(model, pairs.clean, pairs.lengths, hooks)
-
-
-@dataclass(frozen=True)
-class _Means:
-    embed: Float[Tensor, "pos d_model"]
-    z: tuple[Float[Tensor, "pos head d_head"], ...]
-    mlp_out: tuple[Float[Tensor, "pos d_model"], ...]
 
 
 @torch_defaults()
@@ -110,30 +101,30 @@ def ablation(
     reference = reference.to(home(model))
     tokens = reference.clean if isinstance(reference, PromptPairs) else reference.tokens
     require_ready(model, tokens)
-    anatomy = Anatomy.of(model)
-    sums: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
     seen = torch.zeros(tokens.shape[1], device=tokens.device, dtype=torch.float64)
     for start in range(0, tokens.shape[0], batch_size):
         rows, lengths = tokens[start : start + batch_size], reference.lengths[start : start + batch_size]
         real = real_tokens(rows, lengths)
         seen += real.sum(0)
-        recorded = record(model, rows, lengths)
-        embed = recorded.value("stream", 0) - _positional(model, tokens.shape[1])
-        written = [recorded.value(role, i) for role in ("z", "mlp_out") for i in anatomy.layers]
-        parts = [
-            torch.einsum("bp,bpd->pd", real.double().to(value.device), value.flatten(2).double())
-            for value in (embed, *written)
-        ]
-        sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
-    if per_position:
-        reached = int((seen > 0).sum())
-        means = [(s / seen.to(s.device)[:, None])[:reached] for s in sums]
-    else:
-        means = [s.sum(0, keepdim=True) / seen.sum().item() for s in sums]
-    layers, dtype = anatomy.n_layers, computing_dtype(model)
-    cast = [value.to("cpu", dtype) for value in means]
-    z = tuple(value.unflatten(-1, (anatomy.n_heads, anatomy.d_head)) for value in cast[1 : 1 + layers])
-    return Ablation("mean", _Means(cast[0], z, tuple(cast[1 + layers :])))
+        recorded = record(model, rows, lengths).values
+        recorded["stream0"] = recorded["stream0"] - _positional(model, tokens.shape[1])
+        for key in _points(Anatomy.of(model)):
+            value = recorded[key].flatten(2).double()
+            part = torch.einsum("bp,bpd->pd", real.double().to(value.device), value)
+            sums[key] = sums[key] + part if key in sums else part
+    seen = seen.cpu()
+    reached = int((seen > 0).sum())
+    means = {
+        key: (s.cpu() / seen[:, None])[:reached] if per_position else s.cpu().sum(0, keepdim=True) / seen.sum()
+        for key, s in sums.items()
+    }
+    return Ablation("mean", {key: value.to(computing_dtype(model)) for key, value in means.items()})
+
+
+def _points(anatomy: Anatomy) -> dict[str, str]:
+    """The hook points of what the writers write."""
+    return {"stream0": anatomy.hook("stream", 0), **anatomy.hooks("z", "mlp_out")}
 
 
 def _positional(model: TransformerBridge, width: int) -> Float[Tensor, "... d_model"]:
@@ -143,6 +134,6 @@ def _positional(model: TransformerBridge, width: int) -> Float[Tensor, "... d_mo
     return model.pos_embed.weight[:width].detach()
 
 
-def _everywhere(value: Float[Tensor, "pos ..."]) -> Callable[..., Tensor]:
+def _everywhere(value: Float[Tensor, "pos d"]) -> Callable[..., Tensor]:
     """A hook that hands a value on for every pair, at every position where there is one row for all."""
-    return lambda seen, hook: value.to(seen.device).flatten(1).expand_as(seen.flatten(2)).reshape(seen.shape)
+    return lambda seen, hook: value.to(seen.device).expand_as(seen.flatten(2)).reshape(seen.shape)
