@@ -113,7 +113,7 @@ def test_patching_does_not_depend_on_the_batching(model) -> None:
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60))
 def test_pruned_edges_are_exactly_those_on_a_path(seed: int, n: int) -> None:
-    graph = Graph.from_map(mtl.models.Anatomy.of(MODEL))
+    graph = Graph.of(MODEL)
     mask = random_mask(graph.exists, n, seed)
     kept = graph.pruned(mask)
     # Independent: networkx, with a node per writer and per reader.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import networkx as nx
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -160,7 +161,9 @@ class Circuit(OnGraph):
         Raises:
             MansuError: a model with grouped-query attention, whose edges it has no names for.
         """
-        return interop.edges_of(self, self.mask, n_positions)
+        if n_positions < 1:
+            raise MansuError(f"circuit: n_positions={n_positions}; give the number of tokens of the prompt")
+        return [edge for position in range(n_positions) for edge in interop.edges_at(self, self.mask, position)]
 
     @classmethod
     def from_transformer_lens(
@@ -174,9 +177,16 @@ class Circuit(OnGraph):
             MansuError: an edge that this model does not have.
         """
         graph = Graph.of(model)
-        mask, scores = interop.mask_of(edges, graph)
+        mask, place = torch.zeros_like(graph.exists), interop.places(graph)
+        scores = torch.zeros(graph.exists.shape, dtype=torch.float64)
+        for writer, reader, *score in edges:
+            at = place((writer, reader))
+            mask[at] = True
+            scores[at] += sum(score)
         kept, how = graph.pruned(mask), f"{len(edges)} positional edges of TransformerLens, pruned"
-        return cls(kept, scores, graph.writers, graph.readers, graph.group, float("nan"), how, fingerprint(model))
+        return cls(
+            kept, scores.float(), graph.writers, graph.readers, graph.group, float("nan"), how, fingerprint(model)
+        )
 
     def _combined(self, other: Circuit, mask: Tensor, word: str) -> Circuit:
         self.require_same_graph(other)

@@ -135,16 +135,12 @@ class Graph(OnGraph):
     exists: Bool[Tensor, "writer reader"]
 
     @classmethod
-    def of(cls, model: TransformerBridge) -> Graph:
-        """The graph of a hooked model."""
-        return cls.from_map(Anatomy.of(model))
-
-    @classmethod
     @torch_defaults()
-    def from_map(cls, components: Anatomy) -> Graph:
-        """The graph of a component map."""
-        exists = _in_order(components.writers, components.readers, components.parallel)
-        return cls(components.writers, components.readers, exists)
+    def of(cls, model: TransformerBridge | Anatomy) -> Graph:
+        """The graph of a hooked model, or of its anatomy."""
+        anatomy = model if isinstance(model, Anatomy) else Anatomy.of(model)
+        exists = _in_order(anatomy.writers, anatomy.readers, anatomy.parallel)
+        return cls(anatomy.writers, anatomy.readers, exists)
 
     @property
     def n_edges(self) -> int:

@@ -173,7 +173,7 @@ class _Base:
         self.tokens = alive.flatten().nonzero()[:, 0]
         ends = torch.arange(len(pairs), device=clean.device) * clean.shape[1] + pairs.asked
         self.last = torch.searchsorted(self.tokens, ends)
-        self.embed = self.at(_embedded(self.model, clean) - self.run.value("stream", 0))
+        self.embed = self.at(self.model(clean, stop_at_layer=0) - self.run.value("stream", 0))
 
     def at(self, stream: Float[Tensor, "pair pos d"], last: bool = False) -> Float[Tensor, "token d"]:
         """A stream's vectors at the tokens that count, or at the last ones only."""
@@ -331,10 +331,6 @@ class _Group:
         base = self.base.at(self.base.run.value("stream", self.map.n_layers), last=True)
         streams = torch.cat([self._rebuilt(reads, base, last=True) for reads in self.plan.final])
         return normed(streams, norm_weights(self.model, None, "final")).flatten(0, 1)[None]
-
-
-def _embedded(model: TransformerBridge, tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair pos d_model"]:
-    return model(tokens, stop_at_layer=0)
 
 
 def _summed(

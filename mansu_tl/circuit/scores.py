@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -13,6 +14,7 @@ from transformer_lens.tools.analysis.attribution_patching import AttributionResu
 
 from mansu_tl.circuit import transformer_lens_io as interop
 from mansu_tl.circuit.graph import Graph, OnGraph
+from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint
 from mansu_tl.results.result import Table
 from mansu_tl.results.serialise import MismatchError, require_finite
@@ -82,7 +84,13 @@ class EdgeScores(OnGraph):
         Raises:
             MansuError: scores that were not kept by position, or of a model with grouped-query attention.
         """
-        return interop.result_of(self, self.exists, self.per_position, self.positions)
+        table = interop.from_start("edge scores", self.per_position, self.positions)
+        edges = {
+            edge: score
+            for position, row in enumerate(table[:, self.exists].tolist())
+            for edge, score in zip(interop.edges_at(self, self.exists, position), row, strict=True)
+        }
+        return AttributionResult(node_scores=interop.by_node(self.writers, table.sum(2)), edge_scores=edges)
 
     @classmethod
     def from_transformer_lens(
@@ -105,8 +113,21 @@ class EdgeScores(OnGraph):
         Raises:
             MansuError: a result of another model, or without edge scores.
         """
-        graph = Graph.of(model)
-        per_position = interop.scores_of(result, graph)
+        edges, graph = result.edge_scores, Graph.of(model)
+        if not edges:
+            raise MansuError(
+                "TransformerLens result: it has no edge scores; run attribution_patch with "
+                "EdgeAttributionConfig(granularity='edge')"
+            )
+        place, count = interop.places(graph), 1 + max(writer.position for writer, _ in edges)
+        per_position = torch.zeros(count, *graph.exists.shape)
+        for edge, score in edges.items():
+            per_position[edge[0].position][place(edge)] = score
+        if len(edges) != count * graph.n_edges:
+            raise MansuError(
+                f"TransformerLens result: {len(edges)} edges, this model has {graph.n_edges} at each of {count} positions; "
+                "pass the result of the same model"
+            )
         tensor = per_position.sum(0)
         return cls(
             tensor=tensor,

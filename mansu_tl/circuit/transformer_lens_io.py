@@ -28,42 +28,6 @@ from mansu_tl.models import Anatomy
 from mansu_tl.patching import NodeScores
 
 
-def result_of(
-    graph: OnGraph,
-    exists: Bool[Tensor, "writer reader"],
-    per_position: Float[Tensor, "pos writer reader"] | None,
-    positions: Sequence[str],
-) -> AttributionResult:
-    """Scores by position as TransformerLens's result, edges and writers."""
-    table = _from_start("edge scores", per_position, positions)
-    edges = {
-        edge: score
-        for position, row in enumerate(table[:, exists].tolist())
-        for edge, score in zip(_edges(graph, exists, position), row, strict=True)
-    }
-    return AttributionResult(node_scores=_node_scores(graph.writers, table.sum(2)), edge_scores=edges)
-
-
-def scores_of(result: AttributionResult, graph: Graph) -> Float[Tensor, "pos writer reader"]:
-    """The edge scores of TransformerLens's result, by position."""
-    if not result.edge_scores:
-        raise MansuError(
-            "TransformerLens result: it has no edge scores; run attribution_patch with "
-            "EdgeAttributionConfig(granularity='edge')"
-        )
-    count = 1 + max(writer.position for writer, _ in result.edge_scores)
-    out = torch.zeros(count, *graph.exists.shape, dtype=torch.float64)
-    place = _places(graph)
-    for edge, score in result.edge_scores.items():
-        out[edge[0].position][place(edge)] = score
-    if len(result.edge_scores) != count * graph.n_edges:
-        raise MansuError(
-            f"TransformerLens result: {len(result.edge_scores)} edges, this model has {graph.n_edges} at each of {count} "
-            "positions; pass the result of the same model"
-        )
-    return out.float()
-
-
 def node_scores_from_transformer_lens(result: AttributionResult, model: TransformerBridge, metric: str) -> NodeScores:
     """The node scores of TransformerLens's result, added up over positions; its gradient is at the corrupt end.
 
@@ -93,33 +57,13 @@ def node_scores_to_transformer_lens(scores: NodeScores) -> AttributionResult:
     Raises:
         MansuError: scores that were not kept by position from the start, or hold queries, keys and values.
     """
-    table = _from_start("node scores", scores.per_position, scores.positions)
+    table = from_start("node scores", scores.per_position, scores.positions)
     if other := [name for name in scores.writers if "." in name]:
         raise MansuError(f"node scores: TransformerLens has no node {other[0]}; score without qkv and qk_fix")
-    return AttributionResult(node_scores=_node_scores(scores.writers, table))
+    return AttributionResult(node_scores=by_node(scores.writers, table))
 
 
-def edges_of(graph: OnGraph, mask: Bool[Tensor, "writer reader"], n_positions: int) -> list[tuple[Node, Node]]:
-    """The edges of a mask at every position."""
-    if n_positions < 1:
-        raise MansuError(f"circuit: n_positions={n_positions}; give the number of tokens of the prompt")
-    return [edge for position in range(n_positions) for edge in _edges(graph, mask, position)]
-
-
-def mask_of(
-    edges: Sequence[tuple[Node, Node]] | Sequence[tuple[Node, Node, float]], graph: Graph
-) -> tuple[Bool[Tensor, "writer reader"], Float[Tensor, "writer reader"]]:
-    """Which edges are there at any position, and the scores given with them, added up over positions."""
-    mask, scores = torch.zeros_like(graph.exists), torch.zeros(graph.exists.shape, dtype=torch.float64)
-    place = _places(graph)
-    for writer, reader, *score in edges:
-        at = place((writer, reader))
-        mask[at] = True
-        scores[at] += sum(score)
-    return mask, scores.float()
-
-
-def _from_start(what: str, per_position: Tensor | None, positions: Sequence[str]) -> Tensor:
+def from_start(what: str, per_position: Tensor | None, positions: Sequence[str]) -> Tensor:
     """The scores by position, counted from the start."""
     if per_position is None or list(positions) != [str(i) for i in range(len(positions))]:
         raise MansuError(
@@ -142,7 +86,8 @@ def _nodes(names: Sequence[str], position: int = 0) -> list[Node]:
     return nodes
 
 
-def _node_scores(writers: Sequence[str], table: Float[Tensor, "pos writer"]) -> dict[Node, float]:
+def by_node(writers: Sequence[str], table: Float[Tensor, "pos writer"]) -> dict[Node, float]:
+    """The scores of a table by TransformerLens's nodes."""
     return {
         node: score
         for position, row in enumerate(table.tolist())
@@ -150,7 +95,7 @@ def _node_scores(writers: Sequence[str], table: Float[Tensor, "pos writer"]) -> 
     }
 
 
-def _edges(graph: OnGraph, mask: Bool[Tensor, "writer reader"], position: int) -> list[tuple[Node, Node]]:
+def edges_at(graph: OnGraph, mask: Bool[Tensor, "writer reader"], position: int) -> list[tuple[Node, Node]]:
     """The edges of a mask at a position, row by row."""
     _, heads, kv = graph.sizes
     if heads != kv:
@@ -162,7 +107,7 @@ def _edges(graph: OnGraph, mask: Bool[Tensor, "writer reader"], position: int) -
     return [(writers[w], readers[r]) for w, r in mask.nonzero().tolist()]
 
 
-def _places(graph: Graph) -> Callable[[tuple[Node, Node]], tuple[int, int]]:
+def places(graph: Graph) -> Callable[[tuple[Node, Node]], tuple[int, int]]:
     """Finds the row and column of an edge of TransformerLens."""
     rows, columns = ({node: i for i, node in enumerate(_nodes(names))} for names in (graph.writers, graph.readers))
 

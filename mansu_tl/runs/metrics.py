@@ -50,13 +50,6 @@ def kl_divergence(logits: Float[Tensor, "row vocab"], reference: Float[Tensor, "
     return (ref.exp() * (ref - logits.log_softmax(-1))).sum(-1)
 
 
-METRICS: dict[str, Metric] = {
-    "logit_difference": logit_difference,
-    "answer_log_prob": answer_log_prob,
-    "choice_log_odds": choice_log_odds,
-}
-
-
 def metric_name(metric: Metric) -> str:
     """How the metric is called in results."""
     return getattr(metric, "__name__", type(metric).__name__)
