@@ -17,6 +17,8 @@ from mansu_tl.cli import main
 from mansu_tl.data.sources.tofu import Item, Tofu, read_tofu, tofu_task
 from mansu_tl.data.sources.tofu.files import PER_AUTHOR, answer_ids, prompt
 from mansu_tl.data.sources.tofu.words import Book, renamed
+from mansu_tl.study import compare, quick
+from mansu_tl.study.table import read_table
 from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
 from mansu_tl.verification.tofu_measures import (
     answer_likelihoods,
@@ -301,6 +303,37 @@ def test_tofu_is_a_source_of_studies(
         mtl.load_task(f"tofu:{folder}", tokenizer=model)
     with pytest.raises(mtl.MansuError, match="source 'tofu' has no option 'nearest'; known: per_answer, near"):
         mtl.load_task(f"tofu:{folder}?nearest=3", tokenizer=model)
+
+
+def test_a_study_runs_on_tofu(folder: Path, trained: dict[str, Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    """`mansu-tl run` from a config to its report, every number on TOFU's own questions."""
+    source = f"tofu:{folder}?per_answer=1&near=30&unseen_names=2"
+    (tmp_path / "c.toml").write_text(
+        f'model = "{trained["tofu-full"]}"\ntask = "{source}"\nnever = "{trained["tofu-retain"]}"\n'
+        'methods = ["graddiff"]\nsteps = 1\nfaithfulness = 0.5\n[graddiff]\nmax_steps = 2\ncheck_every = 2\n',
+        encoding="utf-8",
+    )
+    words = ["run", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out"), "--workers", "1", "--quiet"]
+    monkeypatch.setattr("sys.argv", ["mansu-tl", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code, capsys.readouterr().err
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "tofu-full" in page
+    table = read_table(tmp_path / "out" / "scores" / "measures.csv")
+    asked = set(table.loc[table["method"] == "graddiff", "question_set"]) - {""}
+    assert asked == {"forget", "forget_paraphrase", "near", "retain", "retain_paraphrase"}
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_on_tofu(folder: Path, trained: dict[str, Path], tmp_path: Path) -> None:
+    source = f"tofu:{folder}?per_answer=1&near=30&unseen_names=2"
+    plan = quick(
+        bases=(str(trained["tofu-full"]),), task=source, never=str(trained["tofu-retain"]), methods=("graddiff",),
+        quantizers=("nf4",), control_quantizers=("nf4",), attack_steps=2, settings={"graddiff": {"max_steps": 2}},
+    )  # fmt: skip
+    result = compare(plan, tmp_path / "compare", progress=False, workers=1)
+    assert {"original", "never", "graddiff"} <= set(result.table["method"])
 
 
 def test_a_task_that_cannot_be_is_refused(folder: Path, trained: dict[str, Path]) -> None:
