@@ -81,12 +81,12 @@ class TofuScores(Result):
         A model that never read about real authors and the world has a utility near 0 on them whatever was done to it:
         read `retain_utility` beside it.
         """
-        return harmonic_mean(list(self.utility_parts().values()))
+        return float(harmonic_mean(self.utility_parts().values()))
 
     @property
     def retain_utility(self) -> float:
         """Harmonic mean of the retain set's three values; our addition, for models trained on TOFU alone."""
-        return harmonic_mean([value for name, value in self.utility_parts().items() if name.startswith("retain")])
+        return float(harmonic_mean(v for name, v in self.utility_parts().items() if name.startswith("retain")))
 
     def forget_quality(self, reference: TofuScores) -> float:
         """p-value of the KS test between the two models' truth ratios on the forget set.
