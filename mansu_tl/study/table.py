@@ -14,7 +14,7 @@ import pandas as pd
 from mansu_tl.results.files import write_text, write_whole
 from mansu_tl.results.intervals import interval_over_seeds
 from mansu_tl.study.plan import title_of
-from mansu_tl.verification.verdicts import GAP_OVER_ALL, GAP_UPPER_END, GOALS, NOT_JUDGEABLE, Goal
+from mansu_tl.verification.verdicts import GAP_OVER_ALL, GAP_UPPER_END, GOALS, NOT_JUDGEABLE
 
 _KEYS = ["base", "method", "quantizer", "question_set", "measure"]
 # Quantizers that are not counted among those that a floored edit has to survive: fewer than four bits.
@@ -70,31 +70,40 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def judged(table: pd.DataFrame) -> pd.DataFrame:
+    """Every property of every method against its goal: one row a base, method and property.
+
+    Columns base, method, property, value (mean over seeds), low and high (its interval), seeds, bound (in words) and verdict.
+    """
+    means, rows = summary(table), []
+    for name, goal in GOALS.items():
+        for row in of_measure(means, goal.quantizer, goal.question_set, goal.measure).to_dict("records"):
+            mean, low, high = row["mean"], row["low"], row["high"]
+            guessed = chance(table.loc[table["base"] == row["base"]], goal.question_set)
+            verdict = goal.bound.verdict(
+                mean, low, high, chance=guessed, control=row["control"], quantizer=goal.quantizer
+            )
+            bound = goal.bound.text(guessed)
+            rows.append((row["base"], row["method"], name, mean, low, high, row["seeds"], bound, verdict))
+    columns = ["base", "method", "property", "value", "low", "high", "seeds", "bound", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def properties(table: pd.DataFrame) -> pd.DataFrame:
     """One row a base and method, one column a property: mean and interval over seeds, and whether it is within its bound.
 
     The PTQ gap over all quantizers of four bits or more is the mean over them; its interval's upper end is the largest.
     """
-    rows = []
+    texts, rows = {}, []
+    for base, method, name, value, low, high, _, _, verdict in judged(table).itertuples(index=False):
+        interval = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+        texts[base, method, name] = f"{value:.2f}{interval} {verdict}"
     for (base, method), group in summary(table).groupby(["base", "method"], sort=False):
-        here = table.loc[table["base"] == base]
         row: dict[str, object] = {"base": base, "method": title_of(str(method)), "seeds": int(group["seeds"].max())}
-        row |= {name: _judged(group, goal, chance(here, goal.question_set)) for name, goal in GOALS.items()}
+        row |= {name: texts.get((base, method, name), "") for name in GOALS}
         row["PTQ gap, all"] = _gap_over_all(group)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _judged(group: pd.DataFrame, goal: Goal, guessed: float) -> str:
-    rows = of_measure(group, goal.quantizer, goal.question_set, goal.measure)
-    if not len(rows):
-        return ""
-    row = rows.iloc[0]
-    interval = "" if np.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    verdict = goal.bound.verdict(
-        row["mean"], row["low"], row["high"], chance=guessed, control=row["control"], quantizer=goal.quantizer
-    )
-    return f"{row['mean']:.2f}{interval} {verdict}"
 
 
 def _gap_over_all(group: pd.DataFrame) -> str:
