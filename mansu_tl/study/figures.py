@@ -11,7 +11,7 @@ import pandas as pd
 
 from mansu_tl import plots
 from mansu_tl.plots.export import Drawing, write_html, write_images
-from mansu_tl.study.plan import ABLATIONS, CONTROLS, NEVER, title_of
+from mansu_tl.study.plan import CONTROLS, NEVER, ablations, title_of
 from mansu_tl.study.table import chance, judged, of_measure, summary
 from mansu_tl.unlearning import headline
 from mansu_tl.verification.verdicts import GOALS
@@ -67,7 +67,7 @@ def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, Drawing]:
         lines = leading.assign(method=leading["quantizer"], quantizer=title_of(main))
         title = f"{title_of(main)} under every quantizer ({base})"
         out["quantizers"] = plots.ptq_gap(lines, title=title, **dumbbells)
-    whole = means.loc[~means["method"].isin(ABLATIONS)]
+    whole = means.loc[~means["method"].isin([*ablations()])]
     plane = _plane(whole, shared[:1])
     if len(plane):
         out["plane"] = plots.divergence_plane(plane, theme=theme)
@@ -76,7 +76,7 @@ def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, Drawing]:
     if len(points) > 1:
         title = f"Resistance against retention ({base})"
         out["frontier"] = plots.frontier(points, _COST, _ATTACK, default=_default(points, main), title=title, **look)
-    changed = _frontier(means.loc[means["method"].isin([main, *ABLATIONS])], intervals=True)
+    changed = _frontier(means.loc[means["method"].isin([main, *ablations()])], intervals=True)
     if len(changed) > 1:
         changed["method"] = changed["method"].str.removeprefix(f"{title_of(main)}, ")
         title = f"What each part of {title_of(main)} is worth ({base})"
@@ -102,7 +102,7 @@ def _shared_quantizers(part: pd.DataFrame) -> list[str]:
 
 def _gaps(means: pd.DataFrame) -> pd.DataFrame:
     """Forget accuracy before and after every quantizer and the gap, means over seeds; a row a method and quantizer."""
-    means = means.loc[~means["method"].isin([*CONTROLS, *ABLATIONS]) & (means["question_set"] == "forget")]
+    means = means.loc[~means["method"].isin([*CONTROLS, *ablations()]) & (means["question_set"] == "forget")]
     right, gaps = (means.loc[means["measure"] == measure] for measure in ("MC", "PTQ gap, MC"))
     before, after = (right.loc[(right["quantizer"] == "") == full] for full in (True, False))
     keys, ends = ["method", "quantizer"], {"mean": "", "lowest": "_low", "highest": "_high"}

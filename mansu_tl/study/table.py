@@ -55,19 +55,16 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     With one seed the interval is the row's own, over facts.
     """
-    rows = []
-    for key, group in table.groupby(_KEYS, sort=False):
-        values = group["value"].to_numpy(dtype=float)
-        low, high = (
-            interval_over_seeds(values.tolist()) if len(values) > 1 else (group["low"].iloc[0], group["high"].iloc[0])
-        )
-        rows.append(
-            {
-                **dict(zip(_KEYS, key, strict=True)), "seeds": len(values), "mean": values.mean(), "low": low, "high": high,
-                "lowest": values.min(), "highest": values.max(), "control": group["control"].astype(float).mean(),
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+    groups = table.astype({"control": float}).groupby(_KEYS, sort=False)
+    out = groups.agg(
+        seeds=("value", "size"), mean=("value", "first"), low=("low", "first"), high=("high", "first"),
+        lowest=("value", "min"), highest=("value", "max"), control=("control", "mean"),
+    )  # fmt: skip
+    values = groups["value"].agg(list)
+    out["mean"] = [np.mean(each) for each in values]
+    ends = np.array([interval_over_seeds(each) for each in values]).reshape(-1, 2)
+    out[["low", "high"]] = np.where((out[["seeds"]] > 1).to_numpy(), ends, out[["low", "high"]])
+    return out.reset_index()
 
 
 def judged(table: pd.DataFrame) -> pd.DataFrame:
@@ -76,14 +73,14 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
     Columns base, method, property, value (mean over seeds), low and high (its interval), seeds, bound (in words) and verdict.
     """
     means, rows = summary(table), []
+    guessing = table.loc[table["measure"] == "MC, chance"]
+    by_base = {base: guessing.loc[guessing["base"] == base] for base in dict.fromkeys(table["base"])}
     for name, goal in GOALS.items():
+        guesses = {base: chance(part, goal.question_set) for base, part in by_base.items()}
         for row in of_measure(means, goal.quantizer, goal.question_set, goal.measure).to_dict("records"):
             mean, low, high = row["mean"], row["low"], row["high"]
-            guessed = chance(table.loc[table["base"] == row["base"]], goal.question_set)
-            verdict = goal.bound.verdict(
-                mean, low, high, chance=guessed, control=row["control"], quantizer=goal.quantizer
-            )
-            bound = goal.bound.text(guessed)
+            facts = {"chance": guesses[row["base"]], "control": row["control"], "quantizer": goal.quantizer}
+            verdict, bound = goal.bound.verdict(mean, low, high, **facts), goal.bound.text(facts["chance"])
             rows.append((row["base"], row["method"], name, mean, low, high, row["seeds"], bound, verdict))
     columns = ["base", "method", "property", "value", "low", "high", "seeds", "bound", "verdict"]
     return pd.DataFrame(rows, columns=columns)
@@ -113,10 +110,10 @@ def _gap_over_all(group: pd.DataFrame) -> str:
         & ~group["quantizer"].isin(_FEWER_BITS)
     ]
     broken = gaps["control"] < -GAP_OVER_ALL.control
-    judged = gaps.loc[~broken]
-    if not len(judged):
+    judgeable = gaps.loc[~broken]
+    if not len(judgeable):
         return NOT_JUDGEABLE if len(gaps) else ""
-    mean, worst = judged["mean"].mean(), judged.sort_values("mean").iloc[-1]
-    mark = "pass" if mean <= GAP_OVER_ALL.most and judged["high"].max() <= GAP_UPPER_END else "fail"
+    mean, worst = judgeable["mean"].mean(), judgeable.sort_values("mean").iloc[-1]
+    mark = "pass" if mean <= GAP_OVER_ALL.most and judgeable["high"].max() <= GAP_UPPER_END else "fail"
     rest = f"; {NOT_JUDGEABLE}: {', '.join(gaps.loc[broken, 'quantizer'])}" if broken.any() else ""
     return f"{mean:+.1f}, worst {worst['mean']:+.1f} ({worst['quantizer']}) {mark}{rest}"
