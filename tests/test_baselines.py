@@ -31,7 +31,6 @@ from mansu_tl.unlearning import (
     unlearn,
 )
 from mansu_tl.unlearning.batches import Batch, Source
-from mansu_tl.unlearning.forward import joined
 from mansu_tl.unlearning.methods.sure import salient_weights
 from mansu_tl.unlearning.objectives import ascent, divergence, likelihood
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector
@@ -166,7 +165,7 @@ def test_null_space_updates_leave_retain_inputs_where_they_were(model, task) -> 
     whole = dataclasses.replace(task, retain_text=text)
     edit = unlearn(model, whole, "null-space", leak=0.02, learning_rate=1e-3, max_steps=3)
     edited = parameters(edit.apply(model))
-    moments = input_moments(plain(model), linear_weights(model), joined(text, task.near_text))
+    moments = input_moments(plain(model), linear_weights(model), text.joined(task.near_text))
     for name, moment in moments.items():
         change = (edited[name] - parameters(model)[name]).double()
         felt = ((change @ moment.double()) * change).sum() / moment.trace()

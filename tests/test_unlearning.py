@@ -15,8 +15,9 @@ from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, fingerprint, linear_weights, parameters, plain
 from mansu_tl.quantization import quantizer
+from mansu_tl.runs.values import by_length, sequence_logits
 from mansu_tl.unlearning import Edit, methods, unlearn
-from mansu_tl.unlearning.forward import OriginalText, by_length, sequence_logits
+from mansu_tl.unlearning.batches import OriginalText
 from mansu_tl.unlearning.mansu.adversary import attacked
 from mansu_tl.unlearning.mansu.candidates import circuit_weights
 from mansu_tl.unlearning.mansu.floor import Floor
@@ -263,7 +264,7 @@ def test_sequences_run_apart_by_length_say_the_same(model) -> None:
 
 def test_ignorance_is_the_mean_answer_to_never_seen_names_in_the_same_words(model) -> None:
     full = mtl.load_task("pocket")
-    unknown = ignorance(plain(model), full)
+    unknown = ignorance(plain(model), full.forget_pairs, full.unseen)
     assert len(unknown.wording) == len(full.forget_pairs)
     torch.testing.assert_close(unknown.reference.sum(1), torch.ones(len(unknown.reference)), rtol=0, atol=1e-5)
     # By hand for one pair: the never-seen prompts that differ from it in the name alone.

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
-from mansu_tl.unlearning.forward import OriginalText, Predicted, Values, joined, last_token_logits, sequence_logits
+from mansu_tl.runs.values import Predicted, Values, last_token_logits, sequence_logits
 
-# Forget prompts in a pass without gradients, and the original's logits that are kept (a quarter of a gibibyte).
-_ROWS, _MOST_KEPT = 256, 2**26
+# Forget prompts and sequences in a pass without gradients, and the original's logits of one kind that are kept (a
+# quarter of a gibibyte).
+_ROWS, _TABLE_ROWS, _MOST_KEPT = 256, 128, 2**26
 
 
 class Sampler:
@@ -76,6 +77,37 @@ class Batch:
         return self.original_text(self.retain_rows, self.retained)
 
 
+class OriginalText:
+    """What the original model says at every position of a text: looked up where it fits, else computed when asked for.
+
+    Args:
+        asked: how many sequences will be asked for in all; a table is only made if that is more than the text holds.
+    """
+
+    def __init__(self, model: PreTrainedModel, values: Values, text: Sequences, asked: int) -> None:
+        self.model, self.values, self.text = model, values, text
+        self._starts = (text.lengths - 1).cumsum(0) - (text.lengths - 1)
+        self._table: Tensor | None = None
+        vocab = model.get_output_embeddings().weight.shape[0]
+        if asked > len(text) and int((text.lengths - 1).sum()) * vocab <= _MOST_KEPT:
+            self._table = self._filled(vocab)
+
+    @torch.no_grad()
+    def _filled(self, vocab: int) -> Float[Tensor, "token vocab"]:
+        table = torch.empty(int((self.text.lengths - 1).sum()), vocab, device=self.text.tokens.device)
+        for start in range(0, len(self.text), _TABLE_ROWS):
+            found = sequence_logits(self.model, self.values, self.text[slice(start, start + _TABLE_ROWS)])
+            table[self._starts[found.rows + start] + found.places] = found.logits
+        return table
+
+    @torch.no_grad()
+    def __call__(self, rows: Int[Tensor, " row"], found: Predicted) -> Float[Tensor, "token vocab"]:
+        """The original's logits where another model's were found, in some rows of the text."""
+        if self._table is not None:
+            return self._table[self._starts[rows.to(self._starts.device)[found.rows]] + found.places]
+        return sequence_logits(self.model, self.values, self.text[rows]).logits
+
+
 class Source:
     """Where the batches of one training come from: forget pairs, far and near retain text, the original's parameters.
 
@@ -94,7 +126,7 @@ class Source:
     ) -> None:
         self.model, self.original, self.pairs = model, original, pairs
         self.n_far, self.n_near = len(far), len(near)
-        self.text = OriginalText(model, original, joined(far, near) if len(near) else far, asked)
+        self.text = OriginalText(model, original, far.joined(near), asked)
         self._answers: Tensor | None = None
 
     def samplers(self, forget: int, far: int, near: int, generator: torch.Generator) -> tuple[Sampler, ...]:

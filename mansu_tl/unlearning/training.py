@@ -24,10 +24,10 @@ from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import float32_copy, home, plain
 from mansu_tl.results.digest import Digested
+from mansu_tl.runs.values import Values
 from mansu_tl.unlearning.batches import Source, answers
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
-from mansu_tl.unlearning.forward import Values
 from mansu_tl.unlearning.loop import Solver, Verdict, run
 from mansu_tl.unlearning.masks import Masks
 from mansu_tl.unlearning.objectives import Objective

@@ -13,10 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mansu_tl.data import PromptPairs, Task
-from mansu_tl.errors import MansuError
-from mansu_tl.unlearning.forward import Values, last_token_logits
-from mansu_tl.unlearning.mansu.settings import MansuSettings
+from mansu_tl.data import PromptPairs
+from mansu_tl.runs.values import Values, last_token_logits
 
 
 @dataclass(frozen=True)
@@ -58,20 +56,3 @@ def attacked(
             value.grad = gradient
         optimizer.step()
     return Attacked({name: (moving[name] - start[name]).detach() for name in names}, others)
-
-
-def require_defended(task: Task, settings: MansuSettings) -> Int[Tensor, " pair"]:
-    """The fact of every forget pair, as a number; refused where the attacker in the loop leaves none to defend."""
-    facts: torch.Tensor = task.forget_pairs.fact_numbers()
-    known = int(facts.max()) + 1
-    if settings.adversary_weight and attackers_facts(facts, settings) >= known:
-        raise MansuError(
-            f"mansu: adversary_facts={settings.adversary_facts} of {known} forget facts leaves none to defend; lower it, "
-            "or switch the attacker off with adversary_weight=0"
-        )
-    return facts
-
-
-def attackers_facts(facts: Int[Tensor, " pair"], settings: MansuSettings) -> int:
-    """How many facts the attacker in the loop trains on: as set, or a quarter of them."""
-    return settings.adversary_facts or max(1, (int(facts.max()) + 1) // 4)

@@ -24,7 +24,7 @@ from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.loop import Solver, run
-from mansu_tl.unlearning.mansu.adversary import Attacked, attacked, attackers_facts
+from mansu_tl.unlearning.mansu.adversary import Attacked, attacked
 from mansu_tl.unlearning.mansu.floor import choose_support
 from mansu_tl.unlearning.mansu.plan import Plan, plan
 from mansu_tl.unlearning.mansu.settings import MansuSettings
@@ -181,7 +181,7 @@ class _Mansu(Solver):
                 tuple(fixed.view.linear),
                 fixed.source.pairs,
                 fixed.facts,
-                count=attackers_facts(fixed.facts, cfg),
+                count=fixed.known,
                 steps=cfg.adversary_steps,
                 learning_rate=cfg.adversary_rate,
                 batch=cfg.retain_batch,
