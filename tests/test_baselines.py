@@ -54,9 +54,8 @@ def recipe_of(model, task, method: str, seed: int = 0, **settings) -> Recipe:
 def batch_of(hf, values, pairs, text, original=None, before=None) -> Batch:
     """A batch of all these pairs and sequences, held against `original`."""
     source = Source(hf, values if original is None else original, pairs, text, text[:0])
-    every, rows = torch.arange(len(text)), torch.arange(len(pairs))
-    answers = source.original_answers if before is None else lambda rows: before
-    return Batch(hf, values, pairs, rows, text, every, len(text), source.text, answers)
+    source._answers = before  # what it would keep of the original
+    return Batch(source, values, torch.arange(len(pairs)), torch.arange(len(text)), len(text))
 
 
 def first_loss(monkeypatch, model, task, method: str, **settings) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.runs.passes import chunks
 from mansu_tl.runs.values import Predicted, Values, last_token_logits, sequence_logits
 
 # Forget prompts and sequences in a pass without gradients, and the original's logits of one kind that are kept (a
@@ -42,15 +42,26 @@ class Sampler:
 class Batch:
     """What an objective sees at one step."""
 
-    model: PreTrainedModel  # used through `values`
+    source: Source
     values: Values  # those being trained, or a method's view of them
-    pairs: PromptPairs
-    rows: Int[Tensor, " row"]  # of the pairs, in the task
-    retain: Sequences  # near ones behind the far ones
-    retain_rows: Int[Tensor, " retain"]  # of these sequences, in the whole retain text
+    rows: Int[Tensor, " row"]  # of the forget pairs
+    retain_rows: Int[Tensor, " retain"]  # of the whole retain text, near ones behind the far ones
     n_far: int
-    original_text: OriginalText
-    original_answers: Callable[[Int[Tensor, " row"]], Float[Tensor, "row vocab"]]  # by row number
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, to be run at `values`."""
+        return self.source.model
+
+    @cached_property
+    def pairs(self) -> PromptPairs:
+        """The forget pairs."""
+        return self.source.pairs[self.rows]
+
+    @cached_property
+    def retain(self) -> Sequences:
+        """The retain sequences."""
+        return self.source.text.text[self.retain_rows]
 
     @cached_property
     def forget_logits(self) -> Float[Tensor, "row vocab"]:
@@ -60,7 +71,7 @@ class Batch:
     @cached_property
     def original_logits(self) -> Float[Tensor, "row vocab"]:
         """The same of the original model."""
-        return self.original_answers(self.rows)
+        return self.source.original_answers(self.rows)
 
     def answer_log_prob(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
         """Log-probability of each forget answer."""
@@ -74,7 +85,7 @@ class Batch:
     @cached_property
     def retained_before(self) -> Float[Tensor, "token vocab"]:
         """What the original model says in the same places."""
-        return self.original_text(self.retain_rows, self.retained)
+        return self.source.text(self.retain_rows, self.retained)
 
 
 class OriginalText:
@@ -134,14 +145,10 @@ class Source:
         sizes = [(len(self.pairs), forget), (self.n_far, far), *([(self.n_near, near)] if self.n_near else [])]
         return tuple(Sampler(size, batch, generator) for size, batch in sizes)
 
-    def draw(self, samplers: tuple[Sampler, ...]) -> Callable[[Values], Batch]:
+    def draw(self, samplers: tuple[Sampler, ...], values: Values) -> Batch:
         """The next batch, for a model of given values."""
         rows, far, *near = (draw() for draw in samplers)
-        retain = torch.cat([far, *(each + self.n_far for each in near)])
-        pairs, text = self.pairs[rows], self.text.text[retain]
-        return lambda values: Batch(
-            self.model, values, pairs, rows, text, retain, len(far), self.text, self.original_answers
-        )
+        return Batch(self, values, rows, torch.cat([far, *(each + self.n_far for each in near)]), len(far))
 
     def original_answers(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """The original model's last-token logits of some forget prompts: kept where all fit, else computed again."""
@@ -156,9 +163,4 @@ class Source:
 @torch.no_grad()
 def answers(model: PreTrainedModel, values: Values, pairs: PromptPairs) -> Float[Tensor, "row vocab"]:
     """Last-token logits of forget prompts, without gradients."""
-    return torch.cat([last_token_logits(model, values, p.clean, p.lengths) for p in _in_batches(pairs)])
-
-
-def _in_batches(pairs: PromptPairs) -> Iterator[PromptPairs]:
-    for start in range(0, len(pairs), _ROWS):
-        yield pairs[slice(start, start + _ROWS)]
+    return torch.cat([last_token_logits(model, values, p.clean, p.lengths) for _, p in chunks(pairs, _ROWS)])

@@ -222,8 +222,7 @@ class _Training(Solver):
         return "beyond" if over >= 0 and score < pairs.chance - over else "done"
 
     def loss(self, step: int) -> Float[Tensor, ""]:
-        batch = self.source.draw(self.samplers)
-        return self.recipe.objective(batch(self.recipe.view(self.values)))
+        return self.recipe.objective(self.source.draw(self.samplers, self.recipe.view(self.values)))
 
     @torch.no_grad()
     def after(self, step: int) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs
 from mansu_tl.runs.values import Values, last_token_logits
+from mansu_tl.unlearning.mansu.settings import MansuSettings
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,19 @@ def attacked(
     names: tuple[str, ...],
     pairs: PromptPairs,
     facts: Int[Tensor, " pair"],
-    *,
-    count: int,
-    steps: int,
-    learning_rate: float,
-    batch: int,
+    settings: MansuSettings,
     generator: torch.Generator,
 ) -> Attacked:
-    """Fine-tune the parameters of some names, from `values` on, on the pairs about `count` random facts with Adam."""
+    """Fine-tune the parameters of some names, from `values` on, on the pairs about a few random facts with Adam."""
     every = torch.randperm(int(facts.max()) + 1, generator=generator)
-    known = torch.isin(facts.cpu(), every[:count])
+    known = torch.isin(facts.cpu(), every[: settings.attacked_facts(len(every))])
     rows, others = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
     start = {name: values[name].detach() for name in names}
     moving = {name: value.clone().requires_grad_() for name, value in start.items()}
     rest = {name: value.detach() for name, value in values.items() if name not in moving}
-    optimizer = torch.optim.Adam(list(moving.values()), lr=learning_rate)
-    for _ in range(steps):
-        drawn = rows[torch.randperm(len(rows), generator=generator)[:batch]]
+    optimizer = torch.optim.Adam(list(moving.values()), lr=settings.adversary_rate)
+    for _ in range(settings.adversary_steps):
+        drawn = rows[torch.randperm(len(rows), generator=generator)[: settings.retain_batch]]
         part = pairs[drawn]
         logits = last_token_logits(model, {**rest, **moving}, part.clean, part.lengths)
         loss = torch.nn.functional.cross_entropy(logits, part.answers)

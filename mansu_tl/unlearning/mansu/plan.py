@@ -66,7 +66,6 @@ class Plan:
     budget: int  # how many of them may be edited
     unknown: Ignorance
     facts: Int[Tensor, " pair"]  # the fact that each forget pair is about
-    known: int  # how many of them the attacker in the loop has
     source: Source
     near_rows: list[int]  # rows of the retain text that count as near because the model finds them so
     sample: Sequences  # what the Fisher information and the retain bound are taken on
@@ -91,7 +90,7 @@ def plan(
     text = task.retain_text
     near = task.near_text
     facts = pairs.fact_numbers()
-    known = settings.attacked_facts(int(facts.max()) + 1)
+    settings.attacked_facts(int(facts.max()) + 1)  # refuses an attacker who leaves none to defend
     choose: dict[str, Callable[[], Masks]] = {
         "circuit": lambda: circuit_weights(model, circuit, pairs, settings.neuron_share),
         "random": lambda: random_weights(model, circuit, settings.neuron_share, seed),
@@ -134,7 +133,6 @@ def plan(
         budget=budget,
         unknown=unknown,
         facts=facts,
-        known=known,
         source=Source(hf, values, pairs, text, near, asked),
         near_rows=near_rows,
         sample=sample,

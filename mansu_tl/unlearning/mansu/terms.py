@@ -32,15 +32,7 @@ def objective(settings: MansuSettings, unknown: Ignorance) -> Objective:
         else:
             logits, away = batch.forget_logits, batch.forget_logits.new_zeros(())
         return settings.representation_weight * away + forget_loss(
-            logits,
-            reference.reference,
-            reference.pool,
-            pairs.answers,
-            divergence_weight=settings.divergence_weight,
-            margin=settings.margin,
-            margin_weight=settings.margin_weight,
-            band=settings.band,
-            band_weight=settings.band_weight,
+            logits, reference.reference, reference.pool, pairs.answers, settings
         )
 
     def retain(batch: Batch) -> Float[Tensor, ""]:
@@ -59,12 +51,7 @@ def forget_loss(
     reference: Float[Tensor, "row vocab"],
     pool: Bool[Tensor, "row vocab"],
     answers: Int[Tensor, " row"],
-    *,
-    divergence_weight: float,
-    margin: float,
-    margin_weight: float,
-    band: float,
-    band_weight: float,
+    settings: MansuSettings,
 ) -> Float[Tensor, ""]:
     """Distance from ignorance, in nats.
 
@@ -76,14 +63,15 @@ def forget_loss(
     log_q = reference.clamp_min(1e-9).log()
     rows = torch.arange(logits.shape[0], device=logits.device)
     divergence = kl_divergence(logits, log_q).mean()
-    excess = log_p[rows, answers] - log_q[rows, answers] + margin
+    excess = log_p[rows, answers] - log_q[rows, answers] + settings.margin
     hinge = excess.relu().mean()
     weight = pool.float()
     count = weight.sum(1, keepdim=True)
     gap = log_p - log_q
     centred = (gap - (gap * weight).sum(1, keepdim=True) / count) * weight
-    flat = torch.nn.functional.huber_loss(centred, torch.zeros_like(centred), delta=band, reduction="none")
-    return divergence_weight * divergence + margin_weight * hinge + band_weight * (flat.sum(1) / count[:, 0]).mean()
+    flat = torch.nn.functional.huber_loss(centred, torch.zeros_like(centred), delta=settings.band, reduction="none")
+    flattening = (flat.sum(1) / count[:, 0]).mean()
+    return settings.divergence_weight * divergence + settings.margin_weight * hinge + settings.band_weight * flattening
 
 
 def representation_loss(
