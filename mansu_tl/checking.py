@@ -19,7 +19,6 @@ from mansu_tl.quantization import quantize
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import accuracy
 from mansu_tl.study.config import StudyConfig
-from mansu_tl.study.names import short_names
 from mansu_tl.unlearning import method_flags, method_title, settings_of
 from mansu_tl.verification.knowledge import few_facts, require_known, unknown_facts
 
@@ -92,15 +91,14 @@ class Check(Result):
 def check_study(config: StudyConfig) -> Check:
     """Look at everything that a study needs, in seconds: every model with its task, methods, quantizers and memory."""
     findings: list[Finding] = []
-    names = short_names((config.model, *config.also), "config: model and also")
-    for source, name in names.items():
+    for source, name in config.names.items():
         findings += _of_model(config, source, name)
     return Check(tuple(findings))
 
 
 def _of_model(config: StudyConfig, source: str, name: str) -> Iterator[Finding]:
     try:
-        model = load(source)
+        model = load(source, device=config.device)
     except MansuError as error:
         yield Finding(f"model {name}", "wrong", str(error))
         return
@@ -150,7 +148,7 @@ def _reference(config: StudyConfig, model: TransformerBridge, name: str) -> Iter
         return
     what = f"never, {config.never}"
     try:
-        never = load(config.never)
+        never = load(config.never, device=config.device)
     except MansuError as error:
         yield Finding(what, "wrong", str(error))
         return

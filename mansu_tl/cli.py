@@ -18,6 +18,7 @@ from mansu_tl.data.sources import source as task_source
 from mansu_tl.data.sources import sources as source_names
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization import quantizers as quantizer_names
+from mansu_tl.registry import import_plugins
 from mansu_tl.starter import write_starter
 from mansu_tl.study import (
     Study,
@@ -58,6 +59,17 @@ Workers = Annotated[
 ]
 On = Annotated[str, typer.Option("--on", help="Where: processes of this machine, or ray (a cluster).")]
 Png = Annotated[bool, typer.Option("--png", help="Also write every figure as PNG (needs Chromium).")]
+
+
+def _imported(modules: list[str] | None) -> list[str]:
+    import_plugins(modules or ())
+    return modules or []
+
+
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", callback=_imported, help="A module that registers something of yours; may be repeated."),
+]
 
 
 def _version(show: bool | None) -> None:
@@ -153,13 +165,14 @@ def compare(
     seeds: Annotated[int, typer.Option(help="So many seeds of every method; 0 = as the plan says.")] = 0,
     task: Annotated[str, typer.Option(help="The task: an embedded name or a JSON-lines file.")] = "pocket",
     never: Annotated[str, typer.Option(help="A model that never learnt it; '' = none.")] = "pocket-never",
+    plugin: Plugin = None,
     workers: Workers = None,
     on: On = "processes",
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
     """Compare all methods on all bases under all quantizers and seeds; writes tables (CSV, parquet) and figures."""
-    changes: dict[str, Any] = {"task": task, "never": never}
+    changes: dict[str, Any] = {"task": task, "never": never, "plugins": tuple(plugin or ())}
     for key, values in (("bases", base), ("methods", method), ("quantizers", quantizer)):
         if values:
             changes[key] = tuple(values)
@@ -197,7 +210,7 @@ def figures(
 
 
 @app.command()
-def methods() -> None:
+def methods(plugin: Plugin = None) -> None:
     """List the unlearning methods: name, title, and what is to be known of each."""
     _list(
         (name, flags.title, "takes the circuit" * flags.takes_circuit, "claims the floor" * flags.claims_floor,
@@ -207,7 +220,7 @@ def methods() -> None:
 
 
 @app.command()
-def quantizers() -> None:
+def quantizers(plugin: Plugin = None) -> None:
     """List the quantizers: name, and whether it has fixed cells, wants a calibration text, or is a library's."""
     kinds = {"grid": "fixed cells: can be floored and counted", "calibrated": "calibrated on the retain text"}
     kinds["library"] = "a library's own codes"
@@ -215,7 +228,7 @@ def quantizers() -> None:
 
 
 @app.command()
-def sources() -> None:
+def sources(plugin: Plugin = None) -> None:
     """List where tasks may come from: name, and what it reads."""
     _list((name, task_source(name).about) for name in source_names())
 

@@ -7,7 +7,7 @@ import difflib
 import linecache
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,15 @@ class NoEditError(MansuError):
     """A method ran with these settings and ended without an edit: its loss blew up, or no weight moved far enough."""
 
 
-def near(name: str, names: Sequence[str]) -> str:
+def near(name: str, names: Collection[str]) -> str:
     """What was probably meant by an unknown name, for the end of an error; "" where nothing is close."""
     close = difflib.get_close_matches(name, names, 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def unknown(kind: str, name: str, names: Collection[str]) -> MansuError:
+    """The error of a name that is none of those there are."""
+    return MansuError(f"{kind} {name!r}: unknown; choose one of {', '.join(names)}{near(name, names)}")
 
 
 def _caller(error: BaseException, shell: Any) -> str:

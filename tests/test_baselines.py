@@ -15,6 +15,7 @@ from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, linear_weights, parameters, plain
 from mansu_tl.quantization import quantize
+from mansu_tl.registry import Registry
 from mansu_tl.unlearning import (
     Edit,
     Method,
@@ -31,8 +32,8 @@ from mansu_tl.unlearning import (
     unlearn,
 )
 from mansu_tl.unlearning.batches import Batch, Source
-from mansu_tl.unlearning.methods.sure import salient_weights
 from mansu_tl.unlearning.objectives import ascent, divergence, likelihood
+from mansu_tl.unlearning.recipes.sure import salient_weights
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector
 from mansu_tl.unlearning.search import Search, Trial, search
 from mansu_tl.unlearning.training import Start, train
@@ -46,7 +47,7 @@ def task():
 
 def recipe_of(model, task, method: str, seed: int = 0, **settings) -> Recipe:
     """What a method does in the shared training."""
-    module = importlib.import_module(f"mansu_tl.unlearning.methods.{method.replace('ga-kl', 'ga').replace('-', '_')}")
+    module = importlib.import_module(f"mansu_tl.unlearning.recipes.{method.replace('ga-kl', 'ga').replace('-', '_')}")
     make = getattr(module, method.replace("-", "_"))
     return make(settings_of(method, settings), Start(model, task, seed))
 
@@ -202,7 +203,7 @@ def test_the_shared_loop_holds_what_may_not_move(model, task) -> None:
 
 def test_a_method_is_one_file(model, task, monkeypatch, tmp_path: Path) -> None:
     """Written beside the package, imported, and run by its name; a name is given once."""
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", Registry("method", registry._METHODS))
     (tmp_path / "ga_held.py").write_text(
         "from dataclasses import dataclass\n"
         "from mansu_tl.unlearning import Objective, Recipe, RetainSettings, trained\n"
@@ -232,7 +233,7 @@ def test_a_method_is_one_file(model, task, monkeypatch, tmp_path: Path) -> None:
 
     register(Method("nothing", "Nothing", TrainingSettings, nothing, takes_circuit=True))
     assert unlearn(model, task, "nothing").n_weights == 0
-    with pytest.raises(MansuError, match="method 'npo': registered already, as NPO"):
+    with pytest.raises(MansuError, match="method 'npo': registered already"):
         trained("npo", "Mine", RetainSettings)(lambda settings, start: Recipe(Objective(ascent)))
 
 

@@ -16,7 +16,7 @@ from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
 from mansu_tl.results.locks import one_writer
 from mansu_tl.study import Comparison, compare, figures, full, properties, quick, summary
-from mansu_tl.study.plan import ABLATIONS, CONTROLS, title_of
+from mansu_tl.study.plan import CONTROLS, ablations, title_of
 from mansu_tl.unlearning import Edit, method_flags, methods
 from tests.tiny import SMALL_TASK
 
@@ -280,7 +280,7 @@ def test_nothing_is_judged_where_quantization_alone_breaks_the_model() -> None:
 
 def test_plans() -> None:
     plan = full()
-    assert {cell.method for cell in plan.cells} == {*methods(), *ABLATIONS, *CONTROLS}
+    assert {cell.method for cell in plan.cells} == {*methods(), *ablations(), *CONTROLS}
     searched = {name for name in methods() if method_flags(name).searched}
     assert searched == set(methods()) - {"mansu", "random-circuit"}
     assert len({cell.seed for cell in plan.cells if cell.method == "mansu"}) >= 5
@@ -289,7 +289,7 @@ def test_plans() -> None:
     assert custom.settings_for("random-circuit")[1] == {"budget": 0.01}
     assert title_of("mansu/no-floor") == "MANSU, no floor"
     for changes, message in (
-        ({"methods": ("nonsense",)}, "unknown method"),
+        ({"methods": ("nonsense",)}, "method 'nonsense': unknown; choose"),
         ({"quantizers": ("nf5",)}, "unknown; choose"),
         ({"seeds": ()}, "seeds is empty"),
         ({"settings": {"ga": {"nonsense": 1}}}, "unknown setting"),
@@ -303,7 +303,7 @@ def test_plans() -> None:
 def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch, capsys) -> None:
     for arguments, message in (
         (["--on", "slurm"], "engine 'slurm': unknown; choose one of processes, ray"),
-        (["--method", "nonsense"], "unknown method 'nonsense'"),
+        (["--method", "nonsense"], "method 'nonsense': unknown"),
     ):
         monkeypatch.setattr("sys.argv", ["mansu-tl", "compare", "--out", str(tmp_path / "x"), *arguments])
         with pytest.raises(SystemExit) as stop:

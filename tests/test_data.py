@@ -18,6 +18,7 @@ from mansu_tl.data.sources import register_source, registry, rows_reader, source
 from mansu_tl.data.sources import source as source_of
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint
+from mansu_tl.registry import Registry
 from tests.tiny import tiny, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -507,7 +508,7 @@ def test_a_counterfactual_that_cannot_be_made_is_named(rows, options, message: s
 
 
 def test_an_outsiders_way_of_making_counterfactuals(monkeypatch) -> None:
-    monkeypatch.setattr(corruption, "_WAYS", dict(corruption._WAYS))
+    monkeypatch.setattr(corruption, "_WAYS", Registry("corruption", corruption._WAYS))
     corruption.register_corruption("last", lambda asked, tokens, rng: [
         corruption.Counterfactual(f"w61 w60{one.wording[1]}") for one in asked
     ])  # fmt: skip
@@ -521,7 +522,7 @@ def test_an_outsiders_way_of_making_counterfactuals(monkeypatch) -> None:
 @pytest.fixture
 def capitals(monkeypatch):
     """A format of an outsider's own: "subject|other|answer|wrong" lines, forget above a rule and retain below."""
-    monkeypatch.setattr(registry, "_SOURCES", dict(registry._SOURCES))
+    monkeypatch.setattr(registry, "_SOURCES", Registry("source", registry._SOURCES))
 
     def rows(source):
         part = "forget"

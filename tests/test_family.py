@@ -10,12 +10,13 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Graph, patch_edges
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, Family, families, fingerprint, parameters, rebuild, register_family
+from mansu_tl.registry import Registry
 from tests.test_attribution import random_pairs
 
 
 @pytest.fixture
 def qwen2(monkeypatch: pytest.MonkeyPatch) -> Qwen2ForCausalLM:
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    monkeypatch.setattr(families, "_FAMILIES", Registry("family", families._FAMILIES))
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = Qwen2Config(vocab_size=64, num_key_value_heads=2, initializer_range=0.2, **sizes)
     with torch.random.fork_rng(devices=[]):

@@ -297,7 +297,7 @@ def test_floor_keeps_a_block_whose_other_grid_would_grow() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int4-g64", "int4-asym-g64"])
 def test_the_loop_and_the_file_put_a_weight_into_the_same_cell(name: str, dtype: torch.dtype) -> None:
-    """The two rules of the floor, in the loop and at the end: one code always, nearly always one value to a thousandth of a bin."""
+    """The two rules of the floor: one code always, and nearly always one value to a thousandth of a bin."""
     grid, generator = grid_of(name), torch.Generator().manual_seed(0)
     weight = (0.05 * torch.randn(64, 128, generator=generator)).to(dtype)
     floor = Floor([grid], {"w": weight}, {"w": torch.ones(64, 128, dtype=torch.bool)})

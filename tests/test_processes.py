@@ -234,7 +234,7 @@ def cluster():
     """Ray on this machine with two workers."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'mansu-tl[ray]'")
     runtime = {"env_vars": {"PYTHONPATH": environment()["PYTHONPATH"]}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime)
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, runtime_env=runtime)
     yield ray
     ray.shutdown()
 
@@ -259,6 +259,12 @@ def test_a_study_on_ray_gives_the_same_numbers(cluster, tmp_path: Path) -> None:
     there = run_study(config, tmp_path / "ray", progress=False, on="ray")
     assert there.summary().equals(here.summary())
     assert contents(tmp_path / "ray") == contents(tmp_path / "here")
+
+
+def test_on_ray_a_cell_on_a_gpu_gets_one_of_its_own(cluster) -> None:
+    engine = engine_for("ray", None, 2, "cuda")
+    assert engine is not None and engine.slots == 1
+    assert compute(engine, os.environ.get, ["CUDA_VISIBLE_DEVICES"]) == {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 def test_engines_are_chosen_by_name() -> None:

@@ -33,6 +33,7 @@ from mansu_tl.quantization import (
     register_quantizer,
     update_statistics,
 )
+from mansu_tl.registry import Registry
 from tests.tiny import FAMILIES, tiny
 
 module = importlib.import_module("mansu_tl.quantization.quantizer")  # the package has a function of that name
@@ -82,7 +83,7 @@ def test_every_name_makes_the_quantizer_of_that_name_and_kinds_part_them():
 
 def test_a_quantizer_is_one_file(monkeypatch, tmp_path: Path):
     """Written beside the package and imported: the twin, the floor's cells and the statistics take it by name."""
-    monkeypatch.setattr(module, "_QUANTIZERS", dict(module._QUANTIZERS))
+    monkeypatch.setattr(module, "_QUANTIZERS", Registry("quantizer", module._QUANTIZERS))
     (tmp_path / "ternary.py").write_text(
         "import torch\n"
         "from mansu_tl.quantization import Grid, gptq, register_quantizer\n"

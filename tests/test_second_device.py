@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import mansu_tl as mtl
 from mansu_tl.quantization import grid_of
+from mansu_tl.study import run_study
 from mansu_tl.unlearning import MansuSettings, TrainingSettings, method_flags
 from mansu_tl.unlearning import checkpoint as checkpoint_module
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.mansu.floor import Floor
-from mansu_tl.unlearning.methods.npo import NpoSettings
+from mansu_tl.unlearning.recipes.npo import NpoSettings
 from tests.road import MANSU, STAGES, Case, Numbers, case
 from tests.second_device import DEVICE, MisplacedError, SecondDevice
+from tests.test_processes import CONFIG
 
 # Every stage on a plain family; on the others (transposed matrices in 16 bits, post-norms, fused and parallel) what differs.
 CASES = [("llama", torch.float32, name) for name in STAGES]
@@ -195,3 +199,10 @@ def test_an_interrupted_edit_goes_on_there(second, tmp_path, monkeypatch, method
     assert goes_on.history == in_one_go.history
     assert goes_on.new.keys() == in_one_go.new.keys()
     assert all(torch.equal(value, in_one_go.new[name]) for name, value in goes_on.new.items())
+
+
+@pytest.mark.slow
+def test_a_study_runs_there(second, tmp_path) -> None:
+    with second:
+        study = run_study(replace(CONFIG, also=(), device=str(DEVICE)), tmp_path, progress=False, workers=1)
+    assert study.environment["device"] == str(DEVICE) and 0 <= study.summary()["forget_MC"].item() <= 100

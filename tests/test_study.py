@@ -169,7 +169,7 @@ def test_version_in_a_fresh_process() -> None:
     ("text", "message"),
     [
         ("modle = 'pocket'", "unknown key 'modle'; known keys are .*did you mean 'model'"),
-        ("methods = ['manzu']", "unknown method 'manzu'; choose one of .*did you mean 'mansu'"),
+        ("methods = ['manzu']", "method 'manzu': unknown; choose one of .*did you mean 'mansu'"),
         ("quantizers = ['nf3']", "nf3"),
         ("seed = 'one'", "seed = 'one' should be a whole number"),
         ("methods = []", "methods is empty"),

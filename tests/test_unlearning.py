@@ -342,7 +342,7 @@ def test_mansu_can_defend_against_an_attacker_and_keeps_its_floor(model, task, c
 
 
 def test_bad_input_is_refused(model, task, circuit) -> None:
-    with pytest.raises(MansuError, match=r"unknown method 'manzu'.*did you mean 'mansu'"):
+    with pytest.raises(MansuError, match=r"method 'manzu': unknown.*did you mean 'mansu'"):
         unlearn(model, task, "manzu")
     with pytest.raises(MansuError, match=r"unknown setting 'budgett'.*did you mean 'budget'"):
         unlearn(model, task, "mansu", circuit=circuit, budgett=0.1)

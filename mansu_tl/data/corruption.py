@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from mansu_tl.errors import MansuError
+from mansu_tl.registry import Registry
 
 _STARTS = [
     "Bel",
@@ -130,7 +131,7 @@ def unseen(subjects: Sequence[Subject], tokens: Callable[[str], int], rng: rando
     return made
 
 
-_WAYS: dict[str, Make] = {"swap": swap, "unseen": unseen}
+_WAYS = Registry[Make]("corruption", {"swap": swap, "unseen": unseen})
 
 
 def register_corruption(name: str, make: Make) -> None:
@@ -142,9 +143,7 @@ def register_corruption(name: str, make: Make) -> None:
     Raises:
         MansuError: the name is taken.
     """
-    if name in _WAYS:
-        raise MansuError(f"corruption {name!r}: registered already; choose another name")
-    _WAYS[name] = make
+    _WAYS.add(name, make)
 
 
 def corruptions() -> tuple[str, ...]:
@@ -164,12 +163,11 @@ def counterfactuals(
     Raises:
         MansuError: no such way, a subject that is not in its prompt once, or a prompt for which there is none.
     """
-    if kind not in _WAYS:
-        raise MansuError(f"corruption {kind!r}: unknown; choose one of {', '.join(_WAYS)}")
+    make = _WAYS[kind]
     for one in subjects:
         if one.prompt.count(one.subject) != 1:
             raise MansuError(
                 f"{one.name}: subject {one.subject!r} occurs {one.prompt.count(one.subject)} times in {one.prompt!r}; it "
                 "must occur once"
             )
-    return _WAYS[kind](subjects, tokens, random.Random(f"mansu corruption {seed}"))
+    return make(subjects, tokens, random.Random(f"mansu corruption {seed}"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mansu_tl.errors import MansuError
+from mansu_tl.registry import Registry
 
 _ROTARY = r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
 
@@ -100,12 +101,16 @@ def _gemma(name: str, model_type: str, architecture: str) -> Family:
     )
 
 
-_FAMILIES: dict[str, Family] = {}
+_FAMILIES = Registry[Family]("family")
 
 
 def register_family(family: Family) -> None:
-    """Let models of one more family be loaded; a family of the same name is replaced."""
-    _FAMILIES[family.name] = family
+    """Let models of one more family be loaded.
+
+    Raises:
+        MansuError: another family has that name.
+    """
+    _FAMILIES.add(family.name, family)
 
 
 def families() -> tuple[Family, ...]:

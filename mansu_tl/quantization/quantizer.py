@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
+from mansu_tl.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class _Entry:
 
 
 _KINDS = ("grid", "calibrated", "library")
-_QUANTIZERS: dict[str, _Entry] = {}
+_QUANTIZERS = Registry[_Entry]("quantizer")
 
 
 def register_quantizer(
@@ -87,10 +88,8 @@ def register_quantizer(
     Raises:
         MansuError: a name that is taken, or another kind.
     """
-    if name in _QUANTIZERS:
-        raise MansuError(f"quantizer {name!r}: registered already; choose another name")
     _require_kind(kind)
-    _QUANTIZERS[name] = _Entry(make, kind, package)
+    _QUANTIZERS.add(name, _Entry(make, kind, package))
 
 
 def quantizers(kind: str | None = None) -> tuple[str, ...]:
@@ -122,8 +121,6 @@ def quantizer(name: str | AnyQuantizer) -> AnyQuantizer:
     """
     if isinstance(name, AnyQuantizer):
         return name
-    if name not in _QUANTIZERS:
-        raise MansuError(f"quantizer {name!r}: unknown; choose one of {', '.join(quantizers())}")
     entry = _QUANTIZERS[name]
     if not _installed(entry.package):
         raise MansuError(

@@ -39,7 +39,7 @@ class Bench:
     def __init__(self, plan: Plan, base: str, folder: Path, *, making: bool = True, progress: bool = False) -> None:
         self.plan, self.base, self.name, self.progress = plan, base, plan.names[base], progress
         self.store = Store(folder / plan.folder_of(base), shared=True, making=making)
-        self.model = load(base)
+        self.model = load(base, device=plan.device)
         task = load_task(plan.task, tokenizer=self.model)
         self.validation, self.task = split_questions(task) if plan.validated else (task, task)
         self.known = require_known(self.model, self.task)
@@ -78,7 +78,7 @@ class Bench:
     @cached_property
     def never(self) -> TransformerBridge:
         """The model that never learnt the forget facts."""
-        return load(self.plan.never)
+        return load(self.plan.never, device=self.plan.device)
 
     @cached_property
     def measurements(self) -> Measurements:

@@ -63,7 +63,7 @@ def config_in(run: str | PathLike[str]) -> Path:
 def _of_models(study: Study, progress: bool) -> Iterator[tuple[str, Any]]:
     """What a study does not keep."""
     config = study.config
-    model = load(config.model)
+    model = load(config.model, device=config.device)
     task = load_task(config.task, tokenizer=model)
     pairs = task.forget_pairs
     alike, words = _one_wording(model.tokenizer.decode, pairs)
@@ -81,7 +81,7 @@ def _of_models(study: Study, progress: bool) -> Iterator[tuple[str, Any]]:
     yield from ruled_of_models(study, model, edited).items()
     probed = {"original": model, title: edited}
     if config.never:
-        never = probed["never trained"] = load(config.never)
+        never = probed["never trained"] = load(config.never, device=config.device)
         yield "depth.safetensors", erasure_depth(model, edited, never, pairs, label=title)
         deployed = quantize(edited, config.quantizers[0], task.retain_text)
         attacked = {title: edited, f"{title}, {config.quantizers[0]}": deployed, "never trained": never}

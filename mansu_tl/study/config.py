@@ -13,9 +13,8 @@ from typing import Any
 from mansu_tl.data.sources import beside
 from mansu_tl.errors import MansuError, near
 from mansu_tl.models.loading import EMBEDDED
-from mansu_tl.quantization import quantizer
+from mansu_tl.registry import import_plugins
 from mansu_tl.results.files import local, read_text
-from mansu_tl.study.names import short_names
 from mansu_tl.study.plan import Cell, Plan
 from mansu_tl.unlearning import methods
 
@@ -40,6 +39,8 @@ class StudyConfig(Plan):
         faithfulness: target of the circuit.
         steps: EAP-IG steps.
         settings: per method, the settings that differ from its defaults.
+        plugins: modules that register what is used here, imported by name in every process.
+        device: where the models are, "cpu" or "cuda"; on Ray each cell then gets a GPU of its own.
 
     Example:
         >>> config = mtl.StudyConfig(model="pocket", methods=("mansu", "npo"), quantizers=("nf4", "int8"))
@@ -57,16 +58,13 @@ class StudyConfig(Plan):
     faithfulness: float = 0.85
     steps: int = 5
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
+    device: str = "cpu"
+    what, what_bases = "config", "config: model and also"
+    unique = ("methods", "quantizers", "also")
 
     def __post_init__(self) -> None:
-        for name in self.quantizers:
-            quantizer(name)
-        for name in self.methods:
-            if name not in methods():
-                choices = f"{', '.join(methods())}{near(name, methods())}"
-                raise MansuError(f"config: unknown method {name!r}; choose one of {choices}")
-        self._named_once("config", ("methods", "quantizers"), ("methods", "quantizers", "also"))
-        short_names(self.bases, "config: model and also")
+        super().__post_init__()
         if not 0 < self.faithfulness <= 1:
             raise MansuError(f"config: faithfulness={self.faithfulness}; choose a target in (0, 1]")
 
@@ -79,11 +77,6 @@ class StudyConfig(Plan):
         return (self.model, *self.also)
 
     @property
-    def names(self) -> dict[str, str]:
-        """A short name for every model."""
-        return short_names(self.bases, "config: model and also")
-
-    @property
     def cells(self) -> tuple[Cell, ...]:
         """Every model as it is, then every method on it."""
         edits = [Cell(base, method, self.seed, method) for method in self.methods for base in self.bases]
@@ -92,14 +85,6 @@ class StudyConfig(Plan):
     def folder_of(self, base: str) -> str:
         """The model's results lie in the results folder itself, those of others below it."""
         return "." if base == self.model else f"also/{self.names[base]}"
-
-    def quantizers_of(self, method: str) -> tuple[str, ...]:
-        """The same for every method."""
-        return self.quantizers
-
-    def settings_for(self, method: str) -> tuple[str, dict[str, Any]]:
-        """The method, and its settings where they differ from the defaults."""
-        return method, dict(self.settings.get(method, {}))
 
     def to_toml(self) -> str:
         """The config as TOML, as `read` takes it."""
@@ -123,6 +108,7 @@ class StudyConfig(Plan):
         except tomllib.TOMLDecodeError as error:
             raise MansuError(f"{source}: not TOML ({error})") from None
         known = {f.name: f for f in fields(cls) if f.name != "settings"}
+        import_plugins(_checked(source, "plugins", raw.get("plugins", []), ("my_package.my_method",)))
         values: dict[str, Any] = {}
         settings: dict[str, dict[str, Any]] = {}
         for key, value in raw.items():

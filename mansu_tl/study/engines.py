@@ -183,10 +183,11 @@ class Ray:
     """Ray's workers: a cluster that is running (`RAY_ADDRESS`), or one on this machine. All must see the results folder.
 
     Args:
-        slots: how many cells at the same time; None = one a processor of the cluster.
+        slots: how many cells at the same time; None = one a processor of the cluster, or one a GPU where they take one.
+        num_gpus: what each cell takes of the cluster's GPUs.
     """
 
-    def __init__(self, slots: int | None = None) -> None:
+    def __init__(self, slots: int | None = None, num_gpus: float = 0) -> None:
         import ray
 
         self._ray, self._begun = ray, not ray.is_initialized()
@@ -194,7 +195,9 @@ class Ray:
             ray.init(
                 num_cpus=None if os.environ.get("RAY_ADDRESS") else slots, log_to_driver=False, include_dashboard=False
             )
-        self.slots = slots or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        there = ray.cluster_resources()
+        self.slots = slots or max(1, int(there.get("GPU", 1) / num_gpus if num_gpus else there.get("CPU", 1)))
+        self._cell = ray.remote(max_retries=0, num_cpus=1, num_gpus=num_gpus)(_as_it_was_raised)
         self.lost: tuple[type[Exception], ...] = (
             ray.exceptions.WorkerCrashedError,
             ray.exceptions.OutOfMemoryError,
@@ -204,7 +207,7 @@ class Ray:
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Begin one cell on whichever worker is free; what it raises is raised as it was."""
-        reference = self._ray.remote(max_retries=0, num_cpus=1)(_as_it_was_raised).remote(work, *arguments)
+        reference = self._cell.remote(work, *arguments)
         self._running.add(reference)
         future: Future[Any] = Future()
 
@@ -297,15 +300,16 @@ def require_engine(on: str, workers: int | None) -> None:
         raise MansuError("engine 'ray': Ray is not installed; pip install 'mansu-tl[ray]', or use 'processes'")
 
 
-def engine_for(on: str, workers: int | None, cells: int) -> Engine | None:
+def engine_for(on: str, workers: int | None, cells: int, device: str = "cpu") -> Engine | None:
     """The engine for so many cells; None where this process does best by itself.
 
     Args:
         on: one of `ENGINES`.
         workers: at the same time; None = as many as there are processors.
+        device: what a cell computes on; on Ray it gets a GPU of its own where that is one.
     """
     if on == "ray":
-        return Ray(workers)
+        return Ray(workers, num_gpus=1 if device.startswith("cuda") else 0)
     slots = min(workers or cores(), cells)
     return LocalProcesses(slots) if slots > 1 else None
 

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from mansu_tl import plots
 from mansu_tl.plots.export import write_html, write_images
-from mansu_tl.study.plan import ABLATIONS, CONTROLS, NEVER, title_of
+from mansu_tl.study.plan import CONTROLS, NEVER, ablations, title_of
 from mansu_tl.study.table import chance, of_measure, summary
 from mansu_tl.unlearning import headline
 from mansu_tl.verification.verdicts import GOALS
@@ -66,7 +66,7 @@ def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, go.Figure]:
         lines = leading.assign(method=leading["quantizer"], quantizer=title_of(main))
         title = f"{title_of(main)} under every quantizer ({base})"
         out["quantizers"] = plots.ptq_gaps(lines, chance=line, title=title, theme=theme)
-    whole = part.loc[~part["method"].isin(ABLATIONS)]
+    whole = part.loc[~part["method"].isin([*ablations()])]
     plane = _plane(whole, shared[:1])
     if len(plane):
         out["plane"] = plots.divergence_plane(plane, theme=theme)
@@ -75,7 +75,7 @@ def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, go.Figure]:
     if len(points) > 1:
         title = f"Resistance against retention ({base})"
         out["frontier"] = plots.frontier(points, _COST, _ATTACK, default=_default(points, main), title=title, **look)
-    changed = _frontier(part.loc[part["method"].isin([main, *ABLATIONS])], intervals=True)
+    changed = _frontier(part.loc[part["method"].isin([main, *ablations()])], intervals=True)
     if len(changed) > 1:
         changed["method"] = changed["method"].str.removeprefix(f"{title_of(main)}, ")
         title = f"What each part of {title_of(main)} is worth ({base})"
@@ -113,7 +113,7 @@ def _shared_quantizers(part: pd.DataFrame) -> list[str]:
 def _gaps(part: pd.DataFrame) -> pd.DataFrame:
     """Forget accuracy before and after every quantizer, a row a method, seed and quantizer."""
     rows = part.loc[(part["question_set"] == "forget") & (part["measure"] == "MC")]
-    rows = rows.loc[~rows["method"].isin([*CONTROLS, *ABLATIONS])]
+    rows = rows.loc[~rows["method"].isin([*CONTROLS, *ablations()])]
     before = rows.loc[rows["quantizer"] == ""].set_index(["method", "seed"])["value"]
     after = rows.loc[rows["quantizer"] != "", ["method", "quantizer", "seed", "value"]]
     keys = zip(after["method"], after["seed"], strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from mansu_tl.study.plan import ABLATIONS, CONTROLS, title_of
+from mansu_tl.study.plan import CONTROLS, ablations, title_of
 from mansu_tl.study.table import summary
 from mansu_tl.unlearning import floored, headline, method_flags, methods
 
@@ -138,7 +138,7 @@ def _controls(found: _Cells, base: str, means: pd.DataFrame) -> str:
     every = _seeds(means, base)
     main = headline(name for name in every if name not in CONTROLS) if set(every) - set(CONTROLS) else ""
     controls = [name for name in methods() if method_flags(name).control_of == main]
-    names = [name for name in (main, *controls, *ABLATIONS) if name in every]
+    names = [name for name in (main, *controls, *ablations()) if name in every]
     if not floored(main) or names == [main]:
         return ""
     rows = []

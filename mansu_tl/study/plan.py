@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization import quantizer, quantizers
+from mansu_tl.registry import import_plugins
 from mansu_tl.results.digest import Digested
 from mansu_tl.study.names import short_names
 from mansu_tl.unlearning import floored, method_flags, method_title, methods, settings_of
@@ -18,10 +19,6 @@ from mansu_tl.unlearning.search import RATES
 ORIGINAL, NEVER = "original", "never"
 # What stands in the table beside the methods, and how it is written.
 CONTROLS: Mapping[str, str] = MappingProxyType({ORIGINAL: "un-edited", NEVER: "never trained"})
-# A method with one part changed: "method/ablation" -> (title, settings).
-ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
-    {f"{name}/{ablation}": changed for name in methods() for ablation, changed in method_flags(name).ablations.items()}
-)
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,10 @@ class Plan(Digested, ABC):
     task: str
     never: str
     methods: tuple[str, ...]
+    quantizers: tuple[str, ...]
     settings: Mapping[str, Mapping[str, Any]]
+    plugins: tuple[str, ...]
+    device: str
     faithfulness: float = 0.85
     steps: int = 5
     # Only comparisons choose settings on a validation split, attack what was edited, and look for further evidence.
@@ -56,6 +56,38 @@ class Plan(Digested, ABC):
     attack_steps: int = 0
     attack_splits: int = 0
     attack_seed: int = 0
+    # How errors call the plan and its bases, what it must name, and what it must name once.
+    what: ClassVar[str]
+    what_bases: ClassVar[str]
+    filled: ClassVar[tuple[str, ...]] = ("methods", "quantizers")
+    unique: ClassVar[tuple[str, ...]] = ("methods", "quantizers")
+
+    def __post_init__(self) -> None:
+        self.require_known()
+        short_names(self.bases, self.what_bases)
+        for key in self.filled:
+            if not getattr(self, key):
+                raise MansuError(f"{self.what}: {key} is empty; name at least one")
+        for key in self.unique:
+            values = getattr(self, key)
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise MansuError(f"{self.what}: {key} names {twice[0]!r} twice; name each once")
+        for name, values in self.settings.items():
+            settings_of(name, dict(values))
+
+    def require_known(self) -> None:
+        """Import the plugins, and look every name up that is registered in this process.
+
+        Raises:
+            MansuError: a plugin that cannot be imported, or an unknown quantizer or method.
+        """
+        import_plugins(self.plugins)
+        for method in (*CONTROLS, *self.methods):
+            for name in self.quantizers_of(method):
+                quantizer(name)
+        for method in self.methods:
+            self.settings_for(method)
 
     @property
     @abstractmethod
@@ -63,9 +95,9 @@ class Plan(Digested, ABC):
         """The models that know the forget set."""
 
     @property
-    @abstractmethod
     def names(self) -> dict[str, str]:
         """A short name for every base."""
+        return short_names(self.bases, self.what_bases)
 
     @property
     @abstractmethod
@@ -76,29 +108,17 @@ class Plan(Digested, ABC):
     def folder_of(self, base: str) -> str:
         """Where a base's results lie in the results folder."""
 
-    @abstractmethod
     def quantizers_of(self, method: str) -> tuple[str, ...]:
         """What a method's models are quantized with."""
+        return self.quantizers
 
-    @abstractmethod
     def settings_for(self, method: str) -> tuple[str, dict[str, Any]]:
         """The method's name in the registry, and its settings where they differ from the defaults."""
+        return method_flags(method).name, dict(self.settings.get(method, {}))
 
     def looks_further(self, cell: Cell) -> bool:
         """Whether probes, erasure depth and damage are measured for a cell too."""
         return False
-
-    def _named_once(self, what: str, filled: tuple[str, ...], unique: tuple[str, ...]) -> None:
-        for key in filled:
-            if not getattr(self, key):
-                raise MansuError(f"{what}: {key} is empty; name at least one")
-        for key in unique:
-            values = getattr(self, key)
-            twice = [value for value in values if values.count(value) > 1]
-            if twice:
-                raise MansuError(f"{what}: {key} names {twice[0]!r} twice; name each once")
-        for name, values in self.settings.items():
-            settings_of(name, dict(values))
 
     def _controls(self, seed: int) -> list[Cell]:
         controls = (ORIGINAL, NEVER) if self.never else (ORIGINAL,)
@@ -113,7 +133,7 @@ class Comparison(Plan):
         bases: the models that know the forget set: embedded names, folders or hub ids.
         task: an embedded name or a file.
         never: a model that never learnt the forget facts; "" = none, then relearning has no reference.
-        methods: unlearning methods, and names of `ABLATIONS`.
+        methods: unlearning methods, and names of `ablations()`.
         quantizers: what the models of methods that claim the floor (MANSU) are quantized with.
         control_quantizers: what the other methods' and ablations' models are quantized with.
         seeds: of those methods.
@@ -126,12 +146,14 @@ class Comparison(Plan):
         attack_seed: of those draws; not one that settings were chosen on.
         evidence: probes, erasure depth and the damage audit, for every method's first seed.
         settings: per method, settings that differ from its defaults.
+        plugins: modules that register what is used here, imported by name in every process.
+        device: where the models are, "cpu" or "cuda"; on Ray each cell then gets a GPU of its own.
     """
 
     bases: tuple[str, ...] = ("pocket", "pocket-fp")
     task: str = "pocket"
     never: str = "pocket-never"
-    methods: tuple[str, ...] = (*methods(), *ABLATIONS)
+    methods: tuple[str, ...] = field(default_factory=lambda: (*methods(), *ablations()))
     quantizers: tuple[str, ...] = field(default_factory=lambda: quantizers())
     control_quantizers: tuple[str, ...] = ("nf4", "int4-g64", "gptq-int4-g64")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -144,17 +166,15 @@ class Comparison(Plan):
     attack_seed: int = 0
     evidence: bool = True
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
+    device: str = "cpu"
     validated = True
+    what, what_bases = "compare", "compare: bases"
+    filled = ("bases", "methods", "quantizers", "seeds", "control_seeds", "ablation_seeds")
+    unique = ("methods", "quantizers", "control_quantizers", "seeds", "control_seeds", "ablation_seeds")
 
     def __post_init__(self) -> None:
-        seeds = ("seeds", "control_seeds", "ablation_seeds")
-        for name in (*self.quantizers, *self.control_quantizers):
-            quantizer(name)
-        for name in self.methods:
-            if name not in ABLATIONS:
-                method_title(name)
-        named = ("methods", "quantizers", "control_quantizers", *seeds)
-        self._named_once("compare", ("bases", "methods", "quantizers", *seeds), named)
+        super().__post_init__()
         for reserved in CONTROLS:
             if reserved in self.methods:
                 raise MansuError(f"compare: method {reserved!r} is called like a control; register it by another name")
@@ -165,18 +185,14 @@ class Comparison(Plan):
         return hash(self.digest())
 
     @property
-    def names(self) -> dict[str, str]:
-        """A short name for every base."""
-        return short_names(self.bases, "compare: bases")
-
-    @property
     def cells(self) -> tuple[Cell, ...]:
         """The controls, then every edit, the quickest to judge first: seed by seed."""
+        changed = ablations()
         edits = [
             Cell(base, method, seed, f"{_place(method)}/seed{seed}")
             for base in self.bases
             for method in self.methods
-            if method not in ABLATIONS or base == self.bases[0]
+            if method not in changed or base == self.bases[0]
             for seed in self._seeds(method)
         ]
         return (*self._controls(0), *sorted(edits, key=lambda cell: cell.seed))
@@ -191,9 +207,9 @@ class Comparison(Plan):
 
     def settings_for(self, method: str) -> tuple[str, dict[str, Any]]:
         """The method's name in the registry, and its settings where they differ from the defaults."""
-        if method in ABLATIONS:
+        if method in (changed := ablations()):
             whole = method.partition("/")[0]
-            return whole, {**self.settings.get(whole, {}), **ABLATIONS[method][1]}
+            return whole, {**self.settings.get(whole, {}), **changed[method][1]}
         # A control differs from what it controls in its preset alone.
         shared = self.settings.get(method_flags(method).control_of, {})
         return method, {**shared, **self.settings.get(method, {})}
@@ -205,16 +221,22 @@ class Comparison(Plan):
     def _seeds(self, method: str) -> tuple[int, ...]:
         if floored(method):
             return self.seeds
-        return self.ablation_seeds if method in ABLATIONS else self.control_seeds
+        return self.ablation_seeds if method in ablations() else self.control_seeds
 
 
 def _place(method: str) -> str:
     return method.replace("/", ".")
 
 
+def ablations() -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Every method with one part changed: "method/ablation" -> (title, settings)."""
+    return {f"{name}/{part}": what for name in methods() for part, what in method_flags(name).ablations.items()}
+
+
 def title_of(method: str) -> str:
     """How a method, an ablation or a control is written in tables and figures."""
-    return CONTROLS.get(method) or (ABLATIONS[method][0] if method in ABLATIONS else method_title(method))
+    changed = ablations()
+    return CONTROLS.get(method) or (changed[method][0] if method in changed else method_title(method))
 
 
 def full(**changes: Any) -> Comparison:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -33,7 +34,6 @@ from mansu_tl.study.engines import compute, engine_for, is_small, one_thread, pe
 from mansu_tl.study.plan import Cell, Comparison, Plan
 from mansu_tl.study.study import PASSES, Study, assembled, study_cell
 from mansu_tl.study.table import write_table
-from mansu_tl.unlearning import method_flags
 
 Work = Callable[[Bench, Cell], Any]
 _PACKAGES = ("mansu-tl", "torch", "transformers", "transformer-lens", "bitsandbytes", "safetensors", "plotly")
@@ -127,11 +127,12 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a worker says of a cell: the stages that it made, and its process."""
+    """What a worker says of a cell: the stages that it made, its process, and what is unknown there."""
 
     made: int
     process: tuple[str, int]
     peak_memory_gb: float
+    unknown: str = ""
 
 
 def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | None, on: str) -> _Run:
@@ -139,13 +140,11 @@ def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | No
     done: dict[Cell, Any] = {}
     waiting: dict[Cell, Bench] = {}
     stores, threads = [], 1
-    settings = (method_flags(plan.settings_for(method)[0]).settings for method in plan.methods)
-    shipped = all(each.__module__.startswith("mansu_tl.") for each in settings)
     for base in plan.bases:
         bench = Bench(plan, base, folder, progress=progress)
         small = is_small(bench.model)
-        # Large ones are not held side by side, and a fresh process does not know what the caller has registered.
-        bench.store.making = on == "processes" and (workers == 1 or not small or not shipped)
+        # Large ones are not held side by side.
+        bench.store.making = on == "processes" and (workers == 1 or not small)
         stores.append(bench.store)
         cells = [cell for cell in plan.cells if cell.base == base]
         with one_thread(small):
@@ -157,11 +156,17 @@ def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | No
                     waiting[cell] = bench
     reports: Sequence[_Report] = ()
     if waiting:
-        engine = engine_for(on, workers, len(waiting))
+        engine = engine_for(on, workers, len(waiting), plan.device)
         if engine is not None:
             beside = partial(_compute, plan, folder, work)
             title = partial(_title, plan)
             reports = [*compute(engine, beside, list(waiting), title=title, progress=progress).values()]
+            for unknown in {report.unknown for report in reports if report.unknown}:
+                warnings.warn(
+                    f"{unknown}: so it is in a fresh process, and the calling one computes what needs it, cell by cell; "
+                    "name the module that registers it under plugins",
+                    stacklevel=3,
+                )
         with one_thread():
             for cell, bench in waiting.items():
                 bench.store.making = True
@@ -175,16 +180,25 @@ def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | No
 
 
 def _compute(plan: Plan, folder: Path, work: Work, cell: Cell) -> _Report:
-    """One cell, in a worker: its results go to the store."""
-    bench = _bench(plan, cell.base, folder)
+    """One cell, in a worker: its results go to the store. What only the caller's process knows is left to that."""
+    process = platform.node(), os.getpid()
+    try:
+        bench = _bench(plan, cell.base, folder)
+    except MansuError as error:
+        return _Report(0, process, peak_memory_gb(), str(error))
     before = bench.store.made
     work(bench, cell)
-    return _Report(bench.store.made - before, (platform.node(), os.getpid()), peak_memory_gb())
+    return _Report(bench.store.made - before, process, peak_memory_gb())
 
 
 @lru_cache(maxsize=2)
 def _bench(plan: Plan, base: str, folder: Path) -> Bench:
-    """A worker's bench, kept for its next cell."""
+    """A worker's bench, kept for its next cell.
+
+    Raises:
+        MansuError: what the caller registered, and does not name among the plugins.
+    """
+    plan.require_known()
     return Bench(plan, base, folder)
 
 
@@ -200,7 +214,7 @@ def _record(plan: Plan, path: Path, made: int, seconds: float, threads: int, mem
     record = {
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "seed": plan.seed,
-        "device": "cpu",
+        "device": plan.device,
         "threads": threads,
         "machine": platform.machine(),
         # A run that was interrupted counts all its parts.

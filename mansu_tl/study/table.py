@@ -55,19 +55,16 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     With one seed the interval is the row's own, over facts.
     """
-    rows = []
-    for key, group in table.groupby(_KEYS, sort=False):
-        values = group["value"].to_numpy(dtype=float)
-        low, high = (
-            interval_over_seeds(values.tolist()) if len(values) > 1 else (group["low"].iloc[0], group["high"].iloc[0])
-        )
-        rows.append(
-            {
-                **dict(zip(_KEYS, key, strict=True)), "seeds": len(values), "mean": values.mean(), "low": low, "high": high,
-                "lowest": values.min(), "highest": values.max(), "control": group["control"].astype(float).mean(),
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+    groups = table.astype({"control": float}).groupby(_KEYS, sort=False)
+    out = groups.agg(
+        seeds=("value", "size"), mean=("value", "first"), low=("low", "first"), high=("high", "first"),
+        lowest=("value", "min"), highest=("value", "max"), control=("control", "mean"),
+    )  # fmt: skip
+    values = groups["value"].agg(list)
+    out["mean"] = [np.mean(each) for each in values]
+    ends = np.array([interval_over_seeds(each) for each in values]).reshape(-1, 2)
+    out[["low", "high"]] = np.where((out[["seeds"]] > 1).to_numpy(), ends, out[["low", "high"]])
+    return out.reset_index()
 
 
 def properties(table: pd.DataFrame) -> pd.DataFrame:
@@ -75,9 +72,9 @@ def properties(table: pd.DataFrame) -> pd.DataFrame:
 
     The PTQ gap over all quantizers of four bits or more is the mean over them; its interval's upper end is the largest.
     """
-    rows = []
+    rows, guessed = [], table.loc[table["measure"] == "MC, chance"]
     for (base, method), group in summary(table).groupby(["base", "method"], sort=False):
-        here = table.loc[table["base"] == base]
+        here = guessed.loc[guessed["base"] == base]
         row: dict[str, object] = {"base": base, "method": title_of(str(method)), "seeds": int(group["seeds"].max())}
         row |= {name: _judged(group, goal, chance(here, goal.question_set)) for name, goal in GOALS.items()}
         row["PTQ gap, all"] = _gap_over_all(group)

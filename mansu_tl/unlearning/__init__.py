@@ -1,6 +1,6 @@
 """Edits and the methods that make them."""
 
-from mansu_tl.unlearning import methods as _methods  # noqa: F401 - each of them registers itself
+from mansu_tl.unlearning import recipes as _recipes  # noqa: F401 - each of them registers a method
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.objectives import Objective

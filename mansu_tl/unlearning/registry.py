@@ -10,6 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError, near
+from mansu_tl.registry import Registry
 from mansu_tl.unlearning.edit import Edit
 
 Needs = Callable[[TransformerBridge, Task, Any], Iterator[tuple[str, str]]]
@@ -50,7 +51,7 @@ class Method:
         return self.settings(**self.preset)
 
 
-_METHODS: dict[str, Method] = {}
+_METHODS = Registry[Method]("method")
 
 
 def register(method: Method) -> Method:
@@ -59,12 +60,7 @@ def register(method: Method) -> Method:
     Raises:
         MansuError: another method has that name.
     """
-    if method.name in _METHODS:
-        raise MansuError(
-            f"method {method.name!r}: registered already, as {_METHODS[method.name].title}; choose another"
-        )
-    _METHODS[method.name] = method
-    return method
+    return _METHODS.add(method.name, method)
 
 
 def methods() -> tuple[str, ...]:
@@ -83,8 +79,6 @@ def method_flags(name: str) -> Method:
     Raises:
         MansuError: an unknown method.
     """
-    if name not in _METHODS:
-        raise MansuError(f"unknown method {name!r}; choose one of {', '.join(_METHODS)}{near(name, tuple(_METHODS))}")
     return _METHODS[name]
 
 

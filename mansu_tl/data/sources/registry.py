@@ -22,13 +22,14 @@ from mansu_tl.data.task import Task
 from mansu_tl.data.text import TextSource
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
+from mansu_tl.registry import Registry
 
 if TYPE_CHECKING:
     TaskSource = str | PathLike[str] | pd.DataFrame | Iterable[Mapping[str, Any]]
 else:
     TaskSource = object  # anything else is told what to pass
 
-_NAMED = re.compile(r"(?P<kind>[\w-]+)(:(?P<rest>[^?]+))?(\?(?P<options>[^?]*))?")
+_NAMED = re.compile(r"(?P<kind>[\w.-]+)(:(?P<rest>[^?]+))?(\?(?P<options>[^?]*))?")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Source:
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-_SOURCES: dict[str, Source] = {}
+_SOURCES = Registry[Source]("source")
 
 
 def register_source(
@@ -69,7 +70,7 @@ def register_source(
     """Make a format known to `load_task`, `mansu-tl check`, `run` and `compare`; the last one to claim a source gets it.
 
     Args:
-        name: letters, digits, "-" and "_".
+        name: letters, digits, ".", "-" and "_".
         about: one line that says what the source is.
         read: `read(source, tokenizer, **options)` gives a `Task`; for rows as task files have them `rows_reader` makes one.
             Options are its keyword-only arguments.
@@ -79,9 +80,7 @@ def register_source(
     Raises:
         MansuError: a name that is taken or cannot be written in a config.
     """
-    if name in _SOURCES or not re.fullmatch(r"[\w-]+", name):
-        raise MansuError(f"source {name!r}: {'registered already' if name in _SOURCES else 'no name'}; choose another")
-    _SOURCES[name] = Source(name, about, read, claims, bare)
+    _SOURCES.add(name, Source(name, about, read, claims, bare))
 
 
 def sources() -> tuple[str, ...]:
@@ -95,8 +94,6 @@ def source(name: str) -> Source:
     Raises:
         MansuError: no such source.
     """
-    if name not in _SOURCES:
-        raise MansuError(f"source {name!r}: unknown; choose one of {', '.join(_SOURCES)}")
     return _SOURCES[name]
 
 

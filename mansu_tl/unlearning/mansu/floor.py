@@ -98,10 +98,11 @@ class Floor:
 
         Where a weight lies in its new cell follows a coarser rule than `Grid.floor_target`, which has the last word: 1.001
         bins in float32 instead of one bin in the storage dtype, and in an outermost cell its centre, although that is the
-        block's own scale. The codes are the same, and with them what is deployed; the stored value may differ, in float32
-        by a thousandth of a bin (by up to half a bin where a cell has room for one bin but not for 1.001, and where a block
-        of two ends has its outermost centre beyond an end), in bfloat16 by its spacing. `floor_target`'s rule here would be right to the last bit and take up to five times as
-        long a step. It would change every edit a little, and all recorded numbers with it, so the two stand apart.
+        block's own scale. The first grid's codes are the same, and with them what it deploys. The stored value may differ:
+        by a thousandth of a bin in float32 (by up to half a bin where a cell has room for one bin but not for 1.001, and
+        where a block of two ends has its outermost centre beyond an end), by bfloat16's spacing there. `floor_target`'s
+        rule would be right to the last bit here too, and take up to five times as long a step; it would change every edit
+        a little, and all recorded numbers with it, so the two stand apart.
 
         Args:
             allowed: the weights that may change; all candidates where not given.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mansu_tl.unlearning.methods.mansu import MANSU
+from mansu_tl.unlearning.recipes.mansu import MANSU
 from mansu_tl.unlearning.registry import register
 
 register(

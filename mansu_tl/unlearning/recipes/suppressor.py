@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mansu_tl.models import Anatomy, component_masks
-from mansu_tl.unlearning.methods.npo import NpoSettings, npo
+from mansu_tl.unlearning.recipes.npo import NpoSettings, npo
 from mansu_tl.unlearning.training import LARGE, Recipe, Start, TrainingSettings, trained
 
 

@@ -1,4 +1,4 @@
-"""Methods, one file each: its settings, its objective, its flags. A file that lies here is a method."""
+"""Recipes, one file a method: its settings, its objective, its flags. A file that lies here is a method."""
 
 from importlib import import_module
 from pkgutil import iter_modules
