@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -134,6 +135,23 @@ def test_a_finished_study_can_be_explored(study) -> None:
     assert circuit.faithfulness == pytest.approx(study.circuit.faithfulness, abs=1e-5)
     found = explorer.results.divergence(("mansu", "nf4"), explorer.selection.size, None)
     assert found.value == pytest.approx(study.results["mansu"].divergences["nf4"].value, abs=1e-4)
+
+
+def test_a_study_runs_on_a_table(tmp_path, monkeypatch) -> None:
+    """The same rows as CSV are the same task, and run as well."""
+    rows = [json.loads(line) for line in Path(SMALL_TASK).read_text(encoding="utf-8").splitlines()]
+    pd.DataFrame(rows).to_csv(tmp_path / "task.csv", index=False)
+    config = tmp_path / "c.toml"
+    config.write_text(
+        'model = "pocket"\ntask = "task.csv"\nmethods = ["graddiff"]\nsteps = 1\nfaithfulness = 0.5\n'
+        "[graddiff]\nmax_steps = 2\ncheck_every = 2\n",
+        encoding="utf-8",
+    )
+    places = StudyConfig.read(config).task, SMALL_TASK
+    by_csv, by_json = (mtl.load_task(place, tokenizer=mtl.load("pocket")).questions for place in places)
+    assert {name: asked.digest() for name, asked in by_csv.items()} == {k: v.digest() for k, v in by_json.items()}
+    assert cli(monkeypatch, "run", str(config), "--out", str(tmp_path / "out"), "--workers", "1", "--quiet") == 0
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
