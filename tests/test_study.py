@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from pandas.io.formats.style import Styler
 from transformers import AutoModelForCausalLM
 
 import mansu_tl as mtl
@@ -109,14 +110,16 @@ def test_the_report_opens_alone_and_says_what_is_in_the_study(study) -> None:
     figures = study_figures(study)
     assert {"circuit_stages", "edges_before_after", "divergence", "ruler", "certificate", "scorecard"} <= set(figures)
     assert figures["ruler"].data
-    assert page.count('class="plotly-graph-div"') == len(figures)
+    tables = [name for name, each in figures.items() if isinstance(each, Styler)]
+    assert sorted(tables) == ["certificate", "scorecard"]
+    assert page.count('class="plotly-graph-div"') == len(figures) - len(tables)
     assert f"{study.circuit.n_edges} of {int(study.scores.exists.sum())} edges" in page
     assert study.environment["versions"]["transformer-lens"] in page
 
 
 def test_the_report_opens_in_a_browser_without_a_network_or_a_complaint(study) -> None:
     with opened(write_study_report(study)) as tab:
-        plots = len(study_figures(study))
+        plots = sum(not isinstance(each, Styler) for each in study_figures(study).values())
         tab.page.wait_for_function(
             "n => document.querySelectorAll('.plotly-graph-div .main-svg').length >= n", arg=plots
         )
