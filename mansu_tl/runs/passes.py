@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
@@ -103,6 +104,12 @@ def last_token(lengths: Int[Tensor, " row"]) -> Callable[..., Tensor]:
         return stream[rows.to(stream.device), last.to(stream.device)][:, None].contiguous()
 
     return cut
+
+
+def last_token_only(model: Any, lengths: Int[Tensor, " row"]) -> RemovableHandle:
+    """A hook under which a plain HF model unembeds every row's last real token alone; to be used in a `with`."""
+    cut = last_token(lengths)
+    return model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (cut(inputs[0], None),))
 
 
 def heads_last(z: Tensor, n_heads: int) -> Float[Tensor, "pair pos head d_head"]:
