@@ -135,7 +135,7 @@ BY_HAND: dict[type, Callable[[], Any]] = {
     EdgeScores: edge_scores,
     Circuit: circuit,
     Minimality: minimality,
-    Conflict: lambda: Conflict(circuit(), circuit(), (("embed", "logits"),), ("embed",), 0.5),
+    Conflict: lambda: Conflict(circuit(), circuit()),
     FaithfulnessCurve: lambda: FaithfulnessCurve(
         torch.tensor([0.1, 0.9]), torch.zeros(3, 2), (1, 2), (0.5, 1.0), (1, 2), 8, "eap", "m", "corrupt"
     ),
@@ -357,8 +357,8 @@ def test_tensors_lie_in_the_file_under_their_fields_names(tmp_path: Path) -> Non
     attack = made(Attack)
     with safe_open(saved(attack, tmp_path), framework="pt") as file:
         names = set(file.keys())
-        assert {"alike", "text.tokens", "questions.choices"} <= names
-        assert torch.equal(file.get_tensor("questions.choices"), attack.questions.choices)
+        assert {"alike", "text.tokens", "questions.options"} <= names
+        assert torch.equal(file.get_tensor("questions.options"), attack.questions.options)
         assert json.loads(file.metadata()["record"])["fields"]["kind"] == attack.kind
 
 

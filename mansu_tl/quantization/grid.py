@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int, UInt8
@@ -55,6 +56,8 @@ class Grid(Quantizer):
     name: str
     levels: Float32[Tensor, " code"]
     block_size: int | None
+    # Whether a block's scale is given and measured on no weight, as in a file: an edited weight is its code's value then.
+    given_scales: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:

@@ -20,7 +20,7 @@ from mansu_tl.models.gguf.blocks import LAYOUTS, Blocks
 from mansu_tl.models.gguf.config import ARCHITECTURES, read_config
 from mansu_tl.models.gguf.file import GgufFile, Stored
 from mansu_tl.models.quiet import quiet
-from mansu_tl.models.tree import Model, groups, hf_of
+from mansu_tl.models.tree import Model, hf_of, tied_names
 
 _REMEMBERED = "_mansu_tl_gguf"
 # Tensors that say what the config says.
@@ -135,7 +135,7 @@ def read_model(path: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     with quiet(), init_empty_weights(include_buffers=False):
         hf = family.model_class(config)
     hf.tie_weights()  # outside: accelerate gives every parameter that is put down a place of its own
-    tied = groups(hf)
+    tied = tied_names(hf)
     weights = GgufWeights(file, _ways(file, family, hf, tied))
     hf.load_state_dict(_state(weights, tied), assign=True, strict=False)
     hf.tie_weights()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int, UInt8
@@ -33,6 +34,7 @@ class FileGrid(Grid):
         blocks: the codes and scales of one matrix.
     """
 
+    given_scales: ClassVar[bool] = True
     weights: GgufWeights | None = None
     blocks: Blocks | None = None
     parameter: str = ""

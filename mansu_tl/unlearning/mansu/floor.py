@@ -34,7 +34,8 @@ class Floor:
             end; "none" = plain updates, stored as they are.
 
     Raises:
-        MansuError: nothing is left to edit once the entries that carry a block's absmax are taken out.
+        MansuError: nothing is left to edit once the entries that carry a block's absmax are taken out, or rule "after"
+            on the grid of a file.
     """
 
     def __init__(
@@ -44,6 +45,10 @@ class Floor:
         masks: Mapping[str, Bool[Tensor, "_ _"]],
         rule: str = "loop",
     ) -> None:
+        if rule == "after" and grids[0].given_scales:
+            raise MansuError(
+                f'mansu: floor="after" under {grids[0].name!r}; the codes of a file are reached with floor="loop"'
+            )
         self.rule = rule
         self.grids, self.grid, self.matrices = tuple(grids), grids[0], dict(matrices)
         self.where: dict[str, Int[Tensor, " weight"]] = {}
@@ -54,19 +59,19 @@ class Floor:
         codes: list[list[Tensor]] = [[] for _ in grids]
         start = 0
         for name, mask in masks.items():
-            matrix = self.matrices[name]
+            matrix, own = self.matrices[name], [grid.of(name) for grid in grids]
             free_mask = mask.to(matrix.device, copy=True)
-            for grid in grids:
+            for grid in own:
                 free_mask &= ~grid.absmax_mask(matrix)
             free = free_mask.flatten().nonzero()[:, 0]
-            widths = self.grid.width(matrix).flatten().float()
+            widths = own[0].width(matrix).flatten().float()
             # A block of zeros has no width, so no code of it can be reached.
             free = free[widths[free] > 0]
             self.where[name], self.spans[name] = free, slice(start, start + free.numel())
             start += free.numel()
             value.append(matrix.flatten()[free].float())
             width.append(widths[free])
-            for i, grid in enumerate(grids):
+            for i, grid in enumerate(own):
                 encoded = grid.encode(matrix)
                 scales[i].append(encoded.scales().flatten(0, 1)[free])
                 codes[i].append(encoded.codes.flatten()[free].long())
@@ -76,7 +81,7 @@ class Floor:
             )
         self.value, self.width = torch.cat(value), torch.cat(width)
         self.scales, self.codes = [torch.cat(s) for s in scales], [torch.cat(c) for c in codes]
-        self.scale, self.code = self.scales[0], self.codes[0]
+        self.code = self.codes[0]
 
     @property
     def size(self) -> int:
@@ -85,7 +90,7 @@ class Floor:
 
     def target(self, latent: Float[Tensor, " weight"]) -> Int[Tensor, " weight"]:
         """The code that each candidate would take, under its block's original absmax."""
-        moved = self.grid.flat_codes(self.value + latent * self.width, self.scale).long()
+        moved = self._codes_of(self.value + latent * self.width, 0)
         # Rounding of the sum must not count as a move.
         return torch.where(latent == 0, self.code, moved)
 
@@ -96,6 +101,14 @@ class Floor:
 
         Both changes pass gradients straight through to `latent`.
 
+        Where a weight lies in its new cell follows a coarser rule than `Grid.floor_target`, which has the last word: 1.001
+        bins in float32 instead of one bin in the storage dtype, and in an outermost cell its centre, although that is the
+        block's own scale. The first grid's codes are the same, and with them what it deploys. The stored value may differ:
+        by a thousandth of a bin in float32 (by up to half a bin where a cell has room for one bin but not for 1.001, and
+        where a block of two ends has its outermost centre beyond an end), by bfloat16's spacing there. `floor_target`'s
+        rule would be right to the last bit here too, and take up to five times as long a step; it would change every edit
+        a little, and all recorded numbers with it, so the two stand apart.
+
         Args:
             allowed: the weights that may change; all candidates where not given.
             under: the number of the grid under which the model is dequantized.
@@ -105,13 +118,13 @@ class Floor:
             changed = target != self.code
             if allowed is not None:
                 changed = changed & allowed
-            centre = self.grid.flat_centre(target.to(torch.uint8), self.scale)
+            centre = self._centre(target, 0)
             move = centre - self.value
             least = _LEAST_MOVE * self.width
             past = self.value + move.sign() * torch.maximum(move.abs(), least)
             # One bin past w may leave the target cell again, where the cells are of unequal width.
-            inside = self.grid.flat_codes(past, self.scale).long() == target
-            new = torch.where(inside, past, centre)
+            inside = self._codes_of(past, 0) == target
+            new = centre if self.grid.given_scales else torch.where(inside, past, centre)
             for i in range(1, len(self.grids)):
                 changed = changed & (self._codes_of(new, i) != self.codes[i])
             stored = torch.where(changed, new - self.value, 0.0)
@@ -155,7 +168,7 @@ class Floor:
         moved = self.target(latent)
         neighbour = self.grid.neighbour(self.code.to(torch.uint8)[None], latent[None])[0].long()
         wanted = torch.where((moved == self.code) & (latent != 0), neighbour, moved)
-        centre = self.grid.flat_centre(wanted.to(torch.uint8), self.scale)
+        centre = self._centre(wanted, 0)
         return torch.where(latent == 0, 0.0, (centre - self.value) / self.width)
 
     def _codes_of(self, values: Float[Tensor, " weight"], i: int) -> Int[Tensor, " weight"]:
@@ -175,16 +188,16 @@ class Floor:
 
         A weight whose target cell holds no value of that dtype keeps its own.
         """
-        matrix = self.matrices[name]
-        encoded = self.grid.encode(matrix)
+        matrix, own = self.matrices[name], [grid.of(name) for grid in self.grids]
+        encoded = own[0].encode(matrix)
         codes = encoded.codes.flatten().clone()
         span, where = self.spans[name], self.where[name]
         target = self.target(latent)[span]
         codes[where] = torch.where(allowed[span], target, self.code[span]).to(codes.dtype)
         wanted = codes.view_as(encoded.codes)
-        result = self.grid.floor_target(matrix, wanted, encoded.absmax, leave_unreachable=True)
+        result = own[0].floor_target(matrix, wanted, encoded.absmax, leave_unreachable=True)
         moved = result != matrix
-        for grid in self.grids[1:]:
+        for grid in own[1:]:
             before, after = grid.encode(matrix), grid.encode(result)
             # The value in storage dtype may differ from the one in the loop by its last bit, and a weight that fits
             # into a block of the first grid may be the largest in one of this grid's: its block keeps its old values.
