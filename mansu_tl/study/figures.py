@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from mansu_tl import plots
 from mansu_tl.plots.export import write_html, write_images
 from mansu_tl.study.plan import CONTROLS, NEVER, ablations, title_of
-from mansu_tl.study.table import chance, of_measure, summary
+from mansu_tl.study.table import by_key, chance, of_measure, summary
 from mansu_tl.unlearning import headline
 from mansu_tl.verification.verdicts import GOALS
 
@@ -121,38 +121,32 @@ def _gaps(part: pd.DataFrame) -> pd.DataFrame:
 
 
 def _plane(part: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    means = summary(part)
-    rows = []
-    for method in dict.fromkeys(means["method"]):
-        here = means.loc[means["method"] == method]
+    """CAD and forget accuracy, a row a method and quantizer."""
+    found, rows = by_key(summary(part)), []
+    for base, method in dict.fromkeys(zip(part["base"], part["method"], strict=True)):
         for name in ("", *names):
-            cad, right = of_measure(here, name, "", "CAD")["mean"], of_measure(here, name, "forget", "MC")["mean"]
-            if len(cad) and len(right):
-                rows.append(
-                    {"label": title_of(method), "quantizer": name, "cad": cad.iloc[0], "accuracy": right.iloc[0]}
-                )
+            cad, right = (found.get((base, method, name, *each)) for each in (("", "CAD"), ("forget", "MC")))
+            if cad and right:
+                rows.append({"label": title_of(method), "quantizer": name, "cad": cad.mean, "accuracy": right.mean})
     return pd.DataFrame(rows)
 
 
 def _frontier(part: pd.DataFrame, *, intervals: bool = False) -> pd.DataFrame:
     """A point a method; intervals, over seeds or facts, where there is room for them."""
-    if part.empty:
-        return part
-    means = summary(part)
-    goal, rows = GOALS["relearning excess, lr 3e-4"], []
-    for method in dict.fromkeys(part["method"]):
-        here = means.loc[means["method"] == method]
-        held = [of_measure(here, "", f"{name}_paraphrase", "cloze drop")["mean"] for name in ("retain", "near")]
-        lost = [float(values.iloc[0]) for values in held if len(values)]
-        excess = of_measure(here, goal.quantizer, goal.question_set, goal.measure)
+    found, rows = by_key(summary(part)), []
+    goal = GOALS["relearning excess, lr 3e-4"]
+    for base, method in dict.fromkeys(zip(part["base"], part["method"], strict=True)):
+        held = [found.get((base, method, "", f"{name}_paraphrase", "cloze drop")) for name in ("retain", "near")]
+        lost = [each.mean for each in held if each]
+        excess = found.get((base, method, goal.quantizer, goal.question_set, goal.measure))
         # What was not edited has nothing to be brought back.
-        if not lost or not len(excess) or method in CONTROLS:
+        if not lost or not excess or method in CONTROLS:
             continue
         row: dict[str, object] = {"method": title_of(str(method)), _COST: sum(lost) / len(lost)}
-        for name, measured in ((_ATTACK, excess), (_LEFT, of_measure(here, "", "forget", "MC"))):
-            row[name] = float(measured["mean"].iloc[0])
+        for name, measured in ((_ATTACK, excess), (_LEFT, found[base, method, "", "forget", "MC"])):
+            row[name] = measured.mean
             if intervals:
-                row |= {f"{name}_{end}": float(measured[end].iloc[0]) for end in ("low", "high")}
+                row |= {f"{name}_low": measured.low, f"{name}_high": measured.high}
         rows.append(row)
     return pd.DataFrame(rows)
 

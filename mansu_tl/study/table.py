@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from mansu_tl.results.intervals import interval_over_seeds
 from mansu_tl.study.plan import title_of
 from mansu_tl.verification.verdicts import GAP_OVER_ALL, GAP_UPPER_END, GOALS, NOT_JUDGEABLE, Goal
 
+_CHANCE = "MC, chance"
 _KEYS = ["base", "method", "quantizer", "question_set", "measure"]
 # Quantizers that are not counted among those that a floored edit has to survive: fewer than four bits.
 _FEWER_BITS = ("int3-g64",)
@@ -46,7 +48,7 @@ def chance(table: pd.DataFrame, question_set: str = "forget") -> float:
     Args:
         table: the rows of one base.
     """
-    rows = of_measure(table, "", question_set, "MC, chance")["value"]
+    rows = of_measure(table, "", question_set, _CHANCE)["value"]
     return float(rows.iloc[0]) if len(rows) else float("nan")
 
 
@@ -67,31 +69,36 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return out.reset_index()
 
 
+def by_key(means: pd.DataFrame) -> dict[tuple[str, ...], Any]:
+    """The rows of a summary by base, method, quantizer, question set and measure."""
+    return {tuple(row[: len(_KEYS)]): row for row in means.itertuples(index=False)}
+
+
 def properties(table: pd.DataFrame) -> pd.DataFrame:
     """One row a base and method, one column a property: mean and interval over seeds, and whether it is within its bound.
 
     The PTQ gap over all quantizers of four bits or more is the mean over them; its interval's upper end is the largest.
     """
-    rows, guessed = [], table.loc[table["measure"] == "MC, chance"]
-    for (base, method), group in summary(table).groupby(["base", "method"], sort=False):
-        here = guessed.loc[guessed["base"] == base]
+    rows, means = [], summary(table)
+    found = by_key(means)
+    asked = table.loc[table["measure"] == _CHANCE]
+    for (base, method), group in means.groupby(["base", "method"], sort=False):
+        guessed = asked.loc[asked["base"] == base].set_index("question_set")["value"].groupby(level=0).first()
         row: dict[str, object] = {"base": base, "method": title_of(str(method)), "seeds": int(group["seeds"].max())}
-        row |= {name: _judged(group, goal, chance(here, goal.question_set)) for name, goal in GOALS.items()}
+        for name, goal in GOALS.items():
+            measured = found.get((base, method, goal.quantizer, goal.question_set, goal.measure))
+            row[name] = "" if measured is None else _judged(measured, goal, guessed.get(goal.question_set, np.nan))
         row["PTQ gap, all"] = _gap_over_all(group)
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _judged(group: pd.DataFrame, goal: Goal, guessed: float) -> str:
-    rows = of_measure(group, goal.quantizer, goal.question_set, goal.measure)
-    if not len(rows):
-        return ""
-    row = rows.iloc[0]
-    interval = "" if np.isnan(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+def _judged(row: Any, goal: Goal, guessed: float) -> str:
+    interval = "" if np.isnan(row.low) else f" [{row.low:.2f}, {row.high:.2f}]"
     verdict = goal.bound.verdict(
-        row["mean"], row["low"], row["high"], chance=guessed, control=row["control"], quantizer=goal.quantizer
+        row.mean, row.low, row.high, chance=guessed, control=row.control, quantizer=goal.quantizer
     )
-    return f"{row['mean']:.2f}{interval} {verdict}"
+    return f"{row.mean:.2f}{interval} {verdict}"
 
 
 def _gap_over_all(group: pd.DataFrame) -> str:
