@@ -5,6 +5,7 @@ Columns base, method, seed, quantizer ("" = full precision), question_set ("" = 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,17 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """
     groups = table.astype({"control": float}).groupby(_KEYS, sort=False)
     out = groups.agg(
-        seeds=("value", "size"), mean=("value", "first"), low=("low", "first"), high=("high", "first"),
+        seeds=("value", "size"), low=("low", "first"), high=("high", "first"),
         lowest=("value", "min"), highest=("value", "max"), control=("control", "mean"),
     )  # fmt: skip
     values = groups["value"].agg(list)
-    out["mean"] = [np.mean(each) for each in values]
+    out.insert(1, "mean", [np.mean(each) for each in values])
     ends = np.array([interval_over_seeds(each) for each in values]).reshape(-1, 2)
     out[["low", "high"]] = np.where((out[["seeds"]] > 1).to_numpy(), ends, out[["low", "high"]])
     return out.reset_index()
 
 
-def by_key(means: pd.DataFrame) -> dict[tuple[str, ...], Any]:
+def by_key(means: pd.DataFrame) -> dict[tuple[Hashable, ...], Any]:
     """The rows of a summary by base, method, quantizer, question set and measure."""
     return {tuple(row[: len(_KEYS)]): row for row in means.itertuples(index=False)}
 
