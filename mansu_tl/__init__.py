@@ -5,7 +5,10 @@ TransformerLens `TransformerBridge`. These are the names that most people need; 
 `mtl.circuit.faithfulness_curve` or `mtl.plots.circuit`.
 """
 
+import sys as _sys
+from collections.abc import Callable as _Callable
 from importlib.metadata import version as _version
+from types import ModuleType as _ModuleType
 
 from mansu_tl import (
     circuit,
@@ -64,3 +67,19 @@ _ROOMS = (circuit, data, explorer, models, patching, plots, quantization, runs, 
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *(room.__name__.rpartition(".")[2] for room in _ROOMS)])
+
+
+def _elsewhere(module: _ModuleType) -> _Callable[[str], object]:
+    """The `__getattr__` of a module that says in which room a name is that it does not have."""
+
+    def missing(name: str) -> object:
+        places = [other.__name__ for other in (_sys.modules[__name__], *_ROOMS) if name in other.__all__]
+        moved = f"; moved to {places[0].replace(__name__, 'mtl', 1)}.{name}" if places else ""
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}{moved}")
+
+    return missing
+
+
+# Set from outside: a `__getattr__` that type checkers see would make them take any name.
+for _module in (_sys.modules[__name__], *_ROOMS):
+    vars(_module)["__getattr__"] = _elsewhere(_module)

@@ -163,7 +163,9 @@ def compare(
     method: Annotated[list[str] | None, typer.Option(help="A method or ablation; may be repeated.")] = None,
     quantizer: Annotated[list[str] | None, typer.Option(help="A quantizer; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="So many seeds of every method; 0 = as the plan says.")] = 0,
-    task: Annotated[str, typer.Option(help="The task: an embedded name or a JSON-lines file.")] = "pocket",
+    task: Annotated[
+        str, typer.Option(help="The task: an embedded name, a file, or another source (tofu:FOLDER).")
+    ] = "pocket",
     never: Annotated[str, typer.Option(help="A model that never learnt it; '' = none.")] = "pocket-never",
     plugin: Plugin = None,
     workers: Workers = None,

@@ -36,7 +36,6 @@ from mansu_tl.verification import (
     unrelated_attack,
 )
 from mansu_tl.verification.attacks import answered
-from mansu_tl.verification.damage import greedy
 from mansu_tl.verification.probes import ridge, streams
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, tiny, tiny_tokenizer
@@ -585,18 +584,6 @@ def test_an_unedited_model_is_undamaged_and_writes_what_hugging_face_writes(pock
         )  # fmt: skip
         written = pocket.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert audit.generations.loc[i, "before"] == written
-
-
-def test_greedy_by_hand() -> None:
-    model = mtl.load(tiny("gpt_neox"))
-    prompts = Sequences(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2]))
-    found = greedy(model, prompts, 3)
-    for row, start in zip(found, ([5, 6, 7], [8, 9]), strict=True):
-        tokens = list(start)
-        for _ in range(3):
-            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-        assert row == tokens[len(start) :]
-    assert greedy(model, prompts, 3, eos=found[0][1])[0] == found[0][: found[0].index(found[0][1])]
 
 
 def test_damage_refuses_what_makes_no_sense() -> None:

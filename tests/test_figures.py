@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -17,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pandas.io.formats.style import Styler
 from plotly.subplots import make_subplots
 
 from mansu_tl import plots
@@ -27,6 +27,7 @@ from mansu_tl.patching import PatchingResult
 from mansu_tl.patching.nodes import NodeScores
 from mansu_tl.plots import heatmaps
 from mansu_tl.plots.circuit_look import FAINT
+from mansu_tl.plots.export import Drawing
 from mansu_tl.plots.labels import label_points
 from mansu_tl.plots.layered import bundled, path, place
 from mansu_tl.plots.ordering import crossings, untangled
@@ -40,7 +41,18 @@ from mansu_tl.verification.depth import ErasureDepth
 from mansu_tl.verification.probes import Probes
 from mansu_tl.verification.relearning import RelearningCurve
 from mansu_tl.verification.resistance import Relearning
-from tests.test_plots import EVIL, THEMES, circuit_of, divergence_of, needs_browser, scores_of, statistics_of, strings
+from tests.test_plots import (
+    EVIL,
+    THEMES,
+    cells,
+    circuit_of,
+    divergence_of,
+    needs_browser,
+    scores_of,
+    shades,
+    statistics_of,
+    strings,
+)
 
 FACTS = ("a", "a", "b", "b", "c", "c", "d", "d")
 
@@ -81,13 +93,15 @@ def depth_of(label: str, factor: float = 0.5) -> ErasureDepth:
 
 def gaps_of(name: str = "NPO", quantizer: str = "nf4") -> pd.DataFrame:
     rows = [
-        (method, which, seed, before + seed, after + 3 * seed)
-        for method, before, after in (("MANSU", 25.0, 22.0), (name, 30.0, 95.0))
+        (method, which, before, before - 0.5, before + 0.5, after, after - 1.5, after + 1.5)
+        for method, before, after in (("MANSU", 25.5, 23.5), (name, 30.5, 96.5))
         for which in (quantizer, "int8")
-        for seed in (0, 1)
         if (method, which) != ("MANSU", "int8")
     ]
-    return pd.DataFrame(rows, columns=["method", "quantizer", "seed", "value_before", "value_after"])
+    names = [f"{key}{end}" for key in ("before", "after") for end in ("", "_low", "_high")]
+    frame = pd.DataFrame(rows, columns=["method", "quantizer", *names])
+    gap = frame["after"] - frame["before"]
+    return frame.assign(gap_low=gap - 1, gap_high=gap + 1, seeds=2)
 
 
 def settings_of(name: str = "a") -> pd.DataFrame:
@@ -99,7 +113,7 @@ def settings_of(name: str = "a") -> pd.DataFrame:
 
 def sweep_of(name: str = "floor") -> pd.DataFrame:
     rows = [
-        (setting, value, "MC, %", seed, 10.0 * i + seed)
+        (setting, value, "MC, %", 10.0 * i + 2, 10.0 * i, 10.0 * i + 5, 3)
         for setting, values in (
             ("rate", (1e-4, 1e-3, 1e-2)),
             ("depth", (1, 2, 3)),
@@ -107,9 +121,9 @@ def sweep_of(name: str = "floor") -> pd.DataFrame:
             (name, ("no", "yes")),
         )
         for i, value in enumerate(values)
-        for seed in (0, 1, 5)
     ]
-    return pd.DataFrame(rows, columns=["hyperparameter", "value", "measure", "seed", "result"])
+    names = ["hyperparameter", "value", "measure", "result", "result_low", "result_high", "seeds"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def plane_of(name: str = "MANSU") -> pd.DataFrame:
@@ -126,14 +140,14 @@ def plane_of(name: str = "MANSU") -> pd.DataFrame:
 
 def methods_of(name: str = "MANSU") -> pd.DataFrame:
     rows = [
-        (base, method, prop, seed, level + (1, 2, 4, 8, 10)[seed])
+        (base, method, prop, level, level - 4.8, level + 4.8, bound, 5, "pass" if level < 10 else "fail: inverted")
         for base in ("pocket", "other")
-        for method, level in ((name, 0.0), ("NPO", 20.0))
-        for prop in ("forget MC", "CAD")
-        for seed in range(5)
+        for method, level in ((name, 5.0), ("NPO", 25.0))
+        for prop, bound in (("forget MC", "<= 5"), ("CAD", "0.95 to 5"))
         if (base, method, prop) != ("other", "NPO", "CAD")
     ]
-    return pd.DataFrame(rows, columns=["base", "method", "property", "seed", "value"])
+    names = ["base", "method", "property", "value", "low", "high", "bound", "seeds", "verdict"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def weights_of() -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +182,7 @@ def curves_of() -> FaithfulnessCurve:
     )
 
 
-def all_figures(name: str, theme: str) -> dict[str, go.Figure]:
+def all_figures(name: str, theme: str) -> dict[str, Drawing]:
     """Every figure, with `name` wherever a user's text can get in."""
     look = {"theme": theme}
     divergence = replace(divergence_of(name, 0.1, 120), label=name)
@@ -181,13 +195,13 @@ def all_figures(name: str, theme: str) -> dict[str, go.Figure]:
             settings_of(name).rename(columns={"drop": name}), "forget", name, group="method", default=name, **look
         ),
         "sensitivity": plots.sensitivity(sweep_of(name).assign(measure=name), defaults={name: "no"}, **look),
-        "ptq_gaps": plots.ptq_gaps(gaps_of(name, name), chance=25, measure=name, **look),
+        "ptq_gaps": plots.ptq_gap(gaps_of(name, name), panels="quantizer", chance=25, measure=name, **look),
         "gap_matrix": plots.gap_matrix(gaps_of(name, name), measure=name, **look),
         "dither": plots.dither({name: predicted_flips(statistics_of())}, {name: statistics_of()}, **look),
         "divergence_plane": plots.divergence_plane(plane_of(name).replace("nf4", name), measure=name, **look),
         "divergence_by_layer": plots.divergence_by_layer({name: divergence}, **look),
         "methods_table": plots.methods_table(
-            methods_of(name).replace("CAD", name).replace("pocket", name), {name: (0, 1)}, **look
+            methods_of(name).replace("CAD", name).replace("pocket", name).replace("<= 5", name), **look
         ),
         "ruler": plots.ruler(*weights_of(), grid_of("nf4"), name=name, **look),
         "circuit_layers": plots.circuit_layers(circuit, **look),
@@ -216,13 +230,16 @@ def named(figure: go.Figure, name: str) -> list[Any]:
 @pytest.mark.parametrize("theme", THEMES)
 def test_no_figure_lets_markup_through(theme: str) -> None:
     for name, figure in all_figures(EVIL, theme).items():
-        texts = strings(json.loads(figure.to_json()))
+        texts = [figure.to_html()] if isinstance(figure, Styler) else strings(json.loads(figure.to_json()))
+        if isinstance(figure, Styler):
+            texts = [text.replace("$x$", "") for text in texts]  # no formula is read into a table
         assert not [text for text in texts if "<script" in text or "</script" in text or "$x$" in text], name
         assert any("&lt;script&gt;" in text for text in texts), name
 
 
 def test_themes_differ_and_every_figure_has_a_title_and_a_height() -> None:
     light, dark = (all_figures("model", theme) for theme in THEMES)
+    assert light.pop("methods_table").to_html() != dark.pop("methods_table").to_html()
     for name in light:
         assert light[name].layout.template.layout.paper_bgcolor != dark[name].layout.template.layout.paper_bgcolor
         assert light[name].layout.title.text.startswith("<b>")
@@ -396,10 +413,14 @@ def test_sensitivity_draws_means_and_ranges_on_a_fitting_scale() -> None:
         plots.sensitivity(sweep_of(), defaults={"momentum": 1})
     with pytest.raises(MansuError, match="no column measure"):
         plots.sensitivity(sweep_of().drop(columns="measure"))
+    with pytest.raises(MansuError, match="two rows for one value and measure"):
+        plots.sensitivity(pd.concat([sweep_of(), sweep_of()]))
+    bare = plots.sensitivity(sweep_of()[["hyperparameter", "value", "measure", "result"]])
+    assert list(named(bare, "MC, %")[0].error_y.array) == [0.0, 0.0, 0.0]
 
 
 def test_ptq_gaps_draw_means_ranges_and_gaps() -> None:
-    figure = plots.ptq_gaps(gaps_of(), chance=25)
+    figure = plots.ptq_gap(gaps_of(), panels="quantizer", chance=25)
     before, after = named(figure, "full precision"), named(figure, "quantized")
     assert [list(t.x) for t in before] == [[25.5, 30.5], [30.5]]
     assert [list(t.x) for t in after] == [[23.5, 96.5], [96.5]]
@@ -408,8 +429,11 @@ def test_ptq_gaps_draw_means_ranges_and_gaps() -> None:
     texts = [a.text for a in figure.layout.annotations]
     assert texts == ["nf4", "int8", "−2.0", "+66.0", "+66.0"]
     assert [list(t.x) for t in named(figure, "came back")] == [[30.5, 96.5, None]] * 2
-    with pytest.raises(MansuError, match="no column seed"):
-        plots.ptq_gaps(gaps_of().drop(columns="seed"))
+    assert "Means over 2 seeds" in figure.layout.title.text
+    with pytest.raises(MansuError, match="two rows for one method and quantizer"):
+        plots.ptq_gap(pd.concat([gaps_of(), gaps_of()]), panels="quantizer")
+    with pytest.raises(MansuError, match="no column base"):
+        plots.ptq_gap(gaps_of())
 
 
 def test_gap_matrix_leaves_out_what_was_not_measured() -> None:
@@ -420,31 +444,30 @@ def test_gap_matrix_leaves_out_what_was_not_measured() -> None:
 
 
 @pytest.mark.parametrize("several", [True, False])
-def test_methods_table_prints_mean_interval_and_verdict(several: bool) -> None:
+def test_methods_table_prints_value_interval_and_verdict(several: bool) -> None:
     frame = methods_of() if several else methods_of()[lambda f: f["base"] == "pocket"]
-    figure = plots.methods_table(frame, {"forget MC": (-math.inf, 5.0), "CAD": (0.95, 5.0)}, digits={"CAD": 2})
-    table = figure.data[0]
-    columns = [[html.unescape(text) for text in column] for column in table.cells.values]
-    header = [re.sub("<[^>]+>", " ", text).split() for text in table.header.values]
-    assert header[-2:] == [["forget", "MC", "≤", "5"], ["CAD", "0.95", "to", "5"]]
-    assert columns[-3][:2] == ["MANSU", "NPO"]
-    # By hand: mean 5, standard deviation 3.873, t(4) = 2.7764, half-width 4.809.
-    assert columns[-2][0] == "5.0 ✓<br>[0.2, 9.8]"
-    assert columns[-1][0] == "5.00 ✓<br>[0.19, 9.81]"
-    assert columns[-2][1] == "25.0 ✗<br>[20.2, 29.8]"
-    assert len(columns) == 3 + several
+    table = plots.methods_table(frame, digits={"CAD": 2})
+    header, *rows = cells(table)
+    assert header == [*(["base"] if several else []), "method", "forget MC\n≤ 5", "CAD\n0.95 to 5"]
+    assert rows[0][-3:] == ["MANSU", "5.0 ✓\n[0.2, 9.8]", "5.00 ✓\n[0.20, 9.80]"]
+    assert rows[1][-3:-1] == ["NPO", "25.0 ✗\n[20.2, 29.8]"]
+    assert [row[-2:] for row in shades(table)[:2]] == [[True, True], [False, False]]
     if several:
-        assert columns[0] == ["<b>pocket</b>", "", "<b>other</b>", ""]
-        assert columns[-1][3] == "–"
-    assert f"{4 if several else 2} of {7 if several else 4}" in figure.layout.title.text
+        assert [row[0] for row in rows] == ["pocket", "", "other", ""]
+        assert rows[3][-1] == "–"
+        assert shades(table)[3][-1] is None
+    assert f"{4 if several else 2} of {7 if several else 4}" in table.to_html()
 
 
 def test_methods_table_with_one_seed_and_errors() -> None:
-    frame = pd.DataFrame({"method": ["a"], "property": ["p"], "seed": [0], "value": [1.0], "low": [0.5], "high": [1.5]})
-    assert plots.methods_table(frame).data[0].cells.values[1][0] == "1.0<br>[0.5, 1.5]"
-    assert plots.methods_table(frame.assign(low=math.nan)).data[0].cells.values[1][0] == "1.0"
-    with pytest.raises(MansuError, match="bound for 'q'"):
-        plots.methods_table(frame, {"q": (0, 1)})
+    frame = methods_of()[:1].assign(seeds=1, verdict="not judgeable: few facts")
+    table = plots.methods_table(frame)
+    assert cells(table)[1] == ["MANSU", "5.0\n[0.2, 9.8]"]
+    assert "over facts" in table.to_html()
+    assert cells(plots.methods_table(frame.assign(low=math.nan)))[1][1] == "5.0"
+    assert "Mean over 1 to 5 seeds" in plots.methods_table(pd.concat([frame, methods_of()[1:]])).to_html()
+    with pytest.raises(MansuError, match="two rows for one method and property"):
+        plots.methods_table(pd.concat([frame, frame]))
     with pytest.raises(MansuError, match="no column property"):
         plots.methods_table(frame.drop(columns="property"))
 
@@ -849,21 +872,6 @@ def test_labels_do_not_lie_on_points_or_each_other() -> None:
     assert len(texts) == len(set(texts)) < 6
     assert not any("<" in text for text in texts)
     assert figure.layout.annotations[-1].xanchor == "right"  # at the right edge
-
-
-def test_methods_table_is_as_wide_as_its_words() -> None:
-    rows = methods_of()
-    assert plots.methods_table(rows).layout.width is None
-    names = [f"relearning excess under condition {i}" for i in range(14)]
-    wide = pd.concat([rows[rows["property"] == "CAD"].assign(property=name) for name in names])
-    figure = plots.methods_table(wide)
-    table = figure.data[0]
-    assert figure.layout.width == int(sum(table.columnwidth)) + 32 > 1000
-    for text, width in zip(table.header["values"], table.columnwidth, strict=True):
-        longest = max(len(word) for word in re.sub(r"</?b>", "", text).split("<br>"))
-        assert width >= 7 * longest
-    one = rows[(rows["seed"] == 0) | (rows["method"] == "MANSU")]
-    assert "Mean over 1 to 5 seeds" in plots.methods_table(one).layout.title.text
 
 
 def test_attention_view_falls_back_to_plotly_and_uses_circuitsvis(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pandas.io.formats.style import Styler
 from plotly.colors import sample_colorscale
 
 from mansu_tl import plots
@@ -29,9 +30,9 @@ from mansu_tl.circuit import Circuit, EdgeScores, Graph
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.patching import PatchingResult
-from mansu_tl.plots.export import browser
+from mansu_tl.plots.export import Drawing, browser
 from mansu_tl.plots.layered import path, place
-from mansu_tl.plots.theme import fixed, number, plain
+from mansu_tl.plots.theme import fixed, number, plain, theme_named
 from mansu_tl.quantization.statistics import UpdateStatistics
 from mansu_tl.study.page import Section, write_report
 from mansu_tl.verification import Certificate, Divergence, Scorecard
@@ -144,7 +145,7 @@ def gaps_of() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "base", "before", "after", "quantizer"])
 
 
-def all_figures(name: str = "model", theme: str = "light") -> dict[str, go.Figure]:
+def all_figures(name: str = "model", theme: str = "light") -> dict[str, Drawing]:
     """Every figure, with `name` wherever a user's text can get in."""
     circuit, statistics = replace(circuit_of(), how=name), replace(statistics_of(), quantizer=name)
     scores = replace(scores_of(), metric=name)
@@ -178,12 +179,19 @@ def strings(value: object) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def cells(figure: go.Figure) -> list[list[str]]:
-    """A table figure's rows, header first."""
-    table = figure.data[0]
-    header = [re.sub(r"</?b>", "", name) for name in table.header.values]
-    rows = zip(*table.cells.values, strict=True)
-    return [header, *([html.unescape(text) for text in row] for row in rows)]
+def cells(table: Styler) -> list[list[str]]:
+    """A table's rows, header first."""
+    return [list(table.data.columns), *table.data.to_numpy().tolist()]
+
+
+def shades(table: Styler) -> list[list[bool | None]]:
+    """Whether each cell is coloured as passed or as failed."""
+    look = theme_named("light")
+    colours = {look.passed: True, look.failed: False}
+    styles = table._compute().ctx
+    rows, columns = table.data.shape
+    found = [[dict(styles[i, j]).get("background-color") for j in range(columns)] for i in range(rows)]
+    return [[colours.get(colour) for colour in row] for row in found]
 
 
 # --- circuit ---
@@ -441,23 +449,27 @@ def test_divergence_scatter_has_every_edge_once() -> None:
 # --- tables ---
 
 
-def test_scorecard_prints_values_and_verdicts_in_words() -> None:
-    header, *rows = cells(plots.scorecard(card_of("MANSU")))
-    assert header == ["property", "measure", "precision", "value [95 % interval]", "control", "bound", "verdict"]
+def test_scorecard_prints_values_and_verdicts_as_marks() -> None:
+    table = plots.scorecard(card_of("MANSU"))
+    header, *rows = cells(table)
+    assert header == ["property", "measure", "precision", "bound", "control", "MANSU"]
     assert rows == [
-        ["forgetting", "forget MC, %", "full", "25.0 [1.0, 26.0]", "100.0 (un-edited)", "≤ 30", "✓ pass"],
-        ["", "forget MC, %", "nf4", "66.6 [1.0, 67.6]", "100.0 (un-edited)", "≤ 30", "✗ fail"],
-        ["structural erasure", "CAD", "nf4", "1.090", "0.006 (un-edited)", "≤ 30", "✓ pass"],
+        ["forgetting", "forget MC, %", "full", "≤ 30", "100.0 (un-edited)", "✓ 25.0 [1.0, 26.0]"],
+        ["", "forget MC, %", "nf4", "≤ 30", "100.0 (un-edited)", "✗ 66.6 [1.0, 67.6]"],
+        ["structural erasure", "CAD", "nf4", "≤ 30", "0.006 (un-edited)", "✓ 1.090"],
     ]
-    assert "2 of 3" in plots.scorecard(card_of("MANSU")).layout.title.text
+    assert [row[-1] for row in shades(table)] == [True, False, True]
+    assert not any(passed is not None for row in shades(table) for passed in row[:-1])
+    assert "MANSU: 2 of 3 rows pass" in table.to_html()
 
 
 def test_a_row_may_be_left_unjudged() -> None:
     first, second, third = card_of("a").rows
-    rows = (replace(first, note="not judgeable: few facts"), replace(second, passed=True), replace(third, passed=False))
-    figure = plots.scorecard(Scorecard("a", rows))
-    assert [row[-1] for row in cells(figure)[1:]] == ["· not judgeable", "✓ pass", "✗ fail"]
-    assert "1 of 2 judged" in figure.layout.title.text
+    rows = (replace(first, note="not judgeable: few facts", passed=False), second, replace(third, passed=True))
+    table = plots.scorecard(Scorecard("a", rows))
+    assert [row[-1][0] for row in cells(table)[1:]] == ["·", "✗", "✓"]
+    assert [row[-1] for row in shades(table)] == [None, False, True]
+    assert "a: 1 of 3 rows pass, 1 not judgeable" in table.to_html()
 
 
 def test_scorecards_side_by_side() -> None:
@@ -470,7 +482,7 @@ def test_scorecards_side_by_side() -> None:
     assert rows[2][-2:] == ["–", "✓ 12.0 [1.0, 13.0]"]
     assert rows[3][-2:] == ["✓ 1.090", "–"]
     header, *rows = cells(plots.scorecard([first, card_of("NPO", control=98.0)]))
-    assert header[4:] == ["MANSU", "its control", "NPO", "its control"]
+    assert header[4:] == ["MANSU", "MANSU, control", "NPO", "NPO, control"]
     assert (rows[0][5], rows[0][7]) == ("100.0", "98.0")
 
 
@@ -496,6 +508,7 @@ def test_certificate_prints_what_was_found() -> None:
     assert table["verdict"] == ["✓ pass", "✓ pass", "✗ fail"]
     rounded = replace(bad, rows=(replace(bad.rows[0], weights=10**9, edited=10**9, edited_codes_changed=10**9 - 1),))
     assert cells(plots.certificate(rounded))[4][2] == "✗ < 100 %"
+    assert [row[-1] for row in shades(plots.certificate(bad))] == [None] * 3 + [False, True, True, True, False, False]
     with pytest.raises(MansuError, match="none given"):
         plots.certificate([])
 
@@ -549,10 +562,13 @@ def test_numbers_for_reading() -> None:
 @pytest.mark.parametrize("theme", THEMES)
 def test_no_figure_lets_markup_through(theme: str) -> None:
     for name, figure in all_figures(EVIL, theme).items():
-        texts = strings(json.loads(figure.to_json()))
+        if isinstance(figure, Styler):
+            texts = [figure.to_html()]
+        else:
+            texts = strings(json.loads(figure.to_json()))
+            assert not [t for t in texts if "$x$" in t], name
         assert not [t for t in texts if "<script" in t or "</script" in t], name
         assert any("&lt;script&gt;" in t for t in texts), name
-        assert not [t for t in texts if "$x$" in t], name
 
 
 def test_the_themes_differ_in_their_ground() -> None:
@@ -606,14 +622,15 @@ def test_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    n_figures = len(all_figures())
+    drawings = list(all_figures().values())
+    n_sections, n_figures = len(drawings), sum(not isinstance(each, Styler) for each in drawings)
     assert sum("plotly.js v" in s for s in page.scripts) == 1
     assert sum("Plotly.newPlot" in s and "plotly.js v" not in s for s in page.scripts) == n_figures
     assert page.tags["script"] == n_figures + 2
     assert all(load.startswith(("#", "data:")) for load in page.loads)
     assert "@import" not in text.split("</style>")[0]
     assert "url(" not in text.split("</style>")[0]
-    assert page.tags["section"] == n_figures + 2
+    assert page.tags["section"] == n_sections + 2
     shown = " ".join(page.texts)
     for wanted in (
         f"Title {EVIL}",
@@ -628,8 +645,8 @@ def test_report_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     ):
         assert wanted in shown
     assert '"showSendToCloud": false' in text
-    for figure in range(1, n_figures + 1):
-        assert f'id="figure-{figure}"' in text
+    for at, each in enumerate(drawings, 1):
+        assert f'id="{"T_" if isinstance(each, Styler) else ""}figure-{at}"' in text
 
 
 def test_report_errors(tmp_path: Path) -> None:
@@ -646,6 +663,10 @@ def test_write_html_loads_nothing(tmp_path: Path) -> None:
     assert all(load.startswith("data:") for load in page.loads)
     assert sum("plotly.js v" in s for s in page.scripts) == 1
     assert EVIL in " ".join(page.texts)
+    page = Page(plots.write_html(all_figures()["scorecard"], tmp_path / "b.html", EVIL).read_text(encoding="utf-8"))
+    assert all(load.startswith("data:") for load in page.loads)
+    assert page.scripts == []  # a table needs none
+    assert "✗ 66.600 [1.000, 67.600]" in page.texts
 
 
 @needs_browser
@@ -664,7 +685,9 @@ def test_report_draws_in_a_browser_without_complaint(tmp_path: Path) -> None:
     title = re.search(r"<title>(.*?)</title>", drawn, re.DOTALL)
     assert title is not None
     assert html.unescape(title[1]) == f"Title {EVIL}"
-    for i, _ in enumerate(all_figures(), 1):
+    for i, each in enumerate(all_figures().values(), 1):
+        if isinstance(each, Styler):
+            continue
         part = drawn.split(f'id="figure-{i}"')[1]
         assert 0 <= part.find('class="main-svg"') < part.find("Plotly.newPlot"), i
     assert "Share chart" not in re.sub(r"<script>.*?</script>", "", drawn, flags=re.DOTALL)
@@ -688,10 +711,33 @@ def test_images_have_the_size_asked_for(tmp_path: Path) -> None:
     assert struct.unpack(">II", png.read_bytes()[16:24]) == (300, 200)
 
 
+@needs_browser
+def test_a_tables_image_has_all_of_it_and_no_more(tmp_path: Path) -> None:
+    short = plots.scorecard(card_of("MANSU"))
+    long = plots.scorecard(
+        replace(
+            card_of("M"),
+            rows=tuple(replace(r, measure=f"measure {i}, %") for i in range(60) for r in card_of("M").rows[:1]),
+        )
+    )
+    paths = [tmp_path / name for name in ("short.png", "twice.png", "long.png", "short.pdf", "short.jpg")]
+    plots.write_images({paths[0]: short, paths[2]: long, paths[3]: short, paths[4]: short}, scale=1)
+    plots.write_image(short, paths[1], scale=2)
+    sizes = [struct.unpack(">II", path.read_bytes()[16:24]) for path in paths[:3]]
+    assert 300 < sizes[0][0] < 1000
+    assert 100 < sizes[0][1] < 300
+    assert sizes[1] == pytest.approx([2 * n for n in sizes[0]], abs=2)
+    assert sizes[2][1] > 60 * 20
+    assert paths[3].read_bytes().startswith(b"%PDF")
+    assert paths[4].read_bytes().startswith(b"\xff\xd8")
+
+
 def test_image_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = go.Figure()
     with pytest.raises(MansuError, match=r"'\.bmp'; end it in one of \.png"):
         plots.write_image(figure, tmp_path / "a.bmp")
+    with pytest.raises(MansuError, match=r"'\.svg'; end it in one of \.png, \.pdf"):
+        plots.write_image(plots.scorecard(card_of("a")), tmp_path / "a.svg")
     monkeypatch.setenv("BROWSER_PATH", "/no/such/browser")
     with pytest.raises(MansuError, match="BROWSER_PATH=/no/such/browser is no program; install Chromium"):
         plots.write_image(figure, tmp_path / "a.png")

@@ -357,8 +357,8 @@ def test_tensors_lie_in_the_file_under_their_fields_names(tmp_path: Path) -> Non
     attack = made(Attack)
     with safe_open(saved(attack, tmp_path), framework="pt") as file:
         names = set(file.keys())
-        assert {"alike", "text.tokens", "questions.choices"} <= names
-        assert torch.equal(file.get_tensor("questions.choices"), attack.questions.choices)
+        assert {"alike", "text.tokens", "questions.options"} <= names
+        assert torch.equal(file.get_tensor("questions.options"), attack.questions.options)
         assert json.loads(file.metadata()["record"])["fields"]["kind"] == attack.kind
 
 

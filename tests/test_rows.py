@@ -44,7 +44,7 @@ def made(kind: type, **fields: object) -> object:
 
 
 def questions_of(**changed: object) -> Questions:
-    given = {"prompts": IDS, "lengths": LENGTHS, "choices": torch.tensor([[13, 15], [14, 17]]), "facts": ("a", "b")}
+    given = {"prompts": IDS, "lengths": LENGTHS, "options": torch.tensor([[13, 15], [14, 17]]), "facts": ("a", "b")}
     return Questions(**(given | changed))
 
 
@@ -131,15 +131,15 @@ def test_lists_are_told_what_to_pass() -> None:
         ({"prompts": IDS.float()}, "questions: prompts holds torch.float32"),
         ({"prompts": IDS - 6}, "question 0: prompt has id -1 at position 0"),
         ({"prompts": IDS[0]}, r"questions: prompts: shape \(4,\) has 1 dimensions"),
-        ({"choices": torch.tensor([[13, 15], [14, 14]])}, "question 1: token 14 is the answer and a distractor"),
-        ({"choices": torch.tensor([[13, 15, 15], [14, 17, 16]])}, "question 0: token 15 is a distractor twice"),
-        ({"choices": torch.tensor([[13], [14]])}, "questions: no distractor; give each at least one wrong option"),
-        ({"choices": torch.ones(2, 0, dtype=torch.long)}, "questions: no distractor"),
-        ({"choices": torch.tensor([[13, 15]])}, "questions: 1 choices for 2 prompts; give one for each"),
-        ({"choices": torch.tensor([[13, 15], [14, -1]])}, "question 1: option -1 is negative"),
+        ({"options": torch.tensor([[13, 15], [14, 14]])}, "question 1: token 14 is the answer and a distractor"),
+        ({"options": torch.tensor([[13, 15, 15], [14, 17, 16]])}, "question 0: token 15 is a distractor twice"),
+        ({"options": torch.tensor([[13], [14]])}, "questions: no distractor; give each at least one wrong option"),
+        ({"options": torch.ones(2, 0, dtype=torch.long)}, "questions: no distractor"),
+        ({"options": torch.tensor([[13, 15]])}, "questions: 1 options for 2 prompts; give one for each"),
+        ({"options": torch.tensor([[13, 15], [14, -1]])}, "question 1: option -1 is negative"),
         ({"lengths": torch.tensor([5, 3])}, "question 0: length 5 is outside 1..4"),
         ({"facts": ("a",)}, "questions: 1 facts for 2 prompts"),
-        ({"choices": torch.tensor([[13, 15], [14, 17]], device="meta")}, "questions: choices on meta, prompts on cpu"),
+        ({"options": torch.tensor([[13, 15], [14, 17]], device="meta")}, "questions: options on meta, prompts on cpu"),
     ],
 )
 def test_questions_of_bad_tensors_are_refused(changed: dict[str, object], message: str) -> None:
@@ -369,7 +369,7 @@ def test_ids_beyond_the_vocabulary_are_refused(family: str) -> None:
         for call in (mtl.edge_attribution, mtl.activation_patching):
             with pytest.raises(MansuError, match=f"pair {message}"):
                 call(model, pairs)
-    for asked in (questions_of(prompts=beyond), questions_of(choices=torch.tensor([[13, 15], [14, 64]]))):
+    for asked in (questions_of(prompts=beyond), questions_of(options=torch.tensor([[13, 15], [14, 64]]))):
         for each in (model, model.original_model):
             with pytest.raises(MansuError, match=f"question {message}"):
                 mtl.accuracy(each, asked)

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from pandas.io.formats.style import Styler
 from transformers import AutoModelForCausalLM
 
 import mansu_tl as mtl
@@ -108,14 +110,16 @@ def test_the_report_opens_alone_and_says_what_is_in_the_study(study) -> None:
     figures = study_figures(study)
     assert {"circuit_stages", "edges_before_after", "divergence", "ruler", "certificate", "scorecard"} <= set(figures)
     assert figures["ruler"].data
-    assert page.count('class="plotly-graph-div"') == len(figures)
+    tables = [name for name, each in figures.items() if isinstance(each, Styler)]
+    assert sorted(tables) == ["certificate", "scorecard"]
+    assert page.count('class="plotly-graph-div"') == len(figures) - len(tables)
     assert f"{study.circuit.n_edges} of {int(study.scores.exists.sum())} edges" in page
     assert study.environment["versions"]["transformer-lens"] in page
 
 
 def test_the_report_opens_in_a_browser_without_a_network_or_a_complaint(study) -> None:
     with opened(write_study_report(study)) as tab:
-        plots = len(study_figures(study))
+        plots = sum(not isinstance(each, Styler) for each in study_figures(study).values())
         tab.page.wait_for_function(
             "n => document.querySelectorAll('.plotly-graph-div .main-svg').length >= n", arg=plots
         )
@@ -134,6 +138,23 @@ def test_a_finished_study_can_be_explored(study) -> None:
     assert circuit.faithfulness == pytest.approx(study.circuit.faithfulness, abs=1e-5)
     found = explorer.results.divergence(("mansu", "nf4"), explorer.selection.size, None)
     assert found.value == pytest.approx(study.results["mansu"].divergences["nf4"].value, abs=1e-4)
+
+
+def test_a_study_runs_on_a_table(tmp_path, monkeypatch) -> None:
+    """The same rows as CSV are the same task, and run as well."""
+    rows = [json.loads(line) for line in Path(SMALL_TASK).read_text(encoding="utf-8").splitlines()]
+    pd.DataFrame(rows).to_csv(tmp_path / "task.csv", index=False)
+    config = tmp_path / "c.toml"
+    config.write_text(
+        'model = "pocket"\ntask = "task.csv"\nmethods = ["graddiff"]\nsteps = 1\nfaithfulness = 0.5\n'
+        "[graddiff]\nmax_steps = 2\ncheck_every = 2\n",
+        encoding="utf-8",
+    )
+    places = StudyConfig.read(config).task, SMALL_TASK
+    by_csv, by_json = (mtl.load_task(place, tokenizer=mtl.load("pocket")).questions for place in places)
+    assert {name: asked.digest() for name, asked in by_csv.items()} == {k: v.digest() for k, v in by_json.items()}
+    assert cli(monkeypatch, "run", str(config), "--out", str(tmp_path / "out"), "--workers", "1", "--quiet") == 0
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

@@ -17,19 +17,14 @@ from mansu_tl.cli import main
 from mansu_tl.data.sources.tofu import Item, Tofu, read_tofu, tofu_task
 from mansu_tl.data.sources.tofu.files import PER_AUTHOR, answer_ids, prompt
 from mansu_tl.data.sources.tofu.words import Book, renamed
+from mansu_tl.study import compare, quick
+from mansu_tl.study.table import read_table
 from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
-from mansu_tl.verification.tofu_measures import (
-    answer_likelihoods,
-    extraction_strength,
-    forget_quality,
-    greedy_answers,
-    harmonic_mean,
-    rouge_l_recall,
-    truth_ratio,
-)
+from mansu_tl.verification.tofu_measures import extraction_strength, forget_quality, rouge_l_recall, truth_ratio
+from mansu_tl.verification.writing import answer_likelihoods, greedy_answers, writing_copy
 from scripts.small_llama import Shape
 from scripts.train_tofu import Schedule, train_tofu, train_tokenizer
-from tests.tiny import tiny
+from tests.tiny import FAMILIES, tiny
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tofu"
 needs_tofu = pytest.mark.skipif(not REAL.is_dir(), reason=f"TOFU's files are not in {REAL}")
@@ -124,13 +119,6 @@ def test_forget_quality_is_the_exact_p_value_on_small_samples() -> None:
     assert forget_quality(1 / low, 1 / high) == pytest.approx(forget_quality(low, high))
 
 
-def test_harmonic_mean_by_hand() -> None:
-    assert harmonic_mean([1.0, 0.5]) == pytest.approx(2 / 3)
-    assert harmonic_mean([1.0, 0.0]) == 0
-    with pytest.raises(mtl.MansuError, match="0 or more"):
-        harmonic_mean([])
-
-
 def test_answer_likelihoods_equal_one_row_at_a_time() -> None:
     model = tiny("llama").eval()
     rows = [([1, 5, 9], [7, 8, 2]), ([1, 3], [4]), ([1, 6, 6, 6, 6], [9, 9])]
@@ -146,10 +134,13 @@ def test_answer_likelihoods_equal_one_row_at_a_time() -> None:
         assert guess.tolist() == said
 
 
-def test_greedy_answers_equal_a_plain_loop() -> None:
-    model = tiny("llama", seed=3).eval()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_equal_a_plain_loop(family: str) -> None:
+    """Of a bridge's copy, whose keys and values of earlier positions are kept, and of prompts that are padded."""
+    model = tiny(family, seed=3).eval()
     prompts = [[1, 5, 9], [1, 3], [1, 6, 7, 11, 12]]
-    free = greedy_answers(model, prompts, fill=0, end=None, new_tokens=6)
+    copy = writing_copy(mtl.load(tiny(family, seed=3)))
+    free = greedy_answers(copy, prompts, fill=0, end=None, new_tokens=6)
     for before, found in zip(prompts, free, strict=True):
         row = list(before)
         for _ in range(6):
@@ -157,7 +148,7 @@ def test_greedy_answers_equal_a_plain_loop() -> None:
                 row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
         assert found == row[len(before) :]
     end = free[0][3]
-    stopped = greedy_answers(model, prompts, fill=0, end=end, new_tokens=6)
+    stopped = greedy_answers(copy, prompts, fill=0, end=end, new_tokens=6)
     assert stopped[0] == free[0][: free[0].index(end)]
 
 
@@ -301,6 +292,37 @@ def test_tofu_is_a_source_of_studies(
         mtl.load_task(f"tofu:{folder}", tokenizer=model)
     with pytest.raises(mtl.MansuError, match="source 'tofu' has no option 'nearest'; known: per_answer, near"):
         mtl.load_task(f"tofu:{folder}?nearest=3", tokenizer=model)
+
+
+def test_a_study_runs_on_tofu(folder: Path, trained: dict[str, Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    """`mansu-tl run` from a config to its report, every number on TOFU's own questions."""
+    source = f"tofu:{folder}?per_answer=1&near=30&unseen_names=2"
+    (tmp_path / "c.toml").write_text(
+        f'model = "{trained["tofu-full"]}"\ntask = "{source}"\nnever = "{trained["tofu-retain"]}"\n'
+        'methods = ["graddiff"]\nsteps = 1\nfaithfulness = 0.5\n[graddiff]\nmax_steps = 2\ncheck_every = 2\n',
+        encoding="utf-8",
+    )
+    words = ["run", str(tmp_path / "c.toml"), "--out", str(tmp_path / "out"), "--workers", "1", "--quiet"]
+    monkeypatch.setattr("sys.argv", ["mansu-tl", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code, capsys.readouterr().err
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "tofu-full" in page
+    table = read_table(tmp_path / "out" / "scores" / "measures.csv")
+    asked = set(table.loc[table["method"] == "graddiff", "question_set"]) - {""}
+    assert asked == {"forget", "forget_paraphrase", "near", "retain", "retain_paraphrase"}
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_on_tofu(folder: Path, trained: dict[str, Path], tmp_path: Path) -> None:
+    source = f"tofu:{folder}?per_answer=1&near=30&unseen_names=2"
+    plan = quick(
+        bases=(str(trained["tofu-full"]),), task=source, never=str(trained["tofu-retain"]), methods=("graddiff",),
+        quantizers=("nf4",), control_quantizers=("nf4",), attack_steps=2, settings={"graddiff": {"max_steps": 2}},
+    )  # fmt: skip
+    result = compare(plan, tmp_path / "compare", progress=False, workers=1)
+    assert {"original", "never", "graddiff"} <= set(result.table["method"])
 
 
 def test_a_task_that_cannot_be_is_refused(folder: Path, trained: dict[str, Path]) -> None:

@@ -101,7 +101,7 @@ def _parts(given: PromptPairs | Questions | Sequences | Task, of: str = "") -> I
     if isinstance(given, PromptPairs):
         yield _Part(f"{of}pair", (given.clean, given.corrupt), given.lengths, given.options)
     elif isinstance(given, Questions):
-        yield _Part(f"{of}question", (given.prompts,), given.lengths, given.choices)
+        yield _Part(f"{of}question", (given.prompts,), given.lengths, given.options)
     elif isinstance(given, Sequences):
         yield _Part(f"{of}sequence", (given.tokens,), given.lengths)
     else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mansu_tl.data.answers import AnswerSpace
 from mansu_tl.data.pair_text import read_pairs, read_span
 from mansu_tl.data.rows import (
+    Asked,
     Rows,
     checked_lengths,
     require_options,
@@ -45,7 +46,7 @@ class Span(Rows):
 
 
 @dataclass(frozen=True)
-class PromptPairs(Rows):
+class PromptPairs(Asked):
     """Token pairs with an answer and its distractors.
 
     Inside, prompts are always right-padded and positions count from each prompt's first token; that is what a
@@ -237,42 +238,6 @@ class PromptPairs(Rows):
             places = read_span(tokenizer, bos, name, pieces, columns["clean"], columns["corrupt"], lengths.tolist())
             found.append(Span(name, *torch.tensor(places).unbind(1)))
         return replace(pairs, spans=tuple(found))
-
-    @property
-    def answers(self) -> Int[Tensor, " pair"]:
-        """The token that continues the clean prompt.
-
-        Raises:
-            MansuError: options of several tokens.
-        """
-        return self._one_token()[:, 0]
-
-    @property
-    def distractors(self) -> Int[Tensor, "pair option"]:
-        """The tokens that the answer is measured against; column 0 is the corrupt prompt's own answer.
-
-        Raises:
-            MansuError: options of several tokens.
-        """
-        return self._one_token()[:, 1:]
-
-    @property
-    def asked(self) -> Int[Tensor, " pair"]:
-        """The position whose logits give the answer's first token: the last real one."""
-        return self.lengths - 1
-
-    def _one_token(self) -> Int[Tensor, "pair option"]:
-        if self.options.shape[2] != 1:
-            raise MansuError(
-                f"prompt pairs: answers of up to {self.options.shape[2]} tokens, and this measures one; choose answers "
-                "that are one token each"
-            )
-        return self.options[..., 0]
-
-    @property
-    def chance(self) -> float:
-        """Multiple choice between answer and distractors by guessing, in percent."""
-        return 100 / self.options.shape[1]
 
     @torch_defaults()
     def fact_numbers(self) -> Int[Tensor, " pair"]:

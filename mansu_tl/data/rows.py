@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from mansu_tl.data.masks import real_tokens
@@ -52,6 +53,65 @@ def _moved(value: Any, device: str | torch.device) -> Any:
     return (
         tuple(one.to(device) if isinstance(one, Rows) else one for one in value) if isinstance(value, tuple) else value
     )
+
+
+class Asked(Rows):
+    """Prompts with the options that may continue them: [row, option, token], -1 behind an option's last token.
+
+    Option 0 is the answer. Whatever can only take options of one token reads them from `choices`, `answers` or
+    `distractors`, which refuse longer ones; the others read `options` and `option_lengths`.
+    """
+
+    options: Int[Tensor, "row option *token"]
+    lengths: Int[Tensor, " row"]
+    facts: tuple[str, ...]
+
+    @property
+    def choices(self) -> Int[Tensor, "row option"]:
+        """The options' tokens, the answer in column 0.
+
+        Raises:
+            MansuError: options of several tokens.
+        """
+        if self.options.shape[2] != 1:
+            raise MansuError(
+                f"{type(self).__name__}: answers of up to {self.options.shape[2]} tokens, and this measures one; choose "
+                "answers that are one token each"
+            )
+        return self.options[..., 0]
+
+    @property
+    def answers(self) -> Int[Tensor, " row"]:
+        """The token that is the answer.
+
+        Raises:
+            MansuError: options of several tokens.
+        """
+        return self.choices[:, 0]
+
+    @property
+    def distractors(self) -> Int[Tensor, "row option"]:
+        """The tokens that the answer is measured against; those of pairs begin with the corrupt prompt's own answer.
+
+        Raises:
+            MansuError: options of several tokens.
+        """
+        return self.choices[:, 1:]
+
+    @property
+    def option_lengths(self) -> Int[Tensor, "row option"]:
+        """How many tokens every option has."""
+        return (self.options >= 0).sum(-1)
+
+    @property
+    def asked(self) -> Int[Tensor, " row"]:
+        """The position whose logits give an option's first token: the prompt's last real one."""
+        return self.lengths - 1
+
+    @property
+    def chance(self) -> float:
+        """Multiple choice between the options by guessing, in percent."""
+        return 100 / self.options.shape[1]
 
 
 def whole_numbers(what: str, value: object, ndim: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.rows import (
+    Asked,
     Rows,
     checked_lengths,
     require_options,
@@ -51,13 +52,14 @@ class Sequences(Rows):
 
 
 @dataclass(frozen=True)
-class Questions(Rows):
-    """Multiple-choice questions with one-token options.
+class Questions(Asked):
+    """Multiple-choice questions.
 
     Attributes:
         prompts: right-padded prompts; whatever stands behind a prompt's length is replaced by token 0.
         lengths: real tokens of each prompt.
-        choices: the options; column 0 is the right answer. Accuracy is read from logits, so order tells nothing.
+        options: the tokens of every option, padded with -1, or one token an option without the last axis; option 0 is the
+            right answer. Accuracy is read from logits, so order tells nothing.
         facts: the fact each question asks for, so that intervals can be taken over facts rather than templates.
 
     Raises:
@@ -67,34 +69,30 @@ class Questions(Rows):
 
     prompts: Int[Tensor, "question pos"]
     lengths: Int[Tensor, " question"]
-    choices: Int[Tensor, "question option"]
+    options: Int[Tensor, "question option *token"]
     facts: tuple[str, ...]
 
     def __post_init__(self) -> None:
         prompts = whole_numbers("questions: prompts", self.prompts, 2)
-        choices = whole_numbers("questions: choices", self.choices, 2)
+        one_token = isinstance(self.options, Tensor) and self.options.ndim == 2
+        options = whole_numbers("questions: options", self.options[..., None] if one_token else self.options, 3)
         lengths, facts = checked_lengths("question", prompts, self.lengths), tuple(self.facts)
-        for what, count in (("choices", len(choices)), ("facts", len(facts))):
+        for what, count in (("options", len(options)), ("facts", len(facts))):
             if count != len(prompts):
                 raise MansuError(f"questions: {count} {what} for {len(prompts)} prompts; give one for each")
-        if choices.device != prompts.device:
-            raise MansuError(f"questions: choices on {choices.device}, prompts on {prompts.device}; put all on one")
-        require_options("question", choices[..., None])
+        if options.device != prompts.device:
+            raise MansuError(f"questions: options on {options.device}, prompts on {prompts.device}; put all on one")
+        require_options("question", options)
         prompts = without_padding("question", "prompt", prompts, lengths)
-        set_fields(self, prompts=prompts, lengths=lengths, choices=choices, facts=facts)
+        set_fields(self, prompts=prompts, lengths=lengths, options=options, facts=facts)
 
     @classmethod
     def of_pairs(cls, pairs: PromptPairs) -> Questions:
         """The clean prompts of pairs as questions, the answer among the distractors."""
-        return cls(pairs.clean, pairs.lengths, torch.cat([pairs.answers[:, None], pairs.distractors], 1), pairs.facts)
-
-    @property
-    def chance(self) -> float:
-        """Multiple choice by guessing, in percent."""
-        return 100 / self.choices.shape[1]
+        return cls(pairs.clean, pairs.lengths, pairs.options, pairs.facts)
 
     def __repr__(self) -> str:
-        return f"Questions({len(self)} with {self.choices.shape[1]} options, {len(set(self.facts))} facts)"
+        return f"Questions({len(self)} with {self.options.shape[1]} options, {len(set(self.facts))} facts)"
 
 
 _PARTS: dict[str, type] = {

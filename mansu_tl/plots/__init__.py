@@ -1,4 +1,4 @@
-"""Figures: result objects in, plotly figures out; nothing is computed here but where things are drawn.
+"""Figures: result objects in, plotly figures and pandas tables out; nothing is computed here but where things are drawn.
 
 Every function takes `title` (plain text, instead of its own) and `theme` ("light" or "dark").
 """
@@ -9,7 +9,7 @@ from mansu_tl.plots.curves import erasure_depth, faithfulness_curves, probes, re
 from mansu_tl.plots.divergences import circuit_divergence, divergence_by_layer, divergence_plane
 from mansu_tl.plots.export import write_html, write_image, write_images
 from mansu_tl.plots.frontier import frontier, pareto, sensitivity
-from mansu_tl.plots.gaps import gap_matrix, ptq_gap, ptq_gaps
+from mansu_tl.plots.gaps import gap_matrix, ptq_gap
 from mansu_tl.plots.heatmaps import attention_patterns, attention_view, edge_matrix, head_scores, patching, token_scores
 from mansu_tl.plots.ruler import ruler
 from mansu_tl.plots.scatters import attribution_scatter, divergence_scatter, node_scores
@@ -20,7 +20,7 @@ __all__ = [
     "attention_patterns", "attention_view", "attribution_scatter", "bins", "certificate", "circuit", "circuit_divergence",
     "circuit_layers", "circuit_stages", "dither", "divergence_by_layer", "divergence_plane", "divergence_scatter",
     "edge_matrix", "erasure_depth", "faithfulness_curves", "frontier", "gap_matrix", "head_scores", "methods_table",
-    "node_scores", "pareto", "patching", "probes", "ptq_gap", "ptq_gaps", "relearning", "ruler", "scorecard", "sensitivity",
+    "node_scores", "pareto", "patching", "probes", "ptq_gap", "relearning", "ruler", "scorecard", "sensitivity",
     "token_scores", "write_html", "write_image", "write_images",
 ]  # fmt: skip
 

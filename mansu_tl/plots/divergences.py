@@ -178,7 +178,7 @@ def divergence_by_layer(
     for label, each in divergences.items():
         if (each.writers, each.readers) != (first.writers, first.readers):
             raise MansuError(f"CAD by layer: {label!r} was measured on another circuit; use one circuit for all")
-    tables = [_by_layer(each.edges) for each in divergences.values()]
+    tables = [each.by_layer() for each in divergences.values()]
     layers, share = [*tables[0].index], 100 * tables[0]["share"].to_numpy()
     names = ["embed" if i < 0 else f"layer {i}" for i in layers]
     z = np.array([table["cad"] for table in tables])
@@ -207,14 +207,6 @@ def divergence_by_layer(
     below.y(**BARE, autorange="reversed")
     above.y(title_text="of the circuit, %", range=[0, 1.2 * share.max()])
     return figure
-
-
-def _by_layer(edges: pd.DataFrame) -> pd.DataFrame:
-    """CAD over the edges that start in each layer (-1 = the embedding), the layer's share of <a, a>, and its edges."""
-    layer = edges["writer_layer"]
-    square = (edges["original"] ** 2).groupby(layer).sum()
-    product = (edges["original"] * edges["other"]).groupby(layer).sum()
-    return pd.DataFrame({"cad": 1 - product / square, "share": square / square.sum(), "edges": layer.value_counts()})
 
 
 def _quadrants(panel: Panel, x: tuple[float, float], cad: float | int, accuracy: float | int) -> None:

@@ -138,16 +138,16 @@ def sensitivity(
 ) -> go.Figure:
     """Draw a measure against one hyperparameter at a time, one panel each, the default marked.
 
-    With several seeds the line runs through their means and a bar spans the lowest to the highest.
-
     Args:
-        rows: columns hyperparameter, value, measure and result, and seed where there are several; numbers are drawn to
-            scale (logarithmic where they span more than a decade), words side by side.
+        rows: columns hyperparameter, value, measure and result; numbers are drawn to scale (logarithmic where they span
+            more than a decade), words side by side. Means over seeds bring columns seeds, and result_low and result_high
+            of the lowest and highest seed, which are drawn as bars.
         defaults: by hyperparameter.
         bound: a value of the measures to be reached, drawn as a line.
 
     Raises:
-        MansuError: a column is missing, no row, or a default for a hyperparameter that is not in the table.
+        MansuError: a column is missing, no row, two rows for one value and measure, or a default for a hyperparameter
+            that is not in the table.
     """
     look = theme_named(theme)
     require_columns("sensitivity", rows, ["hyperparameter", "value", "measure", "result"])
@@ -157,8 +157,11 @@ def sensitivity(
         raise MansuError(
             f"sensitivity: default for {unknown[0]!r}, which is not in the table; it has {', '.join(names)}"
         )
+    if rows.duplicated(["hyperparameter", "value", "measure"]).any():
+        raise MansuError("sensitivity: two rows for one value and measure; give one, the mean over seeds")
     looks = series_styles(measures, look)
-    seeds = rows["seed"].nunique() if "seed" in rows.columns else 1
+    rows = rows.assign(seeds=rows["seeds"] if "seeds" in rows.columns else 1)
+    seeds = int(rows["seeds"].max())
     how_to_read = "One setting is changed at a time, the others stay at their defaults (dashed line)." + (
         f" Means over up to {seeds} seeds; bars: lowest to highest." if seeds > 1 else ""
     )
@@ -208,19 +211,18 @@ class _Scale:
 
 
 def _line(panel: Panel, part: pd.DataFrame, measure: str, scale: _Scale, style: Style) -> None:
-    """Means over seeds, and bars from the lowest to the highest."""
-    over_seeds = part["result"].astype(float).groupby(part["value"], sort=False).agg(["mean", "min", "max", "count"])
-    table = over_seeds.reindex(pd.Index(scale.order, dtype=part["value"].dtype))
-    means, lows, highs = (table[key].tolist() for key in ("mean", "min", "max"))
-    counts, name = table["count"].fillna(0).astype(int).tolist(), plain(measure)
+    """Results by value, and bars from the lowest to the highest seed."""
+    table = part.set_index("value").reindex(pd.Index(scale.order, dtype=part["value"].dtype))
+    results, name = table["result"].astype(float).tolist(), plain(measure)
+    lows, highs = intervals_of(table, "result") or (results, results)
     panel.mark(
-        scale.places, means, name, "lines+markers" if scale.numeric else "markers", group=name,
-        data=list(zip(scale.texts, lows, highs, counts, strict=True)),
+        scale.places, results, name, "lines+markers" if scale.numeric else "markers", group=name,
+        data=list(zip(scale.texts, lows, highs, table["seeds"].fillna(0).astype(int).tolist(), strict=True)),
         hover=f"%{{customdata[0]}}<br>{name}: %{{y:.3g}} (%{{customdata[1]:.3g}} to %{{customdata[2]:.3g}}, "
         "%{customdata[3]} seeds)",
         line={"color": style.colour, "width": 2.2, "dash": style.dash},
         marker={"symbol": style.symbol, "size": 8, "color": style.colour},
-        error_y=whiskers(means, lows, highs, style.colour),
+        error_y=whiskers(results, lows, highs, style.colour),
     )  # fmt: skip
 
 

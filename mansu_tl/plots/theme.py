@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from mansu_tl.errors import MansuError
 
-_FONT = "Inter, 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+FONT = "Inter, 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 _SUBTITLE_WIDTH = 130
 # Okabe & Ito 2008, ordered so that neighbours also differ in lightness.
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -53,7 +53,7 @@ class Theme:
         title = {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
         return go.layout.Template(
             layout={
-                "font": {"family": _FONT, "size": 12, "color": self.ink},
+                "font": {"family": FONT, "size": 12, "color": self.ink},
                 "paper_bgcolor": self.paper,
                 "plot_bgcolor": self.paper,
                 "colorway": list(OKABE_ITO[:7]),
@@ -62,7 +62,7 @@ class Theme:
                 "xaxis": axis,
                 "yaxis": axis,
                 "legend": {"bgcolor": "rgba(0,0,0,0)", "font": {"size": 12}, "itemsizing": "trace"},
-                "hoverlabel": {"font": {"family": _FONT, "size": 12}, "align": "left"},
+                "hoverlabel": {"font": {"family": FONT, "size": 12}, "align": "left"},
                 "hovermode": "closest",
             }
         )

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from mansu_tl import plots
-from mansu_tl.plots.export import write_html, write_images
+from mansu_tl.plots.export import Drawing, write_html, write_images
 from mansu_tl.study.plan import CONTROLS, NEVER, ablations, title_of
-from mansu_tl.study.table import by_key, chance, of_measure, summary
+from mansu_tl.study.table import by_key, chance, judged, summary
 from mansu_tl.unlearning import headline
 from mansu_tl.verification.verdicts import GOALS
 
 _COST, _ATTACK = "held-out retain and near drop, points (mean)", "relearning excess, points"
-_LEFT = "forget MC, %"
+_LEFT, _RIGHT = "forget MC, %", "forget multiple choice, %"
 
 
-def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure]:
+def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, Drawing]:
     """Every figure that the table has the rows for, by file name.
 
     - NAME_gaps: forget accuracy before and after each quantizer that all methods share;
@@ -35,7 +34,7 @@ def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure
         table: as `compare` returns it.
         theme: "light" or "dark".
     """
-    out: dict[str, go.Figure] = {}
+    out: dict[str, Drawing] = {}
     for base in dict.fromkeys(table["base"].astype(str)):
         part = table.loc[table["base"] == base]
         drawn = _of_base(part, base, theme)
@@ -43,30 +42,32 @@ def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, go.Figure
     return out
 
 
-def write_figures(figures_by_name: Mapping[str, go.Figure], folder: Path, *, png: bool = False) -> list[Path]:
+def write_figures(figures_by_name: Mapping[str, Drawing], folder: Path, *, png: bool = False) -> list[Path]:
     """One self-contained HTML page a figure, or one PNG (needs Chromium)."""
     if png:
         return write_images({folder / f"{name}.png": figure for name, figure in figures_by_name.items()})
     return [write_html(figure, folder / f"{name}.html", name) for name, figure in figures_by_name.items()]
 
 
-def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, go.Figure]:
-    out: dict[str, go.Figure] = {}
+def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, Drawing]:
+    out: dict[str, Drawing] = {}
     guessed, shared = chance(part), _shared_quantizers(part)
     line = None if math.isnan(guessed) else guessed
-    gaps = _gaps(part)
+    means = summary(part)
+    gaps = _gaps(means)
+    dumbbells: dict[str, Any] = {"panels": "quantizer", "chance": line, "measure": _RIGHT, "theme": theme}
     compared = gaps.loc[gaps["quantizer"].isin(shared)]
     if len(compared):
         title = f"Does quantization bring it back? ({base})"
-        out["gaps"] = plots.ptq_gaps(_titled(compared), chance=line, title=title, theme=theme)
+        out["gaps"] = plots.ptq_gap(_titled(compared), title=title, **dumbbells)
     main = headline(str(method) for method in dict.fromkeys(part["method"]) if method not in CONTROLS)
     leading = gaps.loc[gaps["method"] == main]
     if len(leading):
         # One line a quantizer, in one panel.
         lines = leading.assign(method=leading["quantizer"], quantizer=title_of(main))
         title = f"{title_of(main)} under every quantizer ({base})"
-        out["quantizers"] = plots.ptq_gaps(lines, chance=line, title=title, theme=theme)
-    whole = part.loc[~part["method"].isin([*ablations()])]
+        out["quantizers"] = plots.ptq_gap(lines, title=title, **dumbbells)
+    whole = means.loc[~means["method"].isin([*ablations()])]
     plane = _plane(whole, shared[:1])
     if len(plane):
         out["plane"] = plots.divergence_plane(plane, theme=theme)
@@ -75,27 +76,16 @@ def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, go.Figure]:
     if len(points) > 1:
         title = f"Resistance against retention ({base})"
         out["frontier"] = plots.frontier(points, _COST, _ATTACK, default=_default(points, main), title=title, **look)
-    changed = _frontier(part.loc[part["method"].isin([main, *ablations()])], intervals=True)
+    changed = _frontier(means.loc[means["method"].isin([main, *ablations()])], intervals=True)
     if len(changed) > 1:
         changed["method"] = changed["method"].str.removeprefix(f"{title_of(main)}, ")
         title = f"What each part of {title_of(main)} is worth ({base})"
         out["ablations"] = plots.frontier(
             changed, _COST, [_ATTACK, _LEFT], default=_default(changed, main), title=title, **look
         )
-    rows = _properties(part)
+    rows = judged(part)
     if len(rows):
-        limits = {
-            name: goal.bound.limits(chance(part, goal.question_set))
-            for name, goal in GOALS.items()
-            if name in set(rows["property"])
-        }
-        out["methods"] = plots.methods_table(
-            rows,
-            {name: (low, high) for name, (low, high, _) in limits.items()},
-            floors={name: floor for name, (_, _, floor) in limits.items() if math.isfinite(floor)},
-            digits={"CAD, nf4": 2},
-            theme=theme,
-        )
+        out["methods"] = plots.methods_table(_titled(rows), digits={"CAD, nf4": 2}, theme=theme)
     return out
 
 
@@ -110,20 +100,24 @@ def _shared_quantizers(part: pd.DataFrame) -> list[str]:
     return [name for name in dict.fromkeys(part["quantizer"]) if name and name in common]
 
 
-def _gaps(part: pd.DataFrame) -> pd.DataFrame:
-    """Forget accuracy before and after every quantizer, a row a method, seed and quantizer."""
-    rows = part.loc[(part["question_set"] == "forget") & (part["measure"] == "MC")]
-    rows = rows.loc[~rows["method"].isin([*CONTROLS, *ablations()])]
-    before = rows.loc[rows["quantizer"] == ""].set_index(["method", "seed"])["value"]
-    after = rows.loc[rows["quantizer"] != "", ["method", "quantizer", "seed", "value"]]
-    keys = zip(after["method"], after["seed"], strict=True)
-    return after.assign(value_before=[before[key] for key in keys], value_after=after["value"]).drop(columns="value")
+def _gaps(means: pd.DataFrame) -> pd.DataFrame:
+    """Forget accuracy before and after every quantizer and the gap, means over seeds; a row a method and quantizer."""
+    means = means.loc[~means["method"].isin([*CONTROLS, *ablations()]) & (means["question_set"] == "forget")]
+    right, gaps = (means.loc[means["measure"] == measure] for measure in ("MC", "PTQ gap, MC"))
+    before, after = (right.loc[(right["quantizer"] == "") == full] for full in (True, False))
+    keys, ends = ["method", "quantizer"], {"mean": "", "lowest": "_low", "highest": "_high"}
+
+    def named(rows: pd.DataFrame, name: str) -> pd.DataFrame:
+        return rows[[*keys, *ends]].rename(columns={key: f"{name}{end}" for key, end in ends.items()})
+
+    out = after[[*keys, "seeds"]].merge(named(before, "before").drop(columns="quantizer"), on="method")
+    return out.merge(named(after, "after"), on=keys).merge(named(gaps, "gap").drop(columns="gap"), on=keys)
 
 
-def _plane(part: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+def _plane(means: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """CAD and forget accuracy, a row a method and quantizer."""
-    found, rows = by_key(summary(part)), []
-    for base, method in dict.fromkeys(zip(part["base"], part["method"], strict=True)):
+    found, rows = by_key(means), []
+    for base, method in dict.fromkeys(zip(means["base"], means["method"], strict=True)):
         for name in ("", *names):
             cad, right = (found.get((base, method, name, *each)) for each in (("", "CAD"), ("forget", "MC")))
             if cad and right:
@@ -131,11 +125,11 @@ def _plane(part: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _frontier(part: pd.DataFrame, *, intervals: bool = False) -> pd.DataFrame:
+def _frontier(means: pd.DataFrame, *, intervals: bool = False) -> pd.DataFrame:
     """A point a method; intervals, over seeds or facts, where there is room for them."""
-    found, rows = by_key(summary(part)), []
+    found, rows = by_key(means), []
     goal = GOALS["relearning excess, lr 3e-4"]
-    for base, method in dict.fromkeys(zip(part["base"], part["method"], strict=True)):
+    for base, method in dict.fromkeys(zip(means["base"], means["method"], strict=True)):
         held = [found.get((base, method, "", f"{name}_paraphrase", "cloze drop")) for name in ("retain", "near")]
         lost = [each.mean for each in held if each]
         excess = found.get((base, method, goal.quantizer, goal.question_set, goal.measure))
@@ -154,12 +148,3 @@ def _frontier(part: pd.DataFrame, *, intervals: bool = False) -> pd.DataFrame:
 def _default(points: pd.DataFrame, main: str) -> str | None:
     title = title_of(main)
     return title if title in set(points["method"]) else None
-
-
-def _properties(table: pd.DataFrame) -> pd.DataFrame:
-    columns = ["base", "method", "property", "seed", "value", "low", "high"]
-    rows = [
-        _titled(of_measure(table, goal.quantizer, goal.question_set, goal.measure)).assign(property=name)[columns]
-        for name, goal in GOALS.items()
-    ]
-    return pd.concat(rows, ignore_index=True)

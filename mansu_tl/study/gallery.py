@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
+from pandas.io.formats.style import Styler
 
 from mansu_tl.errors import MansuError
 from mansu_tl.plots import write_html, write_images
+from mansu_tl.plots.export import Drawing
 from mansu_tl.results.files import write_text
 from mansu_tl.study.pictures import COMPARE, RESULTS, TABLES, Picture, pictures
 
@@ -39,7 +40,7 @@ def write_gallery(
         folder: e.g. figures.
         images: write PNGs (needs Chromium).
         dark: also NAME_dark.png.
-        svg: also NAME.svg.
+        svg: also NAME.svg of what is no table.
         html: also NAME.html, which can be zoomed and opens offline (5 MB each).
         progress: show a bar.
 
@@ -58,11 +59,11 @@ def write_gallery(
     written = [write_text(root / DATA, _json(data)), write_text(root / PAGE, page(listed))]
     if html:
         written += [write_html(figure, root / f"{name}.html", name) for name, figure in light.items()]
-    jobs: dict[Path, go.Figure] = {}
+    jobs: dict[Path, Drawing] = {}
     if images:
         jobs |= {root / f"{name}.png": figure for name, figure in light.items()}
     if svg:
-        jobs |= {root / f"{name}.svg": figure for name, figure in light.items()}
+        jobs |= {root / f"{name}.svg": figure for name, figure in light.items() if not isinstance(figure, Styler)}
     if dark:
         jobs |= {root / f"{each.name}_dark.png": each.draw("dark") for each in listed}
     return [*written, *write_images(jobs, scale=_SCALE, progress=progress)]
@@ -83,13 +84,16 @@ def page(listed: list[Picture]) -> str:
     return "\n".join(parts)
 
 
-def figure_data(figure: go.Figure) -> list[dict[str, Any]]:
-    """What a figure draws, trace by trace, small enough to be kept.
+def figure_data(figure: Drawing) -> list[dict[str, Any]]:
+    """What a figure draws, trace by trace, small enough to be kept; a table's traces are its columns.
 
     Returns:
         For each trace its name, type, for every array of numbers in it how many there are, their mean and their mean
         size, and a digest of all its texts.
     """
+    if isinstance(figure, Styler):
+        columns = figure.data.to_dict("list")  # type: ignore[attr-defined]
+        return [_trace_data({"name": name, "type": "column", "cells": cells}) for name, cells in columns.items()]
     return [_trace_data(trace) for trace in figure.to_dict()["data"]]
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.export import html
+from mansu_tl.plots.export import Drawing, html
 from mansu_tl.results.files import write_text
 
 _TEMPLATE = "report.html.jinja"
@@ -35,7 +34,7 @@ class Section:
 
     heading: str
     text: str
-    figure: go.Figure | None = None
+    figure: Drawing | None = None
     table: pd.DataFrame | None = None
     folded: bool = False
 

@@ -17,6 +17,7 @@ from mansu_tl import plots
 from mansu_tl.circuit import Circuit, EdgeScores, FaithfulnessCurve
 from mansu_tl.patching import PatchingResult
 from mansu_tl.patching.nodes import NodeScores
+from mansu_tl.plots.export import Drawing
 from mansu_tl.quantization import UpdateStatistics, grid_of
 from mansu_tl.quantization.statistics import predicted_flips
 from mansu_tl.study.figures import figures as comparison_figures
@@ -33,7 +34,7 @@ else:
 RESULTS, TABLES, COMPARE = "results", "tables", "compare"
 _RUN = "mansu-tl demo && mansu-tl figures --results runs/demo"
 _COMPARE = "mansu-tl compare --full"
-Draw = Callable[[str], go.Figure]
+Draw = Callable[[str], Drawing]
 _TEXTS = tomllib.loads(Path(__file__).with_name("pictures.toml").read_text(encoding="utf-8"))
 
 
@@ -303,9 +304,9 @@ _COMPARED = {
 
 
 def _comparison(path: Path) -> Iterator[Picture]:
-    table, drawn = read_table(path), dict[str, dict[str, go.Figure]]()
+    table, drawn = read_table(path), dict[str, dict[str, Drawing]]()
 
-    def draw(name: str, theme: str) -> go.Figure:
+    def draw(name: str, theme: str) -> Drawing:
         if theme not in drawn:
             drawn[theme] = comparison_figures(table, theme=theme)
         return drawn[theme][name]

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from mansu_tl import plots
+from mansu_tl.plots.export import Drawing
 from mansu_tl.study.kept import Kept, kept_of, ruled_of_saved
 from mansu_tl.study.page import Section, write_report
 from mansu_tl.study.pictures import Picture, study_pictures
@@ -48,7 +48,7 @@ def write_study_report(study: Study, *, png: bool = False) -> Path:
     return write_report(path, title=title, sections=sections, environment=study.environment, summary="")
 
 
-def study_figures(study: Study) -> dict[str, go.Figure]:
+def study_figures(study: Study) -> dict[str, Drawing]:
     """Every figure of a study's report by name, in its order."""
     return {picture.name: picture.draw("light") for picture in _shown(study)}
 

@@ -16,7 +16,7 @@ import pandas as pd
 from mansu_tl.results.files import write_text, write_whole
 from mansu_tl.results.intervals import interval_over_seeds
 from mansu_tl.study.plan import title_of
-from mansu_tl.verification.verdicts import GAP_OVER_ALL, GAP_UPPER_END, GOALS, NOT_JUDGEABLE, Goal
+from mansu_tl.verification.verdicts import GAP_OVER_ALL, GAP_UPPER_END, GOALS, NOT_JUDGEABLE
 
 _CHANCE = "MC, chance"
 _KEYS = ["base", "method", "quantizer", "question_set", "measure"]
@@ -75,31 +75,40 @@ def by_key(means: pd.DataFrame) -> dict[tuple[Hashable, ...], Any]:
     return {tuple(row[: len(_KEYS)]): row for row in means.itertuples(index=False)}
 
 
+def judged(table: pd.DataFrame) -> pd.DataFrame:
+    """Every property of every method against its goal: one row a base, method and property.
+
+    Columns base, method, property, value (mean over seeds), low and high (its interval), seeds, bound (in words) and verdict.
+    """
+    means, rows = summary(table), []
+    guessing = table.loc[table["measure"] == _CHANCE]
+    by_base = {base: guessing.loc[guessing["base"] == base] for base in dict.fromkeys(table["base"])}
+    for name, goal in GOALS.items():
+        guesses = {base: chance(part, goal.question_set) for base, part in by_base.items()}
+        for row in of_measure(means, goal.quantizer, goal.question_set, goal.measure).to_dict("records"):
+            mean, low, high = row["mean"], row["low"], row["high"]
+            facts = {"chance": guesses[row["base"]], "control": row["control"], "quantizer": goal.quantizer}
+            verdict, bound = goal.bound.verdict(mean, low, high, **facts), goal.bound.text(facts["chance"])
+            rows.append((row["base"], row["method"], name, mean, low, high, row["seeds"], bound, verdict))
+    columns = ["base", "method", "property", "value", "low", "high", "seeds", "bound", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def properties(table: pd.DataFrame) -> pd.DataFrame:
     """One row a base and method, one column a property: mean and interval over seeds, and whether it is within its bound.
 
     The PTQ gap over all quantizers of four bits or more is the mean over them; its interval's upper end is the largest.
     """
-    rows, means = [], summary(table)
-    found = by_key(means)
-    asked = table.loc[table["measure"] == _CHANCE]
-    for (base, method), group in means.groupby(["base", "method"], sort=False):
-        guessed = asked.loc[asked["base"] == base].set_index("question_set")["value"].groupby(level=0).first()
+    texts, rows = {}, []
+    for base, method, name, value, low, high, _, _, verdict in judged(table).itertuples(index=False):
+        interval = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+        texts[base, method, name] = f"{value:.2f}{interval} {verdict}"
+    for (base, method), group in summary(table).groupby(["base", "method"], sort=False):
         row: dict[str, object] = {"base": base, "method": title_of(str(method)), "seeds": int(group["seeds"].max())}
-        for name, goal in GOALS.items():
-            measured = found.get((base, method, goal.quantizer, goal.question_set, goal.measure))
-            row[name] = "" if measured is None else _judged(measured, goal, guessed.get(goal.question_set, np.nan))
+        row |= {name: texts.get((base, method, name), "") for name in GOALS}
         row["PTQ gap, all"] = _gap_over_all(group)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _judged(row: Any, goal: Goal, guessed: float) -> str:
-    interval = "" if np.isnan(row.low) else f" [{row.low:.2f}, {row.high:.2f}]"
-    verdict = goal.bound.verdict(
-        row.mean, row.low, row.high, chance=guessed, control=row.control, quantizer=goal.quantizer
-    )
-    return f"{row.mean:.2f}{interval} {verdict}"
 
 
 def _gap_over_all(group: pd.DataFrame) -> str:
@@ -109,10 +118,10 @@ def _gap_over_all(group: pd.DataFrame) -> str:
         & ~group["quantizer"].isin(_FEWER_BITS)
     ]
     broken = gaps["control"] < -GAP_OVER_ALL.control
-    judged = gaps.loc[~broken]
-    if not len(judged):
+    judgeable = gaps.loc[~broken]
+    if not len(judgeable):
         return NOT_JUDGEABLE if len(gaps) else ""
-    mean, worst = judged["mean"].mean(), judged.sort_values("mean").iloc[-1]
-    mark = "pass" if mean <= GAP_OVER_ALL.most and judged["high"].max() <= GAP_UPPER_END else "fail"
+    mean, worst = judgeable["mean"].mean(), judgeable.sort_values("mean").iloc[-1]
+    mark = "pass" if mean <= GAP_OVER_ALL.most and judgeable["high"].max() <= GAP_UPPER_END else "fail"
     rest = f"; {NOT_JUDGEABLE}: {', '.join(gaps.loc[broken, 'quantizer'])}" if broken.any() else ""
     return f"{mean:+.1f}, worst {worst['mean']:+.1f} ({worst['quantizer']}) {mark}{rest}"

@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.data.masks import real_tokens
-from mansu_tl.data.text import encode, pad, pad_id
+from mansu_tl.data.text import encode, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import (
@@ -32,8 +32,8 @@ from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.limits import most_positions
 from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.metrics import last_logits
 from mansu_tl.verification.streams import require_one_shape, residual_streams, stream_hooks
+from mansu_tl.verification.writing import greedy_answers, writing_copy
 
 PARTS = ("loss", "weights", "activations", "generations")
 
@@ -128,21 +128,6 @@ def damage(
     )  # fmt: skip
 
 
-def greedy(
-    model: TransformerBridge, prompts: Sequences, max_new_tokens: int, eos: int | None = None
-) -> list[list[int]]:
-    """The likeliest next tokens, one after the other, up to and without `eos`; no sampling, no cache."""
-    device = home(model)
-    tokens = torch.nn.functional.pad(prompts.tokens.to(device), (0, max_new_tokens))
-    lengths = prompts.lengths.to(device)
-    rows = torch.arange(len(prompts), device=device)
-    for step in range(max_new_tokens):
-        width = int(lengths.max()) + step
-        tokens[rows, lengths + step] = last_logits(model, tokens[:, :width], lengths + step).argmax(1)
-    out = [tokens[i, length : length + max_new_tokens].tolist() for i, length in enumerate(lengths.tolist())]
-    return [row[: row.index(eos)] if eos is not None and eos in row else row for row in out]
-
-
 @torch.no_grad()
 def _losses_and_streams(
     original: TransformerBridge, edited: TransformerBridge, name: str, text: Sequences, batch_size: int
@@ -231,20 +216,19 @@ def _generations(
     if max_new_tokens < 1:
         raise MansuError(f"damage: max_new_tokens={max_new_tokens}; write at least one")
     if isinstance(prompts, Sequences):
-        asked = prompts
+        asked = [row[:length] for row, length in zip(prompts.tokens.tolist(), prompts.lengths.tolist(), strict=True)]
     else:
-        asked = Sequences(*pad([encode(original, prompt) for prompt in prompts], pad_id(tokenizer)))
-    positions, longest = most_positions(original), int(asked.lengths.max()) + max_new_tokens - 1
-    if positions is not None and longest > positions:
+        asked = [encode(original, prompt) for prompt in prompts]
+    most, longest = most_positions(original), max(map(len, asked))
+    if most is not None and longest + max_new_tokens - 1 > most:
         raise MansuError(
-            f"damage: max_new_tokens={max_new_tokens} behind a prompt of {int(asked.lengths.max())} tokens, the model has "
-            f"{positions} positions; write fewer or shorten the prompt"
+            f"damage: max_new_tokens={max_new_tokens} behind a prompt of {longest} tokens, the model has {most} "
+            "positions; write fewer or shorten the prompt"
         )
-    eos = tokenizer.eos_token_id
-    written = [greedy(model, asked, max_new_tokens, eos) for model in (original, edited)]
+    fill, eos = pad_id(tokenizer), tokenizer.eos_token_id
+    written = [greedy_answers(writing_copy(m), asked, fill, eos, max_new_tokens) for m in (original, edited)]
     rows = []
     for i, (before, after) in enumerate(zip(*written, strict=True)):
-        ids = asked.tokens[i, : asked.lengths[i]].tolist()
-        shown = tokenizer.decode(ids) if isinstance(prompts, Sequences) else prompts[i]
+        shown = tokenizer.decode(asked[i]) if isinstance(prompts, Sequences) else prompts[i]
         rows.append([shown, tokenizer.decode(before), tokenizer.decode(after), before == after])
     return pd.DataFrame(rows, columns=columns)

@@ -95,6 +95,18 @@ class Divergence(Result):
             }
         )
 
+    def by_layer(self) -> pd.DataFrame:
+        """CAD over the edges that start in each layer (-1 = the embedding), its share of <a, a>, and how many edges.
+
+        The whole CAD is the mean of `cad`, weighted with `share`.
+        """
+        edges = self.edges
+        layer = edges["writer_layer"]
+        square = (edges["original"] ** 2).groupby(layer).sum()
+        product = (edges["original"] * edges["other"]).groupby(layer).sum()
+        counts = layer.value_counts()
+        return pd.DataFrame({"cad": 1 - product / square, "share": square / square.sum(), "edges": counts})
+
     def to_dataframe(self) -> pd.DataFrame:
         """The edges."""
         return self.edges

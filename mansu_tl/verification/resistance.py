@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -60,9 +61,7 @@ class Relearning(Result):
         Raises:
             MansuError: no such measure or step, or an attack that the reference has not undergone.
         """
-        groups: dict[tuple[str, str, float], list[RelearningCurve]] = {}
-        for curve in self.curves:
-            groups.setdefault((curve.label, curve.kind, curve.learning_rate), []).append(curve)
+        groups = _grouped(self.curves, "label", "kind", "learning_rate")
         return pd.DataFrame([self._row(key, curves, measure, step) for key, curves in groups.items()])
 
     def by_step(self, measure: str, kind: str = "facts", *, excess: bool = False) -> pd.DataFrame:
@@ -78,7 +77,6 @@ class Relearning(Result):
         Raises:
             MansuError: no curve of this kind, no such measure, or curves without a common step.
         """
-        m, scale = measure_index(measure), 1.0 if measure == "log_odds" else 100.0
         curves = [curve for curve in self.curves if curve.kind == kind]
         if not curves:
             kinds = ", ".join(dict.fromkeys(curve.kind for curve in self.curves))
@@ -86,36 +84,26 @@ class Relearning(Result):
         steps = sorted(set(curves[0].steps).intersection(*(curve.steps for curve in curves)))
         if not steps:
             raise MansuError("relearning: the curves share no step; ask every model at the same steps")
-        groups: dict[tuple[str, float], list[RelearningCurve]] = {}
-        for curve in curves:
-            groups.setdefault((curve.label, curve.learning_rate), []).append(curve)
         rows = []
-        for (label, rate), parts in groups.items():
+        for (label, rate), parts in _grouped(curves, "label", "learning_rate").items():
             facts = [fact for curve in parts for fact in curve.facts]
             for step in steps:
-                asked = [(c.excess if excess else c.values)[m, c.index_of(step)].double().cpu() for c in parts]
-                row = with_interval("mean", torch.cat(asked), facts, scale=scale)
-                rows.append((label, rate, step, *row.values()))
+                values = _together(parts, "excess" if excess else "values", measure, step)
+                mean = with_interval("mean", values, facts, scale=scale_of(measure))
+                rows.append((label, rate, step, *mean.values()))
         return pd.DataFrame(rows, columns=["label", "learning_rate", "step", "mean", "low", "high"])
 
-    def _row(
-        self, key: tuple[str, str, float], curves: list[RelearningCurve], measure: str, step: int
-    ) -> dict[str, object]:
-        m, scale = measure_index(measure), scale_of(measure)
-        facts = [fact for curve in curves for fact in curve.facts]
-
-        def last(source: str, curves: Sequence[RelearningCurve]) -> list[Tensor]:
-            return [getattr(curve, source)[m, curve.index_of(step)].double() for curve in curves]
-
-        value, excess = torch.cat(last("values", curves)), torch.cat(last("excess", curves))
-        means = [scale * part.mean().item() for part in last("excess", curves)]
+    def _row(self, key: tuple[Any, ...], curves: list[RelearningCurve], measure: str, step: int) -> dict[str, object]:
+        scale, facts = scale_of(measure), [fact for curve in curves for fact in curve.facts]
+        value, excess = (_together(curves, source, measure, step) for source in ("values", "excess"))
+        means = [curve.at(measure, step, excess=True) for curve in curves]
         row: dict[str, object] = dict(zip(("label", "kind", "learning_rate"), key, strict=True))
         row |= {"measure": measure, "step": curves[0].steps[curves[0].index_of(step)], "splits": len(curves)}
         row |= {"value": scale * value.mean().item(), "prior": scale * (value - excess).mean().item()}
         row |= with_interval("excess", excess, facts, scale=scale)
         row |= {"lowest_split": min(means), "highest_split": max(means)}
         if self.reference:
-            base = torch.cat(last("excess", [self._reference_of(curve) for curve in curves]))
+            base = _together([self._reference_of(curve) for curve in curves], "excess", measure, step)
             row["reference_excess"] = scale * base.mean().item()
             row |= with_interval("over_reference", excess - base, facts, scale=scale)
         return row
@@ -183,3 +171,16 @@ def compare_relearning(
 
 def _place(curve: RelearningCurve) -> tuple[str, str, float]:
     return curve.label, curve.attack, curve.learning_rate
+
+
+def _grouped(curves: Sequence[RelearningCurve], *keys: str) -> dict[tuple[Any, ...], list[RelearningCurve]]:
+    """The curves that agree in some of their fields, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[RelearningCurve]] = {}
+    for curve in curves:
+        groups.setdefault(tuple(getattr(curve, key) for key in keys), []).append(curve)
+    return groups
+
+
+def _together(curves: Sequence[RelearningCurve], source: str, measure: str, step: int) -> Float[Tensor, " question"]:
+    """A measure's "values" or "excess" after a step, question by question, of several curves."""
+    return torch.cat([getattr(c, source)[measure_index(measure), c.index_of(step)].double().cpu() for c in curves])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from statistics import harmonic_mean
 
 import pandas as pd
 import torch
@@ -17,19 +18,10 @@ from mansu_tl.data.sources.tofu.files import Item, Tofu, answer_ids, prompt, tex
 from mansu_tl.data.text import pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models.copies import duplicate
-from mansu_tl.models.four_bit import compute_from_codes
 from mansu_tl.models.state import require_ready
 from mansu_tl.results.result import Result, Table
-from mansu_tl.verification.tofu_measures import (
-    answer_likelihoods,
-    extraction_strength,
-    forget_quality,
-    greedy_answers,
-    harmonic_mean,
-    rouge_l_recall,
-    truth_ratio,
-)
+from mansu_tl.verification.tofu_measures import extraction_strength, forget_quality, rouge_l_recall, truth_ratio
+from mansu_tl.verification.writing import answer_likelihoods, greedy_answers, writing_copy
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 _UTILITY = SETS[1:]
@@ -89,12 +81,12 @@ class TofuScores(Result):
         A model that never read about real authors and the world has a utility near 0 on them whatever was done to it:
         read `retain_utility` beside it.
         """
-        return harmonic_mean(list(self.utility_parts().values()))
+        return float(harmonic_mean(self.utility_parts().values()))
 
     @property
     def retain_utility(self) -> float:
         """Harmonic mean of the retain set's three values; our addition, for models trained on TOFU alone."""
-        return harmonic_mean([value for name, value in self.utility_parts().items() if name.startswith("retain")])
+        return float(harmonic_mean(v for name, v in self.utility_parts().items() if name.startswith("retain")))
 
     def forget_quality(self, reference: TofuScores) -> float:
         """p-value of the KS test between the two models' truth ratios on the forget set.
@@ -134,7 +126,6 @@ class TofuScores(Result):
 
 
 @torch_defaults()
-@torch_defaults()
 def evaluate_tofu(
     model: TransformerBridge | PreTrainedModel,
     tofu: Tofu,
@@ -167,8 +158,7 @@ def evaluate_tofu(
         if tokenizer is None:
             raise MansuError("TOFU: this model has no tokenizer; pass tokenizer=")
     require_ready(model, copied=True)
-    hf = duplicate(model)
-    compute_from_codes(hf, title)
+    hf = writing_copy(model, title)
     files = {
         "forget": tofu.forget_perturbed,
         "retain": tofu.retain_perturbed,
@@ -195,16 +185,16 @@ def _score(
                 f"TOFU: {name} question {item.question!r} has no perturbed answers; take the perturbed file"
             )
     fill = pad_id(tokenizer)
-    rows = [answer_ids(tokenizer, prompt(item.question), item.answer) for item in items]
+
+    def asked(answers: Sequence[tuple[Item, str]]) -> list[tuple[list[int], list[int]]]:
+        return [answer_ids(tokenizer, prompt(item.question), answer) for item, answer in answers]
+
+    rows = asked([(item, item.answer) for item in items])
     right, predicted = answer_likelihoods(hf, rows, fill, batch_size)
-    paraphrased = [
-        answer_ids(tokenizer, prompt(item.question), item.paraphrased_answer or item.answer) for item in items
-    ]
+    paraphrased = asked([(item, item.paraphrased_answer or item.answer) for item in items])
     fair, _ = answer_likelihoods(hf, paraphrased, fill, batch_size)
     counts = [len(item.perturbed_answers) for item in items]
-    options = [
-        answer_ids(tokenizer, prompt(item.question), wrong) for item in items for wrong in item.perturbed_answers
-    ]
+    options = asked([(item, wrong) for item in items for wrong in item.perturbed_answers])
     wrong = answer_likelihoods(hf, options, fill, batch_size)[0].split(counts)
     end = tokenizer.eos_token_id
     prompts = [before for before, _ in rows]

@@ -39,8 +39,8 @@ class Bound:
     def text(self, chance: float = nan) -> str:
         """The bound as a scorecard writes it."""
         least, most, floor = self.limits(chance)
-        if floor > 0:
-            return f"{floor:g} to {most:g}"
+        if floor > 0 or max(-least, most) < inf:
+            return f"{max(floor, least):g} to {most:g}"
         return f">= {least:g}{' (lower end)' if self.lower_end else ''}" if most == inf else f"<= {most:g}"
 
     def verdict(

@@ -1,0 +1,97 @@
+"""What a model writes: the likelihood of given answers, and its own greedy ones, by a plain copy with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from mansu_tl.data.text import pad
+from mansu_tl.models.cache import cache_argument, cache_of
+from mansu_tl.models.copies import duplicate
+from mansu_tl.models.four_bit import compute_from_codes
+
+
+def writing_copy(model: TransformerBridge | PreTrainedModel, name: str = "model") -> PreTrainedModel:
+    """A plain copy to write with; 4-bit layers compute with what their codes stand for."""
+    hf = duplicate(model)
+    compute_from_codes(hf, name)
+    return hf
+
+
+@torch.no_grad()
+def answer_likelihoods(
+    model: PreTrainedModel, rows: Sequence[tuple[list[int], list[int]]], fill: int, batch_size: int = 64
+) -> tuple[Float[Tensor, " row"], list[Int[Tensor, " token"]]]:
+    """Mean log-likelihood per answer token in nats, and the greedy prediction of every answer token.
+
+    Args:
+        rows: token ids of prompt and answer.
+        fill: id that pads on the right.
+    """
+    means = torch.empty(len(rows))
+    predicted: list[Tensor] = [torch.empty(0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        tokens, _ = pad([[*rows[i][0], *rows[i][1]] for i in chosen], fill)
+        tokens = tokens.to(model.device)
+        # Only the logits from the first answer on are needed; questions are a third of the text.
+        first = min(len(rows[i][0]) for i in chosen) - 1
+        logits = model(tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits.float()
+        best = logits.argmax(-1).cpu()
+        chances = logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, first + 1 :, None])[..., 0].cpu()
+        for line, i in enumerate(chosen):
+            asked = slice(len(rows[i][0]) - 1 - first, len(rows[i][0]) + len(rows[i][1]) - 1 - first)
+            means[i], predicted[i] = chances[line, asked].mean(), best[line, asked]
+    return means, predicted
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    fill: int,
+    end: int | None,
+    new_tokens: int,
+    batch_size: int = 128,
+) -> list[list[int]]:
+    """Greedy continuation of every prompt up to the end-of-sequence token, which is left out.
+
+    Args:
+        fill: id that pads on the left, masked.
+        end: the end-of-sequence token; None = every continuation runs to its cut.
+        new_tokens: length at which a continuation is cut.
+    """
+    out: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in chosen)
+        tokens = torch.tensor([[fill] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device
+        )
+        generated, past = tokens[:, :0], None
+        for _ in range(new_tokens):
+            position = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            found = model(
+                tokens,
+                attention_mask=mask,
+                position_ids=position,
+                use_cache=True,
+                logits_to_keep=1,
+                **({} if past is None else {cache_argument(model): past}),
+            )
+            tokens, past = found.logits[:, -1].argmax(-1, keepdim=True), cache_of(found)
+            generated = torch.cat([generated, tokens], 1)
+            mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], 1)
+            if end is not None and bool((generated == end).any(1).all()):
+                break
+        for i, row in zip(chosen, generated.tolist(), strict=True):
+            out[i] = row[: row.index(end)] if end in row else row
+    return out
