@@ -32,7 +32,6 @@ from mansu_tl.unlearning import (
     unlearn,
 )
 from mansu_tl.unlearning.batches import Batch, Source
-from mansu_tl.unlearning.forward import joined
 from mansu_tl.unlearning.objectives import ascent, divergence, likelihood
 from mansu_tl.unlearning.recipes.sure import salient_weights
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector
@@ -56,9 +55,8 @@ def recipe_of(model, task, method: str, seed: int = 0, **settings) -> Recipe:
 def batch_of(hf, values, pairs, text, original=None, before=None) -> Batch:
     """A batch of all these pairs and sequences, held against `original`."""
     source = Source(hf, values if original is None else original, pairs, text, text[:0])
-    every, rows = torch.arange(len(text)), torch.arange(len(pairs))
-    answers = source.original_answers if before is None else lambda rows: before
-    return Batch(hf, values, pairs, rows, text, every, len(text), source.text, answers)
+    source._answers = before  # what it would keep of the original
+    return Batch(source, values, torch.arange(len(pairs)), torch.arange(len(text)), len(text))
 
 
 def first_loss(monkeypatch, model, task, method: str, **settings) -> float:
@@ -167,7 +165,7 @@ def test_null_space_updates_leave_retain_inputs_where_they_were(model, task) -> 
     whole = dataclasses.replace(task, retain_text=text)
     edit = unlearn(model, whole, "null-space", leak=0.02, learning_rate=1e-3, max_steps=3)
     edited = parameters(edit.apply(model))
-    moments = input_moments(plain(model), linear_weights(model), joined(text, task.near_text))
+    moments = input_moments(plain(model), linear_weights(model), text.joined(task.near_text))
     for name, moment in moments.items():
         change = (edited[name] - parameters(model)[name]).double()
         felt = ((change @ moment.double()) * change).sum() / moment.trace()

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit, EdgeScores, Graph, conflict, patch_edges, random_faithfulness, random_mask
-from mansu_tl.circuit.graph import prune
 from mansu_tl.circuit.selection import greedy_mask, top_mask
 from mansu_tl.errors import MansuError
 from mansu_tl.results.files import read_packed, write_packed
@@ -114,9 +113,9 @@ def test_patching_does_not_depend_on_the_batching(model) -> None:
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 60))
 def test_pruned_edges_are_exactly_those_on_a_path(seed: int, n: int) -> None:
-    graph = Graph.from_map(mtl.models.Anatomy.of(MODEL))
+    graph = Graph.of(MODEL)
     mask = random_mask(graph.exists, n, seed)
-    kept = prune(mask, graph.writers, graph.readers, 2)
+    kept = graph.pruned(mask)
     # Independent: networkx, with a node per writer and per reader.
     flow = nx.DiGraph()
     flow.add_nodes_from(["embed", "logits"])

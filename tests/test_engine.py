@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 import mansu_tl as mtl
 from mansu_tl.circuit import Graph
 from mansu_tl.circuit.graph import layer_of, reader_kind
+from mansu_tl.circuit.intervention import normed
 from mansu_tl.circuit.memory import plan
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, attention_weights, norm_weights
-from mansu_tl.runs.ablation import ablation, normed
+from mansu_tl.runs.ablation import ablation
 from mansu_tl.runs.passes import record, run
 from tests.test_attribution import oracle_case, random_pairs
 from tests.tiny import FAMILIES, tiny

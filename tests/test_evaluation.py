@@ -27,10 +27,11 @@ from mansu_tl.circuit import (
 )
 from mansu_tl.circuit.curve import MIB_SHARES
 from mansu_tl.circuit.graph import layer_of
+from mansu_tl.circuit.intervention import normed
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, norm_weights
 from mansu_tl.results.files import read_packed, write_packed
-from mansu_tl.runs.ablation import ablation, normed
+from mansu_tl.runs.ablation import ablation
 from mansu_tl.runs.metrics import answer_log_prob
 from tests.test_attribution import oracle_case, random_pairs, swapped
 from tests.test_circuit import one_path_model

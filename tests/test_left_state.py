@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import mansu_tl as mtl
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import fingerprint, parameters, plain, require_ready
+from mansu_tl.models import fingerprint, parameters, plain, require_copyable, require_ready
 from mansu_tl.models.copies import boot
 from tests.road import FUNCTIONS, OF_WEIGHTS, STAGES, TOLERANCE, Case, case, largest_difference
 from tests.tiny import tiny, tiny_tokenizer
@@ -63,7 +63,7 @@ WITHOUT_MODEL = {
     *("explore", "run_study"),  # made of the others
     "save",  # inside "certify"
     "certify_in_fresh_process",  # a process of its own
-    *("home", "require_ready"),
+    *("home", "require_copyable", "require_ready"),
     "last_logits",  # for those who hook on purpose
     "require_known",  # accuracy
 }
@@ -316,7 +316,7 @@ def test_a_model_over_several_devices_is_not_trained(usual) -> None:
     spread = plain(usual.model)
     spread.lm_head.weight = torch.nn.Parameter(spread.lm_head.weight.to("meta"), requires_grad=False)
     with pytest.raises(MansuError, match=r"spread over cpu, meta, .*load it with device= instead of device_map="):
-        require_ready(spread, copied=True)
+        require_copyable(spread)
 
 
 # --- PyTorch's switches --------------------------------------------------------------------------------------------------

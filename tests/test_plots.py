@@ -54,7 +54,7 @@ def graph_of(layers: int, heads: int, kv: int, parallel: bool = False) -> Graph:
         readers += [f"L{i}H{h}.q" for h in range(heads)]
         readers += [f"L{i}KV{h}.{part}" for part in "kv" for h in range(kv)] + [f"MLP{i}.in"]
     names = (tuple(writers), (*readers, "logits"))
-    return Graph.from_map(Anatomy("llama", layers, heads, kv, 8, 32, 48, parallel, False, *names, frozenset()))
+    return Graph.of(Anatomy("llama", layers, heads, kv, 8, 32, 48, parallel, False, *names, frozenset()))
 
 
 def scores_of(layers: int = 4, heads: int = 4, kv: int = 2, seed: int = 2, tail: float = 2.0) -> EdgeScores:

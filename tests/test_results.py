@@ -135,7 +135,7 @@ BY_HAND: dict[type, Callable[[], Any]] = {
     EdgeScores: edge_scores,
     Circuit: circuit,
     Minimality: minimality,
-    Conflict: lambda: Conflict(circuit(), circuit(), (("embed", "logits"),), ("embed",), 0.5),
+    Conflict: lambda: Conflict(circuit(), circuit()),
     FaithfulnessCurve: lambda: FaithfulnessCurve(
         torch.tensor([0.1, 0.9]), torch.zeros(3, 2), (1, 2), (0.5, 1.0), (1, 2), 8, "eap", "m", "corrupt"
     ),

@@ -237,7 +237,7 @@ def test_padding_reaches_no_text_measure_and_no_training() -> None:
         edit = mtl.unlearn(model, task, "ga-kl", max_steps=3, stop_over_chance=-100.0)
         results.append([
             curve.values, curve.loss, torch.tensor(audit.loss["after"].tolist()), probe(model, asked, folds=2).right,
-            mtl.runs.ablation(model, "mean", reference=text).means.embed, *edit.new.values(),
+            mtl.runs.ablation(model, "mean", reference=text).means["stream0"], *edit.new.values(),
         ])  # fmt: skip
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)

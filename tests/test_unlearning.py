@@ -15,8 +15,9 @@ from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, fingerprint, linear_weights, parameters, plain
 from mansu_tl.quantization import quantizer
-from mansu_tl.unlearning import Edit, methods, unlearn
-from mansu_tl.unlearning.forward import OriginalText, by_length, sequence_logits
+from mansu_tl.runs.values import by_length, sequence_logits
+from mansu_tl.unlearning import Edit, MansuSettings, methods, unlearn
+from mansu_tl.unlearning.batches import OriginalText
 from mansu_tl.unlearning.mansu.adversary import attacked
 from mansu_tl.unlearning.mansu.candidates import circuit_weights
 from mansu_tl.unlearning.mansu.floor import Floor
@@ -263,7 +264,7 @@ def test_sequences_run_apart_by_length_say_the_same(model) -> None:
 
 def test_ignorance_is_the_mean_answer_to_never_seen_names_in_the_same_words(model) -> None:
     full = mtl.load_task("pocket")
-    unknown = ignorance(plain(model), full)
+    unknown = ignorance(plain(model), full.forget_pairs, full.unseen)
     assert len(unknown.wording) == len(full.forget_pairs)
     torch.testing.assert_close(unknown.reference.sum(1), torch.ones(len(unknown.reference)), rtol=0, atol=1e-5)
     # By hand for one pair: the never-seen prompts that differ from it in the name alone.
@@ -289,8 +290,8 @@ def test_ignorance_is_the_mean_answer_to_never_seen_names_in_the_same_words(mode
 def test_forget_loss_by_hand() -> None:
     reference = torch.tensor([[0.5, 0.25, 0.25]])
     pool = torch.tensor([[True, True, False]])
-    options = {"divergence_weight": 1.0, "margin": 0.1, "margin_weight": 1.0, "band": 0.5, "band_weight": 1.0}
-    at_reference = forget_loss(reference.log(), reference, pool, torch.tensor([0]), **options)
+    settings = MansuSettings(divergence_weight=1.0, margin=0.1, margin_weight=1.0, band=0.5, band_weight=1.0)
+    at_reference = forget_loss(reference.log(), reference, pool, torch.tensor([0]), settings)
     assert at_reference.item() == pytest.approx(0.1, abs=1e-6)  # only the margin is left
     logits = torch.tensor([[0.8, 0.1, 0.1]]).log()
     divergence = 0.5 * torch.tensor(0.5 / 0.8).log() + 2 * 0.25 * torch.tensor(0.25 / 0.1).log()
@@ -298,7 +299,7 @@ def test_forget_loss_by_hand() -> None:
     gap = torch.tensor([0.8 / 0.5, 0.1 / 0.25]).log()
     centred = (gap - gap.mean()).abs()
     huber = torch.where(centred < 0.5, centred**2 / 2, 0.5 * (centred - 0.25)).mean()
-    loss = forget_loss(logits, reference, pool, torch.tensor([0]), **options)
+    loss = forget_loss(logits, reference, pool, torch.tensor([0]), settings)
     assert loss.item() == pytest.approx((divergence + hinge + huber).item(), abs=1e-5)
 
 
@@ -308,8 +309,8 @@ def test_an_attack_is_what_adam_does_on_the_facts_it_has(model) -> None:
     assert len(set(facts.tolist())) == 48
     values = {name: value.detach() for name, value in hf.named_parameters()}
     name = "model.layers.1.mlp.down_proj.weight"
-    options = {"count": 12, "steps": 1, "learning_rate": 1e-3, "batch": 10_000}
-    attack = attacked(hf, values, (name,), pairs, facts, generator=torch.Generator().manual_seed(3), **options)
+    settings = MansuSettings(adversary_facts=12, adversary_steps=1, adversary_rate=1e-3, retain_batch=10_000)
+    attack = attacked(hf, values, (name,), pairs, facts, settings, torch.Generator().manual_seed(3))
     left = set(facts[attack.others].tolist())
     assert len(left) == 36
     trained = pairs[torch.tensor([i for i, fact in enumerate(facts.tolist()) if fact not in left])]
@@ -320,7 +321,7 @@ def test_an_attack_is_what_adam_does_on_the_facts_it_has(model) -> None:
     expected = -1e-3 * gradient / (gradient.abs() + 1e-8)
     clear = gradient.abs() > 1e-5  # elsewhere the order of the batch decides the sign
     torch.testing.assert_close(attack.change[name][clear], expected[clear], rtol=0, atol=2e-5)
-    again = attacked(hf, values, (name,), pairs, facts, generator=torch.Generator().manual_seed(3), **options)
+    again = attacked(hf, values, (name,), pairs, facts, settings, torch.Generator().manual_seed(3))
     assert torch.equal(again.change[name], attack.change[name])
 
 

@@ -8,23 +8,24 @@ from dataclasses import dataclass, replace
 
 import networkx as nx
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import Node
 
 from mansu_tl.circuit import transformer_lens_io as interop
-from mansu_tl.circuit.graph import Graph, edge_frame, kv_groups, prune, require_names, writers_behind
+from mansu_tl.circuit.graph import Graph, OnGraph, writers_behind
 from mansu_tl.circuit.scores import EdgeScores
-from mansu_tl.circuit.selection import selected_mask, threshold_mask
+from mansu_tl.circuit.selection import selected_mask, strength
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint
-from mansu_tl.results.result import Result, Table
+from mansu_tl.results.result import Table
 from mansu_tl.results.serialise import MismatchError, require_finite
 
 
 @dataclass(frozen=True)
-class Circuit(Result):
+class Circuit(OnGraph):
     """Edges chosen from a model's graph.
 
     Attributes:
@@ -83,16 +84,15 @@ class Circuit(Result):
         if not math.isfinite(threshold):
             raise MansuError(f"circuit: threshold={threshold}; choose a finite number in the metric's units")
         how = f"edges of {_ranked(scores, by)} >= {threshold:g}, pruned"
-        return cls.from_mask(scores, threshold_mask(scores, threshold, by), how)
+        return cls.from_mask(scores, strength(scores, by) >= threshold, how)
 
     @classmethod
     def from_mask(
         cls, scores: EdgeScores, mask: Bool[Tensor, "writer reader"], how: str, faithfulness: float = float("nan")
     ) -> Circuit:
         """The edges of `mask` (pruned), carrying `scores`."""
-        groups = kv_groups(scores.writers, scores.readers)
-        kept = prune(mask & scores.exists, scores.writers, scores.readers, groups)
-        return cls(kept, scores.tensor, scores.writers, scores.readers, groups, faithfulness, how, scores.model)
+        kept, group = scores.pruned(mask & scores.exists), scores.group
+        return cls(kept, scores.tensor, scores.writers, scores.readers, group, faithfulness, how, scores.model)
 
     @property
     def n_edges(self) -> int:
@@ -108,11 +108,8 @@ class Circuit(Result):
     @property
     def nodes(self) -> tuple[str, ...]:
         """Writers that send or receive an edge of the circuit, in order of computation."""
-        return tuple(w for i, w in enumerate(self.writers) if self.mask[i].any() or self.mask[:, self.columns(w)].any())
-
-    def columns(self, writer: str) -> list[int]:
-        """The readers that feed a writer, as column numbers."""
-        return [i for i, reader in enumerate(self.readers) if writer in writers_behind(reader, self.kv_groups)]
+        used = self.mask.any(1) | (self.feeds() & self.mask.any(0)[:, None]).any(0)
+        return tuple(name for name, is_used in zip(self.writers, used.tolist(), strict=True) if is_used)
 
     def __and__(self, other: Circuit) -> Circuit:
         """Edges in both, pruned."""
@@ -124,18 +121,23 @@ class Circuit(Result):
 
     def __sub__(self, other: Circuit) -> Circuit:
         """Edges here but not there, not pruned: what is left need not be a path."""
-        _same_graph(self, other)
+        self.require_same_graph(other)
         how = f"difference of ({self.how}) and ({other.how})"
         return replace(self, mask=self.mask & ~other.mask, faithfulness=float("nan"), how=how)
 
     def jaccard(self, other: Circuit) -> float:
         """Shared edges over all edges of the two."""
-        _same_graph(self, other)
+        self.require_same_graph(other)
         return int((self.mask & other.mask).sum()) / max(1, int((self.mask | other.mask).sum()))
+
+    def require_same_graph(self, other: Circuit) -> None:
+        """Refuse a circuit of another architecture."""
+        if not self.same_graph(other):
+            raise MansuError("circuits: they belong to graphs of different shape; compare circuits of one architecture")
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an edge, largest |score| first."""
-        return edge_frame(self.writers, self.readers, self.mask, self.scores)
+        return self.frame(self.mask, self.scores)
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """A directed graph over writers plus `logits`; edge keys are reader kinds, with `score` and `reader`.
@@ -159,7 +161,9 @@ class Circuit(Result):
         Raises:
             MansuError: a model with grouped-query attention, whose edges it has no names for.
         """
-        return interop.circuit_edges(self.mask, self.writers, self.readers, n_positions)
+        if n_positions < 1:
+            raise MansuError(f"circuit: n_positions={n_positions}; give the number of tokens of the prompt")
+        return [edge for position in range(n_positions) for edge in interop.edges_at(self, self.mask, position)]
 
     @classmethod
     def from_transformer_lens(
@@ -173,27 +177,30 @@ class Circuit(Result):
             MansuError: an edge that this model does not have.
         """
         graph = Graph.of(model)
-        mask, scores = interop.mask_of(edges, graph)
-        groups = kv_groups(graph.writers, graph.readers)
-        kept = prune(mask, graph.writers, graph.readers, groups)
-        how = f"{len(edges)} positional edges of TransformerLens, pruned"
-        return cls(kept, scores, graph.writers, graph.readers, groups, float("nan"), how, fingerprint(model))
+        mask, place = torch.zeros_like(graph.exists), interop.places(graph)
+        scores = torch.zeros(graph.exists.shape, dtype=torch.float64)
+        for writer, reader, *score in edges:
+            at = place((writer, reader))
+            mask[at] = True
+            scores[at] += sum(score)
+        kept, how = graph.pruned(mask), f"{len(edges)} positional edges of TransformerLens, pruned"
+        return cls(
+            kept, scores.float(), graph.writers, graph.readers, graph.group, float("nan"), how, fingerprint(model)
+        )
 
     def _combined(self, other: Circuit, mask: Tensor, word: str) -> Circuit:
-        _same_graph(self, other)
-        kept = prune(mask, self.writers, self.readers, self.kv_groups)
-        return replace(self, mask=kept, faithfulness=float("nan"), how=f"{word} of ({self.how}) and ({other.how})")
+        self.require_same_graph(other)
+        return replace(
+            self, mask=self.pruned(mask), faithfulness=float("nan"), how=f"{word} of ({self.how}) and ({other.how})"
+        )
 
     def _check(self) -> None:
-        possible = require_names(self.writers, self.readers)
-        if self.mask.shape != possible.shape:
-            raise MismatchError(f"'mask' is {tuple(self.mask.shape)}, its names ask for {tuple(possible.shape)}")
+        possible = self._possible("mask")
         require_finite({"scores": self.scores})
         if (self.mask & ~possible).any():
-            w, r = (self.mask & ~possible).nonzero()[0].tolist()
-            raise MismatchError(f"edge {self.writers[w]} -> {self.readers[r]} runs backwards")
-        if self.kv_groups != (groups := kv_groups(self.writers, self.readers)):
-            raise MismatchError(f"kv_groups={self.kv_groups}, its names say {groups}")
+            raise MismatchError(f"edge {' -> '.join(self.named(self.mask & ~possible)[0])} runs backwards")
+        if self.kv_groups != self.group:
+            raise MismatchError(f"kv_groups={self.kv_groups}, its names say {self.group}")
 
     def __repr__(self) -> str:
         return (
@@ -206,8 +213,3 @@ class Circuit(Result):
 
 def _ranked(scores: EdgeScores, by: str) -> str:
     return f"|{scores.method} score|" if by == "absolute" else f"{scores.method} score"
-
-
-def _same_graph(a: Circuit, b: Circuit) -> None:
-    if a.writers != b.writers or a.readers != b.readers:
-        raise MansuError("circuits: they belong to graphs of different shape; compare circuits of one architecture")

@@ -156,7 +156,7 @@ def faithfulness_curve(
             pairs on which the model shows no difference.
     """
     graph = Graph.of(model)
-    if scores.writers != graph.writers or scores.readers != graph.readers:
+    if not scores.same_graph(graph):
         raise MansuError("edge scores: their writers and readers are not this model's; score the edges of this model")
     if control_seeds < 0:
         raise MansuError(f"curve: control_seeds={control_seeds}; give a number from 0 up")

@@ -24,13 +24,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.circuit import Circuit
-from mansu_tl.circuit.graph import Graph, edge_frame, require_names
+from mansu_tl.circuit.graph import Graph, OnGraph
 from mansu_tl.circuit.intervention import patched
 from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.results.result import Result, Table
+from mansu_tl.results.result import Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
 from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
@@ -41,7 +41,7 @@ _MASKS = 256
 
 
 @dataclass(frozen=True)
-class Minimality(Result):
+class Minimality(OnGraph):
     """What every edge and every node of a circuit is worth to it.
 
     Attributes:
@@ -68,8 +68,7 @@ class Minimality(Result):
 
     def redundant(self, tolerance: float = 0.0) -> list[tuple[str, str]]:
         """The edges whose removal, one at a time, costs no more than `tolerance` of faithfulness."""
-        rows, columns = (self.mask & (self.edge_drops <= tolerance)).nonzero(as_tuple=True)
-        return [(self.writers[w], self.readers[r]) for w, r in zip(rows.tolist(), columns.tolist(), strict=True)]
+        return self.named(self.mask & (self.edge_drops <= tolerance))
 
     def to_dataframe(self, what: str = "edges") -> pd.DataFrame:
         """One row an edge (or, with what="nodes", a writer), largest drop first.
@@ -80,16 +79,16 @@ class Minimality(Result):
         if what == "nodes":
             frame = pd.DataFrame({"node": self.nodes, "drop": self.node_drops.tolist()})
         elif what == "edges":
-            frame = edge_frame(self.writers, self.readers, self.mask, self.edge_drops)
+            frame = self.frame(self.mask, self.edge_drops)
             frame = frame[["writer", "reader", "score"]].rename(columns={"score": "drop"})
         else:
             raise MansuError(f"minimality: what={what!r}; choose edges or nodes")
         return frame.sort_values("drop", ascending=False, kind="stable", ignore_index=True)
 
     def _check(self) -> None:
-        possible = require_names(self.writers, self.readers)
-        if self.mask.shape != possible.shape or len(self.node_drops) != len(self.nodes):
-            raise MismatchError("'mask' or 'node_drops' does not fit its names")
+        self._possible("mask")
+        if len(self.node_drops) != len(self.nodes):
+            raise MismatchError("'node_drops' does not fit its names")
 
     def __repr__(self) -> str:
         return (
@@ -245,14 +244,13 @@ def clean_metric(model: TransformerBridge, pairs: PromptPairs, metric: Metric, b
 def require_graph(model: TransformerBridge, circuit: Circuit) -> Graph:
     """The model's graph, if the circuit is one of its."""
     graph = Graph.of(model)
-    if circuit.writers != graph.writers or circuit.readers != graph.readers:
+    if not circuit.same_graph(graph):
         raise MansuError("circuit: its writers and readers are not this model's; discover one on this model")
     wrong = circuit.mask & ~graph.exists
     if wrong.any():
-        w, r = wrong.nonzero()[0].tolist()
         raise MansuError(
-            f"circuit: edge {circuit.writers[w]} -> {circuit.readers[r]} does not exist in this model, whose blocks are "
-            "parallel; discover one on this model"
+            f"circuit: edge {' -> '.join(graph.named(wrong)[0])} does not exist in this model, whose blocks are parallel; "
+            "discover one on this model"
         )
     return graph
 
@@ -266,7 +264,7 @@ def _without(circuit: Circuit, part: tuple[int, int] | str | None) -> Float[Tens
     if isinstance(part, tuple):
         mask[part] = 0
     elif part is not None:
-        shared = circuit.kv_groups > 1
-        mask[circuit.writers.index(part)] = 0
-        mask[:, [i for i in circuit.columns(part) if not (shared and "KV" in circuit.readers[i])]] = 0
+        row, feeds = circuit.writers.index(part), circuit.feeds()
+        mask[row] = 0
+        mask[:, feeds[:, row] & (feeds.sum(1) == 1)] = 0
     return mask

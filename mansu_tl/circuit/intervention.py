@@ -33,9 +33,9 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import Anatomy, attention_weights, norm_weights
+from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
 from mansu_tl.models.anatomy import UNEMBED
-from mansu_tl.runs.ablation import Ablation, normed
+from mansu_tl.runs.ablation import Ablation
 from mansu_tl.runs.exactness import require_exact
 from mansu_tl.runs.metrics import Metric, logit_difference, measured
 from mansu_tl.runs.passes import Hook, Recording, chunks, forward, heads_last, prepared, run
@@ -93,14 +93,14 @@ def patched(
     if batch_size < 1:
         raise MansuError(f"batch_size={batch_size}: at least one pair has to fit in a batch")
     out, off = torch.empty(masks.shape[0], len(pairs)), torch.empty(len(pairs))
-    cost = _Cost(anatomy, pairs.clean.shape[1], model.cfg.d_vocab)
-    most = max(1, min(batch_size, _ROW_ELEMENTS // (cost.fixed() + cost.mask(len(anatomy.writers)))))
+    fixed, a_mask, a_writer = _costs(anatomy, pairs.clean.shape[1], model.cfg.d_vocab)
+    most = max(1, min(batch_size, _ROW_ELEMENTS // (fixed + a_mask + a_writer * len(anatomy.writers))))
     with tqdm(total=len(pairs) * len(masks), desc="edge patching", unit="run", disable=not progress) as bar:
         for where, chunk in chunks(pairs, most):
             base = _Base(model, anatomy, chunk, ablation)
             require_exact(model, f"edge patching against {ablation.kind}", partial(_unpatched, base, graph))
             off[where] = measured(metric, base.run.logits, chunk).cpu()
-            for group, live in _groups(anatomy, masks, graph, _ROW_ELEMENTS // len(chunk) - cost.fixed(), cost):
+            for group, live in _groups(anatomy, masks, graph, _ROW_ELEMENTS // len(chunk) - fixed, a_mask, a_writer):
                 logits = _Group(base, plan(anatomy, live, ablation.kind == "corrupt")).logits()
                 for i in range(group.stop - group.start):
                     out[group.start + i, where] = measured(metric, logits(i), chunk).cpu()
@@ -116,37 +116,27 @@ def _unpatched(base: _Base, graph: Graph) -> tuple[Tensor, Tensor]:
     return torch.cat([logits(0), logits(1)]), torch.cat([clean.float(), base.run.logits])
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """How many numbers are held for one pair."""
+def _costs(anatomy: Anatomy, width: int, vocab: int) -> tuple[int, int, int]:
+    """How many numbers are held for one pair: whatever the masks, for every mask, and for every writer that it uses.
 
-    anatomy: Anatomy
-    width: int
-    vocab: int
-
-    def fixed(self) -> int:
-        """Whatever the masks: the ablated run, and the inputs of one mask's attention, before and behind the norm."""
-        anatomy = self.anatomy
-        readers = anatomy.n_attention_readers
-        kept = anatomy.n_layers * (4 * anatomy.d_model + (anatomy.n_heads + readers) * anatomy.d_head)
-        return self.width * (kept + 3 * readers * anatomy.d_model) + self.vocab
-
-    def mask(self, writers: int) -> int:
-        """A mask with so many writers in use: their changes, its attention rows, its MLP, its logits."""
-        anatomy = self.anatomy
-        readers = anatomy.n_attention_readers
-        rows = 3 * (anatomy.n_heads + readers) * anatomy.d_head + 2 * anatomy.n_heads * self.width
-        return self.width * (writers * anatomy.d_model + rows + 4 * anatomy.d_mlp) + 2 * self.vocab
+    The ablated run and the inputs of one mask's attention, before and behind the norm; a mask's attention rows, its MLP
+    and its logits; a writer's change.
+    """
+    readers = anatomy.n_attention_readers
+    kept = anatomy.n_layers * (4 * anatomy.d_model + (anatomy.n_heads + readers) * anatomy.d_head)
+    rows = 3 * (anatomy.n_heads + readers) * anatomy.d_head + 2 * anatomy.n_heads * width
+    fixed = width * (kept + 3 * readers * anatomy.d_model) + vocab
+    return fixed, width * (rows + 4 * anatomy.d_mlp) + 2 * vocab, width * anatomy.d_model
 
 
 def _groups(
-    anatomy: Anatomy, masks: Tensor, graph: Graph, budget: int, cost: _Cost
+    anatomy: Anatomy, masks: Tensor, graph: Graph, budget: int, a_mask: int, a_writer: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Neighbouring masks that fit into the budget together, without their useless edges."""
     exists, block = graph.exists.numpy(), max(1, 8_000_000 // graph.exists.numel())
     for first in range(0, len(masks), block):
         live = useful(anatomy, masks[first : first + block].cpu().float().numpy() * exists)
-        costs = [cost.mask(int(n)) for n in (live != 0).any(2).sum(1)]
+        costs: list[int] = (a_mask + a_writer * (live != 0).any(2).sum(1)).tolist()
         start = 0
         while start < len(costs):
             stop, total = start + 1, costs[start]
@@ -183,7 +173,7 @@ class _Base:
         self.tokens = alive.flatten().nonzero()[:, 0]
         ends = torch.arange(len(pairs), device=clean.device) * clean.shape[1] + pairs.asked
         self.last = torch.searchsorted(self.tokens, ends)
-        self.embed = self.at(_embedded(self.model, clean) - self.run.value("stream", 0))
+        self.embed = self.at(self.model(clean, stop_at_layer=0) - self.run.value("stream", 0))
 
     def at(self, stream: Float[Tensor, "pair pos d"], last: bool = False) -> Float[Tensor, "token d"]:
         """A stream's vectors at the tokens that count, or at the last ones only."""
@@ -343,10 +333,6 @@ class _Group:
         return normed(streams, norm_weights(self.model, None, "final")).flatten(0, 1)[None]
 
 
-def _embedded(model: TransformerBridge, tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair pos d_model"]:
-    return model(tokens, stop_at_layer=0)
-
-
 def _summed(
     base: Float[Tensor, "token d_model"],
     weights: Float[Tensor, "input writer"],
@@ -363,3 +349,12 @@ def _summed(
             out = torch.sparse.addmm(start.expand(len(weights), -1), sparse, flat)
             return out.unflatten(-1, base.shape)
     return torch.addmm(start, weights, flat).unflatten(-1, base.shape)
+
+
+def normed(x: Float[Tensor, "... d_model"], norm: NormWeights) -> Float[Tensor, "... d_model"]:
+    """A norm applied to a stream, in float32 inside and back in the stream's dtype."""
+    wide = x.float()
+    if norm.kind == "layer":
+        return functional.layer_norm(wide, wide.shape[-1:], norm.weight, norm.bias, norm.eps).to(x.dtype)
+    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1] + norm.eps)
+    return (wide * scale * norm.weight).to(x.dtype)

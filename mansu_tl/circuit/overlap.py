@@ -23,16 +23,26 @@ class Conflict(Result):
     Attributes:
         forget: the circuit to be forgotten.
         retain: the circuit to be kept.
-        edges: the edges in both.
-        nodes: the writers in both, in order of computation.
-        jaccard: shared edges over all edges of the two.
     """
 
     forget: Circuit
     retain: Circuit
-    edges: tuple[tuple[str, str], ...]
-    nodes: tuple[str, ...]
-    jaccard: float
+
+    @property
+    def edges(self) -> tuple[tuple[str, str], ...]:
+        """The edges in both."""
+        return tuple(self.forget.named(self.forget.mask & self.retain.mask))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The writers in both, in order of computation."""
+        both = set(_senders(self.retain))
+        return tuple(name for name in _senders(self.forget) if name in both)
+
+    @property
+    def jaccard(self) -> float:
+        """Shared edges over all edges of the two."""
+        return self.forget.jaccard(self.retain)
 
     @property
     def node_jaccard(self) -> float:
@@ -53,9 +63,8 @@ class Conflict(Result):
             forget, retain = ((c.scores * c.mask).sum(1)[rows] for c in (self.forget, self.retain))
         elif what == "edges":
             frame = pd.DataFrame(self.edges, columns=["writer", "reader"])
-            at = [(self.forget.writers.index(w), self.forget.readers.index(r)) for w, r in self.edges]
-            index = tuple(zip(*at, strict=True)) if at else ((), ())
-            forget, retain = (c.scores[list(index[0]), list(index[1])] for c in (self.forget, self.retain))
+            shared = self.forget.mask & self.retain.mask
+            forget, retain = (c.scores[shared] for c in (self.forget, self.retain))
         else:
             raise MansuError(f"conflict: what={what!r}; choose nodes or edges")
         frame["forget"], frame["retain"] = forget.tolist(), retain.tolist()
@@ -78,16 +87,8 @@ def conflict(forget: Circuit, retain: Circuit) -> Conflict:
     Raises:
         MansuError: circuits of different architectures.
     """
-    both = set(_senders(retain))
-    jaccard = forget.jaccard(retain)
-    shared = (forget.mask & retain.mask).nonzero().tolist()
-    return Conflict(
-        forget=forget,
-        retain=retain,
-        edges=tuple((forget.writers[w], forget.readers[r]) for w, r in shared),
-        nodes=tuple(name for name in _senders(forget) if name in both),
-        jaccard=jaccard,
-    )
+    forget.require_same_graph(retain)
+    return Conflict(forget, retain)
 
 
 def _senders(circuit: Circuit) -> list[str]:

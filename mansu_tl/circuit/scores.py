@@ -6,21 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import AttributionResult
 
 from mansu_tl.circuit import transformer_lens_io as interop
-from mansu_tl.circuit.graph import Graph, edge_frame, require_names
+from mansu_tl.circuit.graph import Graph, OnGraph
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint
-from mansu_tl.results.result import Result, Table
+from mansu_tl.results.result import Table
 from mansu_tl.results.serialise import MismatchError, require_finite
 
 
 @dataclass(frozen=True)
-class EdgeScores(Result):
+class EdgeScores(OnGraph):
     """How much each edge supports the answer: positive = it does.
 
     Attributes:
@@ -69,14 +70,11 @@ class EdgeScores(Result):
 
     def __getitem__(self, edge: tuple[str, str]) -> float:
         """The score of one edge, by names."""
-        writer, reader = edge
-        if writer not in self.writers or reader not in self.readers:
-            raise MansuError(f"edge {writer} -> {reader}: not in these scores; see .writers and .readers")
-        return self.tensor[self.writers.index(writer), self.readers.index(reader)].item()
+        return self.tensor[self.at(*edge)].item()
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row an edge, largest |score| first."""
-        return edge_frame(self.writers, self.readers, self.exists, self.tensor)
+        return self.frame(self.exists, self.tensor)
 
     def to_transformer_lens(self) -> AttributionResult:
         """The scores as TransformerLens's `AttributionResult`, edges and writers, position by position.
@@ -86,12 +84,13 @@ class EdgeScores(Result):
         Raises:
             MansuError: scores that were not kept by position, or of a model with grouped-query attention.
         """
-        if self.per_position is None:
-            raise MansuError(
-                "edge scores: they are added up over positions, TransformerLens names every position; score with "
-                "per_position=True"
-            )
-        return interop.result_of(self.per_position, self.positions, self.writers, self.readers, self.exists)
+        table = interop.from_start("edge scores", self.per_position, self.positions)
+        edges = {
+            edge: score
+            for position, row in enumerate(table[:, self.exists].tolist())
+            for edge, score in zip(interop.edges_at(self, self.exists, position), row, strict=True)
+        }
+        return AttributionResult(node_scores=interop.by_node(self.writers, table.sum(2)), edge_scores=edges)
 
     @classmethod
     def from_transformer_lens(
@@ -114,8 +113,21 @@ class EdgeScores(Result):
         Raises:
             MansuError: a result of another model, or without edge scores.
         """
-        graph = Graph.of(model)
-        per_position = interop.scores_of(result, graph)
+        edges, graph = result.edge_scores, Graph.of(model)
+        if not edges:
+            raise MansuError(
+                "TransformerLens result: it has no edge scores; run attribution_patch with "
+                "EdgeAttributionConfig(granularity='edge')"
+            )
+        place, count = interop.places(graph), 1 + max(writer.position for writer, _ in edges)
+        per_position = torch.zeros(count, *graph.exists.shape)
+        for edge, score in edges.items():
+            per_position[edge[0].position][place(edge)] = score
+        if len(edges) != count * graph.n_edges:
+            raise MansuError(
+                f"TransformerLens result: {len(edges)} edges, this model has {graph.n_edges} at each of {count} positions; "
+                "pass the result of the same model"
+            )
         tensor = per_position.sum(0)
         return cls(
             tensor=tensor,
@@ -135,9 +147,7 @@ class EdgeScores(Result):
         )
 
     def _check(self) -> None:
-        possible = require_names(self.writers, self.readers)
-        if self.tensor.shape != possible.shape:
-            raise MismatchError(f"'tensor' is {tuple(self.tensor.shape)}, its names ask for {tuple(possible.shape)}")
+        possible = self._possible("tensor")
         require_finite({"tensor": self.tensor})
         if (self.exists & ~possible).any() or (self.tensor[~self.exists] != 0).any():
             raise MismatchError("it scores edges that no model has")

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mansu_tl.circuit.graph import kv_groups, prune, writers_behind
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -36,23 +35,13 @@ def top_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor, "
 
 
 @torch_defaults()
-def threshold_mask(scores: EdgeScores, threshold: float, by: str = "absolute") -> Bool[Tensor, "writer reader"]:
-    """The existing edges whose |score| (or score) is at least `threshold`."""
-    return (strength(scores, by) >= threshold) & scores.exists
-
-
-@torch_defaults()
 def greedy_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor, "writer reader"]:
     """`n` edges grown backwards from the logits, the strongest edge into what is already reached each time.
 
     The greedy search of EAP-IG's code (Hanna et al. 2024, arXiv 2403.17806): reaching a writer opens the edges into
     its own inputs. Every edge then leads on to the logits; ties go to the earlier edge.
     """
-    groups = kv_groups(scores.writers, scores.readers)
-    feeders: dict[str, list[int]] = {}
-    for r, reader in enumerate(scores.readers):
-        for writer in writers_behind(reader, groups):
-            feeders.setdefault(writer, []).append(r)
+    feeders = [column.nonzero()[:, 0].tolist() for column in scores.feeds().T]
     ranked, exists = strength(scores, by).tolist(), scores.exists.tolist()
     mask = torch.zeros_like(scores.exists)
     opened: set[int] = set()
@@ -71,7 +60,7 @@ def greedy_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor
             break
         _, w, r = heapq.heappop(heap)
         mask[w, r] = True
-        for feeder in feeders.get(scores.writers[w], []):
+        for feeder in feeders[w]:
             open_reader(feeder)
     return mask
 
@@ -93,8 +82,7 @@ def pruned_masks(
     scores: EdgeScores, sizes: Sequence[int], select: str = "top", by: str = "absolute"
 ) -> list[Bool[Tensor, "writer reader"]]:
     """The circuits of several sizes: `selected_mask`, pruned."""
-    groups = kv_groups(scores.writers, scores.readers)
-    return [prune(selected_mask(scores, n, select, by), scores.writers, scores.readers, groups) for n in sizes]
+    return [scores.pruned(selected_mask(scores, n, select, by)) for n in sizes]
 
 
 @torch_defaults()

@@ -8,7 +8,10 @@ those reproduce its own ablated value. Nothing is approximated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count, groupby
 
 import numpy as np
 
@@ -96,14 +99,30 @@ def plan(anatomy: Anatomy, live: np.ndarray, consistent: bool) -> Plan:
     return _Numbering(anatomy, live, consistent).plan()
 
 
-@dataclass
 class _Layer:
-    inputs: dict[bytes, int] = field(default_factory=dict)
-    owned: dict[int, list[int]] = field(default_factory=dict)
-    owner: dict[int, tuple[int, int]] = field(default_factory=dict)
-    projections: dict[tuple[int, int], None] = field(default_factory=dict)
-    instances: dict[tuple[int, int, int, int], int] = field(default_factory=dict)
-    mlp: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    """One layer's values by what identifies them.
+
+    Attributes:
+        inputs: the number of every distinct attention input, from 1 up.
+        owner: by number - 1, the first mask that has the input, and its column there.
+        projections: by number, the columns that project it.
+        instances: the value of every distinct (head, q input, k input, v input).
+        mlp: of every distinct MLP input its value and the first mask that has it.
+    """
+
+    def __init__(self, fresh: Callable[[], int]) -> None:
+        self.inputs: dict[bytes, int] = {}
+        self.owner: list[tuple[int, int]] = []
+        self.projections: defaultdict[int, dict[int, None]] = defaultdict(dict)
+        self.instances: defaultdict[tuple[int, int, int, int], int] = defaultdict(fresh)
+        self.mlp: dict[bytes, tuple[int, int]] = {}
+
+    def number(self, mask: int, column: int, key: bytes) -> int:
+        """The number of a reader's input, 0 = ablated."""
+        if key and key not in self.inputs:
+            self.owner.append((mask, column))
+            self.inputs[key] = len(self.owner)
+        return self.inputs.get(key, 0)
 
 
 class _Numbering:
@@ -113,10 +132,10 @@ class _Numbering:
         # The value of every writer in every mask; 0 = its ablated value.
         self.values: np.ndarray = np.zeros(live.shape[:2], dtype=np.int32)
         self.values[:, 0] = (live[:, 0] != 0).any(-1)
-        self.last = 1
+        self.fresh = count(2).__next__
 
     def plan(self) -> Plan:
-        heads, wide = self.map.n_heads, self.map.n_heads + 2 * self.map.n_kv_heads + 1
+        heads, wide = self.map.n_heads, self.map.n_attention_readers + 1
         layers = [self._layer(1 + i * (heads + 1), i * wide) for i in range(self.map.n_layers)]
         distinct: dict[bytes, int] = {}
         final_of = [distinct.setdefault(row[0], len(distinct)) for row in self._keys(self.values.shape[1], [-1])]
@@ -124,11 +143,11 @@ class _Numbering:
         first_with = [final_of.index(i) for i in range(len(distinct))]
         used = {mask: self.values[mask].nonzero()[0] for mask in first_with}
         start, offset = {}, 0
-        consumers: dict[int, list[int]] = {}
+        consumers: defaultdict[int, list[int]] = defaultdict(list)
         for mask, writers in used.items():
             start[mask] = offset
-            for rank, writer in enumerate(writers.tolist()):
-                consumers.setdefault(int(self.values[mask, writer]), []).append(offset + rank)
+            for slot, value in enumerate(self.values[mask, writers].tolist(), offset):
+                consumers[value].append(slot)
             offset += len(writers)
 
         def reads(mask: int, limit: int, columns: list[int], projections: list[tuple[int, int]]) -> Reads:
@@ -141,14 +160,13 @@ class _Numbering:
             first, column = 1 + i * (heads + 1), i * wide
             attention: list[Reads] = []
             order: dict[tuple[int, int], int] = {}
-            of_owner: dict[int, list[tuple[int, int]]] = {}
-            for pair in layer.projections:
-                of_owner.setdefault(layer.owner[pair[1]][0], []).append(pair)
-            for mask, columns in layer.owned.items():
-                for pair in of_owner.get(mask, []):
-                    order[pair] = len(order)
-                pairs = [(layer.owner[number][1], c) for c, number in of_owner.get(mask, [])]
-                attention.append(reads(mask, first, [column + c for c in columns], pairs))
+            # Numbers were given mask by mask, so those that a mask owns follow each other.
+            for mask, group in groupby(enumerate(layer.owner, 1), key=lambda owned: owned[1][0]):
+                owned = [(number, column + c) for number, (_, c) in group]
+                pairs = [(at, c) for at, (number, _) in enumerate(owned) for c in layer.projections[number]]
+                for at, c in pairs:
+                    order[c, owned[at][0]] = len(order)
+                attention.append(reads(mask, first, [c for _, c in owned], pairs))
             rows, fill, by_head = self._rows(layer, order)
             limit = first if self.map.parallel else first + heads
             mlp = [reads(mask, limit, [column + wide - 1], []) for _, mask in layer.mlp.values()]
@@ -157,30 +175,32 @@ class _Numbering:
         return Plan(out, final, final_of, consumers, offset)
 
     def _layer(self, first: int, column: int) -> _Layer:
-        anatomy, layer = self.map, _Layer()
-        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.group
-        wide = heads + 2 * kv
-        keys = self._keys(first, list(range(column, column + wide)))
+        anatomy, layer = self.map, _Layer(self.fresh)
+        heads, wide = anatomy.n_heads, anatomy.n_attention_readers
         wanted = self._wanted(first, heads)
-        for mask, row in enumerate(keys):
-            numbers = [self._input(layer, mask, c, key) for c, key in enumerate(row)]
+        for mask, row in enumerate(self._keys(first, list(range(column, column + wide)))):
+            numbers = [layer.number(mask, c, key) for c, key in enumerate(row)]
             for h in range(heads):
-                kept = (numbers[h], numbers[heads + h // group], numbers[heads + kv + h // group])
-                if not wanted[mask, h] or (self.consistent and not any(kept)):
-                    continue
-                for c, number in zip((h, heads + h // group, heads + kv + h // group), kept, strict=True):
-                    if number:
-                        layer.projections[c, number] = None
-                self.values[mask, first + h] = self._value(layer.instances, (h, *kept))
+                columns = self._columns(h)
+                q, k, v = (numbers[c] for c in columns)
+                if wanted[mask, h] and (q or k or v or not self.consistent):
+                    for c in columns:
+                        if numbers[c]:
+                            layer.projections[numbers[c]][c] = None
+                    self.values[mask, first + h] = layer.instances[h, q, k, v]
         limit = first if anatomy.parallel else first + heads
         wanted = self._wanted(first + heads, 1)
-        for mask, row in enumerate(self._keys(limit, [column + wide])):
-            if wanted[mask, 0] and (row[0] or not self.consistent):
-                if row[0] not in layer.mlp:
-                    self.last += 1
-                    layer.mlp[row[0]] = (self.last, mask)
-                self.values[mask, first + heads] = layer.mlp[row[0]][0]
+        for mask, (key,) in enumerate(self._keys(limit, [column + wide])):
+            if wanted[mask, 0] and (key or not self.consistent):
+                if key not in layer.mlp:
+                    layer.mlp[key] = (self.fresh(), mask)
+                self.values[mask, first + heads] = layer.mlp[key][0]
         return layer
+
+    def _columns(self, head: int) -> tuple[int, int, int]:
+        """Where a head's q, k and v stand among the readers of a layer's attention."""
+        k = self.map.n_heads + head // self.map.group
+        return head, k, k + self.map.n_kv_heads
 
     def _keys(self, limit: int, columns: list[int]) -> list[list[bytes]]:
         """What identifies the input of each reader in each mask; empty where all of it is ablated."""
@@ -196,50 +216,29 @@ class _Numbering:
         weights = np.ascontiguousarray(np.where(carried != 0, live.transpose(0, 2, 1), 0).astype(np.float32))
         return [[k and k + w.tobytes() for k, w in zip(a, b, strict=True)] for a, b in zip(keys, weights, strict=True)]
 
-    def _wanted(self, first: int, count: int) -> np.ndarray:
-        return (self.live[:, first : first + count] != 0).any(-1)
-
-    def _input(self, layer: _Layer, mask: int, column: int, key: bytes) -> int:
-        """The number of a reader's input, 0 = ablated; the first mask that has it owns it."""
-        if not key:
-            return 0
-        number = layer.inputs.get(key)
-        if number is None:
-            number = layer.inputs[key] = len(layer.inputs) + 1
-            columns = layer.owned.setdefault(mask, [])
-            layer.owner[number] = (mask, len(columns))
-            columns.append(column)
-        return number
-
-    def _value(self, known: dict[tuple[int, int, int, int], int], key: tuple[int, int, int, int]) -> int:
-        if key not in known:
-            self.last += 1
-            known[key] = self.last
-        return known[key]
+    def _wanted(self, first: int, n: int) -> np.ndarray:
+        return (self.live[:, first : first + n] != 0).any(-1)
 
     def _rows(
         self, layer: _Layer, order: dict[tuple[int, int], int]
     ) -> tuple[int, dict[int, list[tuple[int, int]]], dict[int, list[tuple[int, int]]]]:
         """Place the head instances: heads of one KV group share a row's key and value, others are independent."""
-        anatomy = self.map
-        heads, kv, group = anatomy.n_heads, anatomy.n_kv_heads, anatomy.group
-        fill: dict[int, list[tuple[int, int]]] = {}
-        by_head: dict[int, list[tuple[int, int]]] = {}
-        rows_of_group: dict[int, int] = {}
-        placed: dict[tuple[int, int, int], list[int]] = {}
-        instances_of: dict[tuple[int, int, int, int], int] = {}
+        fill: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        by_head: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        placed: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
+        rows_of_group: Counter[int] = Counter()
+        seen: Counter[tuple[int, int, int]] = Counter()
         for (h, q, k, v), value in layer.instances.items():
-            g = h // group
-            rows = placed.setdefault((g, k, v), [])
-            index = instances_of.get((h, g, k, v), 0)
-            instances_of[h, g, k, v] = index + 1
+            g, needs = h // self.map.group, list(zip(self._columns(h), (q, k, v), strict=True))
+            rows, index = placed[g, k, v], seen[h, k, v]
+            seen[h, k, v] += 1
             if index == len(rows):
-                rows.append(rows_of_group.get(g, 0))
-                rows_of_group[g] = rows[-1] + 1
-                for column, number in ((heads + g, k), (heads + kv + g, v)):
-                    if number:
-                        fill.setdefault(column, []).append((rows[-1], order[column, number]))
-            if q:
-                fill.setdefault(h, []).append((rows[index], order[h, q]))
-            by_head.setdefault(h, []).append((rows[index], value))
+                rows.append(rows_of_group[g])
+                rows_of_group[g] += 1
+            else:
+                needs = needs[:1]  # another head of the group has put the row's key and value there
+            for column, number in needs:
+                if number:
+                    fill[column].append((rows[index], order[column, number]))
+            by_head[h].append((rows[index], value))
         return max(rows_of_group.values(), default=0), fill, by_head

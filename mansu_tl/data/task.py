@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mansu_tl.data.masks import real_tokens
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.rows import (
     Asked,
@@ -46,6 +47,23 @@ class Sequences(Rows):
         tokens = whole_numbers("sequences: tokens", self.tokens, 2)
         lengths = checked_lengths("sequence", tokens, self.lengths)
         set_fields(self, tokens=without_padding("sequence", "text", tokens, lengths), lengths=lengths)
+
+    @property
+    def real(self) -> Bool[Tensor, "row pos"]:
+        """Which tokens lie inside their sequence."""
+        return real_tokens(self.tokens, self.lengths)
+
+    def trimmed(self) -> Sequences:
+        """The same without the columns that are padding in every row."""
+        return with_values(self, tokens=self.tokens[:, : int(self.lengths.max())])
+
+    def joined(self, other: Sequences) -> Sequences:
+        """These rows, then the other's, padded to one width."""
+        if not len(other):
+            return self
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+        rows = [torch.nn.functional.pad(text.tokens, (0, width - text.tokens.shape[1])) for text in (self, other)]
+        return with_values(self, tokens=torch.cat(rows), lengths=torch.cat([self.lengths, other.lengths]))
 
     def __repr__(self) -> str:
         return f"Sequences({len(self)} sequences of up to {self.tokens.shape[1]} tokens)"

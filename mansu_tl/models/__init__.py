@@ -6,7 +6,7 @@ from mansu_tl.models.families import Family, register_family
 from mansu_tl.models.fingerprint import fingerprint
 from mansu_tl.models.loading import load
 from mansu_tl.models.saving import save
-from mansu_tl.models.state import home, require_ready
+from mansu_tl.models.state import home, require_copyable, require_ready
 from mansu_tl.models.tree import parameters
 from mansu_tl.models.weights import (
     AttentionWeights,
@@ -44,6 +44,7 @@ __all__ = [
     "plain",
     "rebuild",
     "register_family",
+    "require_copyable",
     "require_ready",
     "save",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -51,12 +51,10 @@ def pass_cache_on(bridge: TransformerBridge) -> None:
 @contextmanager
 def cache_passed_on(bridge: TransformerBridge) -> Iterator[None]:
     """The same inside, for a bridge that was booted elsewhere."""
-    handles = [block.attn.register_forward_pre_hook(_renamed, with_kwargs=True) for block in bridge.blocks]
-    try:
+    with ExitStack() as hooks:
+        for block in bridge.blocks:
+            hooks.enter_context(block.attn.register_forward_pre_hook(_renamed, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _as_asked_for(hf: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

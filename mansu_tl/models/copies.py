@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models.cache import pass_cache_on
 from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import compute_from_codes, packed, repack, require_dense, splitter
-from mansu_tl.models.tree import Model, blank, buffers, groups, hf_of, matched, require_in_step
+from mansu_tl.models.tree import Model, blank, buffers, hf_of, parameters, require_in_step, tied_names
 
 
 @torch_defaults()
@@ -32,7 +33,7 @@ def plain(model: Model) -> PreTrainedModel:
         MansuError: folded, 4-bit or otherwise packed weights, or a gpt_neox bridge whose parts disagree.
     """
     require_dense(model, "a plain copy")
-    return _copy(model, {})
+    return duplicate(model)
 
 
 def float32_copy(model: Model) -> PreTrainedModel:
@@ -44,12 +45,6 @@ def float32_copy(model: Model) -> PreTrainedModel:
         MansuError: as `plain`.
     """
     return cast(plain(model), torch.float32)
-
-
-@torch_defaults()
-def duplicate(model: Model) -> PreTrainedModel:
-    """As `plain`, but 4-bit layers stay 4-bit: their packed bytes are copied."""
-    return _copy(model, {})
 
 
 @torch_defaults()
@@ -65,7 +60,7 @@ def rebuild(model: Model, values: Mapping[str, Tensor] | None = None) -> Transfo
             round, or a model that `plain` refuses.
     """
     require_dense(model, "editing")
-    fresh = _copy(model, values or {})
+    fresh = duplicate(model, values or {})
     if isinstance(model, TransformerBridge):
         return boot(fresh, model.tokenizer, model.cfg.model_name)
     return boot(fresh, None, model.config.name_or_path or "model")
@@ -142,10 +137,14 @@ def _as_it_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
         tokenizer.init_kwargs = before
 
 
-def _copy(model: Model, values: Mapping[str, Tensor]) -> PreTrainedModel:
-    source, fresh = hf_of(model), blank(model)
-    tied = groups(fresh)
-    live = matched(model, tied)
+@torch_defaults()
+def duplicate(model: Model, values: Mapping[str, Tensor] = MappingProxyType({})) -> PreTrainedModel:
+    """As `plain`, but 4-bit layers stay 4-bit: their packed bytes are copied.
+
+    Args:
+        values: new values by parameter name, as in `rebuild`.
+    """
+    live, tied, fresh = parameters(model), tied_names(model), blank(model)
     repack(fresh, model)
     _require_unpacked(live)
     require_in_step(model)
@@ -163,7 +162,7 @@ def _copy(model: Model, values: Mapping[str, Tensor]) -> PreTrainedModel:
         if name not in live_buffers:
             raise MansuError(f"{name}: buffer not found in this model; load it with mansu_tl.load")
         _put(fresh, name, live_buffers[name].detach().clone(), "_buffers")
-    fresh.generation_config = copy.deepcopy(source.generation_config)
+    fresh.generation_config = copy.deepcopy(hf_of(model).generation_config)
     return fresh.eval()
 
 

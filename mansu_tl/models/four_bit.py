@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -166,31 +167,18 @@ class _FusedPart(nn.Module):
         self.source = (fused,)
         self.kind, self.heads, self.part = kind, heads, part
 
-    def matrix(self) -> Float[Tensor, "d_out d_model"]:
-        weight: Any = self.source[0]._parameters["weight"]
-        whole = bnb.functional.dequantize_4bit(weight.data, quantization_state(weight))
-        return self.kind.fused_parts(whole, self.heads)[self.part].flatten(0, 1).contiguous()
-
-    def offset(self) -> Float[Tensor, " d_out"] | None:
-        bias = self.source[0]._parameters.get("bias")
-        return None if bias is None else self.kind.fused_parts(bias, self.heads)[self.part].flatten()
-
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_out"]:
-        out: Tensor = _Product.apply(x, self)
+        # Dequantized again on the way back, as by bitsandbytes itself: the graph keeps no dense matrix.
+        out: Tensor = checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)
         return out
 
-
-class _Product(torch.autograd.Function):
-    """A product that dequantizes again on its way back, as bitsandbytes' own: the graph keeps no dense matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: _FusedPart) -> Tensor:
-        ctx.part = part
-        return nn.functional.linear(x, part.matrix(), part.offset())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] @ ctx.part.matrix(), None
+    def _product(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_out"]:
+        weight: Any = self.source[0]._parameters["weight"]
+        bias = self.source[0]._parameters.get("bias")
+        whole = bnb.functional.dequantize_4bit(weight.data, quantization_state(weight))
+        rows = self.kind.fused_parts(whole, self.heads)[self.part].flatten(0, 1).contiguous()
+        offset = None if bias is None else self.kind.fused_parts(bias, self.heads)[self.part].flatten()
+        return nn.functional.linear(x, rows, offset)
 
 
 def _layer(source: type[nn.Module], codes: Tensor, state: Any, bias: Tensor | None) -> Any:

@@ -27,7 +27,7 @@ from mansu_tl.models.copies import boot, cast, duplicate, forget_source_format
 from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import convert, is_four_bit, quantization_config, require_kind, stored_kind
 from mansu_tl.models.kinds import adapter_layer, way_to_load
-from mansu_tl.models.placement import DeviceMap, place, require_map, require_placed
+from mansu_tl.models.placement import DeviceMap, one_line, place, require_device, require_map, require_placed
 from mansu_tl.models.quiet import quiet
 from mansu_tl.results.files import local, read_text
 
@@ -95,7 +95,7 @@ def load(
     """
     if quantized is not None:
         quantization_config(quantized, torch.float32)
-    target = _device(device)
+    target = require_device("device", device)
     if device_map is not None and target != torch.device("cpu"):
         raise MansuError(f"device {str(device)!r}: given beside device_map, which says where everything goes; drop one")
     if dtype is not None and not dtype.is_floating_point:
@@ -154,15 +154,6 @@ def _options(
         # bitsandbytes keeps the dtype to compute in; `boot` sets it again from the weights as they come.
         options["quantization_config"] = quantization_config(quantized, dtype or torch.float32)
     return options
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise MansuError(f"device {str(device)!r}: not usable here ({_line(error)}); use 'cpu'") from None
-    return place
 
 
 def embedded_folder(name: str) -> Path:
@@ -230,7 +221,7 @@ def _reading(name: str, problem: str, way_out: str) -> Iterator[None]:
         with quiet():
             yield
     except _UNREADABLE as error:
-        raise MansuError(f"{name}: {problem} ({_line(error)}); {way_out}") from None
+        raise MansuError(f"{name}: {problem} ({one_line(error)}); {way_out}") from None
 
 
 def _config(name: str, where: Path | str) -> PretrainedConfig:
@@ -274,9 +265,3 @@ def _require_finite(name: str, hf: PreTrainedModel) -> None:
     for key, value in hf.named_parameters():
         if getattr(value, "quant_state", None) is None and not torch.isfinite(value).all():
             raise MansuError(f"{name}: {key} holds NaN or infinity; the checkpoint is broken or its dtype too narrow")
-
-
-def _line(error: BaseException) -> str:
-    """An error's message on one line, cut short."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:157]}..."

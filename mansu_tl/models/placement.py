@@ -33,22 +33,32 @@ def require_map(name: str, blank: PreTrainedModel, device_map: DeviceMap) -> Non
     try:
         check_device_map(blank, device_map)
     except ValueError as error:
-        line = " ".join(str(error).split())
-        raise MansuError(f"{name}: device_map leaves modules out ({line[:120]}); name them, or '' for all") from None
+        raise MansuError(
+            f"{name}: device_map leaves modules out ({one_line(error)}); name them, or '' for all"
+        ) from None
     for path, device in device_map.items():
         if str(device).lower() in ("disk", "meta"):
             raise MansuError(
                 f"{name}: device_map puts {path or 'the model'} on {device}, where weights have no values between "
                 "forwards; map it to a device with memory, or pass quantized='nf4'"
             )
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            line = " ".join(str(error).split())[:120]
-            raise MansuError(
-                f"{name}: device_map puts {path or 'the model'} on {device!r}: not usable here ({line})"
-            ) from None
+        require_device(f"{name}: device_map puts {path or 'the model'} on", device)
     _require_resident(name, device_map)
+
+
+def require_device(what: str, device: str | int | torch.device) -> torch.device:
+    """A device, if tensors can be put there; `what` begins the error where they cannot."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        shown = str(device) if isinstance(device, torch.device) else device
+        raise MansuError(f"{what} {shown!r}: not usable here ({one_line(error)}); use 'cpu'") from None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, cut short."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def place(name: str, hf: PreTrainedModel, device_map: DeviceMap) -> PreTrainedModel:

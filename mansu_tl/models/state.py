@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +33,7 @@ def computing_dtype(model: nn.Module) -> torch.dtype:
     return dtype
 
 
-def require_ready(model: nn.Module, tokens: Int[Tensor, "row pos"] | None = None, *, copied: bool = False) -> None:
+def require_ready(model: nn.Module, tokens: Int[Tensor, "row pos"] | None = None) -> None:
     """Refuse a model that would not give its own numbers.
 
     Hooks that `add_hook` left on a bridge are refused whatever they do; those of a `with model.hooks(...)` that is still
@@ -42,31 +42,38 @@ def require_ready(model: nn.Module, tokens: Int[Tensor, "row pos"] | None = None
 
     Args:
         tokens: prompts that it is about to be run on; the first is what such hooks are tried on.
-        copied: its weights are going to be run in a copy, where no hook is: none may be there.
 
     Raises:
-        MansuError: it is no model or one that cannot be copied, it is in training mode, hooks were left on it, its
-            weights were made under `inference_mode`, or it has to be copied and is spread over several devices.
+        MansuError: it is in training mode, hooks were left on it, or its weights were made under `inference_mode`.
     """
-    if copied:
-        parameters(cast(Model, model))
     inside: nn.Module = model.original_model if isinstance(model, TransformerBridge) else model
     if inside.training:
         raise MansuError("model: it is in training mode, so dropout would change the numbers; call model.eval() first")
-    places = sorted({str(parameter.device) for parameter in inside.parameters()}) if copied else []
-    if len(places) > 1:
-        raise MansuError(
-            f"model: it is spread over {', '.join(places)}, and training works on a copy in one place; load it with "
-            "device= instead of device_map="
-        )
     if next(inside.parameters()).is_inference():
         raise MansuError(
             "model: its weights were made under torch.inference_mode(), so nothing can be differentiated through them; "
             "load it with mansu_tl.load"
         )
     if isinstance(model, TransformerBridge):
-        _require_no_hooks(model, -1 if copied else model.context_level)
+        _require_no_hooks(model, model.context_level)
     _require_no_torch_hooks(model, tokens)
+
+
+def require_copyable(model: Model, tokens: Int[Tensor, "row pos"] | None = None) -> None:
+    """`require_ready` of a model whose weights are going to be run in a copy, where no hook is: none may be there.
+
+    Raises:
+        MansuError: as `require_ready`, it is no model or one that cannot be copied, or it is spread over several devices.
+    """
+    places = sorted({str(parameter.device) for parameter in parameters(model).values()})
+    if len(places) > 1:
+        raise MansuError(
+            f"model: it is spread over {', '.join(places)}, and training works on a copy in one place; load it with "
+            "device= instead of device_map="
+        )
+    if isinstance(model, TransformerBridge):
+        _require_no_hooks(model, -1)
+    require_ready(model, tokens)
 
 
 def _require_no_hooks(model: TransformerBridge, level: int) -> None:

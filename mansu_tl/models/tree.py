@@ -89,12 +89,15 @@ def blank(model: Model) -> PreTrainedModel:
         return type(source)(config)
 
 
-def groups(fresh: nn.Module) -> list[list[str]]:
-    """Parameter names of an unbridged model, tied ones together, in HF's order."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in fresh.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
+def tied_names(model: Model) -> list[list[str]]:
+    """Parameter names of a fresh model of the same config, tied ones together, in HF's order; kept beside the model."""
+    kept: dict[str, Any] = hf_of(model).__dict__
+    if _NAMES not in kept:
+        names: dict[int, list[str]] = {}
+        for name, parameter in blank(model).named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        kept[_NAMES] = list(names.values())
+    return kept[_NAMES]
 
 
 def parameters(model: Model) -> dict[str, Tensor]:
@@ -107,19 +110,6 @@ def parameters(model: Model) -> dict[str, Tensor]:
     Raises:
         MansuError: the bridge's weights were folded or untied (compatibility mode), or a name cannot be found.
     """
-    return matched(model, _names(model))
-
-
-def _names(model: Model) -> list[list[str]]:
-    """`groups` of a blank model, kept beside the model: they depend on its config alone."""
-    kept: dict[str, Any] = hf_of(model).__dict__
-    if _NAMES not in kept:
-        kept[_NAMES] = groups(blank(model))
-    return kept[_NAMES]
-
-
-def matched(model: Model, tied: list[list[str]]) -> dict[str, Tensor]:
-    """`parameters`, for a caller that already has the names."""
     if isinstance(model, TransformerBridge) and getattr(model, "_weights_processed", False):
         raise MansuError(
             "model: its weights were folded (enable_compatibility_mode or process_weights), so they are no longer "
@@ -128,7 +118,7 @@ def matched(model: Model, tied: list[list[str]]) -> dict[str, Tensor]:
     family(model)
     live = {_join(n, k): p for n, m in modules(model) for k, p in m._parameters.items() if p is not None}
     out: dict[str, Tensor] = {}
-    for names in tied:
+    for names in tied_names(model):
         for name in names:
             if name not in live:
                 if adapter_layer(hf_of(model)) is not None:

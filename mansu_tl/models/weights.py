@@ -113,13 +113,8 @@ def norm_weights(
         MansuError: no such norm or layer.
     """
     kind = family(model)
-    paths = {
-        "attn": kind.attn_norm,
-        "mlp": kind.mlp_norm,
-        "attn_post": kind.attn_post_norm,
-        "mlp_post": kind.mlp_post_norm,
-        "final": kind.final_norm,
-    }
+    kinds = ("attn", "mlp", "attn_post", "mlp_post", "final")
+    paths: dict[str, str | None] = {name: getattr(kind, f"{name}_norm") for name in kinds}
     path = paths.get(which)
     if path is None:
         have = ", ".join(name for name, value in paths.items() if value is not None)

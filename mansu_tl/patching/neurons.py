@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.data import PromptPairs, positions
+from mansu_tl.data import Positions, PromptPairs, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
@@ -91,14 +92,41 @@ def neuron_attribution(
     if steps is not None and steps < 1:
         raise MansuError(f"attribution: steps={steps}; choose at least one, or None for the ends")
     pairs = prepared(model, pairs)
-    anatomy = Anatomy.of(model)
-    neurons = anatomy.hooks("neurons")
-    ends = {"both": [CLEAN, CORRUPT], "clean": [CLEAN], "corrupt": [CORRUPT]}
+    ends = {"both": (CLEAN, CORRUPT), "clean": (CLEAN,), "corrupt": (CORRUPT,)}
     alphas = ends[at] if steps is None else between(steps)
     where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
+    options: dict[str, Any] = {"signed": signed, "metric": metric, "batch_size": batch_size, "progress": progress}
+    tensor, by_position = mean_effects(model, pairs, alphas, where=where, **options)
+    return NeuronScores(
+        tensor=tensor,
+        signed=signed,
+        at=at if steps is None else "path",
+        metric=metric_name(metric),
+        per_position=None if where is None else by_position,
+        positions=() if where is None else where.names,
+    )
+
+
+def mean_effects(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    alphas: Sequence[float] = (CLEAN, CORRUPT),
+    *,
+    signed: bool = False,
+    metric: Metric = logit_difference,
+    where: Positions | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> tuple[Float[Tensor, "layer neuron"], Float[Tensor, "pos layer neuron"]]:
+    """The scores of pairs that are known to fit the model, over positions and by position (no rows without `where`).
+
+    Args:
+        alphas: the points between the ends at which the gradient is taken and averaged.
+    """
+    anatomy = Anatomy.of(model)
+    neurons = anatomy.hooks("neurons")
     total = torch.zeros(anatomy.n_layers, anatomy.d_mlp, dtype=torch.float64)
-    shape = (0 if where is None else len(where.names), anatomy.n_layers, anatomy.d_mlp)
-    by_position = torch.zeros(shape, dtype=torch.float64)
+    by_position = torch.zeros(0 if where is None else len(where.names), *total.shape, dtype=torch.float64)
     for piece, chunk in tqdm(list(chunks(pairs, batch_size)), desc="neurons", unit="batch", disable=not progress):
         path = Path(model, chunk, metric, at_ends=neurons, slopes=neurons)
         slopes = path.mean_gradients(alphas)
@@ -110,11 +138,4 @@ def neuron_attribution(
             if where is not None:
                 where.add(by_position[:, i], piece, token)
     require_finite("neuron scores", total, model)
-    return NeuronScores(
-        tensor=(total / len(pairs)).float(),
-        signed=signed,
-        at=at if steps is None else "path",
-        metric=metric_name(metric),
-        per_position=None if where is None else (by_position / len(pairs)).float(),
-        positions=() if where is None else where.names,
-    )
+    return (total / len(pairs)).float(), (by_position / len(pairs)).float()

@@ -158,18 +158,16 @@ def _scores(
     path = Path(model, pairs, metric, at_ends=seen, slopes={"embed": anatomy.hook("stream", 0), **hooks})
     grads = path.mean_gradients(alphas)
     ends = [path.ends[end].values for end in (CORRUPT, CLEAN)]
-    parts = [_dot(grads["embed"], ends[1]["embed"].float() - ends[0]["embed"].float())[..., None]]
 
-    def heads(key: str, count: int) -> Tensor:
-        change = heads_last(ends[1][key].float() - ends[0][key].float(), count)
-        return (heads_last(grads[key], count) * change).sum(-1)
+    def effect(key: str, count: int = 1) -> Float[Tensor, "pair pos node"]:
+        change = ends[1][key].float() - ends[0][key].float()
+        return (heads_last(grads[key], count) * heads_last(change, count)).sum(-1)
 
+    parts = [effect("embed")]
     for i in anatomy.layers:
-        parts.append(heads(f"z{i}", anatomy.n_heads))
-        change = ends[1][f"mlp_out{i}"].float() - ends[0][f"mlp_out{i}"].float()
-        parts.append(_dot(grads[f"mlp_out{i}"], change)[..., None])
+        parts += [effect(f"z{i}", anatomy.n_heads), effect(f"mlp_out{i}")]
     counts = anatomy.heads_of if qkv else {}
-    per_layer = {f"{r}{i}": heads(f"{r}{i}", count) for i in anatomy.layers for r, count in counts.items()}
+    per_layer = {f"{r}{i}": effect(f"{r}{i}", count) for i in anatomy.layers for r, count in counts.items()}
     joint = {key: value.sum(1) for key, value in per_layer.items()}
     if qk_fix:
         end = int(alphas[0])
@@ -177,19 +175,15 @@ def _scores(
         sign = 1.0 if end == 0 else -1.0  # patching the clean run with corrupt values takes the effect away
         tokens = pairs.clean if end else pairs.corrupt
         for r in "qk":
-            for i, effect in enumerate(pattern_effects(model, tokens, base, other, grads, r, [slice(None)])):
-                joint[f"{r}{i}"] = sign * effect[0].sum(1)
+            for i, fixed in enumerate(pattern_effects(model, tokens, base, other, grads, r, [slice(None)])):
+                joint[f"{r}{i}"] = sign * fixed[0].sum(1)
                 if r == "q":
-                    per_layer[f"q{i}"] = sign * effect[0]
+                    per_layer[f"q{i}"] = sign * fixed[0]
         for start in range(0, tokens.shape[1] if by_token else 0, _COPIES):
             stop = min(start + _COPIES, tokens.shape[1])
             places = [slice(place, place + 1) for place in range(start, stop)]
-            for i, effect in enumerate(pattern_effects(model, tokens, base, other, grads, "k", places)):
-                per_layer[f"k{i}"][:, start:stop] = sign * effect.sum(2).transpose(0, 1)
+            for i, fixed in enumerate(pattern_effects(model, tokens, base, other, grads, "k", places)):
+                per_layer[f"k{i}"][:, start:stop] = sign * fixed.sum(2).transpose(0, 1)
     order = [f"{r}{i}" for i in anatomy.layers for r in "qkv"] if qkv else []
     token = torch.cat([*parts, *(per_layer[key] for key in order)], -1)
     return token, torch.cat([*(p.sum(1) for p in parts), *(joint[key] for key in order)], -1)
-
-
-def _dot(a: Float[Tensor, "pair pos d_model"], b: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos"]:
-    return (a * b).sum(-1)

@@ -166,18 +166,19 @@ def activation_patching(
     bar = tqdm(total=len(parts) * values[0].numel(), desc=f"patching {component}", unit="cell", disable=not progress)
     with torch.no_grad(), bar:
         for where, chunk in parts:
-            sweep = _sweep(cells, chunk, direction, ablation)
-            ends[0, where] = measured(metric, sweep.clean_logits, chunk).double().cpu()
-            ends[1, where] = measured(metric, sweep.corrupt_logits, chunk).double().cpu()
+            base, source, first, both = _runs(cells, chunk, direction, ablation)
+            for i, logits in enumerate(both):
+                ends[i, where] = measured(metric, logits, chunk).double().cpu()
+            latest = int(chunk.lengths.min()) - 1
             # A cell that is not run has the value of the run it would be put into.
             values[where] = ends[1 if direction == "denoising" else 0, where][:, None, None]
             done = 0
             for layer in range(anatomy.n_layers):
-                wanted = cells.of_layer(layer, sweep.first)
+                wanted = cells.of_layer(layer, first)
                 for i in range(0, len(wanted), cells_per_batch):
                     group = wanted[i : i + cells_per_batch]
-                    start = min([sweep.latest_start, *(sweep.first if p is None else p for *_, p in group)])
-                    logits = cells.run(sweep.base, sweep.source, layer, start, group)
+                    start = min([latest, *(first if p is None else p for *_, p in group)])
+                    logits = cells.run(base, source, layer, start, group)
                     for (row, column, _, _), part in zip(group, logits, strict=True):
                         values[where, row, column] = measured(metric, part, chunk).double().cpu()
                     bar.update(len(group))
@@ -208,30 +209,20 @@ def activation_patching(
     return replace(result, per_pair=values.float(), pair_clean=ends[0].float(), pair_corrupt=ends[1].float())
 
 
-@dataclass(frozen=True)
-class _Sweep:
-    """One batch: the run to patch into, the values to put in, and where the two begin to differ."""
-
-    base: Base
-    source: Callable[[str, int], Tensor]
-    first: int
-    latest_start: int
-    clean_logits: Float[Tensor, "pair vocab"]
-    corrupt_logits: Float[Tensor, "pair vocab"]
-
-
-def _sweep(cells: Cells, pairs: PromptPairs, direction: str, ablation: Ablation) -> _Sweep:
-    model, latest = cells.model, int(pairs.lengths.min()) - 1
-    clean = record_base(model, pairs.clean, pairs.lengths, cells.roles)
+def _runs(
+    cells: Cells, pairs: PromptPairs, direction: str, ablation: Ablation
+) -> tuple[Base, Callable[[str, int], Tensor], int, tuple[Tensor, Tensor]]:
+    """The run to patch into, the values to put in, the position from which the two differ, and the logits of both ends."""
+    clean = record_base(cells.model, pairs.clean, pairs.lengths, cells.roles)
     if ablation.kind != "corrupt":
-        ablated = ablation.activations(model, pairs)
-        return _Sweep(clean, partial(_ablated, clean, ablated), 0, latest, clean.logits, ablated.logits)
-    corrupt = record_base(model, pairs.corrupt, pairs.lengths, cells.roles)
+        ablated = ablation.activations(cells.model, pairs)
+        return clean, partial(_ablated, clean, ablated), 0, (clean.logits, ablated.logits)
+    corrupt = record_base(cells.model, pairs.corrupt, pairs.lengths, cells.roles)
     base, other = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
     # Up to the first changed token both runs are the same.
     differs = (pairs.clean != pairs.corrupt).any(0).nonzero()
     first = int(differs[0]) if len(differs) else pairs.clean.shape[1] - 1
-    return _Sweep(base, other.value, first, latest, clean.logits, corrupt.logits)
+    return base, other.value, first, (clean.logits, corrupt.logits)
 
 
 def _ablated(clean: Base, run: Recording, role: str, layer: int) -> Tensor:

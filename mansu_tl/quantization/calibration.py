@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
-from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, linear_weights, orient
 from mansu_tl.models.tree import family
 from mansu_tl.quantization.quantizer import CalibratedQuantizer, Inputs
+from mansu_tl.runs.values import watched
 
 _MOST_BYTES = 2**30
 
@@ -38,28 +38,19 @@ def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, bat
     count = 0
     real = torch.empty(0)
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0][real.to(inputs[0].device)].float()
-            moments[name] = moments.get(name, 0) + x.T @ x
-            magnitudes[name] = magnitudes.get(name, 0) + x.abs().sum(0)
+    def add(name: str, entered: Tensor, left: Tensor) -> None:
+        x = entered[real.to(entered.device)].float()
+        moments[name] = moments.get(name, 0) + x.T @ x
+        magnitudes[name] = magnitudes.get(name, 0) + x.abs().sum(0)
 
-        return hook
-
-    handles = [
-        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(watch(name)) for name in names
-    ]
     text = text.to(next(model.parameters()).device)
-    try:
+    with watched(model, names, add):
         for start in range(0, len(text), batch_size):
             batch = text[slice(start, start + batch_size)]
-            real = real_tokens(batch.tokens, batch.lengths)
+            real = batch.real
             count += int(real.sum())
             # Padding lies to the right of every real token, where causal attention does not look.
             model(batch.tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, moment in moments.items():
         if not torch.isfinite(moment).all():
             raise MansuError(f"calibration: inputs of {name} are not finite; check the weights and the text")

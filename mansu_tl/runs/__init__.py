@@ -2,7 +2,6 @@
 
 from mansu_tl.runs.ablation import Ablation, ablation
 from mansu_tl.runs.metrics import (
-    METRICS,
     Accuracy,
     accuracy,
     answer_log_prob,
@@ -13,7 +12,6 @@ from mansu_tl.runs.metrics import (
 )
 
 __all__ = [
-    "METRICS",
     "Ablation",
     "Accuracy",
     "ablation",

@@ -1,20 +1,18 @@
 """What a component carries when it is switched off: its value on the corrupt prompt, zero, or a mean over other prompts.
 
-Zero and mean ablation have no run behind them, so the streams that readers see are put together from the writers'
-values: embedding, plus every head's z through W_O and the attention's bias (through the post-norm where the family has
-one), plus every MLP's output. What is switched off of `embed` is the token's embedding; a learned positional embedding
-(gpt2) stays where it is, as in EAP-IG's code.
+Zero and mean ablation are runs in which every writer's value is put in its place: the streams that readers see are what
+the model makes of those. What is switched off of `embed` is the token's embedding; a learned positional embedding (gpt2)
+stays where it is, as in EAP-IG's code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Sequences
@@ -22,11 +20,11 @@ from mansu_tl.data.fit import require_fit, require_sequences
 from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
+from mansu_tl.models import Anatomy
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
 from mansu_tl.results.result import Result
-from mansu_tl.runs.passes import Recording, put, record, run
+from mansu_tl.runs.passes import Hook, Recording, record
 
 KINDS = ("corrupt", "zero", "mean")
 
@@ -37,11 +35,12 @@ class Ablation(Result):
 
     Attributes:
         kind: "corrupt" (the pair's own counterfactual), "zero" or "mean".
-        means: for "mean", what every writer carries, with one row (all positions alike) or one row a position.
+        means: for "mean", what every writer carries, by `Anatomy.hooks`'s names ("stream0" is the embedding), with one row
+            (all positions alike) or one row a position.
     """
 
     kind: str = "corrupt"
-    means: _Means | None = None
+    means: Mapping[str, Float[Tensor, "pos d"]] | None = None
 
     def __repr__(self) -> str:
         return f"Ablation({self.kind})"
@@ -54,25 +53,18 @@ class Ablation(Result):
         """
         if self.kind == "corrupt":
             return record(model, pairs.corrupt, pairs.lengths)
-        anatomy = Anatomy.of(model)
-        count, width = pairs.clean.shape
-        if self.means is None:
-            stream = torch.zeros(count, width, anatomy.d_model, dtype=computing_dtype(model), device=pairs.clean.device)
-            z = stream.new_zeros(count, width, anatomy.n_heads, anatomy.d_head)
-            embed = stream + _positional(model, width)
-            return _assembled(model, pairs, embed, [z] * anatomy.n_layers, [stream] * anatomy.n_layers)
-        every = ((self.means.embed,), self.means.z, self.means.mlp_out)
-        (embed,), zs, mlp_out = (
-            [_spread(value.to(pairs.clean.device), count, width) for value in values] for values in every
-        )
-        return _assembled(model, pairs, embed + _positional(model, width), zs, mlp_out)
-
-
-@dataclass(frozen=True)
-class _Means:
-    embed: Float[Tensor, "pos d_model"]
-    z: tuple[Float[Tensor, "pos head d_head"], ...]
-    mlp_out: tuple[Float[Tensor, "pos d_model"], ...]
+        anatomy, width = Anatomy.of(model), pairs.clean.shape[1]
+        hooks: list[Hook] = []
+        for key, point in _points(anatomy).items():
+            value = torch.zeros(1, 1, dtype=computing_dtype(model)) if self.means is None else self.means[key]
+            if 1 < len(value) < width:
+                raise MansuError(
+                    f"ablation: pairs have {width} positions, the means were taken over {len(value)}; use longer reference "
+                    "prompts, or per_position=False"
+                )
+            value = value[:width].to(home(model))
+            hooks.append((point, _everywhere(value + _positional(model, width) if key == "stream0" else value)))
+        return record(model, pairs.clean, pairs.lengths, hooks)
 
 
 @torch_defaults()
@@ -109,30 +101,30 @@ def ablation(
     reference = reference.to(home(model))
     tokens = reference.clean if isinstance(reference, PromptPairs) else reference.tokens
     require_ready(model, tokens)
-    anatomy = Anatomy.of(model)
-    sums: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
     seen = torch.zeros(tokens.shape[1], device=tokens.device, dtype=torch.float64)
     for start in range(0, tokens.shape[0], batch_size):
         rows, lengths = tokens[start : start + batch_size], reference.lengths[start : start + batch_size]
         real = real_tokens(rows, lengths)
         seen += real.sum(0)
-        recorded = record(model, rows, lengths)
-        embed = recorded.value("stream", 0) - _positional(model, tokens.shape[1])
-        written = [recorded.value(role, i) for role in ("z", "mlp_out") for i in anatomy.layers]
-        parts = [
-            torch.einsum("bp,bpd->pd", real.double().to(value.device), value.flatten(2).double())
-            for value in (embed, *written)
-        ]
-        sums = parts if not sums else [a + b for a, b in zip(sums, parts, strict=True)]
-    if per_position:
-        reached = int((seen > 0).sum())
-        means = [(s / seen.to(s.device)[:, None])[:reached] for s in sums]
-    else:
-        means = [s.sum(0, keepdim=True) / seen.sum().item() for s in sums]
-    layers, dtype = anatomy.n_layers, computing_dtype(model)
-    cast = [value.to("cpu", dtype) for value in means]
-    z = tuple(value.unflatten(-1, (anatomy.n_heads, anatomy.d_head)) for value in cast[1 : 1 + layers])
-    return Ablation("mean", _Means(cast[0], z, tuple(cast[1 + layers :])))
+        recorded = record(model, rows, lengths).values
+        recorded["stream0"] = recorded["stream0"] - _positional(model, tokens.shape[1])
+        for key in _points(Anatomy.of(model)):
+            value = recorded[key].flatten(2).double()
+            part = torch.einsum("bp,bpd->pd", real.double().to(value.device), value)
+            sums[key] = sums[key] + part if key in sums else part
+    seen = seen.cpu()
+    reached = int((seen > 0).sum())
+    means = {
+        key: (s.cpu() / seen[:, None])[:reached] if per_position else s.cpu().sum(0, keepdim=True) / seen.sum()
+        for key, s in sums.items()
+    }
+    return Ablation("mean", {key: value.to(computing_dtype(model)) for key, value in means.items()})
+
+
+def _points(anatomy: Anatomy) -> dict[str, str]:
+    """The hook points of what the writers write."""
+    return {"stream0": anatomy.hook("stream", 0), **anatomy.hooks("z", "mlp_out")}
 
 
 def _positional(model: TransformerBridge, width: int) -> Float[Tensor, "... d_model"]:
@@ -142,41 +134,6 @@ def _positional(model: TransformerBridge, width: int) -> Float[Tensor, "... d_mo
     return model.pos_embed.weight[:width].detach()
 
 
-def _spread(value: Tensor, count: int, width: int) -> Tensor:
-    if value.shape[0] not in (1, width) and value.shape[0] < width:
-        raise MansuError(
-            f"ablation: pairs have {width} positions, the means were taken over {value.shape[0]}; use longer reference "
-            "prompts, or per_position=False"
-        )
-    rows = value.expand(width, *value.shape[1:]) if value.shape[0] == 1 else value[:width]
-    return rows[None].expand(count, *rows.shape)
-
-
-@torch.no_grad()
-def _assembled(
-    model: TransformerBridge, pairs: PromptPairs, embed: Tensor, z: Sequence[Tensor], mlp_out: Sequence[Tensor]
-) -> Recording:
-    anatomy, stream = Anatomy.of(model), embed
-    values: dict[str, Tensor] = {}
-    for layer in anatomy.layers:
-        weights = attention_weights(model, layer)
-        values |= {f"stream{layer}": stream, f"z{layer}": z[layer], f"mlp_out{layer}": mlp_out[layer]}
-        out = torch.einsum("bphe,hde->bpd", z[layer], weights.o)
-        out = out if weights.o_bias is None else out + weights.o_bias
-        if anatomy.post_norms:
-            values[f"attn_raw{layer}"] = out
-            out = normed(out, norm_weights(model, layer, "attn_post"))
-        values[f"mlp_in{layer}"] = stream if anatomy.parallel else stream + out
-        stream = stream + out + mlp_out[layer]
-    values[f"stream{anatomy.n_layers}"] = stream
-    logits = run(model, pairs.clean, pairs.lengths, [(anatomy.hook("stream", anatomy.n_layers), put(stream))])
-    return Recording(values, logits.float())
-
-
-def normed(x: Float[Tensor, "... d_model"], norm: NormWeights) -> Float[Tensor, "... d_model"]:
-    """A norm applied to a stream, in float32 inside and back in the stream's dtype."""
-    wide = x.float()
-    if norm.kind == "layer":
-        return functional.layer_norm(wide, wide.shape[-1:], norm.weight, norm.bias, norm.eps).to(x.dtype)
-    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1] + norm.eps)
-    return (wide * scale * norm.weight).to(x.dtype)
+def _everywhere(value: Float[Tensor, "pos d"]) -> Callable[..., Tensor]:
+    """A hook that hands a value on for every pair, at every position where there is one row for all."""
+    return lambda seen, hook: value.to(seen.device).expand_as(seen.flatten(2)).reshape(seen.shape)

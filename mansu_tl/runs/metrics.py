@@ -23,7 +23,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models.kinds import way_to_load
 from mansu_tl.models.state import home, require_ready
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.passes import last_token, run
+from mansu_tl.runs.passes import last_token_only, run
 
 Metric = Callable[[Float[Tensor, "pair vocab"], PromptPairs], Float[Tensor, " pair"]]
 
@@ -48,13 +48,6 @@ def kl_divergence(logits: Float[Tensor, "row vocab"], reference: Float[Tensor, "
     """KL(reference || model) of the next-token distribution, in nats."""
     ref = reference.log_softmax(-1)
     return (ref.exp() * (ref - logits.log_softmax(-1))).sum(-1)
-
-
-METRICS: dict[str, Metric] = {
-    "logit_difference": logit_difference,
-    "answer_log_prob": answer_log_prob,
-    "choice_log_odds": choice_log_odds,
-}
 
 
 def metric_name(metric: Metric) -> str:
@@ -106,12 +99,8 @@ def _last_logits(model: TransformerBridge | torch.nn.Module, rows: Sequences) ->
     if isinstance(model, TransformerBridge):
         return run(model, rows.tokens, rows.lengths).float()
     plain: Any = model
-    cut = last_token(rows.lengths)
-    handle = plain.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (cut(inputs[0], None),))
-    try:
+    with last_token_only(plain, rows.lengths):
         logits = plain(rows.tokens, use_cache=False).logits
-    finally:
-        handle.remove()
     return logits[:, 0].float().to(rows.tokens.device)
 
 

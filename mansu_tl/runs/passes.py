@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
@@ -63,12 +64,14 @@ def forward(
 
 
 @torch.no_grad()
-def record(model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]) -> Recording:
-    """One plain forward pass, keeping what every writer wrote and every reader read."""
+def record(
+    model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], hooks: Sequence[Hook] = ()
+) -> Recording:
+    """One forward pass with `hooks` in place, keeping what every writer wrote and every reader read."""
     anatomy = Anatomy.of(model)
     values: dict[str, Tensor] = {}
-    hooks = anatomy.hooks("stream", "mlp_in", "z", "mlp_out", *(("attn_raw",) if anatomy.post_norms else ()))
-    logits = run(model, tokens, lengths, [(hook, keep(values, key)) for key, hook in hooks.items()])
+    points = anatomy.hooks("stream", "mlp_in", "z", "mlp_out", *(("attn_raw",) if anatomy.post_norms else ()))
+    logits = run(model, tokens, lengths, [*hooks, *((point, keep(values, key)) for key, point in points.items())])
     for i in anatomy.layers:
         values[f"z{i}"] = heads_last(values[f"z{i}"], anatomy.n_heads)
     return Recording(values, logits.float())
@@ -101,6 +104,12 @@ def last_token(lengths: Int[Tensor, " row"]) -> Callable[..., Tensor]:
         return stream[rows.to(stream.device), last.to(stream.device)][:, None].contiguous()
 
     return cut
+
+
+def last_token_only(model: Any, lengths: Int[Tensor, " row"]) -> RemovableHandle:
+    """A hook under which a plain HF model unembeds every row's last real token alone; to be used in a `with`."""
+    cut = last_token(lengths)
+    return model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (cut(inputs[0], None),))
 
 
 def heads_last(z: Tensor, n_heads: int) -> Float[Tensor, "pair pos head d_head"]:

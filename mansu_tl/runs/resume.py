@@ -52,12 +52,11 @@ def record_base(
     seen: list[bool] = []
     hooks: list[Hook] = [(hook, keep(kept, key)) for key, hook in Anatomy.of(model).hooks("stream", *roles).items()]
     cache = DynamicCache()
-    handle = model.blocks[0].attn.register_forward_hook(lambda module, args, out: seen.append(isinstance(out, tuple)))
-    try:
-        with cache_passed_on(model):
-            logits = forward(model, tokens, [*hooks, (UNEMBED, last_token(lengths))], **_given(model, cache))[:, 0]
-    finally:
-        handle.remove()
+    given_out = model.blocks[0].attn.register_forward_hook(
+        lambda module, args, out: seen.append(isinstance(out, tuple))
+    )
+    with given_out, cache_passed_on(model):
+        logits = forward(model, tokens, [*hooks, (UNEMBED, last_token(lengths))], **_given(model, cache))[:, 0]
     layers: list[Any] = list(cache.layers)
     cached = [(layer.keys, layer.values) for layer in layers]
     return Base(kept, logits.float().to(tokens.device), tokens, lengths, cached, seen[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,10 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
-from mansu_tl.unlearning.forward import OriginalText, Predicted, Values, joined, last_token_logits, sequence_logits
+from mansu_tl.runs.passes import chunks
+from mansu_tl.runs.values import Predicted, Values, last_token_logits, sequence_logits
 
-# Forget prompts in a pass without gradients, and the original's logits that are kept (a quarter of a gibibyte).
-_ROWS, _MOST_KEPT = 256, 2**26
+# Forget prompts and sequences in a pass without gradients, and the original's logits of one kind that are kept (a
+# quarter of a gibibyte).
+_ROWS, _TABLE_ROWS, _MOST_KEPT = 256, 128, 2**26
 
 
 class Sampler:
@@ -41,15 +42,26 @@ class Sampler:
 class Batch:
     """What an objective sees at one step."""
 
-    model: PreTrainedModel  # used through `values`
+    source: Source
     values: Values  # those being trained, or a method's view of them
-    pairs: PromptPairs
-    rows: Int[Tensor, " row"]  # of the pairs, in the task
-    retain: Sequences  # near ones behind the far ones
-    retain_rows: Int[Tensor, " retain"]  # of these sequences, in the whole retain text
+    rows: Int[Tensor, " row"]  # of the forget pairs
+    retain_rows: Int[Tensor, " retain"]  # of the whole retain text, near ones behind the far ones
     n_far: int
-    original_text: OriginalText
-    original_answers: Callable[[Int[Tensor, " row"]], Float[Tensor, "row vocab"]]  # by row number
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, to be run at `values`."""
+        return self.source.model
+
+    @cached_property
+    def pairs(self) -> PromptPairs:
+        """The forget pairs."""
+        return self.source.pairs[self.rows]
+
+    @cached_property
+    def retain(self) -> Sequences:
+        """The retain sequences."""
+        return self.source.text.text[self.retain_rows]
 
     @cached_property
     def forget_logits(self) -> Float[Tensor, "row vocab"]:
@@ -59,7 +71,7 @@ class Batch:
     @cached_property
     def original_logits(self) -> Float[Tensor, "row vocab"]:
         """The same of the original model."""
-        return self.original_answers(self.rows)
+        return self.source.original_answers(self.rows)
 
     def answer_log_prob(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
         """Log-probability of each forget answer."""
@@ -73,7 +85,38 @@ class Batch:
     @cached_property
     def retained_before(self) -> Float[Tensor, "token vocab"]:
         """What the original model says in the same places."""
-        return self.original_text(self.retain_rows, self.retained)
+        return self.source.text(self.retain_rows, self.retained)
+
+
+class OriginalText:
+    """What the original model says at every position of a text: looked up where it fits, else computed when asked for.
+
+    Args:
+        asked: how many sequences will be asked for in all; a table is only made if that is more than the text holds.
+    """
+
+    def __init__(self, model: PreTrainedModel, values: Values, text: Sequences, asked: int) -> None:
+        self.model, self.values, self.text = model, values, text
+        self._starts = (text.lengths - 1).cumsum(0) - (text.lengths - 1)
+        self._table: Tensor | None = None
+        vocab = model.get_output_embeddings().weight.shape[0]
+        if asked > len(text) and int((text.lengths - 1).sum()) * vocab <= _MOST_KEPT:
+            self._table = self._filled(vocab)
+
+    @torch.no_grad()
+    def _filled(self, vocab: int) -> Float[Tensor, "token vocab"]:
+        table = torch.empty(int((self.text.lengths - 1).sum()), vocab, device=self.text.tokens.device)
+        for start in range(0, len(self.text), _TABLE_ROWS):
+            found = sequence_logits(self.model, self.values, self.text[slice(start, start + _TABLE_ROWS)])
+            table[self._starts[found.rows + start] + found.places] = found.logits
+        return table
+
+    @torch.no_grad()
+    def __call__(self, rows: Int[Tensor, " row"], found: Predicted) -> Float[Tensor, "token vocab"]:
+        """The original's logits where another model's were found, in some rows of the text."""
+        if self._table is not None:
+            return self._table[self._starts[rows.to(self._starts.device)[found.rows]] + found.places]
+        return sequence_logits(self.model, self.values, self.text[rows]).logits
 
 
 class Source:
@@ -94,7 +137,7 @@ class Source:
     ) -> None:
         self.model, self.original, self.pairs = model, original, pairs
         self.n_far, self.n_near = len(far), len(near)
-        self.text = OriginalText(model, original, joined(far, near) if len(near) else far, asked)
+        self.text = OriginalText(model, original, far.joined(near), asked)
         self._answers: Tensor | None = None
 
     def samplers(self, forget: int, far: int, near: int, generator: torch.Generator) -> tuple[Sampler, ...]:
@@ -102,14 +145,10 @@ class Source:
         sizes = [(len(self.pairs), forget), (self.n_far, far), *([(self.n_near, near)] if self.n_near else [])]
         return tuple(Sampler(size, batch, generator) for size, batch in sizes)
 
-    def draw(self, samplers: tuple[Sampler, ...]) -> Callable[[Values], Batch]:
+    def draw(self, samplers: tuple[Sampler, ...], values: Values) -> Batch:
         """The next batch, for a model of given values."""
         rows, far, *near = (draw() for draw in samplers)
-        retain = torch.cat([far, *(each + self.n_far for each in near)])
-        pairs, text = self.pairs[rows], self.text.text[retain]
-        return lambda values: Batch(
-            self.model, values, pairs, rows, text, retain, len(far), self.text, self.original_answers
-        )
+        return Batch(self, values, rows, torch.cat([far, *(each + self.n_far for each in near)]), len(far))
 
     def original_answers(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """The original model's last-token logits of some forget prompts: kept where all fit, else computed again."""
@@ -124,9 +163,4 @@ class Source:
 @torch.no_grad()
 def answers(model: PreTrainedModel, values: Values, pairs: PromptPairs) -> Float[Tensor, "row vocab"]:
     """Last-token logits of forget prompts, without gradients."""
-    return torch.cat([last_token_logits(model, values, p.clean, p.lengths) for p in _in_batches(pairs)])
-
-
-def _in_batches(pairs: PromptPairs) -> Iterator[PromptPairs]:
-    for start in range(0, len(pairs), _ROWS):
-        yield pairs[slice(start, start + _ROWS)]
+    return torch.cat([last_token_logits(model, values, p.clean, p.lengths) for _, p in chunks(pairs, _ROWS)])

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mansu_tl.data import PromptPairs, Sequences
-from mansu_tl.data.masks import real_tokens
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization import inputs_of
-from mansu_tl.unlearning.forward import real_targets
+from mansu_tl.runs.values import Values, predicted, watched
 
 # Sequences in a pass of the Fisher information, and numbers of their gradients of one matrix that are held at once.
 _FISHER_ROWS, _MOST_NUMBERS = 32, 2**26
@@ -39,6 +37,22 @@ def input_moments(
             "retain text: none given, so it has no null space; give some text whose likelihood is to be kept"
         )
     return {name: inputs.moment for name, inputs in inputs_of(model, names, text, batch_size).items()}
+
+
+def mixed_moments(
+    model: PreTrainedModel, names: Iterable[str], text: Sequences, near: Sequences, near_weight: float
+) -> dict[str, Float[Tensor, "d_in d_in"]]:
+    """`input_moments` of the retain text and, weighted, of near text where there is some.
+
+    Raises:
+        MansuError: as `input_moments` and `require_null_space`.
+    """
+    moments = input_moments(model, names, text)
+    require_null_space(text, moments)
+    if not len(near):
+        return moments
+    near_moments = input_moments(model, names, near)
+    return {name: (far + near_weight * near_moments[name]) / (1 + near_weight) for name, far in moments.items()}
 
 
 def null_projector(moment: Float[Tensor, "d_in d_in"], leak: float, name: str) -> Float[Tensor, "d_in d_in"]:
@@ -84,46 +98,31 @@ def diagonal_fisher(
     `retain_bound` does not. Sequences share a pass: a sequence's gradient of a matrix is the product of its own output
     gradients and inputs.
     """
-    chosen = list(names)
-    paths: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in chosen}
-    totals = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in paths.items()}
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    chosen: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
+    totals = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in chosen.items()}
+    passed: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(name: str) -> Callable[..., Tensor]:
-        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # A leaf, so that the pass back ends at outputs and no weight collects a gradient.
-            out = output if output.requires_grad else output.detach().requires_grad_()
-            seen[name] = inputs[0].detach(), out
-            return out
-
-        return hook
+    def keep(name: str, entered: Tensor, left: Tensor) -> Tensor:
+        # A leaf, so that the pass back ends at outputs and no weight collects a gradient.
+        passed[name] = entered.detach(), left if left.requires_grad else left.detach().requires_grad_()
+        return passed[name][1]
 
     order = text.lengths.argsort(stable=True).tolist()  # alike in length, so that little is padded
-    handles = [module.register_forward_hook(keep(name)) for name, module in paths.items()]
-    try:
+    with torch.enable_grad(), watched(model, chosen, keep):
         for start in tqdm(range(0, len(text), _FISHER_ROWS), desc="Fisher", unit="pass", disable=not progress):
-            part = text[order[start : start + _FISHER_ROWS]]
-            part = Sequences(part.tokens[:, : int(part.lengths.max())], part.lengths)
-            seen.clear()
-            with torch.enable_grad():
-                losses = _mean_losses(model, part)
-                grads = torch.autograd.grad(losses.sum(), [seen[name][1] for name in chosen])
-            for name, grad in zip(chosen, grads, strict=True):
-                _add_squares(totals[name], seen[name][0], grad, transposed=isinstance(paths[name], Conv1D))
-    finally:
-        for handle in handles:
-            handle.remove()
+            part = text[order[start : start + _FISHER_ROWS]].trimmed()
+            summed = _mean_losses(model, part).sum()
+            grads = torch.autograd.grad(summed, [passed[name][1] for name in chosen])
+            for (name, module), grad in zip(chosen.items(), grads, strict=True):
+                _add_squares(totals[name], passed[name][0], grad, transposed=isinstance(module, Conv1D))
     return {name: total / len(text) for name, total in totals.items()}
 
 
 def _mean_losses(model: PreTrainedModel, batch: Sequences) -> Float[Tensor, " row"]:
     """Each sequence's mean next-token cross-entropy."""
-    logits = model(batch.tokens, use_cache=False).logits[:, :-1]
-    row, place = real_targets(batch).nonzero(as_tuple=True)
-    losses = torch.nn.functional.cross_entropy(
-        logits[row, place].float(), batch.tokens[row, place + 1], reduction="none"
-    )
-    return losses.new_zeros(len(batch)).index_add(0, row, losses / (batch.lengths[row] - 1))
+    found = predicted(model, {}, batch)
+    losses = torch.nn.functional.cross_entropy(found.logits, found.targets, reduction="none")
+    return losses.new_zeros(len(batch)).index_add(0, found.rows, losses / (batch.lengths[found.rows] - 1))
 
 
 def _add_squares(
@@ -141,11 +140,16 @@ def _add_squares(
         total += each.square_().sum(0)
 
 
-def sequence_loss(model: PreTrainedModel, values: Mapping[str, Tensor], batch: Sequences) -> Float[Tensor, ""]:
+def spread_out(text: Sequences, most: int) -> Sequences:
+    """At most so many rows of a text, at equal distances."""
+    count = min(most, len(text))
+    return text[[i * len(text) // count for i in range(count)]]
+
+
+def sequence_loss(model: PreTrainedModel, values: Values, batch: Sequences) -> Float[Tensor, ""]:
     """Mean next-token cross-entropy over the real tokens."""
-    logits = functional_call(model, dict(values), (batch.tokens,), {"use_cache": False}).logits[:, :-1]
-    real = real_targets(batch)
-    return torch.nn.functional.cross_entropy(logits[real].float(), batch.tokens[:, 1:][real])
+    found = predicted(model, values, batch)
+    return torch.nn.functional.cross_entropy(found.logits, found.targets)
 
 
 def retain_bound(
@@ -200,4 +204,4 @@ def _states(
     for start in range(0, len(text), batch_size):
         batch = text[slice(start, start + batch_size)]
         hidden = model.base_model(batch.tokens, use_cache=False, output_hidden_states=True).hidden_states
-        yield hidden[len(hidden) // 2].float(), real_tokens(batch.tokens, batch.lengths)
+        yield hidden[len(hidden) // 2].float(), batch.real

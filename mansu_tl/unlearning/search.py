@@ -144,17 +144,13 @@ def judge(
     if isinstance(edit, NoEditError):
         return Trial(rate, float("inf"), target, float("inf"), str(edit))
     edited = edit.apply(model)
-    lost = []
+    kept, lost = [name for name in _KEPT if name in validation.questions], []
     try:
         answers = accuracy(edited, validation.questions["forget"])
-        for name in _kept(validation):
+        for name in kept:
             before, after = (accuracy(one, validation.questions[name]).cloze_percent for one in (model, edited))
             lost.append(before - after)
     except MansuError as error:  # a model that gives no finite logits any more
         return Trial(rate, float("inf"), target, float("inf"), str(error))
     _, high = interval_over_facts(answers.multiple_choice.double(), answers.facts)
     return Trial(rate, answers.mc_percent, target, sum(lost) / len(lost), inverted=100 * high < chance - over_chance)
-
-
-def _kept(task: Task) -> list[str]:
-    return [name for name in _KEPT if name in task.questions]

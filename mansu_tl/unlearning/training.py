@@ -24,10 +24,10 @@ from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import float32_copy, home, plain
 from mansu_tl.results.digest import Digested
+from mansu_tl.runs.values import Values
 from mansu_tl.unlearning.batches import Source, answers
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
-from mansu_tl.unlearning.forward import Values
 from mansu_tl.unlearning.loop import Solver, Verdict, run
 from mansu_tl.unlearning.masks import Masks
 from mansu_tl.unlearning.objectives import Objective
@@ -222,8 +222,7 @@ class _Training(Solver):
         return "beyond" if over >= 0 and score < pairs.chance - over else "done"
 
     def loss(self, step: int) -> Float[Tensor, ""]:
-        batch = self.source.draw(self.samplers)
-        return self.recipe.objective(batch(self.recipe.view(self.values)))
+        return self.recipe.objective(self.source.draw(self.samplers, self.recipe.view(self.values)))
 
     @torch.no_grad()
     def after(self, step: int) -> None:

@@ -11,9 +11,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
-from mansu_tl.data.fit import require_task
+from mansu_tl.data.fit import require_fit, require_task
 from mansu_tl.defaults import torch_defaults
-from mansu_tl.models import fingerprint, require_ready
+from mansu_tl.models import fingerprint, require_copyable
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.results.digest import digest
 from mansu_tl.results.result import bars
@@ -48,7 +48,8 @@ def unlearn(
         overrides: single settings by name, e.g. `budget=0.01`; those of the shared training too.
 
     Raises:
-        MansuError: an unknown method or setting, no hooked model, no task, or a model that `require_ready` refuses.
+        MansuError: an unknown method or setting, no hooked model, no task, one that does not fit the model, or a model that
+            `require_copyable` refuses.
 
     Example:
         >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
@@ -58,7 +59,9 @@ def unlearn(
     chosen = method_flags(method)
     require_bridge(model)
     require_task(task)
-    require_ready(model, task.forget_pairs.clean, copied=True)
+    require_copyable(model, task.forget_pairs.clean)
+    for part in (task.forget_pairs, task.retain_text, task.near_text, task.unseen):
+        require_fit(model, part)
     final = settings_of(method, overrides, settings)
     extra = {"circuit": circuit} if chosen.takes_circuit else {}
     key = ""

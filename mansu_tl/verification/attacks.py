@@ -11,6 +11,7 @@ from torch import Tensor
 from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.data.fit import require_task
 from mansu_tl.data.masks import real_tokens
+from mansu_tl.data.wording import same_wording
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result
@@ -105,7 +106,9 @@ def answered(questions: Questions) -> Sequences:
 
 def _attack(task: Task, name: str, kind: str, text: Sequences, questions: Questions) -> Attack:
     unseen = never_seen(task)
-    alike = same_wording(questions, unseen, _subject_tokens(task.forget_pairs))
+    # A name like the question's own must not count as wording.
+    subject = torch.isin(questions.prompts, _subject_tokens(task.forget_pairs).to(questions.prompts.device))
+    alike = same_wording(questions.prompts.masked_fill(subject, -1), questions.lengths, unseen)
     return Attack(name, kind, text, kind == "facts", questions, unseen, alike)
 
 
@@ -127,29 +130,7 @@ def never_seen(task: Task) -> Sequences:
     return task.unseen
 
 
-def same_wording(
-    questions: Questions, unseen: Sequences, subjects: Int[Tensor, " token"]
-) -> Bool[Tensor, "question unseen"]:
-    """Which never-seen prompts ask as a question asks: those that share most tokens with it, counted from the end.
-
-    Tokens that name a subject are left out, so that a name that resembles the question's own has no better chance.
-    """
-    width = max(questions.prompts.shape[1], unseen.tokens.shape[1])
-    asked = _from_end(questions.prompts, questions.lengths, width, -1)
-    other = _from_end(unseen.tokens, unseen.lengths, width, -2)
-    wording = ~torch.isin(asked, subjects.to(asked.device))
-    shared = ((asked[:, None] == other[None]) & wording[:, None]).sum(-1)
-    return shared == shared.max(1, keepdim=True).values if len(unseen) else shared.bool()
-
-
 def _subject_tokens(pairs: PromptPairs) -> Int[Tensor, " token"]:
     """Tokens by which some clean prompt differs from its corrupt one."""
     differs = (pairs.clean != pairs.corrupt) & real_tokens(pairs.clean, pairs.lengths)
     return torch.cat([pairs.clean[differs], pairs.corrupt[differs]]).unique()
-
-
-def _from_end(tokens: Tensor, lengths: Tensor, width: int, fill: int) -> Tensor:
-    """The rows with their last real token in the last column."""
-    position = torch.arange(width, device=tokens.device)[None] - (width - lengths[:, None])
-    moved = tokens.gather(1, position.clamp(0, tokens.shape[1] - 1)) if len(tokens) else tokens.new_zeros(0, width)
-    return torch.where(position >= 0, moved, fill)

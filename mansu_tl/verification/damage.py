@@ -15,7 +15,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
-from mansu_tl.data.masks import real_tokens
 from mansu_tl.data.text import encode, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -32,7 +31,7 @@ from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.limits import most_positions
 from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
-from mansu_tl.verification.streams import require_one_shape, residual_streams, stream_hooks
+from mansu_tl.runs.streams import require_one_shape, residual_streams, stream_hooks
 from mansu_tl.verification.writing import greedy_answers, writing_copy
 
 PARTS = ("loss", "weights", "activations", "generations")
@@ -138,7 +137,7 @@ def _losses_and_streams(
     sums = torch.zeros(4, len(layers), dtype=torch.float64)
     for start in range(0, len(text), batch_size):
         batch = text[slice(start, start + batch_size)].to(device)
-        real = real_tokens(batch.tokens, batch.lengths)
+        real = batch.real
         streams = []
         for model, found in zip((original, edited), losses, strict=True):
             kept, logits = residual_streams(model, batch, every_logit=True)
@@ -177,8 +176,7 @@ def _sequence_losses(logits: Float[Tensor, "row pos vocab"], batch: Sequences) -
     # Flat: classes on a middle axis have no deterministic form on a GPU.
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets)
-    real = real_tokens(batch.tokens, batch.lengths)[:, 1:]
-    return (losses.double() * real).sum(1)
+    return (losses.double() * batch.real[:, 1:]).sum(1)
 
 
 def _weights(original: TransformerBridge, edited: TransformerBridge) -> pd.DataFrame:

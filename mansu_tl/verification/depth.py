@@ -33,7 +33,7 @@ from mansu_tl.results.intervals import interval_over_facts, with_interval
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import Metric, choice_log_odds, measured, metric_name
 from mansu_tl.runs.passes import Hook, check, chunks, run
-from mansu_tl.verification.streams import require_one_shape, residual_streams, stream_hooks
+from mansu_tl.runs.streams import require_one_shape, residual_streams, stream_hooks
 
 POSITIONS = ("all", "last")
 

@@ -29,7 +29,7 @@ from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.tree import family, submodule
 from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
-from mansu_tl.verification.streams import residual_streams, stream_hooks
+from mansu_tl.runs.streams import residual_streams, stream_hooks
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 

@@ -27,12 +27,12 @@ from mansu_tl.data import Sequences
 from mansu_tl.data.fit import require_fit
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import float32_copy, home, require_ready
+from mansu_tl.models import float32_copy, home, require_copyable
 from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import accuracy, last_logits
+from mansu_tl.runs.values import predicted
 from mansu_tl.unlearning.batches import Sampler
-from mansu_tl.unlearning.forward import real_targets
 from mansu_tl.verification.attacks import Attack
 
 MEASURES = ("multiple_choice", "cloze", "log_odds")
@@ -159,7 +159,7 @@ def relearn(
         raise MansuError(
             f"attack {attack.name!r}: {len(attack.text)} sequences, {len(attack.questions)} questions; give some"
         )
-    require_ready(model, attack.text.tokens, copied=True)
+    require_copyable(model, attack.text.tokens)
     require_fit(model, attack.text)
     hf = float32_copy(model).requires_grad_(True)
     text = attack.text.to(home(hf))
@@ -215,12 +215,12 @@ def _steps_to_ask(steps: int, ask_at: Sequence[int] | None) -> tuple[int, ...]:
 
 def _loss(hf: PreTrainedModel, batch: Sequences, answers_only: bool) -> Float[Tensor, " token"]:
     """Cross-entropy of every token that is trained on, in nats."""
-    logits = hf(batch.tokens, use_cache=False).logits[:, :-1]
-    wanted = real_targets(batch)
+    found = predicted(hf, {}, batch)
+    logits, targets = found.logits, found.targets
     if answers_only:
-        last = torch.arange(1, batch.tokens.shape[1], device=batch.tokens.device)[None] == batch.lengths[:, None] - 1
-        wanted = wanted & last
-    return torch.nn.functional.cross_entropy(logits[wanted].float(), batch.tokens[:, 1:][wanted], reduction="none")
+        last = found.places == batch.lengths[found.rows] - 2
+        logits, targets = logits[last], targets[last]
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 @torch.no_grad()

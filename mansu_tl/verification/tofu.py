@@ -18,7 +18,7 @@ from mansu_tl.data.sources.tofu.files import Item, Tofu, answer_ids, prompt, tex
 from mansu_tl.data.text import pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models.state import require_ready
+from mansu_tl.models.state import require_copyable
 from mansu_tl.results.result import Result, Table
 from mansu_tl.verification.tofu_measures import extraction_strength, forget_quality, rouge_l_recall, truth_ratio
 from mansu_tl.verification.writing import answer_likelihoods, greedy_answers, writing_copy
@@ -148,7 +148,7 @@ def evaluate_tofu(
 
     Raises:
         MansuError: no tokenizer, an unknown set, one of the two missing, a question without wrong answers, or a model that
-            `require_ready` refuses.
+            `require_copyable` refuses.
     """
     unknown = [name for name in sets if name not in SETS]
     if unknown or not {"forget", "retain"} <= set(sets):
@@ -157,7 +157,7 @@ def evaluate_tofu(
         tokenizer = model.tokenizer if isinstance(model, TransformerBridge) else None
         if tokenizer is None:
             raise MansuError("TOFU: this model has no tokenizer; pass tokenizer=")
-    require_ready(model, copied=True)
+    require_copyable(model)
     hf = writing_copy(model, title)
     files = {
         "forget": tofu.forget_perturbed,

@@ -13,9 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mansu_tl.data import PromptPairs, Task
-from mansu_tl.errors import MansuError
-from mansu_tl.unlearning.forward import Values, last_token_logits
+from mansu_tl.data import PromptPairs
+from mansu_tl.runs.values import Values, last_token_logits
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 
 
@@ -33,23 +32,19 @@ def attacked(
     names: tuple[str, ...],
     pairs: PromptPairs,
     facts: Int[Tensor, " pair"],
-    *,
-    count: int,
-    steps: int,
-    learning_rate: float,
-    batch: int,
+    settings: MansuSettings,
     generator: torch.Generator,
 ) -> Attacked:
-    """Fine-tune the parameters of some names, from `values` on, on the pairs about `count` random facts with Adam."""
+    """Fine-tune the parameters of some names, from `values` on, on the pairs about a few random facts with Adam."""
     every = torch.randperm(int(facts.max()) + 1, generator=generator)
-    known = torch.isin(facts.cpu(), every[:count])
+    known = torch.isin(facts.cpu(), every[: settings.attacked_facts(len(every))])
     rows, others = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
     start = {name: values[name].detach() for name in names}
     moving = {name: value.clone().requires_grad_() for name, value in start.items()}
     rest = {name: value.detach() for name, value in values.items() if name not in moving}
-    optimizer = torch.optim.Adam(list(moving.values()), lr=learning_rate)
-    for _ in range(steps):
-        drawn = rows[torch.randperm(len(rows), generator=generator)[:batch]]
+    optimizer = torch.optim.Adam(list(moving.values()), lr=settings.adversary_rate)
+    for _ in range(settings.adversary_steps):
+        drawn = rows[torch.randperm(len(rows), generator=generator)[: settings.retain_batch]]
         part = pairs[drawn]
         logits = last_token_logits(model, {**rest, **moving}, part.clean, part.lengths)
         loss = torch.nn.functional.cross_entropy(logits, part.answers)
@@ -58,20 +53,3 @@ def attacked(
             value.grad = gradient
         optimizer.step()
     return Attacked({name: (moving[name] - start[name]).detach() for name in names}, others)
-
-
-def require_defended(task: Task, settings: MansuSettings) -> Int[Tensor, " pair"]:
-    """The fact of every forget pair, as a number; refused where the attacker in the loop leaves none to defend."""
-    facts: torch.Tensor = task.forget_pairs.fact_numbers()
-    known = int(facts.max()) + 1
-    if settings.adversary_weight and attackers_facts(facts, settings) >= known:
-        raise MansuError(
-            f"mansu: adversary_facts={settings.adversary_facts} of {known} forget facts leaves none to defend; lower it, "
-            "or switch the attacker off with adversary_weight=0"
-        )
-    return facts
-
-
-def attackers_facts(facts: Int[Tensor, " pair"], settings: MansuSettings) -> int:
-    """How many facts the attacker in the loop trains on: as set, or a quarter of them."""
-    return settings.adversary_facts or max(1, (int(facts.max()) + 1) // 4)

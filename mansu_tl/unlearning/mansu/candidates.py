@@ -9,7 +9,7 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, component_masks
-from mansu_tl.patching.neurons import neuron_attribution
+from mansu_tl.patching.neurons import mean_effects
 from mansu_tl.unlearning.masks import Masks
 
 
@@ -23,7 +23,7 @@ def circuit_weights(model: TransformerBridge, circuit: Circuit, pairs: PromptPai
         MansuError: the circuit has no head and no MLP, or a share outside (0, 1].
     """
     heads, mlps, count = _parts(model, circuit, neuron_share)
-    scores = neuron_attribution(model, pairs).tensor if mlps else torch.empty(0)
+    scores = mean_effects(model, pairs)[0] if mlps else torch.empty(0)
     neurons = [f"{node}.N{i}" for node in mlps for i in scores[int(node[3:])].topk(count).indices.tolist()]
     return _masks(model, heads, neurons)
 

@@ -76,7 +76,7 @@ class Floor:
             )
         self.value, self.width = torch.cat(value), torch.cat(width)
         self.scales, self.codes = [torch.cat(s) for s in scales], [torch.cat(c) for c in codes]
-        self.scale, self.code = self.scales[0], self.codes[0]
+        self.code = self.codes[0]
 
     @property
     def size(self) -> int:
@@ -85,7 +85,7 @@ class Floor:
 
     def target(self, latent: Float[Tensor, " weight"]) -> Int[Tensor, " weight"]:
         """The code that each candidate would take, under its block's original absmax."""
-        moved = self.grid.flat_codes(self.value + latent * self.width, self.scale).long()
+        moved = self._codes_of(self.value + latent * self.width, 0)
         # Rounding of the sum must not count as a move.
         return torch.where(latent == 0, self.code, moved)
 
@@ -96,6 +96,14 @@ class Floor:
 
         Both changes pass gradients straight through to `latent`.
 
+        Where a weight lies in its new cell follows a coarser rule than `Grid.floor_target`, which has the last word: 1.001
+        bins in float32 instead of one bin in the storage dtype, and in an outermost cell its centre, although that is the
+        block's own scale. The first grid's codes are the same, and with them what it deploys. The stored value may differ:
+        by a thousandth of a bin in float32 (by up to half a bin where a cell has room for one bin but not for 1.001, and
+        where a block of two ends has its outermost centre beyond an end), by bfloat16's spacing there. `floor_target`'s
+        rule would be right to the last bit here too, and take up to five times as long a step; it would change every edit
+        a little, and all recorded numbers with it, so the two stand apart.
+
         Args:
             allowed: the weights that may change; all candidates where not given.
             under: the number of the grid under which the model is dequantized.
@@ -105,12 +113,12 @@ class Floor:
             changed = target != self.code
             if allowed is not None:
                 changed = changed & allowed
-            centre = self.grid.flat_centre(target.to(torch.uint8), self.scale)
+            centre = self._centre(target, 0)
             move = centre - self.value
             least = _LEAST_MOVE * self.width
             past = self.value + move.sign() * torch.maximum(move.abs(), least)
             # One bin past w may leave the target cell again, where the cells are of unequal width.
-            inside = self.grid.flat_codes(past, self.scale).long() == target
+            inside = self._codes_of(past, 0) == target
             new = torch.where(inside, past, centre)
             for i in range(1, len(self.grids)):
                 changed = changed & (self._codes_of(new, i) != self.codes[i])
@@ -155,7 +163,7 @@ class Floor:
         moved = self.target(latent)
         neighbour = self.grid.neighbour(self.code.to(torch.uint8)[None], latent[None])[0].long()
         wanted = torch.where((moved == self.code) & (latent != 0), neighbour, moved)
-        centre = self.grid.flat_centre(wanted.to(torch.uint8), self.scale)
+        centre = self._centre(wanted, 0)
         return torch.where(latent == 0, 0.0, (centre - self.value) / self.width)
 
     def _codes_of(self, values: Float[Tensor, " weight"], i: int) -> Int[Tensor, " weight"]:

@@ -15,9 +15,8 @@ from mansu_tl.data import Sequences, Task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, float32_copy, home, linear_weights, orient, parameters
 from mansu_tl.quantization import grid_of
+from mansu_tl.runs.values import Values
 from mansu_tl.unlearning.batches import Source
-from mansu_tl.unlearning.forward import Values, joined
-from mansu_tl.unlearning.mansu.adversary import require_defended
 from mansu_tl.unlearning.mansu.candidates import circuit_weights, random_weights
 from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.unlearning.mansu.settings import MansuSettings
@@ -25,10 +24,10 @@ from mansu_tl.unlearning.mansu.terms import Ignorance, ignorance
 from mansu_tl.unlearning.masks import Masks, every_weight
 from mansu_tl.unlearning.retain_statistics import (
     diagonal_fisher,
-    input_moments,
+    mixed_moments,
     near_neighbours,
     null_projector,
-    require_null_space,
+    spread_out,
 )
 
 
@@ -85,8 +84,19 @@ def plan(
             spread, an attacker who leaves nothing to defend, or a retain text too small for its null space.
     """
     hf, linear, stored = float32_copy(model), linear_weights(model), parameters(model)
-    task, values = task.to(home(hf)), {name: value.detach() for name, value in hf.named_parameters()}
-    masks = _candidates(model, task, settings, circuit, seed)
+    values = {name: value.detach() for name, value in hf.named_parameters()}
+    task = task.to(home(hf))
+    pairs = task.forget_pairs
+    text = task.retain_text
+    near = task.near_text
+    facts = pairs.fact_numbers()
+    settings.attacked_facts(int(facts.max()) + 1)  # refuses an attacker who leaves none to defend
+    choose: dict[str, Callable[[], Masks]] = {
+        "circuit": lambda: circuit_weights(model, circuit, pairs, settings.neuron_share),
+        "random": lambda: random_weights(model, circuit, settings.neuron_share, seed),
+        "none": lambda: every_weight(model),
+    }
+    masks = choose[settings.restrict]()
     # Cells and codes are those of the weights as stored; the loop itself runs in float32.
     floor = Floor(
         [grid_of(name) for name in settings.quantizers],
@@ -95,24 +105,27 @@ def plan(
         settings.floor,
     )
     budget = budget_of(linear, settings)
-    unknown = ignorance(hf, task)
+    unknown = ignorance(hf, pairs, task.unseen)
     if settings.representation_weight and not bool((unknown.spread > 0).all()):
         raise MansuError(
             f"unseen: {len(task.unseen)} never-seen prompts have no spread to measure distances in; give two, or "
             "representation_weight=0"
         )
-    facts = require_defended(task, settings)
-    near, near_rows = _near(hf, task, settings)
-    asked = settings.steps * settings.retain_batch * (1 + bool(len(near)))
-    source = Source(hf, values, task.forget_pairs, task.retain_text, near, asked)
-    moments = _moments(hf, masks, task.retain_text, near, settings) if settings.null_space or settings.projector else {}
+    sample = spread_out(text.joined(near), settings.fisher_sequences)
+    near_rows: list[int] = []
+    if settings.discover_near and not len(near):
+        near_rows = near_neighbours(hf, pairs, text, settings.discover_near).tolist()
+        near = text[near_rows]
+    moments = {}
+    if settings.null_space or settings.projector:
+        moments = mixed_moments(hf, masks, text, near, settings.near_weight)
     projected = moments if settings.projector else {}
     projectors = {name: null_projector(each, settings.leak, name) for name, each in projected.items()}
-    sample = _spread_out(joined(task.retain_text, task.near_text), settings.fisher_sequences)
     importance = None
     if settings.fisher:
         fisher = diagonal_fisher(hf, masks, sample, progress=progress)
         importance = floor.gathered({name: orient(value, linear[name]) for name, value in fisher.items()})
+    asked = settings.steps * settings.retain_batch * (1 + bool(len(near)))
     return Plan(
         hf=hf,
         floor=floor,
@@ -120,7 +133,7 @@ def plan(
         budget=budget,
         unknown=unknown,
         facts=facts,
-        source=source,
+        source=Source(hf, values, pairs, text, near, asked),
         near_rows=near_rows,
         sample=sample,
         moments=moments,
@@ -129,46 +142,13 @@ def plan(
     )
 
 
-def _candidates(model: TransformerBridge, task: Task, settings: MansuSettings, circuit: Circuit, seed: int) -> Masks:
-    choose: dict[str, Callable[[], Masks]] = {
-        "circuit": lambda: circuit_weights(model, circuit, task.forget_pairs, settings.neuron_share),
-        "random": lambda: random_weights(model, circuit, settings.neuron_share, seed),
-        "none": lambda: every_weight(model),
-    }
-    return choose[settings.restrict]()
-
-
-def _near(hf: PreTrainedModel, task: Task, settings: MansuSettings) -> tuple[Sequences, list[int]]:
-    """The near text: the task's, or what the model finds near in the retain text, and those rows."""
-    if len(task.near_text) or not settings.discover_near:
-        return task.near_text, []
-    rows = near_neighbours(hf, task.forget_pairs, task.retain_text, settings.discover_near)
-    return task.retain_text[rows], rows.tolist()
-
-
-def _moments(
-    hf: PreTrainedModel, names: Masks, text: Sequences, near: Sequences, settings: MansuSettings
-) -> dict[str, Float[Tensor, "_ _"]]:
-    far_moments = input_moments(hf, names, text)
-    require_null_space(text, far_moments)
-    if not len(near):
-        return far_moments
-    near_moments, weight = input_moments(hf, names, near), settings.near_weight
-    return {name: (far + weight * near_moments[name]) / (1 + weight) for name, far in far_moments.items()}
-
-
-def _spread_out(text: Sequences, most: int) -> Sequences:
-    count = min(most, len(text))
-    return text[[i * len(text) // count for i in range(count)]]
-
-
 def mansu_needs(model: TransformerBridge, task: Task, settings: MansuSettings) -> Iterator[tuple[str, str]]:
     """What will stop a run ("wrong"), or may ("warning"), and the way out."""
     linear = linear_weights(model)
     for require in (
         lambda: [grid_of(name) for name in settings.quantizers],
         lambda: budget_of(linear, settings),
-        lambda: require_defended(task, settings),
+        lambda: settings.attacked_facts(len(set(task.forget_pairs.facts))),
     ):
         try:
             require()

@@ -128,6 +128,20 @@ class MansuSettings(Digested):
         """
         return replace(cls(**_LIGHT), **changes)
 
+    def attacked_facts(self, known: int) -> int:
+        """How many of the forget facts the attacker in the loop trains on.
+
+        Raises:
+            MansuError: it leaves none to defend.
+        """
+        count = self.adversary_facts or max(1, known // 4)
+        if self.adversary_weight and count >= known:
+            raise MansuError(
+                f"mansu: adversary_facts={self.adversary_facts} of {known} forget facts leaves none to defend; lower it, "
+                "or switch the attacker off with adversary_weight=0"
+            )
+        return count
+
     @property
     def quantizers(self) -> tuple[str, ...]:
         """The grids that every edited weight must satisfy; the first is the one that it is optimised on."""

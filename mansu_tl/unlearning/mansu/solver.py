@@ -24,7 +24,7 @@ from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.loop import Solver, run
-from mansu_tl.unlearning.mansu.adversary import Attacked, attacked, attackers_facts
+from mansu_tl.unlearning.mansu.adversary import Attacked, attacked
 from mansu_tl.unlearning.mansu.floor import choose_support
 from mansu_tl.unlearning.mansu.plan import Plan, plan
 from mansu_tl.unlearning.mansu.settings import MansuSettings
@@ -121,7 +121,7 @@ class _Mansu(Solver):
         # Odd steps see the model as stored, even ones as deployed, grid by grid: all must have forgotten.
         under = step // 2 % len(floor.grids) if step % 2 == 0 and cfg.floor == "loop" else None
         change, changed = floor.change(self.latent, self.allowed, under)
-        batch = self.fixed.source.draw(self.samplers)(self.fixed.view(change, under))
+        batch = self.fixed.source.draw(self.samplers, self.fixed.view(change, under))
         forget, retain = self.objective.terms(batch)
         loss = forget + cfg.retain_weight * retain
         if cfg.adversary_weight:
@@ -175,22 +175,12 @@ class _Mansu(Solver):
         """The forget term on facts that the attacker does not have, at the weights he would reach (first order)."""
         cfg, fixed = self.settings, self.fixed
         if self.attack is None or step % cfg.adversary_every == 0:
-            self.attack = attacked(
-                fixed.hf,
-                batch.values,
-                tuple(fixed.view.linear),
-                fixed.source.pairs,
-                fixed.facts,
-                count=attackers_facts(fixed.facts, cfg),
-                steps=cfg.adversary_steps,
-                learning_rate=cfg.adversary_rate,
-                batch=cfg.retain_batch,
-                generator=self.generator,
-            )
+            names = tuple(fixed.view.linear)
+            self.attack = attacked(fixed.hf, batch.values, names, fixed.source.pairs, fixed.facts, cfg, self.generator)
         moved, others = self.attack.change, self.attack.others
         there = {name: value + moved[name] if name in moved else value for name, value in batch.values.items()}
         rows = others[torch.randperm(len(others), generator=self.generator)[: cfg.forget_batch]]
-        return self.objective.forget(replace(batch, values=there, pairs=fixed.source.pairs[rows], rows=rows))
+        return self.objective.forget(replace(batch, values=there, rows=rows))
 
     def _leak(self, change: Float[Tensor, " weight"]) -> Float[Tensor, ""]:
         """Mean squared change of the circuit matrices' outputs on retain inputs, relative to the inputs' size."""

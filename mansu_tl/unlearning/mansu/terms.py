@@ -9,14 +9,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mansu_tl.data import PromptPairs, Sequences, Task
+from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.wording import same_wording
 from mansu_tl.runs.metrics import kl_divergence
+from mansu_tl.runs.values import last_token_states
 from mansu_tl.unlearning.batches import Batch
-from mansu_tl.unlearning.forward import last_token_states
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.objectives import Objective
 
-# Numbers of one kind (logits, compared tokens) that exist at one time.
+# Logits that exist at one time.
 _MOST_NUMBERS = 2**26
 
 
@@ -31,15 +32,7 @@ def objective(settings: MansuSettings, unknown: Ignorance) -> Objective:
         else:
             logits, away = batch.forget_logits, batch.forget_logits.new_zeros(())
         return settings.representation_weight * away + forget_loss(
-            logits,
-            reference.reference,
-            reference.pool,
-            pairs.answers,
-            divergence_weight=settings.divergence_weight,
-            margin=settings.margin,
-            margin_weight=settings.margin_weight,
-            band=settings.band,
-            band_weight=settings.band_weight,
+            logits, reference.reference, reference.pool, pairs.answers, settings
         )
 
     def retain(batch: Batch) -> Float[Tensor, ""]:
@@ -58,12 +51,7 @@ def forget_loss(
     reference: Float[Tensor, "row vocab"],
     pool: Bool[Tensor, "row vocab"],
     answers: Int[Tensor, " row"],
-    *,
-    divergence_weight: float,
-    margin: float,
-    margin_weight: float,
-    band: float,
-    band_weight: float,
+    settings: MansuSettings,
 ) -> Float[Tensor, ""]:
     """Distance from ignorance, in nats.
 
@@ -75,14 +63,15 @@ def forget_loss(
     log_q = reference.clamp_min(1e-9).log()
     rows = torch.arange(logits.shape[0], device=logits.device)
     divergence = kl_divergence(logits, log_q).mean()
-    excess = log_p[rows, answers] - log_q[rows, answers] + margin
+    excess = log_p[rows, answers] - log_q[rows, answers] + settings.margin
     hinge = excess.relu().mean()
     weight = pool.float()
     count = weight.sum(1, keepdim=True)
     gap = log_p - log_q
     centred = (gap - (gap * weight).sum(1, keepdim=True) / count) * weight
-    flat = torch.nn.functional.huber_loss(centred, torch.zeros_like(centred), delta=band, reduction="none")
-    return divergence_weight * divergence + margin_weight * hinge + band_weight * (flat.sum(1) / count[:, 0]).mean()
+    flat = torch.nn.functional.huber_loss(centred, torch.zeros_like(centred), delta=settings.band, reduction="none")
+    flattening = (flat.sum(1) / count[:, 0]).mean()
+    return settings.divergence_weight * divergence + settings.margin_weight * hinge + settings.band_weight * flattening
 
 
 def representation_loss(
@@ -132,15 +121,15 @@ class Ignorance:
         return Ignorance(every, self.reference[at], self.pool[at], self.state[at], self.spread[at])
 
 
-def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
+def ignorance(model: PreTrainedModel, pairs: PromptPairs, unseen: Sequences) -> Ignorance:
     """Measure the "never seen" distribution of the original model.
 
     Every forget prompt is matched with the never-seen prompts of closest wording: those that agree with it most where
-    it does not differ from its own corrupt prompt. Where the task has no never-seen prompts, the corrupt prompts stand in.
+    it does not differ from its own corrupt prompt. Where there are none, the corrupt prompts stand in.
     """
-    pairs = task.forget_pairs
-    unseen = task.unseen if len(task.unseen) else Sequences(pairs.corrupt, pairs.lengths)
-    closest, wording = _closest(pairs, unseen).unique(dim=0, return_inverse=True)
+    unseen = unseen if len(unseen) else Sequences(pairs.corrupt, pairs.lengths)
+    words = pairs.clean.masked_fill(pairs.clean != pairs.corrupt, -1)
+    closest, wording = same_wording(words, pairs.lengths, unseen).unique(dim=0, return_inverse=True)
     mean = closest.float() / closest.sum(1, keepdim=True)
     values, parts = dict(model.named_parameters()), []
     vocab = model.get_output_embeddings().weight.shape[0]
@@ -163,25 +152,3 @@ def ignorance(model: PreTrainedModel, task: Task) -> Ignorance:
     common = (states - states.mean(0)).square().sum(-1).mean(0)
     spread = torch.where(closest.sum(1, keepdim=True) > 1, spread, common)
     return Ignorance(wording, reference, pool, state, spread)
-
-
-def _closest(pairs: PromptPairs, unseen: Sequences) -> Bool[Tensor, "pair unseen"]:
-    """The never-seen prompts that share most tokens with each pair, aligned at the last real one, over its wording:
-    where clean and corrupt do not differ."""
-    width = max(pairs.clean.shape[1], unseen.tokens.shape[1])
-
-    def from_end(tokens: Tensor, lengths: Tensor, fill: int) -> Tensor:
-        out = torch.full((tokens.shape[0], width), fill, device=tokens.device)
-        for i, length in enumerate(lengths.tolist()):
-            out[i, width - length :] = tokens[i, :length]
-        return out
-
-    clean, corrupt = from_end(pairs.clean, pairs.lengths, -1), from_end(pairs.corrupt, pairs.lengths, -1)
-    other = from_end(unseen.tokens, unseen.lengths, -2)
-    rows = max(1, _MOST_NUMBERS // max(1, other.numel()))
-    parts = []
-    for start in range(0, len(pairs), rows):
-        prompts, differs = clean[start : start + rows], (clean != corrupt)[start : start + rows]
-        shared = ((prompts[:, None] == other[None]) & ~differs[:, None]).sum(-1)
-        parts.append(shared == shared.max(1, keepdim=True).values)
-    return torch.cat(parts)

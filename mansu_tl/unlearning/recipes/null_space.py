@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mansu_tl.models import float32_copy, home, linear_weights
-from mansu_tl.unlearning.forward import joined
 from mansu_tl.unlearning.masks import every_weight
 from mansu_tl.unlearning.objectives import Objective, ascent
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector, require_null_space
@@ -34,7 +33,7 @@ class NullSpaceSettings(TrainedSettings):
 def null_space(settings: NullSpaceSettings, start: Start) -> Recipe:
     """Ascent inside the null space of the retain and near text, if there is text enough for one."""
     hf, linear, task = float32_copy(start.model), linear_weights(start.model), start.task
-    text = joined(task.retain_text, task.near_text) if len(task.near_text) else task.retain_text
+    text = task.retain_text.joined(task.near_text)
     moments = input_moments(hf, linear, text.to(home(hf)))
     require_null_space(text, moments)
     projectors = {name: null_projector(moment, settings.leak, name) for name, moment in moments.items()}

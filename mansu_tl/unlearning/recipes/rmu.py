@@ -17,11 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
-from mansu_tl.data.masks import real_tokens
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, component_masks, float32_copy, home
+from mansu_tl.runs.values import Values, with_streams
 from mansu_tl.unlearning.batches import Batch
-from mansu_tl.unlearning.forward import Values, run_values
 from mansu_tl.unlearning.objectives import Objective
 from mansu_tl.unlearning.training import Recipe, RetainSettings, Start, trained
 
@@ -75,5 +74,5 @@ def _prompts(pairs: PromptPairs) -> Sequences:
 
 def _hidden(hf: PreTrainedModel, values: Values, text: Sequences, layer: int) -> Float[Tensor, "token d_model"]:
     """The residual stream after `layer` layers, at every real token."""
-    _, states = run_values(hf, values, text.tokens, text.lengths, states=True)
-    return states[layer][real_tokens(text.tokens, text.lengths)].float()
+    _, streams = with_streams(hf, values, text.tokens, text.lengths)
+    return streams[layer][text.real].float()

@@ -13,7 +13,7 @@ import torch
 
 from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.quantization import grid_of
-from mansu_tl.unlearning.forward import Values
+from mansu_tl.runs.values import Values
 from mansu_tl.unlearning.objectives import Objective, ascent, likelihood
 from mansu_tl.unlearning.training import Recipe, RetainSettings, Start, trained
 

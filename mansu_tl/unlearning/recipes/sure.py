@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, component_masks, float32_copy, home, linear_weights
-from mansu_tl.unlearning.forward import last_token_logits
+from mansu_tl.runs.values import last_token_logits
 from mansu_tl.unlearning.masks import Masks
 from mansu_tl.unlearning.objectives import Objective, ascent, likelihood
 from mansu_tl.unlearning.training import LARGE, Recipe, RetainSettings, Start, TrainingSettings, trained
