@@ -63,18 +63,18 @@ def markdown(table: pd.DataFrame, searches: pd.DataFrame | None = None) -> str:
             rate reached the forgetting that was asked for.
     """
     means = summary(table)
-    found = _Cells(means)
+    cell = _Cells(means)
     bases = [str(base) for base in dict.fromkeys(table["base"])]
     parts = []
     edited = [str(name) for name in dict.fromkeys(table["method"]) if name not in CONTROLS]
     main = headline(edited) if edited else ""
     if floored(main):
         seeds = int(means.loc[means["method"] == main, "seeds"].max())
-        parts.append(_main(found, bases, main, seeds))
-        parts.append(_quantizers(found, bases, main, table))
+        parts.append(_main(cell, bases, main, seeds))
+        parts.append(_quantizers(cell, bases, main, table))
     rates = _rates(searches)
-    parts += [controls for base in bases if (controls := _controls(found, base, means))]
-    parts += [_methods(found, base, means, rates) for base in bases]
+    parts += [controls for base in bases if (controls := _controls(cell, base, means))]
+    parts += [_methods(cell, base, means, rates) for base in bases]
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,25 +99,25 @@ def _lines(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *rows))
 
 
-def _main(found: _Cells, bases: list[str], main: str, seeds: int) -> str:
+def _main(cell: _Cells, bases: list[str], main: str, seeds: int) -> str:
     name = title_of(main)
     title = f"{name}, mean over {seeds} seeds [95 %]" if seeds > 1 else f"{name}, one seed [95 % over facts]"
-    rows = [[row, *(found(base, main, number, interval=True) for base in bases)] for row, number in _MANSU_ROWS]
+    rows = [[row, *(cell(base, main, number, interval=True) for base in bases)] for row, number in _MANSU_ROWS]
     return _lines([title, *(f"`{base}`" for base in bases)], [row for row in rows if set(row[1:]) != {"-"}])
 
 
-def _quantizers(found: _Cells, bases: list[str], main: str, table: pd.DataFrame) -> str:
+def _quantizers(cell: _Cells, bases: list[str], main: str, table: pd.DataFrame) -> str:
     names = [q for q in dict.fromkeys(table.loc[table["method"] == main, "quantizer"]) if q]
     header = [text for base in bases for text in (f"`{base}`: forget MC, points", "log-odds, nats")]
     gaps = (_GAP, 1), (_GAP_NATS, 2)
     rows = [
-        [f"`{name}`", *(found(base, main, (name, *gap), interval=True) for base in bases for gap in gaps)]
+        [f"`{name}`", *(cell(base, main, (name, *gap), interval=True) for base in bases for gap in gaps)]
         for name in names
     ]
     return _lines([f"PTQ gap of {title_of(main)}", *header], rows)
 
 
-def _controls(found: _Cells, base: str, means: pd.DataFrame) -> str:
+def _controls(cell: _Cells, base: str, means: pd.DataFrame) -> str:
     """MANSU beside itself with one part changed; "" where no part was."""
     every = _seeds(means, base)
     main = headline(name for name in every if name not in CONTROLS) if set(every) - set(CONTROLS) else ""
@@ -129,7 +129,7 @@ def _controls(found: _Cells, base: str, means: pd.DataFrame) -> str:
         [
             title_of(name),
             str(every[name]),
-            *(found(base, name, number, interval=True) for _, number in _CONTROL_COLUMNS),
+            *(cell(base, name, number, interval=True) for _, number in _CONTROL_COLUMNS),
         ]
         for name in names
     ]
@@ -137,13 +137,11 @@ def _controls(found: _Cells, base: str, means: pd.DataFrame) -> str:
     return _lines([title, "seeds", *(name for name, _ in _CONTROL_COLUMNS)], rows)
 
 
-def _methods(found: _Cells, base: str, means: pd.DataFrame, rates: dict[tuple[str, str], str]) -> str:
+def _methods(cell: _Cells, base: str, means: pd.DataFrame, rates: dict[tuple[str, str], str]) -> str:
     rows = []
     for method, seeds in _seeds(means, base).items():
         cells = [title_of(method), rates.get((base, method), ""), "" if method in CONTROLS else str(seeds)]
-        rows.append(
-            [*cells, *(" / ".join(found(base, method, each) for each in parts) for _, parts in _METHOD_COLUMNS)]
-        )
+        rows.append([*cells, *(" / ".join(cell(base, method, each) for each in parts) for _, parts in _METHOD_COLUMNS)])
     return _lines([f"`{base}`", "rate", "seeds", *(name for name, _ in _METHOD_COLUMNS)], rows)
 
 
