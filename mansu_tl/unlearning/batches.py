@@ -113,7 +113,7 @@ class OriginalText:
 
     @torch.no_grad()
     def __call__(self, rows: Int[Tensor, " row"], predictions: Predicted) -> Float[Tensor, "token vocab"]:
-        """The original's logits where another model's were predictions, in some rows of the text."""
+        """The original's logits at the tokens that another model predicted, in some rows of the text."""
         if self._table is not None:
             return self._table[self._starts[rows.to(self._starts.device)[predictions.rows]] + predictions.places]
         return sequence_logits(self.model, self.values, self.text[rows]).logits
