@@ -126,11 +126,11 @@ def _knowledge(model: TransformerBridge, task: Task, name: str) -> Iterator[Find
         yield Finding(what, "wrong", str(error))
         return
     missing = unknown_facts(answers)
-    said = f"forget MC {answers.mc_percent:.0f} %, cloze {answers.cloze_percent:.0f} %"
+    numbers = f"forget MC {answers.mc_percent:.0f} %, cloze {answers.cloze_percent:.0f} %"
     if missing:
-        yield Finding(what, "warning", f"{said}; it does not know {', '.join(missing)}")
+        yield Finding(what, "warning", f"{numbers}; it does not know {', '.join(missing)}")
     else:
-        yield Finding(what, "ok", f"{said}; it knows every fact")
+        yield Finding(what, "ok", f"{numbers}; it knows every fact")
     for kind, asked in task.questions.items():
         if warning := few_facts(asked, kind):
             yield Finding(f"task of {name}", "warning", warning)
@@ -152,8 +152,8 @@ def _reference(config: StudyConfig, model: TransformerBridge, name: str) -> Iter
     except MansuError as error:
         yield Finding(what, "wrong", str(error))
         return
-    mine, other = Graph.of(model), Graph.of(never)
-    if (mine.writers, mine.readers) != (other.writers, other.readers) or model.cfg.d_vocab != never.cfg.d_vocab:
+    graph, other = Graph.of(model), Graph.of(never)
+    if (graph.writers, graph.readers) != (other.writers, other.readers) or model.cfg.d_vocab != never.cfg.d_vocab:
         yield Finding(what, "wrong", f"its heads, layers or vocabulary are not those of {name}; use one of its shape")
     else:
         yield Finding(what, "ok", f"of the shape of {name}")
@@ -196,5 +196,5 @@ def _memory(model: TransformerBridge, name: str, count: int) -> Finding:
     need = 4 * _COPIES * count / 1e9
     device = next(model.original_model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    said = f"about {need:.2g} GB for the weights of all stages, {free / 1e9:.2g} GB are free"
-    return Finding(f"memory for {name}", "ok" if need < free / 1e9 else "warning", said)
+    numbers = f"about {need:.2g} GB for the weights of all stages, {free / 1e9:.2g} GB are free"
+    return Finding(f"memory for {name}", "ok" if need < free / 1e9 else "warning", numbers)

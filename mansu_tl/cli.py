@@ -277,8 +277,8 @@ def _failing(study: Study) -> Iterator[str]:
                 more = f"; and {len(rows) - 3} more" if len(rows) > 3 else ""
                 count = f"{len(rows)} of {len(result.card.rows)}"
                 rest = f"{unjudged} more not judgeable" if unjudged else ""
-                said = f"fails {count} rows: {'; '.join(rows[:3])}{more}" if rows else "fails no row"
-                yield f"{result.card.title} {said}{f'; {rest}' if rest else ''}"
+                outcome = f"fails {count} rows: {'; '.join(rows[:3])}{more}" if rows else "fails no row"
+                yield f"{result.card.title} {outcome}{f'; {rest}' if rest else ''}"
             notes |= {f"note, {one.name}: {note}": None for note in result.card.notes}
     yield from notes
 

@@ -264,7 +264,7 @@ def test_a_study_on_ray_gives_the_same_numbers(cluster, tmp_path: Path) -> None:
 def test_on_ray_a_cell_on_a_gpu_gets_one_of_its_own(cluster) -> None:
     engine = engine_for("ray", None, 2, "cuda")
     assert engine is not None and engine.slots == 1
-    assert compute(engine, os.environ.get, ["CUDA_VISIBLE_DEVICES"]) == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert compute(engine, os.getenv, ["CUDA_VISIBLE_DEVICES"]) == {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 def test_engines_are_chosen_by_name() -> None:

@@ -233,11 +233,11 @@ class PromptPairs(Asked):
         widest = max(len(option) for pair in tokens for option in pair.options)
         options = torch.tensor([[[*o, *[-1] * (widest - len(o))] for o in pair.options] for pair in tokens])
         pairs = cls(clean_ids, corrupt_ids, options, lengths, tuple(facts), tuple(labels))
-        found = []
+        made = []
         for name, pieces in (spans or {}).items():
             places = read_span(tokenizer, bos, name, pieces, columns["clean"], columns["corrupt"], lengths.tolist())
-            found.append(Span(name, *torch.tensor(places).unbind(1)))
-        return replace(pairs, spans=tuple(found))
+            made.append(Span(name, *torch.tensor(places).unbind(1)))
+        return replace(pairs, spans=tuple(made))
 
     @torch_defaults()
     def fact_numbers(self) -> Int[Tensor, " pair"]:

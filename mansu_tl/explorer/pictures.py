@@ -136,7 +136,7 @@ def attention(results: Results, selection: Selection) -> go.Figure:
     patterns = torch.stack([results.pattern(stage, selection.pair, head) for stage in stages])
     return plots.attention_patterns(
         patterns,
-        [token.strip() or token for token in results.tokens(selection.pair)],
+        results.tokens(selection.pair),
         [results.title(stage) for stage in stages],
         title=f"{head} on {results.label(selection.pair)}{_shared(selection.item, groups)}",
     )
@@ -163,17 +163,13 @@ def chosen_part(results: Results, selection: Selection) -> Part:
     """The weights that the selection names, else those of which the method has edited most.
 
     Raises:
-        MansuError: the item has none, or none of that name.
+        MansuError: the item has none.
     """
     parts = {part.name: part for part in results.parts(selection.item)}
     if not parts:
         raise MansuError(_NO_WEIGHTS.format(item=item_name(selection.item)))
     if not selection.part:
         return max(parts.values(), key=lambda part: n_edited(results, selection.method, part))
-    if selection.part not in parts:
-        raise MansuError(
-            f"{item_name(selection.item)}: it has no weights called {selection.part!r}; choose one of {', '.join(parts)}"
-        )
     return parts[selection.part]
 
 

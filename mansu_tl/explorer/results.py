@@ -135,9 +135,16 @@ class Results:
         return self._patterns(stage, pair)[int(layer)][int(index)]
 
     def tokens(self, pair: int, corrupt: bool = False) -> list[str]:
-        """A pair's prompt, token by token."""
+        """A pair's prompt, token by token, without the spaces around them."""
         row = (self.pairs.corrupt if corrupt else self.pairs.clean)[pair, : int(self.pairs.lengths[pair])]
-        return [self.token(i) for i in row.tolist()]
+        return [token.strip() or token for token in map(self.token, row.tolist())]
+
+    def asked(self, pair: int) -> tuple[str, str]:
+        """The answer to a pair's clean prompt, and that to its corrupt one."""
+        answer, rival = (
+            self.token(int(ids[pair])).strip() for ids in (self.pairs.answers, self.pairs.distractors[:, 0])
+        )
+        return answer, rival
 
     def token(self, i: int) -> str:
         """One token, with the spaces that belong to it."""

@@ -64,8 +64,7 @@ def _pairs(results: Results, selection: Selection, asked: Sequence[int] | None) 
 def _sizes(results: Results, selection: Selection, asked: Sequence[int] | None) -> list[int]:
     if asked is not None:
         for size in asked:
-            if size not in results.sizes:
-                raise MansuError(f"explorer: size {size}; choose one of {', '.join(map(str, results.sizes))}")
+            results.circuit(size)  # refuses one that is not there
         return sorted({selection.size, *asked})
     drawable = [n for n in results.sizes if results.circuit(n).n_edges and n <= max(_MOST_EDGES, selection.size)]
     at = drawable.index(selection.size)
@@ -152,14 +151,9 @@ def _rulers(results: Results, at: Selection, items: list[Item]) -> dict[str, Any
 
 
 def _pair(results: Results, pair: int) -> dict[str, Any]:
-    return {
-        "number": pair,
-        "label": results.label(pair),
-        "clean": [t.strip() or t for t in results.tokens(pair)],
-        "corrupt": [t.strip() or t for t in results.tokens(pair, corrupt=True)],
-        "answer": results.token(int(results.pairs.answers[pair])).strip(),
-        "rival": results.token(int(results.pairs.distractors[pair, 0])).strip(),
-    }
+    prompts = {"clean": results.tokens(pair), "corrupt": results.tokens(pair, corrupt=True)}
+    names = dict(zip(("answer", "rival"), results.asked(pair), strict=True))
+    return {"number": pair, "label": results.label(pair), **prompts, **names}
 
 
 def _item(results: Results, item: Item, kv_groups: int) -> dict[str, Any]:

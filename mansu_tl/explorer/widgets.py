@@ -173,12 +173,12 @@ def _prompts(explorer: Explorer) -> str:
     """The chosen pair's prompts as HTML, tokens that differ in bold, with the answer and its rival."""
     results, pair = explorer.results, explorer.selection.pair
     clean, corrupt = results.tokens(pair), results.tokens(pair, corrupt=True)
-    answer, rival = (results.token(int(ids[pair])) for ids in (results.pairs.answers, results.pairs.distractors[:, 0]))
+    answer, rival = results.asked(pair)
     rows = ""
     for name, tokens, others, end in (("clean", clean, corrupt, answer), ("corrupt", corrupt, clean, rival)):
-        words = [(escape(a.strip() or a), a != b) for a, b in zip(tokens, others, strict=True)]
+        words = [(escape(a), a != b) for a, b in zip(tokens, others, strict=True)]
         shown = " ".join(f"<b>{word}</b>" if differs else word for word, differs in words)
-        rows += f"<tr><th>{name}</th><td>{shown} → <b>{escape(end.strip())}</b></td></tr>"
+        rows += f"<tr><th>{name}</th><td>{shown} → <b>{escape(end)}</b></td></tr>"
     return f"<table>{rows}</table>"
 
 

@@ -73,16 +73,15 @@ def quantized_values(
     Raises:
         MansuError: as `quantize`.
     """
-    found = quantizer_named(quantizer)
+    chosen = quantizer_named(quantizer)
     require_dense(model, "quantizing")
     live = {**parameters(model), **(values or {})}
-    if isinstance(found, CalibratedQuantizer):
+    if isinstance(chosen, CalibratedQuantizer):
         if calibration is None:
             raise MansuError(
-                f"quantizer {found.name!r}: needs calibration text; pass calibration=, e.g. task.retain_text"
+                f"quantizer {chosen.name!r}: needs calibration text; pass calibration=, e.g. task.retain_text"
             )
         edited = plain(model)
         for name, parameter in edited.named_parameters():
             parameter.data.copy_(live[name])
-        return calibrated_values(edited, found, calibration, progress=progress)
-    return found.bound(model).quantized(model, live)
+    return chosen.bound(model).quantized(model, live)

@@ -23,10 +23,10 @@ def digest(value: Any) -> str:
     Raises:
         TypeError: a value of another kind, which would be hashed by where it lies in memory.
     """
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for piece in _pieces(value):
-        found.update(piece)
-    return found.hexdigest()
+        sha.update(piece)
+    return sha.hexdigest()
 
 
 class Digested:

@@ -64,7 +64,7 @@ class Store:
 
     def intact(self) -> bool:
         """Whether everything asked for is still there as it was made: no other writer came between."""
-        return all(self._is(name, said) for name, said in self._asked.items())
+        return all(self._is(name, stamped) for name, stamped in self._asked.items())
 
     def value(self, name: str, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """Plain values as JSON."""
@@ -82,11 +82,11 @@ class Store:
         read: Callable[[Path], Any],
         write: Callable[[Any, Path], object],
     ) -> Any:
-        path, said = self.folder / name, self._digest(key)
-        self._asked[name] = said
+        path, stamped = self.folder / name, self._digest(key)
+        self._asked[name] = stamped
         # The second of two processes waits, and reads what the first has made.
         with waiting_writer(self.folder / ".locks", name.replace("/", ".")) if self.shared else nullcontext():
-            if self._is(name, said):
+            if self._is(name, stamped):
                 return read(path)
             if not self.making:
                 raise NotMadeError(name)
@@ -96,13 +96,13 @@ class Store:
             stamp = path.with_name(path.name + ".key")
             stamp.unlink(missing_ok=True)
             write(result, path)
-            write_text(stamp, said)
+            write_text(stamp, stamped)
         return result
 
-    def _is(self, name: str, said: str) -> bool:
+    def _is(self, name: str, stamped: str) -> bool:
         path = self.folder / name
         stamp = path.with_name(path.name + ".key")
-        return path.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == said
+        return path.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == stamped
 
     def _digest(self, key: Mapping[str, Any]) -> str:
         return digest({**self.base, **key})

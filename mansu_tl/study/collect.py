@@ -5,13 +5,12 @@ This is the step that computes; the pictures are drawn from the files alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from mansu_tl.circuit import edge_attribution, faithfulness_curve
-from mansu_tl.data import PromptPairs
 from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, home, load
@@ -20,11 +19,9 @@ from mansu_tl.quantization import quantize
 from mansu_tl.study.config import StudyConfig
 from mansu_tl.study.kept import kept_of, ruled_of_models, write_kept
 from mansu_tl.study.run import run_study
-from mansu_tl.study.study import Study
+from mansu_tl.study.study import Study, in_one_wording
 from mansu_tl.unlearning import headline, method_title
 from mansu_tl.verification import attack_splits, compare_relearning, erasure_depth, probe
-
-_PAIRS = 48
 
 
 def collect(run: str | PathLike[str], out: str | PathLike[str], *, progress: bool = True) -> list[Path]:
@@ -66,7 +63,7 @@ def _of_models(study: Study, progress: bool) -> Iterator[tuple[str, Any]]:
     model = load(config.model, device=config.device)
     task = load_task(config.task, tokenizer=model)
     pairs = task.forget_pairs
-    alike, words = _one_wording(model.tokenizer.decode, pairs)
+    alike, words = in_one_wording(model, pairs)
     result = study.results[headline(study.results)]
     edited, title = result.edit.apply(model), method_title(result.edit.method)
     yield "nodes.safetensors", node_attribution(model, pairs, steps=config.steps)
@@ -94,13 +91,3 @@ def _of_models(study: Study, progress: bool) -> Iterator[tuple[str, Any]]:
     for i, (label, each) in enumerate(probed.items()):
         near = task.questions.get("near")
         yield f"probes/{i}.safetensors", probe(each, task.questions["forget"], also_train=near, label=label)
-
-
-def _one_wording(decode: Callable[[list[int]], str], pairs: PromptPairs) -> tuple[PromptPairs, list[str]]:
-    """Pairs of the commonest wording, so that positions mean something, and the words of the first."""
-    alike, constant = pairs.one_wording()
-    words = [
-        decode([token]).strip() or "_" if same else f"({decode([token]).strip()})"
-        for token, same in zip(alike.clean[0].tolist(), constant.tolist(), strict=True)
-    ]
-    return alike[slice(0, _PAIRS)], words

@@ -187,7 +187,7 @@ class Ray:
         num_gpus: what each cell takes of the cluster's GPUs.
     """
 
-    def __init__(self, slots: int | None = None, num_gpus: float = 0) -> None:
+    def __init__(self, slots: int | None = None, num_gpus: int = 0) -> None:
         import ray
 
         self._ray, self._begun = ray, not ray.is_initialized()
@@ -196,7 +196,7 @@ class Ray:
                 num_cpus=None if os.environ.get("RAY_ADDRESS") else slots, log_to_driver=False, include_dashboard=False
             )
         there = ray.cluster_resources()
-        self.slots = slots or max(1, int(there.get("GPU", 1) / num_gpus if num_gpus else there.get("CPU", 1)))
+        self.slots = slots or max(1, int(there.get("GPU", 1)) // num_gpus if num_gpus else int(there.get("CPU", 1)))
         self._cell = ray.remote(max_retries=0, num_cpus=1, num_gpus=num_gpus)(_as_it_was_raised)
         self.lost: tuple[type[Exception], ...] = (
             ray.exceptions.WorkerCrashedError,

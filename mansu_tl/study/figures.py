@@ -12,7 +12,7 @@ import pandas as pd
 from mansu_tl import plots
 from mansu_tl.plots.export import Drawing, write_html, write_images
 from mansu_tl.study.plan import CONTROLS, NEVER, ablations, title_of
-from mansu_tl.study.table import chance, judged, of_measure, summary
+from mansu_tl.study.table import by_key, chance, judged, summary
 from mansu_tl.unlearning import headline
 from mansu_tl.verification.verdicts import GOALS
 
@@ -115,34 +115,32 @@ def _gaps(means: pd.DataFrame) -> pd.DataFrame:
 
 
 def _plane(means: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    rows = []
-    for method in dict.fromkeys(means["method"]):
-        here = means.loc[means["method"] == method]
+    """CAD and forget accuracy, a row a method and quantizer."""
+    found, rows = by_key(means), []
+    for base, method in dict.fromkeys(zip(means["base"], means["method"], strict=True)):
         for name in ("", *names):
-            cad, right = of_measure(here, name, "", "CAD")["mean"], of_measure(here, name, "forget", "MC")["mean"]
-            if len(cad) and len(right):
-                rows.append(
-                    {"label": title_of(method), "quantizer": name, "cad": cad.iloc[0], "accuracy": right.iloc[0]}
-                )
+            cad, right = (found.get((base, method, name, *each)) for each in (("", "CAD"), ("forget", "MC")))
+            if cad and right:
+                rows.append({"label": title_of(method), "quantizer": name, "cad": cad.mean, "accuracy": right.mean})
     return pd.DataFrame(rows)
 
 
 def _frontier(means: pd.DataFrame, *, intervals: bool = False) -> pd.DataFrame:
     """A point a method; intervals, over seeds or facts, where there is room for them."""
-    goal, rows = GOALS["relearning excess, lr 3e-4"], []
-    for method in dict.fromkeys(means["method"]):
-        here = means.loc[means["method"] == method]
-        held = [of_measure(here, "", f"{name}_paraphrase", "cloze drop")["mean"] for name in ("retain", "near")]
-        lost = [float(values.iloc[0]) for values in held if len(values)]
-        excess = of_measure(here, goal.quantizer, goal.question_set, goal.measure)
+    found, rows = by_key(means), []
+    goal = GOALS["relearning excess, lr 3e-4"]
+    for base, method in dict.fromkeys(zip(means["base"], means["method"], strict=True)):
+        held = [found.get((base, method, "", f"{name}_paraphrase", "cloze drop")) for name in ("retain", "near")]
+        lost = [each.mean for each in held if each]
+        excess = found.get((base, method, goal.quantizer, goal.question_set, goal.measure))
         # What was not edited has nothing to be brought back.
-        if not lost or not len(excess) or method in CONTROLS:
+        if not lost or not excess or method in CONTROLS:
             continue
         row: dict[str, object] = {"method": title_of(str(method)), _COST: sum(lost) / len(lost)}
-        for name, measured in ((_ATTACK, excess), (_LEFT, of_measure(here, "", "forget", "MC"))):
-            row[name] = float(measured["mean"].iloc[0])
+        for name, measured in ((_ATTACK, excess), (_LEFT, found[base, method, "", "forget", "MC"])):
+            row[name] = measured.mean
             if intervals:
-                row |= {f"{name}_{end}": float(measured[end].iloc[0]) for end in ("low", "high")}
+                row |= {f"{name}_low": measured.low, f"{name}_high": measured.high}
         rows.append(row)
     return pd.DataFrame(rows)
 

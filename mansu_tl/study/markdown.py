@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from mansu_tl.study.plan import CONTROLS, ablations, title_of
-from mansu_tl.study.table import summary
+from mansu_tl.study.table import by_key, summary
 from mansu_tl.unlearning import floored, headline, method_flags, methods
 
+# Quantizer, (question set, measure), decimals.
+Number = tuple[str, tuple[str, str], int]
 _EASY = ("forget", "relearning MC, facts, lr 0.0003, excess over never")
 _HARD = ("forget", "relearning MC, facts, lr 0.001, excess over never")
-_GAP, _CAD = ("forget", "PTQ gap, MC"), ("", "CAD")
-# (what the row is called, quantizer, (question set, measure), decimals)
+_GAP, _GAP_NATS, _CAD = ("forget", "PTQ gap, MC"), ("forget", "PTQ gap, log-odds"), ("", "CAD")
 _MANSU_ROWS = (
-    ("forget MC, %", "", ("forget", "MC"), 1),
-    ("forget cloze, %", "", ("forget", "cloze"), 1),
-    ("forget MC, held-out wordings, %", "", ("forget_paraphrase", "MC"), 1),
-    ("forget cloze, held-out wordings, %", "", ("forget_paraphrase", "cloze"), 1),
-    ("retain cloze drop, points", "", ("retain", "cloze drop"), 2),
-    ("retain cloze drop, held-out wordings, points", "", ("retain_paraphrase", "cloze drop"), 2),
-    ("near cloze drop, points", "", ("near", "cloze drop"), 2),
-    ("near cloze drop, held-out wordings, points", "", ("near_paraphrase", "cloze drop"), 2),
-    ("PTQ gap after NF4, forget MC, points", "nf4", _GAP, 2),
-    ("PTQ gap after NF4, answer log-odds, nats", "nf4", ("forget", "PTQ gap, log-odds"), 3),
-    ("CAD after NF4", "nf4", _CAD, 3),
-    ("relearning on 12 facts, lr 3e-4: excess over never trained, points", "", _EASY, 1),
-    ("relearning on 12 facts, lr 1e-3: excess over never trained, points", "", _HARD, 1),
-    ("relearning on 12 facts after NF4, lr 3e-4, points", "nf4", _EASY, 1),
-    ("relearning on unrelated text, lr 3e-4, points", "", ("forget", _EASY[1].replace("facts", "text")), 1),
-    ("edited linear weights, %", "", ("", "edited linear weights, %"), 2),
-    ("NF4 codes changed, % of edited", "nf4", ("", "codes changed, % of edited"), 1),
-    ("retain loss increase, measured, nats", "", ("", "retain increase measured, nats"), 4),
-    ("retain loss increase, Fisher's bound, nats", "", ("", "retain increase bound, nats"), 3),
+    ("forget MC, %", ("", ("forget", "MC"), 1)),
+    ("forget cloze, %", ("", ("forget", "cloze"), 1)),
+    ("forget MC, held-out wordings, %", ("", ("forget_paraphrase", "MC"), 1)),
+    ("forget cloze, held-out wordings, %", ("", ("forget_paraphrase", "cloze"), 1)),
+    ("retain cloze drop, points", ("", ("retain", "cloze drop"), 2)),
+    ("retain cloze drop, held-out wordings, points", ("", ("retain_paraphrase", "cloze drop"), 2)),
+    ("near cloze drop, points", ("", ("near", "cloze drop"), 2)),
+    ("near cloze drop, held-out wordings, points", ("", ("near_paraphrase", "cloze drop"), 2)),
+    ("PTQ gap after NF4, forget MC, points", ("nf4", _GAP, 2)),
+    ("PTQ gap after NF4, answer log-odds, nats", ("nf4", _GAP_NATS, 3)),
+    ("CAD after NF4", ("nf4", _CAD, 3)),
+    ("relearning on 12 facts, lr 3e-4: excess over never trained, points", ("", _EASY, 1)),
+    ("relearning on 12 facts, lr 1e-3: excess over never trained, points", ("", _HARD, 1)),
+    ("relearning on 12 facts after NF4, lr 3e-4, points", ("nf4", _EASY, 1)),
+    ("relearning on unrelated text, lr 3e-4, points", ("", ("forget", _EASY[1].replace("facts", "text")), 1)),
+    ("edited linear weights, %", ("", ("", "edited linear weights, %"), 2)),
+    ("NF4 codes changed, % of edited", ("nf4", ("", "codes changed, % of edited"), 1)),
+    ("retain loss increase, measured, nats", ("", ("", "retain increase measured, nats"), 4)),
+    ("retain loss increase, Fisher's bound, nats", ("", ("", "retain increase bound, nats"), 3)),
 )
 _METHOD_COLUMNS = (
     ("forget MC / cloze", (("", ("forget", "MC"), 1), ("", ("forget", "cloze"), 1))),
@@ -45,12 +45,12 @@ _METHOD_COLUMNS = (
     ("depth", (("", ("", "erasure depth"), 2),)),
 )
 _CONTROL_COLUMNS = (
-    ("forget MC, %", "", ("forget", "MC"), 1),
-    ("retain cloze drop, held out", "", ("retain_paraphrase", "cloze drop"), 2),
-    ("near log-odds drop, nats", "", ("near", "log-odds drop"), 1),
-    ("PTQ gap, NF4", "nf4", _GAP, 1),
-    ("relearning 3e-4", "", _EASY, 1),
-    ("relearning 1e-3", "", _HARD, 1),
+    ("forget MC, %", ("", ("forget", "MC"), 1)),
+    ("retain cloze drop, held out", ("", ("retain_paraphrase", "cloze drop"), 2)),
+    ("near log-odds drop, nats", ("", ("near", "log-odds drop"), 1)),
+    ("PTQ gap, NF4", ("nf4", _GAP, 1)),
+    ("relearning 3e-4", ("", _EASY, 1)),
+    ("relearning 1e-3", ("", _HARD, 1)),
 )
 
 
@@ -63,43 +63,35 @@ def markdown(table: pd.DataFrame, searches: pd.DataFrame | None = None) -> str:
             rate reached the forgetting that was asked for.
     """
     means = summary(table)
-    found = _Cells(means)
+    cell = _Cells(means)
     bases = [str(base) for base in dict.fromkeys(table["base"])]
     parts = []
     edited = [str(name) for name in dict.fromkeys(table["method"]) if name not in CONTROLS]
     main = headline(edited) if edited else ""
     if floored(main):
         seeds = int(means.loc[means["method"] == main, "seeds"].max())
-        parts.append(_main(found, bases, main, seeds))
-        parts.append(_quantizers(found, bases, main, table))
+        parts.append(_main(cell, bases, main, seeds))
+        parts.append(_quantizers(cell, bases, main, table))
     rates = _rates(searches)
-    parts += [controls for base in bases if (controls := _controls(found, base, means))]
-    parts += [_methods(found, base, means, rates) for base in bases]
+    parts += [controls for base in bases if (controls := _controls(cell, base, means))]
+    parts += [_methods(cell, base, means, rates) for base in bases]
     return "\n\n".join(parts) + "\n"
 
 
 class _Cells:
-    """One number, with its interval where asked."""
+    """One number of a method on a base, with its interval where asked."""
 
     def __init__(self, means: pd.DataFrame) -> None:
-        columns = means[["base", "method", "quantizer", "question_set", "measure", "mean", "low", "high"]]
-        self.rows = {tuple(row[:5]): row[5:] for row in columns.itertuples(index=False)}
+        self.rows = by_key(means)
 
-    def __call__(self, key: tuple[str, str, str, tuple[str, str]], decimals: int, *, interval: bool = False) -> str:
-        *start, measure = key
-        row = self.rows.get((*start, *measure))
+    def __call__(self, base: str, method: str, number: Number, *, interval: bool = False) -> str:
+        quantizer, measure, decimals = number
+        row = self.rows.get((base, method, quantizer, *measure))
         if row is None:
             return "-"
-        mean, low, high = (float(value) for value in row)
-        text = _number(mean, decimals)
-        return (
-            text if np.isnan(low) or not interval else f"{text} [{_number(low, decimals)}, {_number(high, decimals)}]"
-        )
-
-
-def _number(value: float, decimals: int) -> str:
-    rounded = round(value, decimals)
-    return f"{rounded if rounded else 0.0:.{decimals}f}"  # no "-0.0"
+        ends = (row.mean, row.low, row.high)
+        mean, low, high = (f"{round(value, decimals) or 0.0:.{decimals}f}" for value in ends)  # no "-0.0"
+        return f"{mean} [{low}, {high}]" if interval and low != "nan" else mean
 
 
 def _lines(header: list[str], rows: list[list[str]]) -> str:
@@ -107,33 +99,25 @@ def _lines(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *rows))
 
 
-def _main(found: _Cells, bases: list[str], main: str, seeds: int) -> str:
+def _main(cell: _Cells, bases: list[str], main: str, seeds: int) -> str:
     name = title_of(main)
     title = f"{name}, mean over {seeds} seeds [95 %]" if seeds > 1 else f"{name}, one seed [95 % over facts]"
-    rows = [
-        [name, *(found((base, main, quantizer, measure), digits, interval=True) for base in bases)]
-        for name, quantizer, measure, digits in _MANSU_ROWS
-    ]
-    rows = [row for row in rows if set(row[1:]) != {"-"}]
-    return _lines([title, *(f"`{base}`" for base in bases)], rows)
+    rows = [[row, *(cell(base, main, number, interval=True) for base in bases)] for row, number in _MANSU_ROWS]
+    return _lines([title, *(f"`{base}`" for base in bases)], [row for row in rows if set(row[1:]) != {"-"}])
 
 
-def _quantizers(found: _Cells, bases: list[str], main: str, table: pd.DataFrame) -> str:
+def _quantizers(cell: _Cells, bases: list[str], main: str, table: pd.DataFrame) -> str:
     names = [q for q in dict.fromkeys(table.loc[table["method"] == main, "quantizer"]) if q]
-    header = [f"PTQ gap of {title_of(main)}"]
-    for base in bases:
-        header += [f"`{base}`: forget MC, points", "log-odds, nats"]
-    rows = []
-    for name in names:
-        cells = [f"`{name}`"]
-        for base in bases:
-            cells.append(found((base, main, name, _GAP), 1, interval=True))
-            cells.append(found((base, main, name, ("forget", "PTQ gap, log-odds")), 2, interval=True))
-        rows.append(cells)
-    return _lines(header, rows)
+    header = [text for base in bases for text in (f"`{base}`: forget MC, points", "log-odds, nats")]
+    gaps = (_GAP, 1), (_GAP_NATS, 2)
+    rows = [
+        [f"`{name}`", *(cell(base, main, (name, *gap), interval=True) for base in bases for gap in gaps)]
+        for name in names
+    ]
+    return _lines([f"PTQ gap of {title_of(main)}", *header], rows)
 
 
-def _controls(found: _Cells, base: str, means: pd.DataFrame) -> str:
+def _controls(cell: _Cells, base: str, means: pd.DataFrame) -> str:
     """MANSU beside itself with one part changed; "" where no part was."""
     every = _seeds(means, base)
     main = headline(name for name in every if name not in CONTROLS) if set(every) - set(CONTROLS) else ""
@@ -141,26 +125,23 @@ def _controls(found: _Cells, base: str, means: pd.DataFrame) -> str:
     names = [name for name in (main, *controls, *ablations()) if name in every]
     if not floored(main) or names == [main]:
         return ""
-    rows = []
-    for name in names:
-        cells = (found((base, name, q, measure), digits, interval=True) for _, q, measure, digits in _CONTROL_COLUMNS)
-        rows.append([title_of(name), str(every[name]), *cells])
-    header = [
-        f"{title_of(main)} and its controls on `{base}`, mean [95 %]",
-        "seeds",
-        *(name for name, *_ in _CONTROL_COLUMNS),
+    rows = [
+        [
+            title_of(name),
+            str(every[name]),
+            *(cell(base, name, number, interval=True) for _, number in _CONTROL_COLUMNS),
+        ]
+        for name in names
     ]
-    return _lines(header, rows)
+    title = f"{title_of(main)} and its controls on `{base}`, mean [95 %]"
+    return _lines([title, "seeds", *(name for name, _ in _CONTROL_COLUMNS)], rows)
 
 
-def _methods(found: _Cells, base: str, means: pd.DataFrame, rates: dict[tuple[str, str], str]) -> str:
+def _methods(cell: _Cells, base: str, means: pd.DataFrame, rates: dict[tuple[str, str], str]) -> str:
     rows = []
     for method, seeds in _seeds(means, base).items():
-        cells = [title_of(method), rates.get((base, method), "")]
-        cells.append("" if method in CONTROLS else str(seeds))
-        for _, parts in _METHOD_COLUMNS:
-            cells.append(" / ".join(found((base, method, q, measure), digits) for q, measure, digits in parts))
-        rows.append(cells)
+        cells = [title_of(method), rates.get((base, method), ""), "" if method in CONTROLS else str(seeds)]
+        rows.append([*cells, *(" / ".join(cell(base, method, each) for each in parts) for _, parts in _METHOD_COLUMNS)])
     return _lines([f"`{base}`", "rate", "seeds", *(name for name, _ in _METHOD_COLUMNS)], rows)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, random_faithfulness
+from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint, save
 from mansu_tl.patching import PatchingResult, activation_patching
@@ -187,19 +189,28 @@ def _circuit_and_sweep(bench: Bench) -> tuple[list[float], PatchingResult]:
         {**marks, "circuit": bench.circuit.digest()},
         lambda: random_faithfulness(bench.model, bench.circuit, pairs),
     )
-    # Pairs of the commonest wording, so that positions mean something.
-    alike, constant = pairs.one_wording()
-    words = [
-        bench.model.tokenizer.decode([token]).strip() or "_" if same else "(subject)"
-        for token, same in zip(alike.clean[0].tolist(), constant.tolist(), strict=True)
-    ]
+    alike, words = in_one_wording(bench.model, pairs, subject="subject")
     patching = bench.store.result(
         "circuit/patching",
         PatchingResult,
         {**marks, "words": words},
-        lambda: activation_patching(bench.model, alike[slice(0, _PAIRS)], tokens=words),
+        lambda: activation_patching(bench.model, alike, tokens=words),
     )
     return random, patching
+
+
+def in_one_wording(model: TransformerBridge, pairs: PromptPairs, subject: str = "") -> tuple[PromptPairs, list[str]]:
+    """Some pairs of the commonest wording, so that positions mean something, and the words of the first.
+
+    Args:
+        subject: what stands for each word that differs between pairs; the first pair's own where not given.
+    """
+    alike, constant = pairs.one_wording()
+    words = [model.tokenizer.decode([token]).strip() for token in alike.clean[0].tolist()]
+    shown = [
+        word or "_" if same else f"({subject or word})" for word, same in zip(words, constant.tolist(), strict=True)
+    ]
+    return alike[slice(0, _PAIRS)], shown
 
 
 def _references(bench: Bench, seed: int) -> dict[str, Divergence]:

@@ -5,8 +5,10 @@ Columns base, method, seed, quantizer ("" = full precision), question_set ("" = 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from mansu_tl.results.intervals import interval_over_seeds
 from mansu_tl.study.plan import title_of
 from mansu_tl.verification.verdicts import GAP_OVER_ALL, GAP_UPPER_END, GOALS, NOT_JUDGEABLE
 
+_CHANCE = "MC, chance"
 _KEYS = ["base", "method", "quantizer", "question_set", "measure"]
 # Quantizers that are not counted among those that a floored edit has to survive: fewer than four bits.
 _FEWER_BITS = ("int3-g64",)
@@ -46,7 +49,7 @@ def chance(table: pd.DataFrame, question_set: str = "forget") -> float:
     Args:
         table: the rows of one base.
     """
-    rows = of_measure(table, "", question_set, "MC, chance")["value"]
+    rows = of_measure(table, "", question_set, _CHANCE)["value"]
     return float(rows.iloc[0]) if len(rows) else float("nan")
 
 
@@ -57,14 +60,19 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """
     groups = table.astype({"control": float}).groupby(_KEYS, sort=False)
     out = groups.agg(
-        seeds=("value", "size"), mean=("value", "first"), low=("low", "first"), high=("high", "first"),
+        seeds=("value", "size"), low=("low", "first"), high=("high", "first"),
         lowest=("value", "min"), highest=("value", "max"), control=("control", "mean"),
     )  # fmt: skip
     values = groups["value"].agg(list)
-    out["mean"] = [np.mean(each) for each in values]
+    out.insert(1, "mean", [np.mean(each) for each in values])
     ends = np.array([interval_over_seeds(each) for each in values]).reshape(-1, 2)
     out[["low", "high"]] = np.where((out[["seeds"]] > 1).to_numpy(), ends, out[["low", "high"]])
     return out.reset_index()
+
+
+def by_key(means: pd.DataFrame) -> dict[tuple[Hashable, ...], Any]:
+    """The rows of a summary by base, method, quantizer, question set and measure."""
+    return {tuple(row[: len(_KEYS)]): row for row in means.itertuples(index=False)}
 
 
 def judged(table: pd.DataFrame) -> pd.DataFrame:
@@ -73,7 +81,7 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
     Columns base, method, property, value (mean over seeds), low and high (its interval), seeds, bound (in words) and verdict.
     """
     means, rows = summary(table), []
-    guessing = table.loc[table["measure"] == "MC, chance"]
+    guessing = table.loc[table["measure"] == _CHANCE]
     by_base = {base: guessing.loc[guessing["base"] == base] for base in dict.fromkeys(table["base"])}
     for name, goal in GOALS.items():
         guesses = {base: chance(part, goal.question_set) for base, part in by_base.items()}

@@ -107,15 +107,15 @@ class OriginalText:
     def _filled(self, vocab: int) -> Float[Tensor, "token vocab"]:
         table = torch.empty(int((self.text.lengths - 1).sum()), vocab, device=self.text.tokens.device)
         for start in range(0, len(self.text), _TABLE_ROWS):
-            found = sequence_logits(self.model, self.values, self.text[slice(start, start + _TABLE_ROWS)])
-            table[self._starts[found.rows + start] + found.places] = found.logits
+            predictions = sequence_logits(self.model, self.values, self.text[slice(start, start + _TABLE_ROWS)])
+            table[self._starts[predictions.rows + start] + predictions.places] = predictions.logits
         return table
 
     @torch.no_grad()
-    def __call__(self, rows: Int[Tensor, " row"], found: Predicted) -> Float[Tensor, "token vocab"]:
-        """The original's logits where another model's were found, in some rows of the text."""
+    def __call__(self, rows: Int[Tensor, " row"], predictions: Predicted) -> Float[Tensor, "token vocab"]:
+        """The original's logits at the tokens that another model predicted, in some rows of the text."""
         if self._table is not None:
-            return self._table[self._starts[rows.to(self._starts.device)[found.rows]] + found.places]
+            return self._table[self._starts[rows.to(self._starts.device)[predictions.rows]] + predictions.places]
         return sequence_logits(self.model, self.values, self.text[rows]).logits
 
 

@@ -120,9 +120,9 @@ def diagonal_fisher(
 
 def _mean_losses(model: PreTrainedModel, batch: Sequences) -> Float[Tensor, " row"]:
     """Each sequence's mean next-token cross-entropy."""
-    found = predicted(model, {}, batch)
-    losses = torch.nn.functional.cross_entropy(found.logits, found.targets, reduction="none")
-    return losses.new_zeros(len(batch)).index_add(0, found.rows, losses / (batch.lengths[found.rows] - 1))
+    predictions = predicted(model, {}, batch)
+    losses = torch.nn.functional.cross_entropy(predictions.logits, predictions.targets, reduction="none")
+    return losses.new_zeros(len(batch)).index_add(0, predictions.rows, losses / (batch.lengths[predictions.rows] - 1))
 
 
 def _add_squares(
@@ -148,8 +148,8 @@ def spread_out(text: Sequences, most: int) -> Sequences:
 
 def sequence_loss(model: PreTrainedModel, values: Values, batch: Sequences) -> Float[Tensor, ""]:
     """Mean next-token cross-entropy over the real tokens."""
-    found = predicted(model, values, batch)
-    return torch.nn.functional.cross_entropy(found.logits, found.targets)
+    predictions = predicted(model, values, batch)
+    return torch.nn.functional.cross_entropy(predictions.logits, predictions.targets)
 
 
 def retain_bound(

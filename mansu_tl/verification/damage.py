@@ -139,10 +139,10 @@ def _losses_and_streams(
         batch = text[slice(start, start + batch_size)].to(device)
         real = batch.real
         streams = []
-        for model, found in zip((original, edited), losses, strict=True):
+        for model, parts in zip((original, edited), losses, strict=True):
             kept, logits = residual_streams(model, batch, every_logit=True)
             streams.append(torch.stack([stream.to(device) for stream in kept])[:, real].double())
-            found.append(_sequence_losses(logits.to(device).float(), batch).cpu())
+            parts.append(_sequence_losses(logits.to(device).float(), batch).cpu())
         before, after = streams
         norm = before.norm(dim=-1)
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
@@ -150,7 +150,7 @@ def _losses_and_streams(
             sums[i] += value.sum(1).cpu()
     columns = ("norm_before", "norm_after", "relative_change", "cosine")
     means = dict(zip(columns, (sums / int(text.lengths.sum())).tolist(), strict=True))
-    before, after = (torch.cat(found) for found in losses)
+    before, after = (torch.cat(parts) for parts in losses)
     return _loss_row(name, before, after, text.lengths.cpu() - 1), pd.DataFrame({"text": name, "layer": layers} | means)
 
 

@@ -196,10 +196,10 @@ def streams(
         layers, _ = residual_streams(model, Sequences(rows.prompts, rows.lengths))
         at, last = torch.arange(len(rows)), rows.lengths.cpu() - 1
         out.append(torch.stack([stream[at, last].cpu().double() for stream in layers]))
-    found = torch.cat(out, 1)
-    if not torch.isfinite(found).all():
+    states = torch.cat(out, 1)
+    if not torch.isfinite(states).all():
         raise MansuError("probe: the model's streams are not finite on these questions; check its weights and dtype")
-    return found
+    return states
 
 
 def _unembedding(model: TransformerBridge) -> Float[Tensor, "vocab d_model"]:

@@ -67,11 +67,11 @@ class TofuScores(Result):
         parts = {}
         for name in _UTILITY:
             if name in self.sets:
-                found = self.sets[name]
-                chance = found.probability if name == "retain" else found.choice
+                scores = self.sets[name]
+                chance = scores.probability if name == "retain" else scores.choice
                 parts[f"{name} probability"] = chance.mean().item()
-                parts[f"{name} ROUGE-L"] = found.rouge.mean().item()
-                parts[f"{name} truth"] = (1 - found.truth_ratio).clamp(min=0).mean().item()
+                parts[f"{name} ROUGE-L"] = scores.rouge.mean().item()
+                parts[f"{name} truth"] = (1 - scores.truth_ratio).clamp(min=0).mean().item()
         return parts
 
     @property
@@ -103,10 +103,10 @@ class TofuScores(Result):
             reference: the retain model's scores; with it, forget quality is a row.
         """
         rows = []
-        for name, found in self.sets.items():
-            means = {f.name: getattr(found, f.name).mean().item() for f in fields(found)}
+        for name, scores in self.sets.items():
+            means = {f.name: getattr(scores, f.name).mean().item() for f in fields(scores)}
             # Few questions with a tiny denominator rule a mean of ratios.
-            means["truth_ratio_median"] = found.truth_ratio.median().item()
+            means["truth_ratio_median"] = scores.truth_ratio.median().item()
             rows += [(name, measure.replace("_", " "), value) for measure, value in means.items()]
         rows += [("all", "model utility", self.model_utility), ("all", "retain utility", self.retain_utility)]
         if reference is not None:
