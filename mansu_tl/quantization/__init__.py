@@ -15,6 +15,7 @@ from mansu_tl.quantization.quantizer import (
     quantizers,
     register_quantizer,
 )
+from mansu_tl.quantization.resting import RestingGrid, find_grid
 from mansu_tl.quantization.statistics import UpdateStatistics, predicted_flips, update_statistics
 from mansu_tl.quantization.twin import quantize, quantized_values
 
@@ -28,10 +29,12 @@ __all__ = [
     "Grid",
     "Inputs",
     "Quantizer",
+    "RestingGrid",
     "UpdateStatistics",
     "awq",
     "dither",
     "doubled",
+    "find_grid",
     "gptq",
     "grid_of",
     "inputs_of",

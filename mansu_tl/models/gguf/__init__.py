@@ -2,7 +2,7 @@
 
 from mansu_tl.models.gguf.blocks import LAYOUTS, Blocks, Layout
 from mansu_tl.models.gguf.file import GgufFile, Stored
-from mansu_tl.models.gguf.read import GgufWeights, gguf_weights, read_model, remember
+from mansu_tl.models.gguf.read import GgufWeights, gguf_weights, open_gguf, read_model, remember
 from mansu_tl.models.gguf.write import save_gguf
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Layout",
     "Stored",
     "gguf_weights",
+    "open_gguf",
     "read_model",
     "remember",
     "save_gguf",

@@ -121,8 +121,8 @@ def remember(hf: PreTrainedModel, weights: GgufWeights | None) -> None:
     hf.__dict__[_REMEMBERED] = weights
 
 
-def read_model(path: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model in a GGUF file, float32, and its tokenizer; `gguf_weights` of it is the file.
+def open_gguf(path: Path, name: str) -> tuple[PreTrainedModel, GgufWeights]:
+    """A model without values for a file, and which of its tensors each parameter is; nothing but the head is read.
 
     Raises:
         MansuError: a file that is broken or of another architecture, or tensors that do not belong to it.
@@ -135,19 +135,27 @@ def read_model(path: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     with quiet(), init_empty_weights(include_buffers=False):
         hf = family.model_class(config)
     hf.tie_weights()  # outside: accelerate gives every parameter that is put down a place of its own
-    tied = tied_names(hf)
-    weights = GgufWeights(file, _ways(file, family, hf, tied))
-    hf.load_state_dict(_state(weights, tied), assign=True, strict=False)
+    return hf, GgufWeights(file, _ways(file, family, hf))
+
+
+def read_model(path: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model in a GGUF file, float32, and its tokenizer; `gguf_weights` of it is the file.
+
+    Raises:
+        MansuError: as `open_gguf`, or a tokenizer that cannot be read.
+    """
+    hf, weights = open_gguf(path, name)
+    hf.load_state_dict({key: weights.value(key) for key in weights.ways}, assign=True, strict=False)
     hf.tie_weights()
     remember(hf, weights)
-    return hf.eval().requires_grad_(False), _tokenizer(file)
+    return hf.eval().requires_grad_(False), _tokenizer(weights.file)
 
 
-def _ways(file: GgufFile, family: Family, hf: PreTrainedModel, tied: list[list[str]]) -> dict[str, Way]:
+def _ways(file: GgufFile, family: Family, hf: PreTrainedModel) -> dict[str, Way]:
     names = get_tensor_name_map(ARCHITECTURES[file.architecture][1], hf.config.num_hidden_layers)
     shapes = {name: tuple(parameter.shape) for name, parameter in hf.named_parameters(remove_duplicate=False)}
     ways: dict[str, Way] = {}
-    for name, *_ in tied:
+    for name, *_ in tied_names(hf):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         stored = file.tensors.get(theirs or "")
         if stored is None:
@@ -177,10 +185,6 @@ def _rows(architecture: str, family: Family, hf: PreTrainedModel, stored: Stored
     if family.qkv == "interleaved" and kind == "attn_qkv":
         return rows.view(3, heads, -1).transpose(0, 1).flatten()
     return None
-
-
-def _state(weights: GgufWeights, tied: list[list[str]]) -> dict[str, Tensor]:
-    return {name: weights.value(names[0]) for names in tied for name in names[:1]}
 
 
 def _tokenizer(file: GgufFile) -> PreTrainedTokenizerBase | None:

@@ -1,0 +1,123 @@
+"""Which grid a checkpoint rests on: whether its weights are what some quantizer's codes stand for.
+
+A checkpoint that was dequantized, or trained with quantization in mind and stored in full precision, rests on the grid that it
+came from: rounding to that grid changes nothing, so that an update smaller than half a bin comes back whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
+
+from mansu_tl.defaults import torch_defaults
+from mansu_tl.errors import MansuError
+from mansu_tl.models import linear_weights, orient, parameters
+from mansu_tl.models.gguf import gguf_weights
+from mansu_tl.quantization.quantizer import quantizer, quantizers
+from mansu_tl.results.result import Result, Table
+
+# Weights of each matrix that are looked at; whole rows from the top.
+_ROWS_OF = 2**17
+# A grid that a matrix rests on gives back every weight; one that it does not, only those that carry a block's scale.
+_RESTS = 0.999
+
+
+@dataclass(frozen=True)
+class RestingGrid(Result):
+    """How many of a model's weights lie exactly on a code of each grid.
+
+    Attributes:
+        quantizers: the grids.
+        shares: for each, the share of the looked-at weights that it gives back bit for bit.
+        matrices: for each, the share of matrices that it gives back whole.
+        weights: how many weights were looked at.
+        file: the GGUF file that the model came from, or "".
+        types: number formats of that file's matrices, and how many weights each holds.
+    """
+
+    quantizers: tuple[str, ...]
+    shares: tuple[float, ...]
+    matrices: tuple[float, ...]
+    weights: int
+    file: str
+    types: Mapping[str, int]
+
+    @property
+    def best(self) -> str:
+        """The grid that the model rests on; "" where none gives back 99.9 % of its weights."""
+        share, name = max(zip(self.shares, self.quantizers, strict=True))
+        return name if share >= _RESTS else ""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a grid, the best first: `quantizer`, `share` of weights, `matrices` (share)."""
+        columns = {"quantizer": self.quantizers, "share": self.shares, "matrices": self.matrices}
+        return pd.DataFrame(columns).sort_values("share", ascending=False, ignore_index=True)
+
+    def __repr__(self) -> str:
+        came = f"came from {self.file} ({', '.join(self.types)}), " if self.file else ""
+        return f"RestingGrid({came}rests on {self.best or 'no known grid'}, {self.weights:,} weights looked at)"
+
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "share of weights that lie on a code"),)
+
+
+@torch_defaults()
+def find_grid(
+    model: TransformerBridge | PreTrainedModel, names: Sequence[str] | None = None, rows_of: int = _ROWS_OF
+) -> RestingGrid:
+    """Round every matrix to every known grid and count the weights that stay as they are, bit for bit.
+
+    What a model rests on decides which updates will come back when it is quantized again. Our own.
+
+    Args:
+        names: the grids; `quantizers("grid")` where nothing is given.
+        rows_of: look at no more weights of a matrix than these, whole rows from the top; 0 = all.
+
+    Raises:
+        MansuError: a quantizer that is no grid of its own, or no grid at all.
+
+    Example:
+        >>> mtl.quantization.find_grid(mtl.quantize(mtl.load("pocket"), "nf4"), ["nf4", "int8"]).best
+        'nf4'
+    """
+    chosen = tuple(quantizers("grid") if names is None else names)
+    if not chosen or not set(chosen) <= set(quantizers("grid")):
+        raise MansuError(f"grids: {', '.join(chosen) or 'none'}; choose from {', '.join(quantizers('grid'))}")
+    live, linear, weights = parameters(model), linear_weights(model), gguf_weights(model)
+    kept = torch.zeros(len(chosen), dtype=torch.long)
+    whole = torch.zeros(len(chosen), dtype=torch.long)
+    total = 0
+    for name, shape in linear.items():
+        matrix = orient(live[name].detach(), shape)
+        rows = matrix[: max(1, rows_of // matrix.shape[1])] if rows_of else matrix
+        total += rows.numel()
+        for i, grid in enumerate(chosen):
+            same = _kept(rows.contiguous(), grid)
+            kept[i] += same
+            whole[i] += same == rows.numel()
+    types: dict[str, int] = {}
+    if weights is not None:
+        for name in linear:
+            types[weights.types[name]] = types.get(weights.types[name], 0) + live[name].numel()
+    return RestingGrid(
+        quantizers=chosen,
+        shares=tuple((kept / total).tolist()),
+        matrices=tuple((whole / len(linear)).tolist()),
+        weights=total,
+        file="" if weights is None else str(weights.file.path),
+        types=types,
+    )
+
+
+def _kept(rows: Tensor, name: str) -> int:
+    """How many weights a grid gives back; none where its blocks do not fit the rows."""
+    try:
+        return int((quantizer(name).roundtrip(rows) == rows).sum())  # type: ignore[call-arg]
+    except MansuError:
+        return 0
