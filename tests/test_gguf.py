@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import mansu_tl as mtl
 from mansu_tl.models import linear_weights, orient, parameters, rebuild
 from mansu_tl.models.gguf import LAYOUTS, gguf_weights, save_gguf
 from mansu_tl.models.packages import PACKAGED
-from mansu_tl.quantization import quantizer
+from mansu_tl.quantization import find_grid, quantizer
 from tests.gguf_files import write_gguf
 from tests.tiny import FAMILIES, tiny
 
@@ -176,6 +177,76 @@ def test_the_files_own_grid_moves_weights_onto_codes_of_the_file(family: str, tm
     new = orient(edited, linear[name]).contiguous()
     again = parameters(mtl.load(save_gguf(rebuild(model, {name: new}), tmp_path / "edited.gguf")))
     assert torch.equal(again[name], new)
+
+
+def test_a_certificate_accounts_for_every_byte_of_two_files(tmp_path: Path) -> None:
+    hf = tiny("llama", hidden_size=64, intermediate_size=64)
+    original = write_gguf(hf, "llama", tmp_path / "model.gguf", "Q4_1")
+    model = mtl.load(original)
+    weights = gguf_weights(model)
+    assert weights is not None
+    name = "model.layers.0.self_attn.q_proj.weight"
+    blocks = weights.blocks(name)
+    chosen = torch.rand(blocks.codes.shape, generator=torch.Generator().manual_seed(0)) < 0.05
+    codes = torch.where(chosen, (blocks.codes + 3) % 16, blocks.codes).to(torch.uint8)
+    edited = save_gguf(rebuild(model, {name: replace(blocks, codes=codes).values()}), tmp_path / "edited.gguf")
+    indices = {name: chosen.flatten().nonzero()[:, 0]}
+    for named in (None, indices):
+        certificate = mtl.certify(original, edited, named)
+        assert certificate.passed, certificate.faults
+        assert certificate.quantizer == "gguf"
+        assert certificate.n_edited == int(chosen.sum())
+        assert certificate.edited_codes_changed_share == 1
+    assert mtl.verification.certify_in_fresh_process(original, edited, indices).passed
+    certificate.require_unchanged(original, edited)
+
+    # One byte of each kind, and the certificate says where it is.
+    data = edited.read_bytes()
+    stored = {
+        place: weights.ways[place].stored for place in (name, "model.norm.weight", "model.layers.1.mlp.up_proj.weight")
+    }
+    cases = {
+        "scale": (stored["model.layers.1.mlp.up_proj.weight"].start, r"up_proj.weight: 1 of 128 block scales changed"),
+        "code": (
+            stored["model.layers.1.mlp.up_proj.weight"].start + 5,
+            r"up_proj.weight: \d of \d edited weights|outside the edit",
+        ),
+        "norm": (
+            stored["model.norm.weight"].start + 1,
+            r"model.norm.weight: changed or named by the edit, but not quantized",
+        ),
+    }
+    for case, (at, fault) in cases.items():
+        broken = tmp_path / f"{case}.gguf"
+        broken.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        faults = mtl.certify(original, broken, indices).faults
+        assert any(re.search(fault, one) for one in faults), (case, faults)
+    head = tmp_path / "head.gguf"
+    at = data.index(b"llama.block_count") + 3
+    head.write_bytes(data[:at] + b"M" + data[at + 1 :])
+    with pytest.raises(mtl.MansuError, match=r"not the edited model that was certified"):
+        certificate.require_unchanged(original, head)
+    assert f"byte {at:,}, which belongs to no tensor, differs" in mtl.certify(original, head, indices).faults[0]
+    with pytest.raises(mtl.MansuError, match=r"two GGUF files are compared in their own formats"):
+        mtl.certify(original, edited, quantizer="nf4")
+    with pytest.raises(mtl.MansuError, match=r"has no such weights"):
+        mtl.certify(original, edited, {name: torch.tensor([64 * 64])})
+
+
+def test_the_grid_that_a_checkpoint_rests_on_is_found(tmp_path: Path) -> None:
+    model = mtl.load(
+        write_gguf(tiny("llama", hidden_size=64, intermediate_size=64), "llama", tmp_path / "m.gguf", "Q4_1")
+    )
+    resting = find_grid(model)
+    assert resting.best == "gguf-q4_1"
+    assert resting.types == {"Q4_1": resting.weights}
+    pocket = mtl.load("pocket-fp")
+    assert find_grid(pocket, ["nf4", "gguf-q4_0", "int8"]).best == ""
+    for name in ("nf4", "int4-g64", "gguf-q8_0"):
+        rests = find_grid(mtl.quantize(pocket, name), rows_of=4096)
+        assert name in set(rests.to_dataframe().query("share == 1")["quantizer"])
+    with pytest.raises(mtl.MansuError, match=r"grids: gptq-int4-g64; choose from"):
+        find_grid(pocket, ["gptq-int4-g64"])
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:

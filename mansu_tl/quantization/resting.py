@@ -1,6 +1,6 @@
 """Which grid a checkpoint rests on: whether its weights are what some quantizer's codes stand for.
 
-A checkpoint that was dequantized, or trained with quantization in mind and stored in full precision, rests on the grid that it
+A checkpoint that was dequantized, or trained with quantization in mind and stored in full precision, rests on the grid it
 came from: rounding to that grid changes nothing, so that an update smaller than half a bin comes back whole.
 """
 

@@ -83,4 +83,5 @@ def quantized_values(
         edited = plain(model)
         for name, parameter in edited.named_parameters():
             parameter.data.copy_(live[name])
+        return calibrated_values(edited, chosen, calibration, progress=progress)
     return chosen.bound(model).quantized(model, live)

@@ -52,7 +52,7 @@ class View:
         if under is None:
             return orient(self.values[name], self.linear[name])
         if (name, under) not in self._rounded:
-            self._rounded[name, under] = self.floor.grids[under].roundtrip(self.floor.matrices[name].float())
+            self._rounded[name, under] = self.floor.grids[under].of(name).roundtrip(self.floor.matrices[name].float())
         return self._rounded[name, under]
 
 
