@@ -13,6 +13,7 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import parameters, plain, rebuild
 from mansu_tl.models.four_bit import require_dense
+from mansu_tl.quantization.calibration import calibrated_values
 from mansu_tl.quantization.quantizer import AnyQuantizer, CalibratedQuantizer
 from mansu_tl.quantization.quantizer import quantizer as quantizer_named
 
