@@ -1,4 +1,4 @@
-"""The command line: `mansu-tl` with demo, new, check, run, report, compare and figures, and what there is to choose from."""
+"""The command line: `mansu-tl` with demo, new, check, run, report, compare, figures, ask and grid, and what there is to choose from."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from mansu_tl.checking import Check, check_study
 from mansu_tl.data.sources import source as task_source
 from mansu_tl.data.sources import sources as source_names
 from mansu_tl.errors import MansuError
+from mansu_tl.models import load
+from mansu_tl.quantization import find_grid
 from mansu_tl.quantization import quantizers as quantizer_names
 from mansu_tl.registry import import_plugins
 from mansu_tl.starter import write_starter
@@ -35,6 +37,7 @@ from mansu_tl.study import compare as run_comparison
 from mansu_tl.study.collect import config_in
 from mansu_tl.unlearning import MansuSettings, method_flags
 from mansu_tl.unlearning import methods as method_names
+from mansu_tl.verification import ask as asked
 
 app = typer.Typer(
     add_completion=False,
@@ -212,6 +215,28 @@ def figures(
 
 
 @app.command()
+def ask(
+    models: Annotated[list[str], typer.Argument(help="Folders in Hugging Face format, GGUF files, or names.")],
+    prompt: Annotated[list[str], typer.Option(help="What to ask; may be repeated.")],
+    tokens: Annotated[int, typer.Option(help="Where an answer is cut.")] = 12,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
+) -> None:
+    """Ask models the same things, greedily, and print their answers side by side."""
+    table = asked({name: load(name) for name in models}, prompt, new_tokens=tokens, chat=chat)
+    typer.echo(table.markdown())
+
+
+@app.command()
+def grid(
+    model: Annotated[str, typer.Argument(help="A folder in Hugging Face format, a GGUF file, or a name.")],
+) -> None:
+    """Say which quantizer's grid a checkpoint rests on: rounding to that one changes nothing and undoes small updates."""
+    resting = find_grid(load(model))
+    typer.echo(repr(resting))
+    typer.echo(resting.to_dataframe().to_string(index=False, float_format="{:.4f}".format))
+
+
+@app.command()
 def methods(plugin: Plugin = None) -> None:
     """List the unlearning methods: name, title, and what is to be known of each."""
     _list(
@@ -225,7 +250,7 @@ def methods(plugin: Plugin = None) -> None:
 def quantizers(plugin: Plugin = None) -> None:
     """List the quantizers: name, and whether it has fixed cells, wants a calibration text, or is a library's."""
     kinds = {"grid": "fixed cells: can be floored and counted", "calibrated": "calibrated on the retain text"}
-    kinds["library"] = "a library's own codes"
+    kinds |= {"library": "a library's own codes", "file": "the GGUF file that a model came from, code by code"}
     _list((name, text) for kind, text in kinds.items() for name in quantizer_names(kind))
 
 

@@ -4,7 +4,9 @@ from mansu_tl.models.anatomy import Anatomy, WeightSlice, flat_indices
 from mansu_tl.models.copies import float32_copy, plain, rebuild
 from mansu_tl.models.families import Family, register_family
 from mansu_tl.models.fingerprint import fingerprint
+from mansu_tl.models.gguf import gguf_weights, save_gguf
 from mansu_tl.models.loading import load
+from mansu_tl.models.packages import PACKAGED
 from mansu_tl.models.saving import save
 from mansu_tl.models.state import home, require_copyable, require_ready
 from mansu_tl.models.tree import parameters
@@ -22,6 +24,7 @@ from mansu_tl.models.weights import (
 )
 
 __all__ = [
+    "PACKAGED",
     "Anatomy",
     "AttentionWeights",
     "Family",
@@ -34,6 +37,7 @@ __all__ = [
     "fingerprint",
     "flat_indices",
     "float32_copy",
+    "gguf_weights",
     "home",
     "linear_weights",
     "load",
@@ -47,6 +51,7 @@ __all__ = [
     "require_copyable",
     "require_ready",
     "save",
+    "save_gguf",
 ]
 
 

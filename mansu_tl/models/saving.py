@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.copies import cast, forget_source_format, plain
+from mansu_tl.models.gguf import save_gguf
 from mansu_tl.models.quiet import quiet
 from mansu_tl.models.tree import Model
 from mansu_tl.results.files import local
@@ -27,7 +28,8 @@ def save(model: Model, folder: str | PathLike[str], *, dtype: torch.dtype | None
     """Write a model as a folder that `AutoModelForCausalLM.from_pretrained` and `load` read.
 
     safetensors, config, generation config and the bridge's tokenizer. Bit-exact; tied weights stay tied. The folder
-    is written beside its final place and moved there; an earlier model folder is replaced.
+    is written beside its final place and moved there; an earlier model folder is replaced. A name that ends in .gguf is a
+    file: see `mansu_tl.models.save_gguf`.
 
     Args:
         dtype: cast the weights on the way out; by default they keep their own.
@@ -43,6 +45,12 @@ def save(model: Model, folder: str | PathLike[str], *, dtype: torch.dtype | None
         4
     """
     target = local(folder)
+    if target.suffix.lower() == ".gguf":
+        if dtype is not None:
+            raise MansuError(
+                f"{target}: dtype={dtype} for a GGUF file, which keeps its own number formats; leave dtype out"
+            )
+        return save_gguf(model, target)
     _require_replaceable(target)
     hf = plain(model)
     forget_source_format(hf)

@@ -1,5 +1,6 @@
 """Did it really forget: CAD, the scorecard, the certificate, and evidence of structural erasure."""
 
+from mansu_tl.verification.asking import SideBySide, ask
 from mansu_tl.verification.attacks import Attack, attack_splits, unrelated_attack
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
 from mansu_tl.verification.damage import Damage, damage
@@ -35,8 +36,10 @@ __all__ = [
     "RelearningCurve",
     "Scorecard",
     "SetScores",
+    "SideBySide",
     "Subject",
     "TofuScores",
+    "ask",
     "attack_splits",
     "certify",
     "certify_in_fresh_process",
