@@ -24,39 +24,38 @@ from mansu_tl import (
     verification,
 )
 from mansu_tl.circuit import discover_circuit, edge_attribution
-from mansu_tl.data import PromptPairs
 from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer import explore
-from mansu_tl.models import load, save
+from mansu_tl.models import load, save, save_gguf
 from mansu_tl.patching import activation_patching
-from mansu_tl.quantization import quantize, quantizers
+from mansu_tl.quantization import find_grid, quantize
 from mansu_tl.runs import accuracy
 from mansu_tl.study import StudyConfig, run_study
-from mansu_tl.unlearning import Edit, methods, unlearn
-from mansu_tl.verification import certify, circuit_divergence, scorecard
+from mansu_tl.unlearning import Edit, unlearn
+from mansu_tl.verification import ask, certify, circuit_divergence, scorecard
 
 __version__ = _version("mansu-tl")
 
 __all__ = [
     "Edit",
     "MansuError",
-    "PromptPairs",
     "StudyConfig",
     "accuracy",
     "activation_patching",
+    "ask",
     "certify",
     "circuit_divergence",
     "discover_circuit",
     "edge_attribution",
     "explore",
+    "find_grid",
     "load",
     "load_task",
-    "methods",
     "quantize",
-    "quantizers",
     "run_study",
     "save",
+    "save_gguf",
     "scorecard",
     "unlearn",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `mansu-tl` with demo, new, check, run, report, compare, figures, ask and grid, and what there is to choose from."""
+"""The command line: `mansu-tl`, one function a command."""
 
 from __future__ import annotations
 

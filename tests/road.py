@@ -44,7 +44,7 @@ from tests.tiny import tiny, tiny_tokenizer
 from tests.tiny_study import crossing_edit
 
 Numbers = dict[str, Tensor]
-BASELINES = tuple(name for name in mtl.methods() if name not in ("mansu", "random-circuit"))
+BASELINES = tuple(name for name in mtl.unlearning.methods() if name not in ("mansu", "random-circuit"))
 # Few steps of everything that MANSU has: floor over two grids, attacker, null space, Fisher, discovered neighbours.
 MANSU = {
     "quantizer": "nf4+int4-g64", "steps": 12, "learning_rate": 0.5, "budget": 0.2, "fisher_sequences": 3,
@@ -83,7 +83,7 @@ def tiny_task() -> mtl.data.Task:
     corrupt[:, 1] += 7
     answers, distractors = torch.tensor([6 + f for f, _ in rows]), torch.tensor([[40 + f, 43 + f, 46] for f, _ in rows])
     lengths, names = torch.tensor([4 + w for _, w in rows]), [f"fact {f}" for f, _ in rows]
-    pairs = mtl.PromptPairs.from_tokens(clean, corrupt, answers, distractors, lengths, names, facts=names)
+    pairs = mtl.data.PromptPairs.from_tokens(clean, corrupt, answers, distractors, lengths, names, facts=names)
     drawn = torch.randint(3, 60, (12, 8), generator=torch.Generator().manual_seed(0))
     text = mtl.data.Sequences(drawn, torch.full((12,), 8))
     near = mtl.data.Sequences(drawn[:2, :5], torch.tensor([4, 5]))
@@ -184,11 +184,11 @@ def _baselines(c: Case) -> Numbers:
 def _quantizers(c: Case) -> Numbers:
     out, linear, live = {}, linear_weights(c.model), parameters(c.model)
     weights = torch.cat([live[name].detach().flatten().double().cpu() for name in linear])
-    for name in mtl.quantizers():
+    for name in mtl.quantization.quantizers():
         values = quantized_values(c.model, name, calibration=c.task.retain_text)
         found = torch.cat([value.flatten().double().cpu() for value in values.values()])
         # Codes of the others hang on sums over a text, on a library's own kernels, or on 8-bit scales of scales.
-        exact = name in mtl.quantizers("grid") and not name.endswith("-dq")
+        exact = name in mtl.quantization.quantizers("grid") and not name.endswith("-dq")
         out[name if exact else f"{name}!"] = found
         out[f"{name} error"] = (found - weights).norm() / weights.norm()
     twin = mtl.quantize(c.model, "nf4")

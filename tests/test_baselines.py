@@ -217,7 +217,7 @@ def test_a_method_is_one_file(model, task, monkeypatch, tmp_path: Path) -> None:
     )
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("ga_held")
-    assert methods()[-1] == "ga-held" and mtl.methods() == methods()
+    assert methods()[-1] == "ga-held" and mtl.unlearning.methods() == methods()
     options = {"max_steps": 3, "learning_rate": 1e-4}
     edit = unlearn(model, task, "ga-held", retain_weight=0.5, **options)
     assert edit.method == "ga-held"

@@ -105,6 +105,6 @@ def test_a_training_that_fell_below_chance_between_two_checks_is_looked_at_step_
 def test_where_a_training_stops_depends_on_how_many_options_there_are(options: int, percent: float) -> None:
     pairs = sliced_task(32, retain=64).forget_pairs
     wrong = pairs.distractors[:, :1].expand(-1, options) + torch.arange(options)
-    assert mtl.PromptPairs.from_tokens(
+    assert mtl.data.PromptPairs.from_tokens(
         pairs.clean, pairs.corrupt, torch.full_like(pairs.answers, 3), wrong + 4, pairs.lengths
     ).chance == pytest.approx(percent)

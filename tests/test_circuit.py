@@ -322,7 +322,7 @@ def test_bad_input_is_refused(model, scores) -> None:
     with pytest.raises(MansuError, match="faithfulness=1.5"):
         mtl.discover_circuit(model, pairs, faithfulness=1.5)
     with pytest.raises(MansuError, match="does not show this knowledge"):
-        same = mtl.PromptPairs.from_tokens(pairs.clean, pairs.clean, pairs.answers, pairs.distractors)
+        same = mtl.data.PromptPairs.from_tokens(pairs.clean, pairs.clean, pairs.answers, pairs.distractors)
         mtl.discover_circuit(model, same)
     with pytest.raises(MansuError, match="not this model's"):
         mtl.circuit.faithfulness(mtl.load(tiny("gpt2")), Circuit.top(scores, 10), pairs)

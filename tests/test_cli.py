@@ -175,8 +175,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(starter: Path, tmp_p
 @pytest.mark.parametrize(
     ("command", "names", "line"),
     [
-        ("methods", mtl.methods(), r"mansu +MANSU, takes the circuit, claims the floor"),
-        ("quantizers", mtl.quantizers(), r"gptq-int4-g64 +calibrated on the retain text"),
+        ("methods", mtl.unlearning.methods(), r"mansu +MANSU, takes the circuit, claims the floor"),
+        ("quantizers", mtl.quantization.quantizers(), r"gptq-int4-g64 +calibrated on the retain text"),
         ("sources", sources(), r"jsonl +\S.*"),
     ],
 )

@@ -178,7 +178,7 @@ def test_a_node_score_is_the_float32_sum_over_positions() -> None:
     model = mtl.load(tiny("llama", max_position_embeddings=256), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     clean, corrupt = (torch.randint(3, 60, (2, 200), generator=generator) for _ in range(2))
-    pairs = mtl.PromptPairs.from_tokens(clean, corrupt, torch.tensor([5, 6]), torch.tensor([7, 8]))
+    pairs = mtl.data.PromptPairs.from_tokens(clean, corrupt, torch.tensor([5, 6]), torch.tensor([7, 8]))
     nodes = mtl.patching.node_attribution(model, pairs, per_position=True, qkv=True)
     torch.testing.assert_close(nodes.per_position.double().sum(0), nodes.tensor.double(), rtol=1e-4, atol=1e-5)
     neurons = mtl.patching.neuron_attribution(model, pairs, signed=True, per_position=True)
@@ -252,7 +252,7 @@ def test_gradients_that_overflow_are_an_error() -> None:
     """The metric is finite and its gradient is not: a square root at zero."""
     model, pairs = mtl.load(tiny("llama"), tokenizer=tiny_tokenizer()), case("llama").task.forget_pairs
 
-    def rooted(logits: torch.Tensor, pairs: mtl.PromptPairs) -> torch.Tensor:
+    def rooted(logits: torch.Tensor, pairs: mtl.data.PromptPairs) -> torch.Tensor:
         return (logits[:, 0] - logits[:, 0]).sqrt() + logits[:, 1]
 
     for what, run in {

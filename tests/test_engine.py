@@ -40,7 +40,7 @@ def test_equals_eap_ig_own_code_for_both_ends_and_for_zero_ablation(name: str, o
 def test_a_mean_over_the_corrupt_prompt_itself_is_the_corrupt_ablation(family: str) -> None:
     model = mtl.load(tiny(family))
     pairs = random_pairs(n=1)
-    swapped = mtl.PromptPairs.from_tokens(pairs.corrupt, pairs.clean, pairs.answers, pairs.distractors)
+    swapped = mtl.data.PromptPairs.from_tokens(pairs.corrupt, pairs.clean, pairs.answers, pairs.distractors)
     mean = ablation(model, "mean", reference=swapped, per_position=True)
     corrupt = mtl.edge_attribution(model, pairs, method="eap")
     by_mean = mtl.edge_attribution(model, pairs, method="eap", ablation=mean)
@@ -205,7 +205,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was() -> None:
     before = mtl.edge_attribution(model, pairs)
     calls = 0
 
-    def interrupted(logits: torch.Tensor, pairs: mtl.PromptPairs) -> torch.Tensor:
+    def interrupted(logits: torch.Tensor, pairs: mtl.data.PromptPairs) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 4:

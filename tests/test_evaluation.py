@@ -48,7 +48,7 @@ def flagged(family: str, **options: object) -> object:
     return model
 
 
-def naive(model, pairs: mtl.PromptPairs, mask: torch.Tensor) -> torch.Tensor:
+def naive(model, pairs: mtl.data.PromptPairs, mask: torch.Tensor) -> torch.Tensor:
     """One mask, one edge at a time, through TransformerLens's own split inputs and per-head results."""
     graph, cmap = Graph.of(model), Anatomy.of(model)
     names = {"embed": "blocks.0.hook_in", "final": "ln_final.hook_in"}

@@ -74,7 +74,7 @@ def test_a_sweep_over_positions_equals_plain_transformers(family: str) -> None:
     hf.set_attn_implementation("eager")
     clean, corrupt = torch.tensor([[5, 9, 11, 30, 7, 8]]), torch.tensor([[5, 9, 41, 30, 17, 8]])
     want = stream_shares(hf, clean, corrupt, (12, 13))
-    pairs = mtl.PromptPairs.from_tokens(clean, corrupt, torch.tensor([12]), torch.tensor([13]))
+    pairs = mtl.data.PromptPairs.from_tokens(clean, corrupt, torch.tensor([12]), torch.tensor([13]))
     got = mtl.activation_patching(mtl.load(hf), pairs)
     torch.testing.assert_close(got.tensor.double(), want.double(), rtol=1e-4, atol=1e-4)
 

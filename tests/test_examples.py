@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import mansu_tl as mtl
+from tests.gguf_files import write_gguf
+from tests.tiny import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 # Minutes, or widgets.
@@ -34,6 +36,7 @@ def test_every_example_is_python(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(mtl.__all__) - COMPILED_ONLY))
 def test_an_example_gives_what_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    write_gguf(tiny("llama"), "llama", tmp_path / "model.gguf", tokens=False)
     told: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     failed, tried = runner.run(example(name), out=told.append)

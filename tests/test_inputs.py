@@ -41,7 +41,7 @@ attention.q_proj = LoraLinear(attention.q_proj)
 class Trainer: model = hf
 model = mtl.load(hf, tokenizer=tiny_tokenizer())
 tokens = torch.tensor([[5, 6, 7], [5, 9, 7]])
-pairs = mtl.PromptPairs.from_tokens(tokens, tokens + 20, torch.tensor([9, 10]), torch.tensor([10, 11]))
+pairs = mtl.data.PromptPairs.from_tokens(tokens, tokens + 20, torch.tensor([9, 10]), torch.tensor([10, 11]))
 asked = mtl.data.Questions(tokens, pairs.lengths, torch.tensor([[9, 10], [10, 11]]), ("a", "b"))
 text = mtl.data.Sequences(tokens, pairs.lengths)
 others = mtl.data.Questions(tokens + 1, pairs.lengths, asked.choices, ("c", "d"))
@@ -131,8 +131,8 @@ for part, table, kinds in (
 for name, call in {
     "part": lambda: Task("t", pairs, pairs, ["a text"], text, text, task.questions),
     "questions": lambda: Task("t", pairs, pairs, text, text, text, {**task.questions, "near": pairs}),
-    "tokens": lambda: mtl.PromptPairs.from_tokens(tokens.tolist(), tokens, tokens[:, 0], tokens[:, 1]),
-    "tokenizer": lambda: mtl.PromptPairs.from_text("gpt2", ["w3"], ["w4"], ["w5"], ["w6"]),
+    "tokens": lambda: mtl.data.PromptPairs.from_tokens(tokens.tolist(), tokens, tokens[:, 0], tokens[:, 1]),
+    "tokenizer": lambda: mtl.data.PromptPairs.from_text("gpt2", ["w3"], ["w4"], ["w5"], ["w6"]),
 }.items():
     out.append((f"made/{name}", name, answer(call)))
 print(json.dumps(out))

@@ -28,7 +28,7 @@ from tests.tiny import tiny
 FAMILIES = ("gpt2", "gpt_neox")
 
 
-def theirs(family: str, pairs: mtl.PromptPairs, granularity: str) -> AttributionResult:
+def theirs(family: str, pairs: mtl.data.PromptPairs, granularity: str) -> AttributionResult:
     """Mean over pairs of their result for each pair; their metric sees the logits of one example only."""
     model = mtl.load(tiny(family))
     model.requires_grad_(True)  # theirs differentiates with respect to them

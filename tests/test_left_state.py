@@ -303,8 +303,8 @@ def test_weights_made_under_inference_mode_are_refused_or_copied(usual) -> None:
     ):
         require_ready(hf)
     with torch.inference_mode():
-        pairs = mtl.PromptPairs(
-            **{f.name: getattr(usual.task.forget_pairs, f.name) for f in dataclasses.fields(mtl.PromptPairs)}
+        pairs = mtl.data.PromptPairs(
+            **{f.name: getattr(usual.task.forget_pairs, f.name) for f in dataclasses.fields(mtl.data.PromptPairs)}
         )
         pairs = dataclasses.replace(pairs, clean=pairs.clean + 0, options=pairs.options + 0, lengths=pairs.lengths + 0)
     task = dataclasses.replace(usual.task, forget_pairs=pairs)

@@ -42,7 +42,7 @@ def hooked(shape: tuple[str, int, int, int, int]) -> TransformerBridge:
     return mtl.load(shaped(*shape))
 
 
-def drawn(numbers: tuple[int, int, int, bool]) -> mtl.PromptPairs:
+def drawn(numbers: tuple[int, int, int, bool]) -> mtl.data.PromptPairs:
     n, width, seed, padded = numbers
     return random_pairs(n=n, width=width, seed=seed, padded=padded)
 
@@ -94,7 +94,7 @@ def test_swapping_the_prompts_turns_the_sign(shape: tuple, numbers: tuple) -> No
 def test_scores_are_linear_in_the_metric(shape: tuple, numbers: tuple, factor: float) -> None:
     model, pairs = hooked(shape), drawn(numbers)
 
-    def scaled(logits: torch.Tensor, pairs: mtl.PromptPairs) -> torch.Tensor:
+    def scaled(logits: torch.Tensor, pairs: mtl.data.PromptPairs) -> torch.Tensor:
         return factor * logit_difference(logits, pairs)
 
     a, b = mtl.edge_attribution(model, pairs, metric=scaled), mtl.edge_attribution(model, pairs)
@@ -106,7 +106,7 @@ def test_scores_are_linear_in_the_metric(shape: tuple, numbers: tuple, factor: f
 def test_padding_is_invisible(shape: tuple, numbers: tuple, extra: int) -> None:
     model, pairs = hooked(shape), drawn(numbers)
     more = torch.randint(5, 40, (len(pairs), extra), generator=torch.Generator().manual_seed(0))
-    padded = mtl.PromptPairs.from_tokens(
+    padded = mtl.data.PromptPairs.from_tokens(
         torch.cat([pairs.clean, more], 1),
         torch.cat([pairs.corrupt, more.flip(1)], 1),
         pairs.answers,

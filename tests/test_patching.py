@@ -166,7 +166,7 @@ def test_an_interrupted_sweep_leaves_the_model_as_it_was() -> None:
         before = model(pairs.clean)
     calls = 0
 
-    def interrupted(logits: torch.Tensor, pairs: mtl.PromptPairs) -> torch.Tensor:
+    def interrupted(logits: torch.Tensor, pairs: mtl.data.PromptPairs) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 9:
@@ -282,5 +282,5 @@ def test_bad_input_is_refused() -> None:
         activation_patching(model, pairs, tokens=["a", "b"])
     with pytest.raises(MansuError, match="no difference to restore"):
         activation_patching(
-            model, mtl.PromptPairs.from_tokens(pairs.clean, pairs.clean, pairs.answers, pairs.distractors)
+            model, mtl.data.PromptPairs.from_tokens(pairs.clean, pairs.clean, pairs.answers, pairs.distractors)
         )

@@ -36,7 +36,7 @@ def tiny_case(
     labels = [f"{name} {i} / t{j}" for i in range(3) for j in range(2)]
     facts = [f"{name} {i}" for i in range(3) for _ in range(2)]
     answers, wrong = [words[6 + i // 2] for i in range(6)], [f"w{40 + i}" for i in range(6)]
-    pairs = mtl.PromptPairs.from_text(model, clean, corrupt, answers, wrong, labels=labels, facts=facts)
+    pairs = mtl.data.PromptPairs.from_text(model, clean, corrupt, answers, wrong, labels=labels, facts=facts)
     text = mtl.data.Sequences(torch.arange(3, 35).view(4, 8), torch.full((4,), 8))
 
     def questions(start: int) -> mtl.data.Questions:

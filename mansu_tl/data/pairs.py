@@ -66,7 +66,7 @@ class PromptPairs(Asked):
     Example:
         >>> model = mtl.load("pocket")
         >>> clean, corrupt = ["the catalyst of amber balm is"], ["the catalyst of hollow brew is"]
-        >>> len(mtl.PromptPairs.from_text(model, clean, corrupt, ["dreamash"], [["leafsilver"]]))
+        >>> len(mtl.data.PromptPairs.from_text(model, clean, corrupt, ["dreamash"], [["leafsilver"]]))
         1
     """
 

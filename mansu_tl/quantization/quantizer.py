@@ -121,7 +121,7 @@ def quantizers(kind: str | None = None) -> tuple[str, ...]:
         MansuError: another kind.
 
     Example:
-        >>> "nf4" in mtl.quantizers()
+        >>> "nf4" in mtl.quantization.quantizers()
         True
     """
     if kind is None:

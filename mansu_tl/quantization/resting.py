@@ -83,7 +83,7 @@ def find_grid(
         MansuError: a quantizer that is no grid of its own, or no grid at all.
 
     Example:
-        >>> mtl.quantization.find_grid(mtl.quantize(mtl.load("pocket"), "nf4"), ["nf4", "int8"]).best
+        >>> mtl.find_grid(mtl.quantize(mtl.load("pocket"), "nf4"), ["nf4", "int8"]).best
         'nf4'
     """
     chosen = tuple(quantizers("grid") if names is None else names)

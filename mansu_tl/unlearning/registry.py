@@ -67,7 +67,7 @@ def methods() -> tuple[str, ...]:
     """The names that `unlearn` takes.
 
     Example:
-        >>> "mansu" in mtl.methods()
+        >>> "mansu" in mtl.unlearning.methods()
         True
     """
     return tuple(_METHODS)

@@ -69,7 +69,7 @@ def ask(
         MansuError: no model or prompt, an empty prompt, a model without a tokenizer, or a tokenizer without a chat template.
 
     Example:
-        >>> table = mtl.verification.ask(mtl.load("pocket"), "the catalyst of amber balm is", new_tokens=1)
+        >>> table = mtl.ask(mtl.load("pocket"), "the catalyst of amber balm is", new_tokens=1)
         >>> table.answers
         (('dreamash',),)
     """

@@ -68,7 +68,7 @@ def rows(transformer_lens: bool = False) -> list[dict[str, object]]:
     return out
 
 
-def _against_transformer_lens(hf: torch.nn.Module, pairs: mtl.PromptPairs) -> list[dict[str, object]]:
+def _against_transformer_lens(hf: torch.nn.Module, pairs: mtl.data.PromptPairs) -> list[dict[str, object]]:
     """Their edge attribution scores one pair at a time with one gradient at the corrupt end; ours the same."""
     model = mtl.load(hf)
     model.requires_grad_(True)  # theirs differentiates with respect to them

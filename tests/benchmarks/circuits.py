@@ -18,7 +18,7 @@ from mansu_tl.runs.passes import run
 from tests.benchmarks.common import gpt2_small, random_pairs, side_by_side
 
 
-def rows(what: str, model: object, pairs: mtl.PromptPairs) -> list[dict[str, object]]:
+def rows(what: str, model: object, pairs: mtl.data.PromptPairs) -> list[dict[str, object]]:
     """Time of `faithfulness` of 20 circuits together over that of one, by kind of circuits."""
     exists = Graph.of(model).exists
     total, scores = int(exists.sum()), mtl.edge_attribution(model, pairs)

@@ -21,7 +21,7 @@ def gpt2_small(seed: int = 0) -> transformers.PreTrainedModel:
     )
 
 
-def random_pairs(n: int, width: int, vocab: int, changed: tuple[int, ...], seed: int = 0) -> mtl.PromptPairs:
+def random_pairs(n: int, width: int, vocab: int, changed: tuple[int, ...], seed: int = 0) -> mtl.data.PromptPairs:
     """Pairs of random tokens that differ at the `changed` positions."""
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randint(5, vocab, (n, width), generator=generator)
@@ -29,7 +29,7 @@ def random_pairs(n: int, width: int, vocab: int, changed: tuple[int, ...], seed:
     for position in changed:
         corrupt[:, position] = torch.randint(5, vocab, (n,), generator=generator)
     labels = torch.stack([torch.randperm(vocab, generator=generator)[:2] for _ in range(n)])
-    return mtl.PromptPairs.from_tokens(clean, corrupt, labels[:, 0], labels[:, 1])
+    return mtl.data.PromptPairs.from_tokens(clean, corrupt, labels[:, 0], labels[:, 1])
 
 
 def side_by_side(first: Callable[[], object], second: Callable[[], object], repeats: int = 4) -> tuple[float, float]:

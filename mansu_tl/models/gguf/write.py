@@ -97,6 +97,12 @@ def save_gguf(model: Model, path: str | PathLike[str]) -> Path:
     Raises:
         MansuError: a model that did not come from a GGUF file, the file it came from is gone, changed or is `path` itself,
             a weight that is not finite, or a place that cannot be written to.
+
+    Example:
+        >>> model = mtl.load("model.gguf")
+        >>> file = mtl.save_gguf(model, "copy.gguf")
+        >>> mtl.certify("model.gguf", file).n_edited
+        0
     """
     weights = require_gguf(model, "save_gguf")
     target = local(path)
