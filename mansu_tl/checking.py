@@ -15,7 +15,7 @@ from mansu_tl.data import Task
 from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import load, parameters
-from mansu_tl.quantization import quantize
+from mansu_tl.quantization import find_grid, quantize
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import accuracy
 from mansu_tl.study.config import StudyConfig
@@ -24,6 +24,8 @@ from mansu_tl.verification.knowledge import few_facts, require_known, unknown_fa
 
 # Models this small are quantized once to see that it works; larger ones would take too long.
 _SMALL = 50_000_000
+# Weights of each matrix that are held against the grids.
+_LOOKED_AT = 2**14
 # Float32 numbers a weight that are held at once: original, edited and quantized model, master weights, gradients, Adam's two.
 _COPIES = 7
 
@@ -104,6 +106,10 @@ def _of_model(config: StudyConfig, source: str, name: str) -> Iterator[Finding]:
         return
     count = sum(value.numel() for value in parameters(model).values())
     yield Finding(f"model {name}", "ok", f"{model.cfg.n_layers} layers, {count:,} parameters, {model.cfg.dtype}")
+    rests = find_grid(model, rows_of=_LOOKED_AT).best
+    if rests:
+        what = f"it rests on {rests}: rounding to that grid gives small updates back, so floor on it or expect a gap"
+        yield Finding(f"grid of {name}", "ok", what)
     try:
         task = load_task(config.task, tokenizer=model)
     except MansuError as error:

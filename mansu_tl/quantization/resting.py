@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, orient, parameters
+from mansu_tl.models.four_bit import require_dense
 from mansu_tl.models.gguf import gguf_weights
 from mansu_tl.quantization.quantizer import quantizer, quantizers
 from mansu_tl.results.result import Result, Table
@@ -80,7 +81,7 @@ def find_grid(
         rows_of: look at no more weights of a matrix than these, whole rows from the top; 0 = all.
 
     Raises:
-        MansuError: a quantizer that is no grid of its own, or no grid at all.
+        MansuError: a quantizer that is no grid of its own, no grid at all, or a model with 4-bit layers.
 
     Example:
         >>> mtl.find_grid(mtl.quantize(mtl.load("pocket"), "nf4"), ["nf4", "int8"]).best
@@ -89,6 +90,7 @@ def find_grid(
     chosen = tuple(quantizers("grid") if names is None else names)
     if not chosen or not set(chosen) <= set(quantizers("grid")):
         raise MansuError(f"grids: {', '.join(chosen) or 'none'}; choose from {', '.join(quantizers('grid'))}")
+    require_dense(model, "finding its grid")
     live, linear, weights = parameters(model), linear_weights(model), gguf_weights(model)
     kept = torch.zeros(len(chosen), dtype=torch.long)
     whole = torch.zeros(len(chosen), dtype=torch.long)
