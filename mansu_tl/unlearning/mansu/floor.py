@@ -156,9 +156,10 @@ class Floor:
     def stored(self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]) -> dict[str, Tensor]:
         """The edited matrices in their storage dtype."""
         if self.rule == "none":
-            change = latent * self.width * allowed
+            pieces = self.pieces(latent * self.width * allowed)
             return {
-                n: (self.matrices[n].float() + self.spread(change, n)).to(self.matrices[n].dtype) for n in self.spans
+                n: (self.matrices[n].float() + self.spread(piece, n)).to(self.matrices[n].dtype)
+                for n, piece in pieces.items()
             }
         latent = self.pushed(latent * allowed) if self.rule == "after" else latent
         return {name: self.final(name, latent, allowed) for name in self.spans}
@@ -177,11 +178,19 @@ class Floor:
     def _centre(self, code: Int[Tensor, " weight"], i: int) -> Float[Tensor, " weight"]:
         return self.grids[i].flat_centre(code.to(torch.uint8), self.scales[i])
 
-    def spread(self, change: Float[Tensor, " weight"], name: str) -> Float[Tensor, "out in"]:
-        """One matrix's part of a flat change, as a dense matrix."""
+    def pieces(self, change: Float[Tensor, " weight"]) -> dict[str, Float[Tensor, " _"]]:
+        """A flat change, matrix by matrix.
+
+        In one go: the gradient of a slice is as long as the whole, so that of two hundred slices takes longer than the model.
+        """
+        sizes = [span.stop - span.start for span in self.spans.values()]
+        return dict(zip(self.spans, change.split(sizes), strict=True))
+
+    def spread(self, piece: Float[Tensor, " weight"], name: str) -> Float[Tensor, "out in"]:
+        """One matrix's piece of a change, as a dense matrix."""
         matrix = self.matrices[name]
-        dense = torch.zeros(matrix.numel(), device=change.device, dtype=change.dtype)
-        return dense.index_put((self.where[name],), change[self.spans[name]]).view(matrix.shape)
+        dense = torch.zeros(matrix.numel(), device=piece.device, dtype=piece.dtype)
+        return dense.index_put((self.where[name],), piece).view(matrix.shape)
 
     def final(self, name: str, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]) -> Tensor:
         """The edited matrix in its storage dtype, every edited weight strictly inside its target cell.

@@ -40,10 +40,10 @@ class View:
 
     def __call__(self, change: Float[Tensor, " weight"], under: int | None) -> Values:
         """As stored (None), or with every linear weight dequantized under one grid."""
-        out, spans = dict(self.values), self.floor.spans
-        for name in self.linear if under is not None else spans:
+        out, pieces = dict(self.values), self.floor.pieces(change)
+        for name in self.linear if under is not None else pieces:
             base = self._deployed(name, under)
-            full = base + self.floor.spread(change, name) if name in spans else base
+            full = base + self.floor.spread(pieces[name], name) if name in pieces else base
             out[name] = orient(full, self.linear[name])
         return out
 

@@ -140,9 +140,9 @@ class _Mansu(Solver):
     def after(self, step: int) -> None:
         """Take the part of the update out that retain inputs would feel; the support keeps what is left."""
         floor, projectors = self.fixed.floor, self.fixed.projectors
-        change = self.latent * floor.width * self.allowed
+        pieces = floor.pieces(self.latent * floor.width * self.allowed)
         for name, projector in projectors.items():
-            span, free = floor.spans[name], floor.spread(change, name) @ projector
+            span, free = floor.spans[name], floor.spread(pieces[name], name) @ projector
             self.latent[span] = free.flatten()[floor.where[name]] / floor.width[span]
 
     def complete(self, done: int) -> bool:
@@ -185,8 +185,9 @@ class _Mansu(Solver):
     def _leak(self, change: Float[Tensor, " weight"]) -> Float[Tensor, ""]:
         """Mean squared change of the circuit matrices' outputs on retain inputs, relative to the inputs' size."""
         total = change.new_zeros(())
+        pieces = self.fixed.floor.pieces(change)
         for name, moment in self.fixed.moments.items():
-            moved = self.fixed.floor.spread(change, name)
+            moved = self.fixed.floor.spread(pieces[name], name)
             leak = ((moved @ moment) * moved).sum()
             total = total + leak * moment.shape[0] / (moved.shape[0] * moment.trace())
         return total
