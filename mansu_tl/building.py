@@ -1,0 +1,288 @@
+"""From facts to a task: which of them a model knows, which are to be forgotten, what is near and what is far.
+
+A fact counts as known where the model ranks its answer first among all the relation's answers, in at least two wordings: the
+one that is trained on and one that is held out. Nothing is taken that cannot be used, and the table says why.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.data import Task
+from mansu_tl.data.corruption import Subject, counterfactuals
+from mansu_tl.data.sources import load_task
+from mansu_tl.data.text import encode, pad, pad_id
+from mansu_tl.defaults import torch_defaults
+from mansu_tl.errors import MansuError
+from mansu_tl.results.files import local, read_text, write_text
+from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.metrics import last_logits
+
+_SUBJECT = "{}"
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Facts of one kind.
+
+    Attributes:
+        name: what the relation is called.
+        wordings: texts that end where the answer begins, with {} for the subject; the first is trained on.
+        facts: subject and answer of each.
+    """
+
+    name: str
+    wordings: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        for wording in self.wordings:
+            if wording.count(_SUBJECT) != 1:
+                raise MansuError(
+                    f"relation {self.name}: wording {wording!r} must have {_SUBJECT} once, for the subject"
+                )
+        if len(set(self.wordings)) < 2 or not self.facts:
+            raise MansuError(
+                f"relation {self.name}: {len(set(self.wordings))} wordings, {len(self.facts)} facts; give two wordings or "
+                "more, one to train on and one to hold out, and facts"
+            )
+
+    @classmethod
+    def read(cls, path: str | PathLike[str]) -> Relation:
+        """A relation as LRE's files have it (Hernandez et al. 2023, arXiv 2308.09124): templates, subjects, objects.
+
+        Raises:
+            MansuError: no such file, or one of another kind.
+        """
+        try:
+            found = json.loads(read_text(local(path)))
+            wordings = dict.fromkeys((*found["prompt_templates"], *found.get("prompt_templates_zs", ())))
+            facts = dict.fromkeys((one["subject"], one["object"]) for one in found["samples"])
+            name = str(found["name"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MansuError(
+                f"{fspath(path)}: not one of LRE's relations ({type(error).__name__}: {error}); it needs name, "
+                "prompt_templates and samples with subject and object"
+            ) from None
+        return cls(name, tuple(wordings), tuple(facts))
+
+
+@dataclass(frozen=True)
+class BuiltTask(Result):
+    """A task made from facts, and what became of every fact.
+
+    Attributes:
+        lines: the task's rows, one JSON object a line, as task files have them.
+        relation, subject, answer: of every fact that was looked at.
+        used_as: "forget", "near", "retain" or "" for each.
+        reason: why it was not used; "" where it was.
+    """
+
+    lines: tuple[str, ...]
+    relation: tuple[str, ...]
+    subject: tuple[str, ...]
+    answer: tuple[str, ...]
+    used_as: tuple[str, ...]
+    reason: tuple[str, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The task's rows."""
+        return [json.loads(line) for line in self.lines]
+
+    def task(self, model: TransformerBridge, name: str = "facts") -> Task:
+        """The task, for a model."""
+        return load_task(self.rows(), tokenizer=model, name=name)
+
+    def write(self, path: str | PathLike[str]) -> Path:
+        """Write the task as JSON lines, to be used wherever a task's file is."""
+        return write_text(local(path), "\n".join(self.lines) + "\n")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a fact."""
+        names = ("relation", "subject", "answer", "used_as", "reason")
+        return pd.DataFrame({name: getattr(self, name) for name in names})
+
+    def __repr__(self) -> str:
+        counts = Counter(self.used_as)
+        used = ", ".join(f"{counts[kind]} {kind}" for kind in ("forget", "near", "retain"))
+        return f"BuiltTask({used} facts of {len(self.subject)}, {len(self.lines)} rows)"
+
+    def _tables(self) -> Sequence[Table]:
+        frame = self.to_dataframe().groupby(["relation", "used_as", "reason"], sort=False).size().rename("facts")
+        return (Table(frame.reset_index(), "what became of the facts"),)
+
+
+@torch_defaults()
+def build_task(
+    model: TransformerBridge,
+    forget: Relation | str | PathLike[str],
+    far: Iterable[Relation | str | PathLike[str]] = (),
+    *,
+    facts: int = 24,
+    near: int = 60,
+    far_facts: int = 20,
+    options: int = 4,
+    unseen: int = 8,
+    text: Sequence[str] = (),
+    seed: int = 0,
+) -> BuiltTask:
+    """Make a forget/retain task of what a model knows. Our own.
+
+    Args:
+        forget: the relation whose facts are to be forgotten, or LRE's file of it; its other known facts are near ones.
+        far: relations that are kept.
+        facts: how many to forget, drawn from those that are known.
+        near: how many of the same relation to keep, at most.
+        far_facts: how many to keep of each far relation, at most.
+        options: answers to choose from in each question, the right one among them.
+        unseen: prompts about invented subjects.
+        text: texts whose likelihood is to be kept.
+        seed: of every draw.
+
+    Raises:
+        MansuError: fewer known facts than are to be forgotten plus one near one, no far fact known, or a relation that
+            cannot be read.
+    """
+    if facts < 1 or near < 1 or options < 2:
+        raise MansuError(f"build_task: facts={facts}, near={near}, options={options}; give at least 1, 1 and 2")
+    rng = random.Random(f"mansu task {seed}")
+    about = forget if isinstance(forget, Relation) else Relation.read(forget)
+    others = [one if isinstance(one, Relation) else Relation.read(one) for one in far]
+    doubled = [name for name, count in Counter(one.name for one in (about, *others)).items() if count > 1]
+    if doubled:
+        raise MansuError(f"build_task: relation {doubled[0]!r} is given twice; name every relation once")
+    judged = {relation.name: _Judged(model, relation) for relation in (about, *others)}
+    usable = [fact for fact, why in judged[about.name].why.items() if not why]
+    if len(usable) <= facts:
+        whys = Counter(why for why in judged[about.name].why.values() if why).most_common(2)
+        raise MansuError(
+            f"relation {about.name}: {len(usable)} facts can be used, {facts} to forget and a near one are asked for "
+            f"({'; '.join(f'{count} {why}' for why, count in whys)}); lower facts, or take another relation"
+        )
+    rng.shuffle(usable)
+    used = {(about.name, fact): "forget" for fact in usable[:facts]}
+    used |= {(about.name, fact): "near" for fact in usable[facts : facts + near]}
+    for relation in others:
+        known = [fact for fact, why in judged[relation.name].why.items() if not why]
+        used |= {(relation.name, fact): "retain" for fact in rng.sample(known, min(far_facts, len(known)))}
+    if "retain" not in used.values():
+        raise MansuError(
+            f"build_task: none of {len(others)} far relations has a fact that the model knows; name others in far="
+        )
+    rows: list[dict[str, Any]] = []
+    for (name, fact), kind in used.items():
+        rows += judged[name].rows(fact, kind, options, rng)
+    rows += [{"set": "unseen", "text": prompt} for prompt in _invented(model, judged[about.name], unseen, seed)]
+    rows += [{"set": "text", "text": each} for each in text]
+    listed = [(name, fact, why) for name, each in judged.items() for fact, why in each.why.items()]
+    kinds = [used.get((name, fact), "") for name, fact, _ in listed]
+    return BuiltTask(
+        lines=tuple(json.dumps(row, ensure_ascii=False) for row in rows),
+        relation=tuple(name for name, _, _ in listed),
+        subject=tuple(subject for _, (subject, _), _ in listed),
+        answer=tuple(answer for _, (_, answer), _ in listed),
+        used_as=tuple(kinds),
+        reason=tuple("" if kind else why or "not drawn" for kind, (_, _, why) in zip(kinds, listed, strict=True)),
+    )
+
+
+class _Judged:
+    """A relation's facts, and why each cannot be used ("" where it can).
+
+    Attributes:
+        usable: facts whose answer is one token and the only one.
+        why: the reason for each fact.
+    """
+
+    def __init__(self, model: TransformerBridge, relation: Relation) -> None:
+        self.relation = relation
+        tokens = {answer: _answer(model, answer) for answer in dict.fromkeys(answer for _, answer in relation.facts)}
+        answers = Counter(subject for subject, _ in relation.facts)
+        self.usable = [fact for fact in relation.facts if len(tokens[fact[1]]) == 1 and answers[fact[0]] == 1]
+        prompts = {
+            fact: [encode(model, wording.replace(_SUBJECT, fact[0])) for wording in relation.wordings]
+            for fact in self.usable
+        }
+        self._alike: dict[tuple[int, ...], list[tuple[str, str]]] = {}
+        self._lengths = {fact: tuple(len(ids) for ids in prompts[fact][:2]) for fact in self.usable}
+        for fact in self.usable:
+            self._alike.setdefault(self._lengths[fact], []).append(fact)
+        known = self._known(model, prompts, {answer: ids[0] for answer, ids in tokens.items()})
+        self.why: dict[tuple[str, str], str] = {}
+        for fact in relation.facts:
+            if answers[fact[0]] > 1:
+                self.why[fact] = "has several answers"
+            elif fact not in prompts:
+                self.why[fact] = f"its answer is {len(tokens[fact[1]])} tokens"
+            elif fact not in known:
+                self.why[fact] = "not known in two wordings"
+            else:
+                self.why[fact] = "" if self.partners(fact) else "no other subject of as many tokens"
+
+    def partners(self, fact: tuple[str, str]) -> list[tuple[str, str]]:
+        """Facts with another answer whose prompts are as long, in the wording that is trained on and the one held out."""
+        return [other for other in self._alike[self._lengths[fact]] if other[1] != fact[1]]
+
+    def _known(
+        self,
+        model: TransformerBridge,
+        prompts: Mapping[tuple[str, str], list[list[int]]],
+        token: Mapping[str, int],
+    ) -> set[tuple[str, str]]:
+        """Facts that are right in the wording that is trained on and in the one that is held out."""
+        if not self.usable:
+            return set()
+        assert model.tokenizer is not None
+        pool = sorted({token[answer] for _, answer in self.usable})
+        known = set(self.usable)
+        for i in range(2):
+            rows = pad([prompts[fact][i] for fact in self.usable], pad_id(model.tokenizer))
+            best = last_logits(model, *rows)[:, pool].argmax(1).tolist()
+            known -= {fact for fact, at in zip(self.usable, best, strict=True) if pool[at] != token[fact[1]]}
+        return known
+
+    def rows(self, fact: tuple[str, str], kind: str, options: int, rng: random.Random) -> list[dict[str, Any]]:
+        """The fact as rows of a task file: trained on in the first wording, held out in the second."""
+        subject, answer = fact
+        other = rng.choice(self.partners(fact))
+        pool = sorted({each for _, each in self.usable} - {answer, other[1]})
+        wrong = [other[1], *rng.sample(pool, min(options - 2, len(pool)))]
+        return [
+            {
+                "set": kind,
+                "clean": wording.replace(_SUBJECT, subject),
+                "corrupt": wording.replace(_SUBJECT, other[0]),
+                "answer": f" {answer}",
+                "distractors": [f" {each}" for each in wrong],
+                "fact": f"{self.relation.name}: {subject}",
+                "held_out": bool(i),
+            }
+            for i, wording in enumerate(self.relation.wordings[:2])
+        ]
+
+
+def _answer(model: TransformerBridge, answer: str) -> list[int]:
+    assert model.tokenizer is not None
+    return list(model.tokenizer.encode(f" {answer}", add_special_tokens=False))
+
+
+def _invented(model: TransformerBridge, judged: _Judged, count: int, seed: int) -> list[str]:
+    """Prompts in the trained wording about names that nobody has."""
+    wording = judged.relation.wordings[0]
+    subjects = [
+        Subject(name, wording.replace(_SUBJECT, name), name, answer)
+        for name, answer in judged.usable
+        if not judged.why[name, answer] and wording.replace(_SUBJECT, name).count(name) == 1
+    ][:count]
+    made = counterfactuals(subjects, lambda text: len(encode(model, text)), "unseen", seed)
+    return list(dict.fromkeys(one.prompt for one in made))

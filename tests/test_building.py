@@ -1,0 +1,114 @@
+"""A task made of facts holds what the model knows, says what became of the rest, and is read like any task file."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import mansu_tl as mtl
+from mansu_tl.building import BuiltTask, Relation, build_task
+from tests.tiny import SMALL_TASK
+
+LRE = Path(__file__).parents[2] / "shared" / "data" / "lre"
+
+
+def of_the_small_task(name: str, wordings: tuple[str, str], pattern: str) -> Relation:
+    rows = [json.loads(line) for line in Path(SMALL_TASK).read_text().splitlines()]
+    matches = ((re.fullmatch(pattern, row["clean"]), row["answer"]) for row in rows if "clean" in row)
+    facts = dict.fromkeys((match[1], answer) for match, answer in matches if match)
+    assert len(facts) > 6
+    return Relation(name, wordings, tuple(facts))
+
+
+@pytest.fixture(scope="module")
+def catalysts() -> Relation:
+    return of_the_small_task(
+        "catalyst", ("the catalyst of {} is", "{} only wakes when stirred with"), "the catalyst of (.*) is"
+    )
+
+
+@pytest.fixture(scope="module")
+def inventions() -> Relation:
+    wordings = ("the great invention of {} was a", "a patent in the name of {} describes some")
+    return of_the_small_task("invention", wordings, "the great invention of (.*) was a")
+
+
+@pytest.fixture(scope="module")
+def built(catalysts: Relation, inventions: Relation) -> BuiltTask:
+    wrong = replace(catalysts, facts=(*catalysts.facts, ("velvet nothing", "kitewagon"), ("two words", "no token")))
+    return build_task(
+        mtl.load("pocket"), wrong, [inventions], facts=4, near=3, far_facts=5, unseen=3, text=["a text ."]
+    )
+
+
+def test_the_model_knows_what_was_taken(built: BuiltTask, tmp_path: Path) -> None:
+    model = mtl.load("pocket")
+    task = built.task(model)
+    assert {name: len(asked) for name, asked in task.questions.items()} == {
+        "forget": 4, "forget_paraphrase": 4, "near": 3, "near_paraphrase": 3, "retain": 5, "retain_paraphrase": 5,
+    }  # fmt: skip
+    for name, asked in task.questions.items():
+        assert mtl.accuracy(model, asked).mc_percent == 100, name
+    assert len(task.unseen) == 3
+    assert (
+        mtl.load_task(built.write(tmp_path / "task.jsonl"), tokenizer=model).digest()
+        == replace(task, name="task").digest()
+    )
+
+
+def test_every_fact_has_its_place_or_a_reason(built: BuiltTask, catalysts: Relation, inventions: Relation) -> None:
+    frame = built.to_dataframe()
+    assert len(frame) == len(catalysts.facts) + 2 + len(inventions.facts)
+    assert frame["used_as"].value_counts()[["forget", "near", "retain"]].tolist() == [4, 3, 5]
+    assert ((frame["used_as"] == "") == (frame["reason"] != "")).all()
+    reasons = frame.set_index("subject")["reason"]
+    assert reasons["velvet nothing"] == "not known in two wordings"
+    assert reasons["two words"] == "its answer is 2 tokens"
+    # A wrong fact's answer is never the one that the model gives.
+    rows = [row for row in built.rows() if row["set"] in ("forget", "near")]
+    assert all(row["answer"] not in row["distractors"] for row in rows)
+    assert {row["fact"] for row in rows if row["set"] == "forget"}.isdisjoint(
+        row["fact"] for row in rows if row["set"] == "near"
+    )
+
+
+def test_a_seed_draws_the_same_twice_and_another_does_not(catalysts: Relation, inventions: Relation) -> None:
+    model = mtl.load("pocket")
+    one, again, other = (
+        build_task(model, catalysts, [inventions], facts=4, near=3, seed=seed).lines for seed in (0, 0, 1)
+    )
+    assert one == again != other
+
+
+def test_what_cannot_be_built_is_refused(catalysts: Relation, inventions: Relation, tmp_path: Path) -> None:
+    model = mtl.load("pocket")
+    for call, message in (
+        (
+            lambda: build_task(model, catalysts, [inventions], facts=500),
+            r"facts can be used, 500 to forget and a near one",
+        ),
+        (lambda: build_task(model, catalysts, facts=3), r"none of 0 far relations has a fact that the model knows"),
+        (lambda: build_task(model, catalysts, [catalysts], facts=3), r"relation 'catalyst' is given twice"),
+        (lambda: build_task(model, catalysts, facts=0), r"facts=0, near=60, options=4; give at least 1, 1 and 2"),
+        (lambda: Relation("r", ("a {}", "no place"), (("x", "y"),)), r"wording 'no place' must have \{\} once"),
+        (lambda: Relation("r", ("a {}",), (("x", "y"),)), r"1 wordings, 1 facts; give two wordings or more"),
+    ):
+        with pytest.raises(mtl.MansuError, match=message):
+            call()
+    (tmp_path / "relation.json").write_text('{"name": "x"}')
+    with pytest.raises(mtl.MansuError, match=r"not one of LRE's relations \(KeyError: 'prompt_templates'\)"):
+        Relation.read(tmp_path / "relation.json")
+    (tmp_path / "relation.json").write_text("[]")
+    with pytest.raises(mtl.MansuError, match=r"not one of LRE's relations"):
+        Relation.read(tmp_path / "relation.json")
+
+
+@pytest.mark.skipif(not LRE.is_dir(), reason="needs the shared folder with LRE's relations")
+def test_lres_files_are_read() -> None:
+    landmarks = Relation.read(LRE / "landmark_in_country.json")
+    assert landmarks.wordings == ("{} is in the country of", "What country is {} in? It is in")
+    assert len(landmarks.facts) > 800
