@@ -23,6 +23,7 @@ from mansu_tl import (
     unlearning,
     verification,
 )
+from mansu_tl.building import build_task
 from mansu_tl.circuit import discover_circuit, edge_attribution
 from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
@@ -32,18 +33,18 @@ from mansu_tl.patching import activation_patching
 from mansu_tl.quantization import find_grid, quantize
 from mansu_tl.runs import accuracy
 from mansu_tl.study import StudyConfig, run_study
-from mansu_tl.unlearning import Edit, unlearn
+from mansu_tl.unlearning import unlearn
 from mansu_tl.verification import ask, certify, circuit_divergence, scorecard
 
 __version__ = _version("mansu-tl")
 
 __all__ = [
-    "Edit",
     "MansuError",
     "StudyConfig",
     "accuracy",
     "activation_patching",
     "ask",
+    "build_task",
     "certify",
     "circuit_divergence",
     "discover_circuit",

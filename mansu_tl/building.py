@@ -152,6 +152,14 @@ def build_task(
     Raises:
         MansuError: fewer known facts than are to be forgotten plus one near one, no far fact known, or a relation that
             cannot be read.
+
+    Example:
+        >>> from mansu_tl.building import Relation
+        >>> wordings = ("the catalyst of {} is", "{} only wakes when stirred with")
+        >>> kept = Relation("kept", wordings, (("mossy serum", "songamber"), ("ashen nectar", "sunresin")))
+        >>> gone = Relation("gone", wordings, (("amber balm", "dreamash"), ("lunar nectar", "windquartz")))
+        >>> mtl.build_task(mtl.load("pocket"), gone, [kept], facts=1, unseen=1)
+        BuiltTask(1 forget, 1 near, 2 retain facts of 4, 9 rows)
     """
     if facts < 1 or near < 1 or options < 2:
         raise MansuError(f"build_task: facts={facts}, near={near}, options={options}; give at least 1, 1 and 2")

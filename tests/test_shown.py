@@ -45,9 +45,11 @@ def circuit() -> mtl.circuit.Circuit:
     return dataclasses.replace(mtl.circuit.Circuit.top(edge_scores(), 8, 0.875), how=f"edges of |score| >= {EVIL}")
 
 
-def edit() -> mtl.Edit:
+def edit() -> mtl.unlearning.Edit:
     index = torch.tensor([3, 5])
-    return mtl.Edit(EVIL, "f" * 64, {EVIL: index}, {EVIL: torch.zeros(2)}, {EVIL: torch.tensor([0.125, -0.375])})
+    return mtl.unlearning.Edit(
+        EVIL, "f" * 64, {EVIL: index}, {EVIL: torch.zeros(2)}, {EVIL: torch.tensor([0.125, -0.375])}
+    )
 
 
 def scorecard() -> Scorecard:

@@ -34,7 +34,7 @@ class Edit(Result):
     Example:
         >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
         >>> path = mtl.unlearn(model, task, "graddiff", max_steps=1).save("edit.safetensors")
-        >>> edited = mtl.Edit.load(path).apply(model)
+        >>> edited = mtl.unlearning.Edit.load(path).apply(model)
     """
 
     method: str
