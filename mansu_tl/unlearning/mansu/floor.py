@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
@@ -178,8 +178,8 @@ class Floor:
     def _centre(self, code: Int[Tensor, " weight"], i: int) -> Float[Tensor, " weight"]:
         return self.grids[i].flat_centre(code.to(torch.uint8), self.scales[i])
 
-    def pieces(self, change: Float[Tensor, " weight"]) -> dict[str, Float[Tensor, " _"]]:
-        """A flat change, matrix by matrix.
+    def pieces(self, change: Shaped[Tensor, " weight"]) -> dict[str, Shaped[Tensor, " _"]]:
+        """A flat change, or flags of the candidates, matrix by matrix.
 
         In one go: the gradient of a slice is as long as the whole, so that of two hundred slices takes longer than the model.
         """

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
@@ -16,11 +17,11 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, float32_copy, home, linear_weights, orient, parameters
 from mansu_tl.quantization import grid_of
 from mansu_tl.runs.values import Values
-from mansu_tl.unlearning.batches import Source
+from mansu_tl.unlearning.batches import Batch, Source
 from mansu_tl.unlearning.mansu.candidates import circuit_weights, random_weights
 from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.unlearning.mansu.settings import MansuSettings
-from mansu_tl.unlearning.mansu.terms import Ignorance, ignorance
+from mansu_tl.unlearning.mansu.terms import Ignorance, ignorance, objective
 from mansu_tl.unlearning.masks import Masks, every_weight
 from mansu_tl.unlearning.retain_statistics import (
     diagonal_fisher,
@@ -98,12 +99,9 @@ def plan(
     }
     masks = choose[settings.restrict]()
     # Cells and codes are those of the weights as stored; the loop itself runs in float32.
-    floor = Floor(
-        [grid_of(name).bound(model) for name in settings.quantizers],
-        {name: orient(stored[name].detach(), weight).contiguous() for name, weight in linear.items()},
-        {name: orient(mask, linear[name]) for name, mask in masks.items()},
-        settings.floor,
-    )
+    grids = [grid_of(name).bound(model) for name in settings.quantizers]
+    matrices = {name: orient(stored[name].detach(), weight).contiguous() for name, weight in linear.items()}
+    floor = Floor(grids, matrices, {name: orient(mask, linear[name]) for name, mask in masks.items()}, settings.floor)
     budget = budget_of(linear, settings)
     unknown = ignorance(hf, pairs, task.unseen)
     if settings.representation_weight and not bool((unknown.spread > 0).all()):
@@ -116,6 +114,14 @@ def plan(
     if settings.discover_near and not len(near):
         near_rows = near_neighbours(hf, pairs, text, settings.discover_near).tolist()
         near = text[near_rows]
+    asked = settings.steps * settings.retain_batch * (1 + bool(len(near)))
+    source = Source(hf, values, pairs, text, near, asked)
+    if 0 < settings.candidates * budget < floor.size:
+        chosen = _most_wanted(
+            View(values, linear, floor), source, unknown, settings, round(settings.candidates * budget)
+        )
+        floor = Floor(grids, matrices, chosen, settings.floor)
+        masks = {name: orient(mask, linear[name]) for name, mask in chosen.items()}
     moments = {}
     if settings.null_space or settings.projector:
         moments = mixed_moments(hf, masks, text, near, settings.near_weight)
@@ -125,7 +131,6 @@ def plan(
     if settings.fisher:
         fisher = diagonal_fisher(hf, masks, sample, progress=progress)
         importance = floor.gathered({name: orient(value, linear[name]) for name, value in fisher.items()})
-    asked = settings.steps * settings.retain_batch * (1 + bool(len(near)))
     return Plan(
         hf=hf,
         floor=floor,
@@ -133,13 +138,37 @@ def plan(
         budget=budget,
         unknown=unknown,
         facts=facts,
-        source=Source(hf, values, pairs, text, near, asked),
+        source=source,
         near_rows=near_rows,
         sample=sample,
         moments=moments,
         projectors=projectors,
         importance=importance,
     )
+
+
+def _most_wanted(
+    view: View, source: Source, unknown: Ignorance, settings: MansuSettings, count: int
+) -> dict[str, Bool[Tensor, "out in"]]:
+    """The candidates whose move by one bin changes the forget loss most at the start, to first order."""
+    floor, forget = view.floor, objective(settings, unknown).forget
+    latent = torch.zeros(floor.size, requires_grad=True, device=floor.value.device)
+    everywhere = torch.ones_like(latent, dtype=torch.bool)
+    slope = torch.zeros_like(latent)
+    for rows in torch.arange(len(source.pairs)).split(settings.forget_batch):
+        change, _ = floor.change(latent, everywhere, None)
+        loss = forget(Batch(source, view(change, None), rows, torch.empty(0, dtype=torch.long), 0))
+        (part,) = torch.autograd.grad(loss, latent)
+        slope += part * len(rows)
+    kept = torch.zeros_like(everywhere)
+    kept[slope.abs().topk(count).indices] = True
+    masks = {}
+    for name, piece in floor.pieces(kept).items():
+        flags = torch.zeros(floor.matrices[name].numel(), dtype=torch.bool, device=piece.device)
+        flags[floor.where[name][piece]] = True
+        if piece.any():
+            masks[name] = flags.view(floor.matrices[name].shape)
+    return masks
 
 
 def mansu_needs(model: TransformerBridge, task: Task, settings: MansuSettings) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,8 @@ class MansuSettings(Digested):
         floor: "loop" = the grid is in the optimisation; "after" = a plain one, each weight of its support pushed across
             a boundary at the end; "none" = a plain one, stored as it is.
         budget: edited weights as a share of all linear weights.
+        candidates: how many weights may be moved at all, as a multiple of the budget: those whose move by one bin lowers or
+            raises the forget loss most at the start; 0 = every weight of the circuit.
         neuron_share: share of each circuit MLP's neurons that may be edited.
         steps: optimisation steps.
         learning_rate: peak step of Adam on the latent updates, in bins.
@@ -70,6 +72,7 @@ class MansuSettings(Digested):
     restrict: str = "circuit"
     floor: str = "loop"
     budget: float = 0.0195
+    candidates: float = 0.0
     neuron_share: float = 0.25
     steps: int = 300
     learning_rate: float = 0.1
@@ -109,6 +112,9 @@ class MansuSettings(Digested):
             self._require(key, not isinstance(value, float) or math.isfinite(value), "choose a finite number")
         self._require("learning_rate", self.learning_rate > 0, "choose one above 0", " bins")
         self._require("budget", self.budget <= 1, "choose a share of the linear weights, at most 1")
+        self._require(
+            "candidates", self.candidates in (0, max(1, self.candidates)), "choose 0 (all) or at least 1 budget"
+        )
         self._require("discover_near", 0 <= self.discover_near < 1, "choose a share in [0, 1)")
         self._require("adversary_facts", self.adversary_facts >= 0, "choose 0 (a quarter) or more")
         self._require("fisher_budget", self.fisher_budget >= 0, "choose 0 (none) or more", " nats")
