@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mansu_tl import __version__
+from mansu_tl.building import build_task
 from mansu_tl.checking import Check, check_study
 from mansu_tl.data.sources import source as task_source
 from mansu_tl.data.sources import sources as source_names
@@ -224,6 +225,23 @@ def ask(
     """Ask models the same things, greedily, and print their answers side by side."""
     table = asked({name: load(name) for name in models}, prompt, new_tokens=tokens, chat=chat)
     typer.echo(table.markdown())
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="A folder in Hugging Face format, a GGUF file, or a name.")],
+    forget: Annotated[Path, typer.Option(help="The relation to forget: a JSON file as LRE has them.")],
+    far: Annotated[list[Path], typer.Option(help="A relation to keep; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="The task file to write, JSON lines.")],
+    facts: Annotated[int, typer.Option(help="Facts to forget.")] = 24,
+    near: Annotated[int, typer.Option(help="Facts of the same relation to keep, at most.")] = 60,
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+) -> None:
+    """Make a task of the facts that a model knows, and say what became of the others."""
+    built = build_task(load(model), forget, far, facts=facts, near=near, seed=seed)
+    counts = built.to_dataframe().groupby(["relation", "used_as", "reason"], sort=False).size().rename("facts")
+    typer.echo(counts.reset_index().to_string(index=False))
+    typer.echo(f"{built!r}, written: {built.write(out)}")
 
 
 @app.command()
