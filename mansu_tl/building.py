@@ -158,7 +158,7 @@ def build_task(
         >>> wordings = ("the catalyst of {} is", "{} only wakes when stirred with")
         >>> kept = Relation("kept", wordings, (("mossy serum", "songamber"), ("ashen nectar", "sunresin")))
         >>> gone = Relation("gone", wordings, (("amber balm", "dreamash"), ("lunar nectar", "windquartz")))
-        >>> mtl.build_task(mtl.load("pocket"), gone, [kept], facts=1, unseen=1)
+        >>> mtl.build_task(mtl.load("pocket"), gone, [kept], facts=1, unseen=1, options=2)
         BuiltTask(1 forget, 1 near, 2 retain facts of 4, 9 rows)
     """
     if facts < 1 or near < 1 or options < 2:
@@ -169,7 +169,7 @@ def build_task(
     doubled = [name for name, count in Counter(one.name for one in (about, *others)).items() if count > 1]
     if doubled:
         raise MansuError(f"build_task: relation {doubled[0]!r} is given twice; name every relation once")
-    judged = {relation.name: _Judged(model, relation) for relation in (about, *others)}
+    judged = {relation.name: _Judged(model, relation, options) for relation in (about, *others)}
     usable = [fact for fact, why in judged[about.name].why.items() if not why]
     if len(usable) <= facts:
         whys = Counter(why for why in judged[about.name].why.values() if why).most_common(2)
@@ -212,7 +212,7 @@ class _Judged:
         why: the reason for each fact.
     """
 
-    def __init__(self, model: TransformerBridge, relation: Relation) -> None:
+    def __init__(self, model: TransformerBridge, relation: Relation, options: int) -> None:
         self.relation = relation
         tokens = {answer: _answer(model, answer) for answer in dict.fromkeys(answer for _, answer in relation.facts)}
         answers = Counter(subject for subject, _ in relation.facts)
@@ -226,12 +226,15 @@ class _Judged:
         for fact in self.usable:
             self._alike.setdefault(self._lengths[fact], []).append(fact)
         known = self._known(model, prompts, {answer: ids[0] for answer, ids in tokens.items()})
+        few = len({answer for _, answer in self.usable}) < options
         self.why: dict[tuple[str, str], str] = {}
         for fact in relation.facts:
             if answers[fact[0]] > 1:
                 self.why[fact] = "has several answers"
             elif fact not in prompts:
                 self.why[fact] = f"its answer is {len(tokens[fact[1]])} tokens"
+            elif few:
+                self.why[fact] = f"fewer than {options} answers to choose from"
             elif fact not in known:
                 self.why[fact] = "not known in two wordings"
             else:
@@ -264,7 +267,7 @@ class _Judged:
         subject, answer = fact
         other = rng.choice(self.partners(fact))
         pool = sorted({each for _, each in self.usable} - {answer, other[1]})
-        wrong = [other[1], *rng.sample(pool, min(options - 2, len(pool)))]
+        wrong = [other[1], *rng.sample(pool, options - 2)]
         return [
             {
                 "set": kind,
