@@ -56,6 +56,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_pages_config_and_task_run_as_they_stand(tmp_path: Path, monkeypatch, capsys) -> None:
     config = next(block for block in blocks("toml") if "task =" in block)
     task = next(block for block in blocks("json") if '"set"' in block)

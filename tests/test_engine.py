@@ -129,6 +129,7 @@ def test_positions_counted_from_the_end_are_the_same_scores_in_other_rows() -> N
     torch.testing.assert_close(end.per_position, total / len(pairs), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_steps_double_until_the_residual_is_small() -> None:
     model, pairs = mtl.load(tiny("llama")), random_pairs()
     for tolerance in (0.05, 0.001):
@@ -170,7 +171,9 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "gpt2"))]
+)
 def test_work_stays_within_its_memory_budget_and_the_scores_do_not_change(family: str) -> None:
     model = mtl.load(tiny(family, num_hidden_layers=3, hidden_size=64))
     pairs = random_pairs(n=24, width=20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,7 @@ def test_padding_is_invisible(shape: tuple, numbers: tuple, extra: int) -> None:
     close(mtl.edge_attribution(model, padded).tensor, mtl.edge_attribution(model, pairs).tensor)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(shape=models, numbers=pairs_of)
 def test_eap_ig_is_complete_in_the_limit(shape: tuple, numbers: tuple) -> None:

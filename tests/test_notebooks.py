@@ -28,7 +28,7 @@ from tests.notebook_outputs import (
 from tests.store_notebooks import FOLDER, MOST_BYTES, run
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SLOW = ("01_quickstart", "05_mansu_step_by_step", "06_cad", "07_your_own_model")
+SLOW = ("01_quickstart", "03_forget_circuit", "04_nf4", "05_mansu_step_by_step", "06_cad", "07_your_own_model")
 
 
 def _code(notebook: NotebookNode) -> list[NotebookNode]:

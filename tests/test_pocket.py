@@ -393,6 +393,7 @@ def test_training_lowers_the_loss_and_the_grid_holds(world: World) -> None:
     assert all(torch.equal(once[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_trainer_writes_all_three(tmp_path: Path) -> None:
     short = Schedule(steps=2, batch_size=8, warmup=1)
     folders = make("all", tmp_path, seed=3, schedule=short, grid_schedule=short)

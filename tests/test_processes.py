@@ -106,6 +106,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     script = tmp_path / "scripts" / "script.py"
     script.parent.mkdir()

@@ -135,5 +135,8 @@ def _positional(model: TransformerBridge, width: int) -> Float[Tensor, "... d_mo
 
 
 def _everywhere(value: Float[Tensor, "pos d"]) -> Callable[..., Tensor]:
-    """A hook that hands a value on for every pair, at every position where there is one row for all."""
-    return lambda seen, hook: value.to(seen.device).expand_as(seen.flatten(2)).reshape(seen.shape)
+    """A hook that hands a value on for every pair, at every position where there is one row for all.
+
+    As a tensor of its own: a layer behind it may look at its numbers in another shape.
+    """
+    return lambda seen, hook: value.to(seen.device).expand_as(seen.flatten(2)).reshape(seen.shape).contiguous()
