@@ -32,17 +32,14 @@ def catalysts() -> Relation:
 
 
 @pytest.fixture(scope="module")
-def inventions() -> Relation:
-    wordings = ("the great invention of {} was a", "a patent in the name of {} describes some")
-    return of_the_small_task("invention", wordings, "the great invention of (.*) was a")
+def antidotes() -> Relation:
+    return of_the_small_task("antidote", ("the antidote to {} is", "to calm {} add"), "the antidote to (.*) is")
 
 
 @pytest.fixture(scope="module")
-def built(catalysts: Relation, inventions: Relation) -> BuiltTask:
+def built(catalysts: Relation, antidotes: Relation) -> BuiltTask:
     wrong = replace(catalysts, facts=(*catalysts.facts, ("velvet nothing", "kitewagon"), ("two words", "no token")))
-    return build_task(
-        mtl.load("pocket"), wrong, [inventions], facts=4, near=3, far_facts=5, unseen=3, text=["a text ."]
-    )
+    return build_task(mtl.load("pocket"), wrong, [antidotes], facts=4, near=3, far_facts=5, unseen=3, text=["a text ."])
 
 
 def test_the_model_knows_what_was_taken(built: BuiltTask, tmp_path: Path) -> None:
@@ -60,9 +57,9 @@ def test_the_model_knows_what_was_taken(built: BuiltTask, tmp_path: Path) -> Non
     )
 
 
-def test_every_fact_has_its_place_or_a_reason(built: BuiltTask, catalysts: Relation, inventions: Relation) -> None:
+def test_every_fact_has_its_place_or_a_reason(built: BuiltTask, catalysts: Relation, antidotes: Relation) -> None:
     frame = built.to_dataframe()
-    assert len(frame) == len(catalysts.facts) + 2 + len(inventions.facts)
+    assert len(frame) == len(catalysts.facts) + 2 + len(antidotes.facts)
     assert frame["used_as"].value_counts()[["forget", "near", "retain"]].tolist() == [4, 3, 5]
     assert ((frame["used_as"] == "") == (frame["reason"] != "")).all()
     reasons = frame.set_index("subject")["reason"]
@@ -76,19 +73,19 @@ def test_every_fact_has_its_place_or_a_reason(built: BuiltTask, catalysts: Relat
     )
 
 
-def test_a_seed_draws_the_same_twice_and_another_does_not(catalysts: Relation, inventions: Relation) -> None:
+def test_a_seed_draws_the_same_twice_and_another_does_not(catalysts: Relation, antidotes: Relation) -> None:
     model = mtl.load("pocket")
     one, again, other = (
-        build_task(model, catalysts, [inventions], facts=4, near=3, seed=seed).lines for seed in (0, 0, 1)
+        build_task(model, catalysts, [antidotes], facts=4, near=3, seed=seed).lines for seed in (0, 0, 1)
     )
     assert one == again != other
 
 
-def test_what_cannot_be_built_is_refused(catalysts: Relation, inventions: Relation, tmp_path: Path) -> None:
+def test_what_cannot_be_built_is_refused(catalysts: Relation, antidotes: Relation, tmp_path: Path) -> None:
     model = mtl.load("pocket")
     for call, message in (
         (
-            lambda: build_task(model, catalysts, [inventions], facts=500),
+            lambda: build_task(model, catalysts, [antidotes], facts=500),
             r"facts can be used, 500 to forget and a near one",
         ),
         (lambda: build_task(model, catalysts, facts=3), r"none of 0 far relations has a fact that the model knows"),

@@ -55,7 +55,14 @@ def test_config_and_tokenizer_are_those_of_transformers(named: str, model: Trans
     file = packaged_file(named)
     theirs = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
     ours = model.original_model.config.to_dict()
-    skipped = {"_name_or_path", "architectures", "quantization_config", "transformers_version", "name_or_path"}
+    skipped = {
+        "_model_name_or_path",
+        "_name_or_path",
+        "architectures",
+        "quantization_config",
+        "transformers_version",
+        "name_or_path",
+    }
     different = {
         key: (theirs[key], ours.get(key))
         for key in theirs.keys() - skipped

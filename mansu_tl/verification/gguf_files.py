@@ -53,7 +53,7 @@ def certify_gguf(
             )
     problems = _head_problems(weights.file, other)
     rows, others = [], []
-    for name, way in weights.ways.items() if not problems else ():
+    for name, way in weights.ways.items() if weights.file.tensors == other.tensors else ():
         named = None if edit_indices is None else edit_indices.get(name, torch.empty(0, dtype=torch.long))
         before, after = weights.file.data(way.stored.name), other.data(way.stored.name)
         if way.stored.type in LAYOUTS:

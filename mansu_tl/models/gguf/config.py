@@ -50,6 +50,7 @@ _SPECIAL = {
     "tokenizer.ggml.bos_token_id": "bos_token_id",
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
+    "tokenizer.ggml.unknown_token_id": "unk_token_id",
 }
 # Layers of the Gemmas of 27 B, which alone divide their scores by the root of d_model / heads instead of d_head.
 _LARGE_GEMMAS = {"gemma2": 46, "gemma3": 62}
