@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import mansu_tl as mtl
 from mansu_tl.building import BuiltTask, Relation, build_task
@@ -51,10 +52,12 @@ def test_the_model_knows_what_was_taken(built: BuiltTask, tmp_path: Path) -> Non
     for name, asked in task.questions.items():
         assert mtl.accuracy(model, asked).mc_percent == 100, name
     assert len(task.unseen) == 3
-    assert (
-        mtl.load_task(built.write(tmp_path / "task.jsonl"), tokenizer=model).digest()
-        == replace(task, name="task").digest()
-    )
+    again = mtl.load_task(built.write(tmp_path / "task.jsonl"), tokenizer=model)
+    assert torch.equal(again.forget_pairs.clean, task.forget_pairs.clean)
+    assert torch.equal(again.forget_pairs.options, task.forget_pairs.options)
+    assert {name: asked.facts for name, asked in again.questions.items()} == {
+        name: asked.facts for name, asked in task.questions.items()
+    }
 
 
 def test_every_fact_has_its_place_or_a_reason(built: BuiltTask, catalysts: Relation, antidotes: Relation) -> None:

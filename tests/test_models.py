@@ -325,10 +325,8 @@ def test_adapters_and_gguf_files_are_told_the_way(tmp_path):
     file = tmp_path / "gguf" / "tiny-Q4_K_M.gguf"
     file.parent.mkdir()
     file.write_bytes(b"GGUF")
-    for source in (file, file.parent, tmp_path / "gguf" / "not there.gguf"):
-        with pytest.raises(
-            MansuError, match=r"a GGUF file holds quantized weights; dequantize it first .*gguf_file='.*gguf'\)"
-        ):
+    for source in (file, file.parent):
+        with pytest.raises(MansuError, match=r"tiny-Q4_K_M.gguf: its head ends too soon; copy the file again"):
             load(source)
 
 
