@@ -95,7 +95,11 @@ class Floor:
         return torch.where(latent == 0, self.code, moved)
 
     def realise(
-        self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"] | None = None, under: int = 0
+        self,
+        latent: Float[Tensor, " weight"],
+        allowed: Bool[Tensor, " weight"] | None = None,
+        under: int = 0,
+        most: int | None = None,
     ) -> tuple[Float[Tensor, " weight"], Float[Tensor, " weight"], Bool[Tensor, " weight"]]:
         """The changes of the stored and of the dequantized weights, and which weights change.
 
@@ -112,12 +116,16 @@ class Floor:
         Args:
             allowed: the weights that may change; all candidates where not given.
             under: the number of the grid under which the model is dequantized.
+            most: of the weights that would change, only so many of largest update do; None = all.
         """
         with torch.no_grad():
             target = self.target(latent)
             changed = target != self.code
             if allowed is not None:
                 changed = changed & allowed
+            if most is not None and int(changed.sum()) > most:
+                largest = torch.where(changed, latent.abs(), -1.0).topk(most).indices
+                changed = torch.zeros_like(changed).index_fill(0, largest, True)
             centre = self._centre(target, 0)
             move = centre - self.value
             least = _LEAST_MOVE * self.width
@@ -135,12 +143,20 @@ class Floor:
         return stored + through, rounded + through, changed
 
     def change(
-        self, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"], under: int | None
+        self,
+        latent: Float[Tensor, " weight"],
+        allowed: Bool[Tensor, " weight"],
+        under: int | None,
+        most: int | None = None,
     ) -> tuple[Float[Tensor, " weight"], Bool[Tensor, " weight"]]:
-        """How far each weight moves in the loop, as stored (None) or under one grid, and which weights move."""
+        """How far each weight moves in the loop, as stored (None) or under one grid, and which weights move.
+
+        Args:
+            most: as `realise`; under another rule than "loop" every weight moves as it is.
+        """
         if self.rule != "loop":
             return latent * self.width * allowed, (latent.detach() != 0) & allowed
-        stored, rounded, changed = self.realise(latent, allowed, under or 0)
+        stored, rounded, changed = self.realise(latent, allowed, under or 0, most)
         return (stored if under is None else rounded), changed
 
     def deployed(

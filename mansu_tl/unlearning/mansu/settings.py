@@ -58,6 +58,8 @@ class MansuSettings(Digested):
         fisher: whether the diagonal Fisher information enters the choice of weights.
         fisher_budget: nats that the bound on the retain loss's quadratic term may reach; 0 = no budget.
         fisher_sequences: retain sequences behind the Fisher information.
+        gradual: share of the steps over which the number of weights that may cross a boundary grows to the budget, those of
+            largest update first; 0 = they cross as they come.
         select_from: share of the steps after which the support is cut to the budgets every `select_every` steps.
         freeze_at: share of the steps after which the support is frozen and the step size decays.
         select_every: steps between cuts.
@@ -94,6 +96,7 @@ class MansuSettings(Digested):
     fisher: bool = True
     fisher_budget: float = 0.0
     fisher_sequences: int = 256
+    gradual: float = 0.0
     select_from: float = 0.2
     freeze_at: float = 0.6
     select_every: int = 10
@@ -115,6 +118,7 @@ class MansuSettings(Digested):
         self._require(
             "candidates", self.candidates in (0, max(1, self.candidates)), "choose 0 (all) or at least 1 budget"
         )
+        self._require("gradual", 0 <= self.gradual <= 1, "choose a share of the steps, at most 1")
         self._require("discover_near", 0 <= self.discover_near < 1, "choose a share in [0, 1)")
         self._require("adversary_facts", self.adversary_facts >= 0, "choose 0 (a quarter) or more")
         self._require("fisher_budget", self.fisher_budget >= 0, "choose 0 (none) or more", " nats")

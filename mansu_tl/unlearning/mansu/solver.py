@@ -120,7 +120,8 @@ class _Mansu(Solver):
         cfg, floor = self.settings, self.fixed.floor
         # Odd steps see the model as stored, even ones as deployed, grid by grid: all must have forgotten.
         under = step // 2 % len(floor.grids) if step % 2 == 0 and cfg.floor == "loop" else None
-        change, changed = floor.change(self.latent, self.allowed, under)
+        most = self._most(step)
+        change, changed = floor.change(self.latent, self.allowed, under, most)
         batch = self.fixed.source.draw(self.samplers, self.fixed.view(change, under))
         forget, retain = self.objective.terms(batch)
         loss = forget + cfg.retain_weight * retain
@@ -129,7 +130,7 @@ class _Mansu(Solver):
         if cfg.null_space:
             # On what the deployed model feels, whichever view this step takes.
             stored = cfg.floor == "loop" and under is None
-            felt = floor.change(self.latent, self.allowed, 0)[0] if stored else change
+            felt = floor.change(self.latent, self.allowed, 0, most)[0] if stored else change
             loss = loss + cfg.null_space * self._leak(felt)
         if step % 10 == 0 or step == self.steps - 1:
             row = {"step": step, "forget": forget.item(), "retain": retain.item(), "edited": changed.sum().item()}
@@ -144,6 +145,11 @@ class _Mansu(Solver):
         for name, projector in projectors.items():
             span, free = floor.spans[name], floor.spread(pieces[name], name) @ projector
             self.latent[span] = free.flatten()[floor.where[name]] / floor.width[span]
+
+    def _most(self, step: int) -> int | None:
+        """How many weights may have crossed at a step; None = as many as will."""
+        rise = self.settings.gradual * self.steps
+        return max(1, round(self.fixed.budget * min(1.0, (step + 1) / rise))) if rise else None
 
     def complete(self, done: int) -> bool:
         # Where the next step makes a new attack, so that none has to be kept.
