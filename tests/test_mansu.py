@@ -15,9 +15,11 @@ from mansu_tl.models import Anatomy, linear_weights, parameters, plain
 from mansu_tl.quantization import grid_of
 from mansu_tl.runs.values import last_token_states
 from mansu_tl.unlearning import MansuSettings, unlearn
+from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.mansu.candidates import circuit_weights, random_weights
 from mansu_tl.unlearning.mansu.floor import Floor, choose_support
-from mansu_tl.unlearning.mansu.terms import ignorance, representation_loss
+from mansu_tl.unlearning.mansu.plan import plan
+from mansu_tl.unlearning.mansu.terms import ignorance, objective, representation_loss
 from mansu_tl.unlearning.masks import every_weight
 from mansu_tl.unlearning.retain_statistics import (
     diagonal_fisher,
@@ -277,6 +279,49 @@ def test_a_retain_set_too_small_for_a_null_space_is_refused(model, task, circuit
     with pytest.raises(MansuError, match=r"tokens, fewer than the 320 inputs of the widest matrix"):
         unlearn(model, small, "mansu", circuit=circuit, **QUICK)
     assert unlearn(model, small, "mansu", circuit=circuit, **{**QUICK, "null_space": 0.0}).n_weights > 0
+
+
+def test_candidates_are_the_weights_that_the_first_gradient_asks_for(model, task, circuit) -> None:
+    settings = {**QUICK, "budget": 0.002, "candidates": 2.0}
+    edit = unlearn(model, task, "mansu", circuit=circuit, **settings)
+    budget = round(0.002 * sum(w.out_features * w.in_features for w in linear_weights(model).values()))
+    assert abs(edit.facts["candidates"] - 2 * budget) <= 2
+    assert 0 < edit.n_weights <= budget
+    # By hand: the forget loss's slope at the start, for every weight of the circuit, in bins.
+    fixed = plan(model, task, MansuSettings(**{**settings, "candidates": 0.0}), circuit, 0, progress=False)
+    latent = torch.zeros(fixed.floor.size, requires_grad=True)
+    change, _ = fixed.floor.change(latent, torch.ones_like(latent, dtype=torch.bool), None)
+    rows = torch.arange(len(task.forget_pairs))
+    batch = Batch(fixed.source, fixed.view(change, None), rows, torch.empty(0, dtype=torch.long), 0)
+    objective(MansuSettings(**QUICK), fixed.unknown).forget(batch).backward()
+    assert latent.grad is not None
+    flags = torch.zeros_like(latent, dtype=torch.bool)
+    flags[latent.grad.abs().topk(edit.facts["candidates"]).indices] = True
+    kept = fixed.floor.pieces(flags)
+    for name, indices in edit.indices.items():
+        allowed = fixed.floor.where[name][kept[name]]
+        assert set(indices.tolist()) <= set(allowed.tolist()), name
+
+
+def test_few_weights_cross_at_a_time(model, task, circuit) -> None:
+    grid, generator = grid_of("nf4"), torch.Generator().manual_seed(0)
+    weight = 0.05 * torch.randn(64, 128, generator=generator)
+    floor = Floor([grid], {"w": weight}, {"w": torch.ones(64, 128, dtype=torch.bool)})
+    latent = 2 * torch.randn(floor.size, generator=generator)
+    everywhere = torch.ones(floor.size, dtype=torch.bool)
+    _, every = floor.change(latent, everywhere, None)
+    _, few = floor.change(latent, everywhere, None, 100)
+    assert int(few.sum()) == 100 < int(every.sum())
+    assert not bool((few & ~every).any())
+    assert latent.abs()[few].min() >= latent.abs()[every & ~few].max()
+    edit = unlearn(
+        model, task, "mansu", circuit=circuit, **{**QUICK, "gradual": 1.0, "select_from": 1.0, "freeze_at": 1.0}
+    )
+    crossed = [row["edited"] for row in edit.history]
+    budget = round(0.0195 * sum(w.out_features * w.in_features for w in linear_weights(model).values()))
+    assert crossed[0] <= budget / 10 + 1
+    assert 0 < crossed[-1] <= budget
+    assert codes(model, edit, "nf4") == (edit.n_weights, 0, 0)
 
 
 def test_floor_keeps_a_block_whose_other_grid_would_grow() -> None:
