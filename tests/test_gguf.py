@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import mansu_tl as mtl
-from mansu_tl.models import linear_weights, orient, parameters, rebuild
+from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.models.gguf import LAYOUTS, gguf_weights, save_gguf
 from mansu_tl.models.packages import PACKAGED
 from mansu_tl.quantization import find_grid, quantizer
 from tests.gguf_files import write_gguf
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import FAMILIES, sliced_task, tiny
 
 PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
@@ -231,6 +231,32 @@ def test_a_certificate_accounts_for_every_byte_of_two_files(tmp_path: Path) -> N
         mtl.certify(original, edited, quantizer="nf4")
     with pytest.raises(mtl.MansuError, match=r"has no such weights"):
         mtl.certify(original, edited, {name: torch.tensor([64 * 64])})
+
+
+def test_what_mansu_forgets_stays_forgotten_in_the_file(tmp_path: Path) -> None:
+    pocket = mtl.load("pocket-fp")
+    original = write_gguf(plain(pocket), "llama", tmp_path / "model.gguf", "Q4_1", {"attn_v": "Q5_0"}, tokens=False)
+    model = mtl.load(original, tokenizer=pocket.tokenizer)
+    task = sliced_task(16, retain=64)
+    settings = {"steps": 20, "learning_rate": 0.5, "fisher_sequences": 8, "retain_batch": 8, "adversary_weight": 0.0}
+    circuit = mtl.discover_circuit(model, task.forget_pairs, faithfulness=0.5, steps=2)
+    edit = mtl.unlearn(model, task, "mansu", circuit=circuit, quantizer="gguf", **settings)
+    edited = edit.apply(model)
+    file = mtl.save(edited, tmp_path / "edited.gguf")
+    shipped = mtl.load(file, tokenizer=pocket.tokenizer)
+    for name, value in parameters(edited).items():
+        assert torch.equal(parameters(shipped)[name], value), name
+    certificate = mtl.certify(original, file, edit.indices)
+    assert certificate.passed, certificate.faults
+    assert certificate.n_edited == edit.n_weights > 100
+    asked = task.questions["forget"]
+    before, after = mtl.accuracy(model, asked).mc_percent, mtl.accuracy(shipped, asked).mc_percent
+    assert after < before - 10
+    assert after == mtl.accuracy(edited, asked).mc_percent
+    with pytest.raises(mtl.MansuError, match=r"did not come from a GGUF file"):
+        mtl.unlearn(pocket, task, "mansu", circuit=circuit, quantizer="gguf", **settings)
+    with pytest.raises(mtl.MansuError, match=r"floor=\"after\" under 'gguf'"):
+        mtl.unlearn(model, task, "mansu", circuit=circuit, quantizer="gguf", floor="after", **settings)
 
 
 def test_the_grid_that_a_checkpoint_rests_on_is_found(tmp_path: Path) -> None:
