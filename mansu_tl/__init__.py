@@ -6,6 +6,7 @@ TransformerLens `TransformerBridge`. These are the names that most people need; 
 """
 
 import sys as _sys
+import warnings as _warnings
 from collections.abc import Callable as _Callable
 from importlib.metadata import version as _version
 from types import ModuleType as _ModuleType
@@ -70,12 +71,15 @@ def __dir__() -> list[str]:
 
 
 def _elsewhere(module: _ModuleType) -> _Callable[[str], object]:
-    """The `__getattr__` of a module that says in which room a name is that it does not have."""
+    """The `__getattr__` of a module that finds a name which it does not have in the room where it stands, and says so."""
 
     def missing(name: str) -> object:
-        places = [other.__name__ for other in (_sys.modules[__name__], *_ROOMS) if name in other.__all__]
-        moved = f"; moved to {places[0].replace(__name__, 'mtl', 1)}.{name}" if places else ""
-        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}{moved}")
+        holders = [other for other in (_sys.modules[__name__], *_ROOMS) if name in other.__all__]
+        if not holders:
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        short = [other.__name__.replace(__name__, "mtl", 1) for other in (module, holders[0])]
+        _warnings.warn(f"{short[0]}.{name} stands in {short[1]}.{name} now", FutureWarning, stacklevel=2)
+        return getattr(holders[0], name)
 
     return missing
 
