@@ -25,6 +25,11 @@ class AsymmetricGrid(Grid):
         levels: the codes' places between the ends, 0 to 1, before the zero point is rounded.
     """
 
+    def ends(self, scale: Float32[Tensor, "*any_ends"]) -> tuple[Float32[Tensor, "*any"], Float32[Tensor, "*any"]]:
+        """A block's own ends."""
+        low, high = scale.unbind(-1)
+        return low, high
+
     def _code(
         self, values: Float32[Tensor, " weight"], scale: Float32[Tensor, " weight *ends"], tail: Int[Tensor, " tail"]
     ) -> UInt8[Tensor, " weight"]:

@@ -133,7 +133,7 @@ def dither(
     Raises:
         MansuError: a quantizer without cells, no or wrong sizes, residence or noise, or packed weights.
     """
-    grid = grid_of(quantizer)
+    grid = grid_of(quantizer).bound(model)
     _require(sizes, residence, noise)
     require_dense(model, "dither")
     live, linear = parameters(model), linear_weights(model)
@@ -146,9 +146,10 @@ def dither(
         w = orient(live[name].detach(), matrix).float().contiguous()
         unit = torch.randn(w.shape, generator=generator)
         unit = (unit if noise == "normal" else torch.where(unit < 0, -1.0, 1.0)).to(w.device)
-        target = grid.roundtrip(w) - w
+        own = grid.of(name)
+        target = own.roundtrip(w) - w
         for i, share in enumerate(residence):
-            cells = _Shaken(grid, w + share * target)
+            cells = _Shaken(own, w + share * target)
             positions[i] += cells.positions()
             for j, size in enumerate(sizes):
                 for key, value in cells.shaken(unit, size).items():
@@ -172,8 +173,7 @@ class _Shaken(Cells):
 
     def __init__(self, grid: Grid, w: Float[Tensor, "out in"]) -> None:
         super().__init__(grid, w)
-        scale = self.encoded.scales()
-        self.low, self.high = (-scale, scale) if scale.ndim == 2 else scale.unbind(-1)
+        self.low, self.high = grid.ends(self.encoded.scales())
         # A block of zeros has no width, and all of its weights carry its absmax.
         self.free = ~grid.absmax_mask(w) & (self.upper > self.lower)
 

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.models import linear_weights, orient, parameters
-from mansu_tl.quantization import AsymmetricGrid, Grid, quantizer
+from mansu_tl.quantization import Grid, quantizer
 from mansu_tl.results.files import read_packed, write_packed, write_text
 from mansu_tl.results.result import Result
 from mansu_tl.study.study import MethodResult, Study
@@ -162,10 +162,15 @@ def _most_edited(result: MethodResult, linear: Mapping[str, Any]) -> str | None:
     return max(counts, key=lambda name: counts[name], default=None)
 
 
+def _rules(one: AnyQuantizer) -> bool:
+    """Whether all blocks' codes lie in the same places once a block's scale is taken out."""
+    return isinstance(one, Grid) and one.levels.min() < 0 and not one.given_scales
+
+
 def _ruled(study: Study, name: str, old: Float[Tensor, "row in"], new: Float[Tensor, "row in"]) -> dict[str, Packed]:
     """Its most edited rows on the first quantizer that is a ruler: an asymmetric grid's codes lie elsewhere in each block."""
     grids = {each: quantizer(each) for each in study.config.quantizers}
-    ruler = next((n for n, g in grids.items() if isinstance(g, Grid) and not isinstance(g, AsymmetricGrid)), None)
+    ruler = next((n for n, g in grids.items() if _rules(g)), None)
     if ruler is None:
         return {}
     rows = (old != new).sum(1).topk(min(_RULED, old.shape[0])).indices.sort().values

@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit, EdgeScores, random_faithfulness
 from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
-from mansu_tl.models import fingerprint, save
+from mansu_tl.models import fingerprint, gguf_weights, save, save_gguf
 from mansu_tl.patching import PatchingResult, activation_patching
 from mansu_tl.quantization import UpdateStatistics, update_statistics
 from mansu_tl.results.files import write_text
@@ -288,6 +288,11 @@ def _method(bench: Bench, cell: Cell) -> MethodResult:
 def _certified(bench: Bench, edited: Subject, edit: Edit, saved: Path) -> Certificate:
     original = bench.store.folder / "model" / "original"
     grid = edit.facts["settings"]["quantizer"].split("+")[0]
+    came_from = gguf_weights(bench.model)
+    if grid == "gguf" and came_from is not None:
+        save(edited.model, saved)
+        file = save_gguf(edited.model, saved.with_name(f"{saved.name}.gguf"))
+        return certify_in_fresh_process(came_from.file.path, file, edit.indices)
     for _ in range(PASSES):
         save(bench.model, original)
         save(edited.model, saved)

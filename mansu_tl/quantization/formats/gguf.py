@@ -39,7 +39,7 @@ class _GgufGrid(Grid):
         return self._block_max(w)
 
     def _cell(self, index: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = self._ends(scale)
+        low, high = self.ends(scale)
         lower, upper = self._boundaries(index, scale)
         return torch.maximum(lower, low), torch.minimum(upper, high)
 
@@ -53,18 +53,14 @@ class _GgufGrid(Grid):
         return torch.where(index == 0, -torch.inf, lower), torch.where(index == self._last, torch.inf, upper)
 
     def _inside(self, centre: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        low, high = self._ends(scale)
+        low, high = self.ends(scale)
         value = torch.minimum(torch.maximum(centre, low), high).to(dtype)
         value = torch.where(value.double() >= high, step(value, torch.full_like(high, -1)), value)
         return torch.where(value.double() <= low, step(value, torch.ones_like(low)), value)
 
     def _at_end(self, values: Tensor, scale: Tensor) -> Tensor:
-        low, high = self._ends(scale)
+        low, high = self.ends(scale)
         return (values <= low) | (values >= high)
-
-    def _ends(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """What a block's weights must lie between, so that its scale stays."""
-        raise NotImplementedError
 
     def _step(self, scale: Tensor) -> Tensor:
         """The width of one code, before it is rounded to float16."""
@@ -98,7 +94,8 @@ class OneScaleGrid(_GgufGrid):
         size = (scale.float() / -self._half).half().to(scale.dtype)
         return size * (self._turned(index, scale) - self._half).to(scale.dtype)
 
-    def _ends(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def ends(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Grid`."""
         return -scale.abs(), scale.abs()
 
     def _step(self, scale: Tensor) -> Tensor:
@@ -139,7 +136,8 @@ class TwoScaleGrid(_GgufGrid):
         size, low = self._step(scale.float()).half().float(), scale[..., 0].half().float()
         return (size * index.float() + low).to(scale.dtype)
 
-    def _ends(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def ends(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Grid`."""
         low, high = scale.unbind(-1)
         return low, high
 
@@ -167,9 +165,6 @@ class EightBitGrid(_GgufGrid):
 
     def _value(self, index: Int[Tensor, "*any"], scale: Float[Tensor, " *any"]) -> Float[Tensor, "*any"]:
         return (index - self._last // 2).to(scale.dtype) * self._step(scale.float()).half().to(scale.dtype)
-
-    def _ends(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return -scale, scale
 
     def _step(self, scale: Tensor) -> Tensor:
         return scale / torch.full_like(scale, self._last // 2)

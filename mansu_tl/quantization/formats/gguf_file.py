@@ -79,6 +79,10 @@ class FileGrid(Grid):
         """No weight carries a scale: those are the file's."""
         return torch.zeros_like(w, dtype=torch.bool)
 
+    def ends(self, scale: Float32[Tensor, "*any_ends"]) -> tuple[Float32[Tensor, "*any"], Float32[Tensor, "*any"]]:
+        """No value moves a scale."""
+        return torch.full_like(scale[..., 0], -torch.inf), torch.full_like(scale[..., 0], torch.inf)
+
     # --- what a different rounding rule replaces -----------------------------------------------------------------
 
     def _absmax(self, w: Float[Tensor, "out in"]) -> Float32[Tensor, "block 4"]:

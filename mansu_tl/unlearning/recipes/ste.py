@@ -32,7 +32,7 @@ class SteSettings(RetainSettings):
 @trained("ste", "Straight-through", SteSettings)
 def ste(settings: SteSettings, start: Start) -> Recipe:
     """GradDiff through the fake-quantized weights."""
-    grid, linear = grid_of(settings.quantizer), linear_weights(start.model)
+    grid, linear = grid_of(settings.quantizer).bound(start.model), linear_weights(start.model)
     dtypes = {name: value.dtype for name, value in parameters(start.model).items()}
 
     def view(values: Values) -> Values:
@@ -41,7 +41,7 @@ def ste(settings: SteSettings, start: Start) -> Recipe:
             with torch.no_grad():
                 # What a quantizer would be given: the weights in the dtype in which they are stored.
                 stored = values[name].detach().to(dtypes[name])
-                shift = orient(grid.roundtrip(orient(stored, weight)), weight) - values[name]
+                shift = orient(grid.of(name).roundtrip(orient(stored, weight)), weight) - values[name]
             out[name] = values[name] + shift
         return out
 
