@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit
 from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.quantization import Grid, quantizer
+from mansu_tl.quantization.quantizer import AnyQuantizer
 from mansu_tl.results.files import read_packed, write_packed, write_text
 from mansu_tl.results.result import Result
 from mansu_tl.study.study import MethodResult, Study
