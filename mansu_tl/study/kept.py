@@ -165,7 +165,7 @@ def _most_edited(result: MethodResult, linear: Mapping[str, Any]) -> str | None:
 
 def _rules(one: AnyQuantizer) -> bool:
     """Whether all blocks' codes lie in the same places once a block's scale is taken out."""
-    return isinstance(one, Grid) and one.levels.min() < 0 and not one.given_scales
+    return isinstance(one, Grid) and bool(one.levels.min() < 0) and not one.given_scales
 
 
 def _ruled(study: Study, name: str, old: Float[Tensor, "row in"], new: Float[Tensor, "row in"]) -> dict[str, Packed]:
