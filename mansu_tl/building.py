@@ -24,6 +24,7 @@ from mansu_tl.data.sources import load_task
 from mansu_tl.data.text import encode, pad, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
+from mansu_tl.models import require_ready
 from mansu_tl.results.files import local, read_text, write_text
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import last_logits
@@ -258,6 +259,7 @@ class _Judged:
         known = set(self.usable)
         for i in range(2):
             rows = pad([prompts[fact][i] for fact in self.usable], pad_id(model.tokenizer))
+            require_ready(model, rows[0])
             best = last_logits(model, *rows)[:, pool].argmax(1).tolist()
             known -= {fact for fact, at in zip(self.usable, best, strict=True) if pool[at] != token[fact[1]]}
         return known

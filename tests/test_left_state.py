@@ -61,7 +61,8 @@ WITHOUT_MODEL = {
     *("corruptions", "counterfactuals", "register_corruption"),  # prompts to prompts
     "judge",  # a table to a scorecard
     *("explore", "run_study"),  # made of the others
-    "save",  # inside "certify"
+    *("save", "save_gguf", "gguf_weights"),  # inside "certify"; the others of files
+    *("ask", "build_task"),  # a copy that writes; what a model knows, asked as "accuracy" asks
     "certify_in_fresh_process",  # a process of its own
     *("home", "require_copyable", "require_ready"),
     "last_logits",  # for those who hook on purpose

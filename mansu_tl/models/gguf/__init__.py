@@ -18,3 +18,7 @@ __all__ = [
     "remember",
     "save_gguf",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
