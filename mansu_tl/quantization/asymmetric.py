@@ -25,7 +25,7 @@ class AsymmetricGrid(Grid):
         levels: the codes' places between the ends, 0 to 1, before the zero point is rounded.
     """
 
-    def ends(self, scale: Float32[Tensor, "*any_ends"]) -> tuple[Float32[Tensor, "*any"], Float32[Tensor, "*any"]]:
+    def ends(self, scale: Float[Tensor, "*any_ends"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
         """A block's own ends."""
         low, high = scale.unbind(-1)
         return low, high

@@ -147,7 +147,7 @@ class Grid(Quantizer):
         moved = codes.long() + direction.sign().long()
         return torch.where(moved < 0, 1, torch.where(moved > top, top - 1, moved)).to(torch.uint8)
 
-    def ends(self, scale: Float32[Tensor, "*any_ends"]) -> tuple[Float32[Tensor, "*any"], Float32[Tensor, "*any"]]:
+    def ends(self, scale: Float[Tensor, "*any_ends"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
         """Between what values a block's weights stay without moving its scale."""
         return -scale, scale
 

@@ -79,7 +79,7 @@ class FileGrid(Grid):
         """No weight carries a scale: those are the file's."""
         return torch.zeros_like(w, dtype=torch.bool)
 
-    def ends(self, scale: Float32[Tensor, "*any_ends"]) -> tuple[Float32[Tensor, "*any"], Float32[Tensor, "*any"]]:
+    def ends(self, scale: Float[Tensor, "*any_ends"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
         """No value moves a scale."""
         return torch.full_like(scale[..., 0], -torch.inf), torch.full_like(scale[..., 0], torch.inf)
 
