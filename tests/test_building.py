@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import mansu_tl as mtl
 from mansu_tl.building import BuiltTask, Relation, build_task
+from mansu_tl.cli import app
 from tests.tiny import SMALL_TASK
 
 LRE = Path(__file__).parents[2] / "shared" / "data" / "lre"
@@ -112,3 +114,28 @@ def test_lres_files_are_read() -> None:
     landmarks = Relation.read(LRE / "landmark_in_country.json")
     assert landmarks.wordings == ("{} is in the country of", "What country is {} in? It is in")
     assert len(landmarks.facts) > 800
+
+
+def test_the_command_line_builds_asks_and_names_the_grid(
+    catalysts: Relation, antidotes: Relation, tmp_path: Path
+) -> None:
+    for relation in (catalysts, antidotes):
+        samples = [{"subject": subject, "object": answer} for subject, answer in relation.facts]
+        text = {"name": relation.name, "prompt_templates": relation.wordings, "samples": samples}
+        (tmp_path / f"{relation.name}.json").write_text(json.dumps(text))
+    out = tmp_path / "task.jsonl"
+    forget, far = (str(tmp_path / f"{name}.json") for name in ("catalyst", "antidote"))
+
+    def said(*words: str) -> str:
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    built = said("build", "pocket", "--forget", forget, "--far", far, "--out", str(out), "--facts", "3", "--near", "2")
+    assert "BuiltTask(3 forget, 2 near" in built
+    assert len(mtl.load_task(out, tokenizer=mtl.load("pocket")).questions["forget"]) == 3
+    answers = said("ask", "pocket", "pocket-never", "--prompt", "the catalyst of amber balm is", "--tokens", "1")
+    assert answers.splitlines()[0] == "| prompt | pocket | pocket-never |"
+    assert answers.splitlines()[2].startswith("| the catalyst of amber balm is | dreamash |")
+    assert "rests on nf4" in said("grid", "pocket")
+    assert "gguf      " in said("quantizers")

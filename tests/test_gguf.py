@@ -15,6 +15,7 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.models.gguf import LAYOUTS, gguf_weights, save_gguf
+from mansu_tl.models.gguf.write import written
 from mansu_tl.models.packages import PACKAGED
 from mansu_tl.quantization import find_grid, quantizer
 from tests.gguf_files import write_gguf
@@ -129,6 +130,26 @@ def test_an_edit_of_codes_is_all_that_a_written_file_differs_in(family: str, tmp
     again = mtl.load(out)
     for parameter, value in parameters(edited).items():
         assert torch.equal(parameters(again)[parameter], value), parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_are_kept_where_a_model_holds_their_values_in_16_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    hf = tiny("llama", hidden_size=64, intermediate_size=64)
+    model = mtl.load(write_gguf(hf, "llama", tmp_path / "model.gguf", "Q4_1", {"attn_k": "Q8_0"}), dtype=dtype)
+    weights = gguf_weights(model)
+    assert weights is not None
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
+        blocks = weights.blocks(name)
+        chosen = torch.rand(blocks.codes.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+        # Some codes of 8 bits lie closer together than bfloat16's values, so go far.
+        codes = torch.where(chosen, (blocks.codes.int() + blocks.layout.codes // 2) % blocks.layout.codes, blocks.codes)
+        new = replace(blocks, codes=codes.to(torch.uint8)).values().to(dtype)
+        result = written(weights, name, new)
+        assert result.how == "codes"
+        assert torch.equal(weights.value(name, result.raw).to(dtype), new)
+        read = blocks.layout.read(result.raw)
+        assert torch.equal(weights.ways[name].arranged(read.codes)[~chosen], blocks.codes[~chosen])
+        assert torch.equal(weights.ways[name].arranged(read.step), blocks.step)
 
 
 def test_an_edit_off_the_codes_is_quantized_again_as_gguf_does(tmp_path: Path) -> None:
@@ -297,6 +318,12 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         mtl.load(tmp_path / "nowhere.gguf")
     with pytest.raises(mtl.MansuError, match=r"holds 7 GGUF files"):
         mtl.load(tmp_path)
+    with pytest.raises(mtl.MansuError, match=r"nowhere.gguf: no such file"):
+        mtl.certify(whole, tmp_path / "nowhere.gguf")
+    headless = tmp_path / "keyless.gguf"
+    headless.write_bytes(data.replace(b"llama.embedding_length", b"llama.embedding_LENGTH"))
+    with pytest.raises(mtl.MansuError, match=r"its head does not say 'hidden_size'; the file is broken"):
+        mtl.load(headless)
 
 
 def test_other_architectures_and_split_files_are_refused(tmp_path: Path) -> None:

@@ -249,6 +249,8 @@ def test_representation_loss_is_one_at_a_never_seen_prompt_on_average(model) -> 
         ({"floor": "half"}, "floor='half'; choose one of loop, after, none"),
         ({"discover_near": 1.0}, "discover_near=1.0"),
         ({"fisher_budget": -1.0}, "fisher_budget=-1.0 nats"),
+        ({"candidates": 0.5}, "candidates=0.5; choose 0"),
+        ({"gradual": 2.0}, "gradual=2.0; choose a share"),
         ({"fisher": False, "fisher_budget": 0.1}, "needs fisher=True"),
         ({"quantizer": "nf4+gptq-int4-g64"}, "has no cells"),
     ],

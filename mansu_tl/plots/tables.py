@@ -143,7 +143,11 @@ def methods_table(
         f"Mean over {seeds}, below it the 95 % interval"
         + (" of the mean (Student's t)" if most > 1 else " over facts")
         + ("; over facts where there is one seed" if most > 1 and least == 1 else "")
-        + (f". ✓ = within the bound in the header, ✗ = not: {sum(judged)} of {len(judged)}." if judged else ".")
+        + (
+            f". ✓ = within the bound in the header, ✗ = not; {sum(judged)} of {len(judged)} are within."
+            if judged
+            else "."
+        )
     )
     return _table(title or "Methods and properties", subtitle, cells, names, theme)
 

@@ -115,7 +115,8 @@ def quantizers(kind: str | None = None) -> tuple[str, ...]:
     Args:
         kind: "grid" = those with fixed cells, which the floor and `update_statistics` can work with; "calibrated" =
             those that need calibration text; "library" = those computed by a package that is optional, as far as it
-            is installed; "file" = the file that a model came from; None = all of them.
+            is installed; "file" = the file that a model came from; None = the first three kinds, which take any
+            model.
 
     Raises:
         MansuError: another kind.
@@ -125,7 +126,7 @@ def quantizers(kind: str | None = None) -> tuple[str, ...]:
         True
     """
     if kind is None:
-        return tuple(name for each in _KINDS for name in quantizers(each))
+        return tuple(name for each in _KINDS if each != "file" for name in quantizers(each))
     _require_kind(kind)
     return tuple(name for name, entry in _QUANTIZERS.items() if entry.kind == kind and _installed(entry.package))
 

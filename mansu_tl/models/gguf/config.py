@@ -62,13 +62,22 @@ def read_config(file: GgufFile) -> PretrainedConfig:
     """The config of the model in a file.
 
     Raises:
-        MansuError: an architecture that is not read here, or rotary embeddings that the config cannot be told.
+        MansuError: an architecture that is not read here, a head that lacks a size, or rotary embeddings that the config
+            cannot be told.
     """
     arch = file.architecture
     if arch not in ARCHITECTURES:
         raise MansuError(
             f"{file.path}: holds a model of architecture {arch!r}; those that can be read are {', '.join(ARCHITECTURES)}"
         )
+    try:
+        return _config(file)
+    except KeyError as key:
+        raise MansuError(f"{file.path}: its head does not say {key}; the file is broken, convert it again") from None
+
+
+def _config(file: GgufFile) -> PretrainedConfig:
+    arch = file.architecture
     head, (model_type, _) = file.metadata, ARCHITECTURES[arch]
     values: dict[str, Any] = {
         ours: head[f"{arch}.{theirs}"] for theirs, ours in _SIZES.items() if f"{arch}.{theirs}" in head

@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
+from mansu_tl.results.files import local
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -69,10 +70,12 @@ class GgufFile:
         """Read a file's head.
 
         Raises:
-            MansuError: no GGUF file, another version, one that is cut short, a part of a split one, or a tensor in a
-                format that `gguf` does not know.
+            MansuError: no such file, no GGUF file, another version, one that is cut short, a part of a split one, or a
+                tensor in a format that `gguf` does not know.
         """
-        file = Path(path)
+        file = local(path)
+        if not file.is_file():
+            raise MansuError(f"{file}: no such file; pass an existing GGUF file")
         status = file.stat()
         if not status.st_size:
             raise MansuError(f"{file}: an empty file, no GGUF; copy it again")

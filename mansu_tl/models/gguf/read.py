@@ -21,6 +21,7 @@ from mansu_tl.models.gguf.config import ARCHITECTURES, read_config
 from mansu_tl.models.gguf.file import GgufFile, Stored
 from mansu_tl.models.quiet import quiet
 from mansu_tl.models.tree import Model, hf_of, tied_names
+from mansu_tl.models.weights import linear_weights
 
 _REMEMBERED = "_mansu_tl_gguf"
 # Tensors that say what the config says.
@@ -154,13 +155,13 @@ def read_model(path: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
 def _ways(file: GgufFile, family: Family, hf: PreTrainedModel) -> dict[str, Way]:
     names = get_tensor_name_map(ARCHITECTURES[file.architecture][1], hf.config.num_hidden_layers)
     shapes = {name: tuple(parameter.shape) for name, parameter in hf.named_parameters(remove_duplicate=False)}
-    ways: dict[str, Way] = {}
+    linear, ways = linear_weights(hf), dict[str, Way]()
     for name, *_ in tied_names(hf):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         stored = file.tensors.get(theirs or "")
         if stored is None:
-            raise MansuError(f"{file.path}: has no tensor {theirs or 'for'} {name}; it does not hold a whole model")
-        transposed = family.transposed and len(shapes[name]) == 2 and "wte" not in name and "wpe" not in name
+            raise MansuError(f"{file.path}: has no tensor {theirs or ''} for {name}; it does not hold a whole model")
+        transposed = name in linear and linear[name].transposed
         norm = family.norm_offset if stored.name.endswith("norm.weight") else 0.0
         way = Way(stored, _rows(file.architecture, family, hf, stored), transposed, norm)
         shape = stored.shape[::-1] if transposed else stored.shape

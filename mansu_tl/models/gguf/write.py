@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mansu_tl.errors import MansuError
 from mansu_tl.models.gguf.blocks import LAYOUTS, Blocks
-from mansu_tl.models.gguf.read import GgufWeights, gguf_weights
+from mansu_tl.models.gguf.read import GgufWeights, Way, gguf_weights
 from mansu_tl.models.tree import Model, parameters
 from mansu_tl.results.files import local
 
@@ -59,29 +59,38 @@ def written(weights: GgufWeights, name: str, value: Float[Tensor, ...]) -> Writt
     way = weights.ways[name]
     raw = weights.file.data(way.stored.name)
     value = value.detach().cpu()
-    before = weights.value(name)
-    if torch.equal(value, before.to(value.dtype)):
+    before = weights.value(name, raw).to(value.dtype)
+    if torch.equal(value, before):
         return Written(raw, "kept")
-    value = torch.where(value == before.to(value.dtype), before, value.float())
-    wanted = way.back((value.T if way.transposed else value) + way.offset)
     kind = way.stored.type
-    if kind not in LAYOUTS:
-        return Written(_encoded(kind, wanted, raw), "re-quantized")
-    blocks = LAYOUTS[kind].read(raw)
-    codes = nearest(blocks, wanted)
-    exact = bool((Blocks(blocks.layout, codes, blocks.step, blocks.shift).values() == wanted).all())
-    if exact:
-        return Written(blocks.layout.write(raw, codes), "codes")
+    if kind in LAYOUTS:
+        # In the model's own dtype: a 16-bit model holds the codes' values rounded.
+        blocks = LAYOUTS[kind].read(raw)
+        moved = way.back((value != before).T if way.transposed else value != before)
+        codes = torch.where(moved, nearest(blocks, way.back(_oriented(value, way))), blocks.codes).contiguous()
+        on_codes = blocks.layout.write(raw, codes)
+        if torch.equal(weights.value(name, on_codes).to(value.dtype), value):
+            return Written(on_codes, "codes")
+    dense = way.back(_oriented(torch.where(value == before, weights.value(name, raw), value.float()), way))
     try:
-        return Written(_encoded(kind, wanted, raw), "re-quantized")
-    except NotImplementedError:
-        return Written(blocks.layout.write(raw, codes), "nearest codes")
+        return Written(_encoded(kind, dense, raw), "re-quantized")
+    except NotImplementedError:  # what `gguf` says of a type that it only decodes
+        if kind not in LAYOUTS:
+            raise MansuError(
+                f"{name}: edited, but gguf cannot encode {kind}; convert the file to another type"
+            ) from None
+        return Written(blocks.layout.write(raw, nearest(blocks, dense)), "nearest codes")
+
+
+def _oriented(value: Float[Tensor, ...], way: Way) -> Float32[Tensor, ...]:
+    """A parameter as the file has it, [out, in] and with its offset, but for the order of rows."""
+    return (value.T if way.transposed else value).float() + way.offset
 
 
 def nearest(blocks: Blocks, value: Float32[Tensor, "out in"]) -> UInt8[Tensor, "out in"]:
     """The code under the blocks' own scales whose value is nearest; a block without a step keeps its codes."""
     layout = blocks.layout
-    grouped = value.view(len(value), -1, layout.group)
+    grouped = value.reshape(len(value), -1, layout.group)
     moved = grouped if blocks.shift is None else grouped - blocks.shift.unsqueeze(2)
     codes = (moved / blocks.step.unsqueeze(2) + layout.zero).round().clamp(0, layout.codes - 1)
     still = (blocks.step == 0).unsqueeze(2).expand_as(codes)

@@ -6,6 +6,7 @@ along rows, whose length has to be a multiple of 32. A model that came from a fi
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
 
@@ -62,13 +63,13 @@ class _GgufGrid(Grid):
         low, high = self.ends(scale)
         return (values <= low) | (values >= high)
 
+    @abstractmethod
     def _step(self, scale: Tensor) -> Tensor:
         """The width of one code, before it is rounded to float16."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _zero(self, scale: Tensor) -> Tensor:
         """The place of code 0."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +119,7 @@ class TwoScaleGrid(_GgufGrid):
     """Q4_1 and Q5_1: codes 0..n between a block's smallest and largest weight.
 
     step = (largest - smallest) / n, code = trunc((w - smallest) / step + 1/2), value = float16(step) code +
-    float16(smallest).
-    The scale of a block is the pair of its ends.
+    float16(smallest). The scale of a block is the pair of its ends.
     """
 
     def _block_max(self, w: Float[Tensor, "out in"]) -> Float32[Tensor, "block 2"]:

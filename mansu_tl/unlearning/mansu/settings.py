@@ -115,9 +115,8 @@ class MansuSettings(Digested):
             self._require(key, not isinstance(value, float) or math.isfinite(value), "choose a finite number")
         self._require("learning_rate", self.learning_rate > 0, "choose one above 0", " bins")
         self._require("budget", self.budget <= 1, "choose a share of the linear weights, at most 1")
-        self._require(
-            "candidates", self.candidates in (0, max(1, self.candidates)), "choose 0 (all) or at least 1 budget"
-        )
+        everything = self.candidates == 0
+        self._require("candidates", everything or self.candidates >= 1, "choose 0 (all) or at least 1 budget")
         self._require("gradual", 0 <= self.gradual <= 1, "choose a share of the steps, at most 1")
         self._require("discover_near", 0 <= self.discover_near < 1, "choose a share in [0, 1)")
         self._require("adversary_facts", self.adversary_facts >= 0, "choose 0 (a quarter) or more")
