@@ -177,7 +177,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(starter: Path, tmp_p
     ("command", "names", "line"),
     [
         ("methods", mtl.unlearning.methods(), r"mansu +MANSU, takes the circuit, claims the floor"),
-        ("quantizers", mtl.quantization.quantizers(), r"gptq-int4-g64 +calibrated on the retain text"),
+        ("quantizers", (*mtl.quantization.quantizers(), "gguf"), r"gptq-int4-g64 +calibrated on the retain text"),
         ("sources", sources(), r"jsonl +\S.*"),
     ],
 )
