@@ -37,14 +37,14 @@ from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.memory import plan
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.data import PromptPairs
-from mansu_tl.data.masks import real_tokens
+from mansu_tl.data.forced import Forced
 from mansu_tl.data.positions import Positions, positions
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, NormWeights, attention_weights, fingerprint, norm_weights
 from mansu_tl.runs import distributed
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name, options_read
 from mansu_tl.runs.passes import chunks, heads_last, prepared, require_finite
 from mansu_tl.runs.points import CLEAN, CORRUPT, End, Path, Point, between
 
@@ -81,7 +81,7 @@ def edge_attribution(
         rule: where in its interval each step sits; "left" starts at the corrupt end and never reaches the clean one.
         at: the end at which EAP takes its gradient.
         ablation: what a writer's change is measured from (EAP only; default: its value on the corrupt prompt).
-        metric: maps last-token logits and pairs to one number a pair.
+        metric: maps the logits at the asked positions and pairs to one number a pair; see `mansu_tl.runs.metrics`.
         per_pair: also keep the scores of every pair (for intervals).
         per_position: also keep the scores by position: True or "start" counts from the first token, "end" from the
             last one, "span" gathers the pairs' named spans.
@@ -113,11 +113,11 @@ def edge_attribution(
             f"attribution: {ablation.kind} ablation has no corrupt end to take gradients at; use method='eap', "
             "at='clean'"
         )
-    pairs = prepared(model, pairs)
+    run = prepared(model, pairs, options_read(metric))
     if data_parallel:
         distributed.require_group()
-    where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
-    job = _Job(model, pairs, metric, ablation, per_pair, where, max_memory, batch_size, data_parallel, progress)
+    where = positions(run, "start" if per_position is True else per_position) if per_position else None
+    job = _Job(model, run, metric, ablation, per_pair, where, max_memory, batch_size, data_parallel, progress)
     if method != "eap-ig":
         alphas = [1.0, 0.0] if method == "clean-corrupted" else [1.0 if at == "clean" else 0.0]
         return job.scores(alphas, method, "both ends" if method == "clean-corrupted" else at)
@@ -143,7 +143,7 @@ class _Job:
     """What stays the same when the steps are doubled."""
 
     model: TransformerBridge
-    pairs: PromptPairs
+    pairs: Forced[PromptPairs]
     metric: Metric
     ablation: Ablation
     per_pair: bool
@@ -174,7 +174,8 @@ class _Job:
                     ends += torch.stack([clean.metric.double().sum(), other.metric.double().sum()]).cpu()
                     changes = _changes(Anatomy.of(model), batch, clean, other)
                     del path, clean, other
-                    index = None if self.where is None else self.where.index[share][piece]
+                    of = slice(share.start + piece.start, share.start + piece.stop)
+                    index = None if self.where is None else self.where.of(of)
                     groups, rows = self._groups(batch, index)
                     parts = contraction.scores(changes, slopes, groups, len(rows)).cpu()
                     total += parts.double().sum(0)
@@ -207,37 +208,38 @@ class _Job:
             positions=() if self.where is None else self.where.names,
         )
 
-    def _switched_off(self, batch: PromptPairs) -> End:
+    def _switched_off(self, batch: Forced[PromptPairs]) -> End:
         """The end without a run behind it: every writer at its ablated value."""
         recorded, last = self.ablation.activations(self.model, batch), f"mlp_out{Anatomy.of(self.model).n_layers - 1}"
         values = recorded.values | {"embed": recorded.value("stream", 0)}
-        values[last] = values[last][_last_of(batch, values[last])][:, None]
+        if batch.targets is None:
+            values[last] = values[last][batch.places.on(values[last].device)][:, None]
         return End(values, measured(self.metric, recorded.logits, batch))
 
     def _groups(
-        self, batch: PromptPairs, index: Int[Tensor, "pair pos"] | None
+        self, batch: Forced[PromptPairs], index: Int[Tensor, "run pos"] | None
     ) -> tuple[Int[Tensor, " token"], Int[Tensor, "group 2"]]:
         """The group of every token, and the (pair, position row) behind each group."""
         count, width = batch.clean.shape
-        counted = real_tokens(batch.clean, batch.lengths).cpu()
-        pair = torch.arange(count)[:, None].expand(count, width) if self.per_pair else torch.zeros(count, width).long()
+        counted = batch.real.cpu()
+        pair = batch.owner.cpu()[:, None].expand(count, width) if self.per_pair else torch.zeros(count, width).long()
         row = torch.zeros(count, width).long() if index is None else index.cpu()
         n_rows = 1 if self.where is None else len(self.where.names)
         if self.ablation.kind == "corrupt":
             # In front of the first changed token both runs are the same, so no writer changes there.
-            counted &= (batch.clean != batch.corrupt).cpu().cumsum(1) > 0
+            counted &= batch.changed.cpu().cumsum(1) > 0
         groups = torch.where(counted & (row >= 0), pair * n_rows + row, -1).flatten()
-        n_pairs = count if self.per_pair else 1
+        n_pairs = len(batch) if self.per_pair else 1
         return groups, torch.cartesian_prod(torch.arange(n_pairs), torch.arange(n_rows)).reshape(-1, 2)
 
 
 def _gathered(
-    model: TransformerBridge, batch: PromptPairs, metric: Metric, both: bool, alphas: list[float], bar: tqdm
+    model: TransformerBridge, batch: Forced[PromptPairs], metric: Metric, both: bool, alphas: list[float], bar: tqdm
 ) -> tuple[Path, list[Slopes]]:
     """Step 1: the path walked, and the readers' gradients summed over its points, or one a point in post-norm families.
 
-    Only the last token's logits are measured, so the last block's MLP runs at that position alone, and the other
-    positions of the final stream are not those of a plain run.
+    Where answers are one token, only the last token's logits are measured, so the last block's MLP runs at that position
+    alone, and the other positions of the final stream are not those of a plain run.
     """
     anatomy = Anatomy.of(model)
     last, final = anatomy.n_layers - 1, anatomy.hook("stream", anatomy.n_layers)
@@ -249,7 +251,7 @@ def _gathered(
         slopes={**anatomy.hooks("q", "k", "v", "mlp_in"), "final": final},
         seen=anatomy.hooks("attn_norm_in", *(("attn_raw",) if anatomy.post_norms else ())),
         both=both,
-        last_only=anatomy.hook("mlp_in", last),
+        last_only=anatomy.hook("mlp_in", last) if batch.targets is None else None,
     )
     norms = [norm_weights(model, i, "attn") for i in anatomy.layers]
     offsets = [_offsets(model, i, norms[i]) for i in anatomy.layers]
@@ -264,9 +266,9 @@ def _gathered(
         out[-1].final.add_(point.gradients["final"].flatten(0, 1).float(), alpha=weight)
         for i, sums in enumerate(out[-1].layers):
             _add_point(anatomy, sums, i, point, number % steps, weight, norms[i], offsets[i])
-            gradient, mlp = point.gradients.pop(f"mlp_in{i}").float(), sums.mlp.unflatten(0, (len(batch), -1))
-            if i == last:
-                mlp[_last_of(batch, mlp)] += gradient[:, 0] * weight
+            gradient, mlp = point.gradients.pop(f"mlp_in{i}").float(), sums.mlp.unflatten(0, (len(batch.clean), -1))
+            if i == last and batch.targets is None:
+                mlp[batch.places.on(mlp.device)] += gradient[:, 0] * weight
             else:
                 mlp.add_(gradient, alpha=weight)
         point.values.clear()  # else they stay while the next pass runs
@@ -316,12 +318,7 @@ def _offsets(model: TransformerBridge, layer: int, norm: NormWeights) -> Float[T
     return torch.cat(parts)
 
 
-def _last_of(batch: PromptPairs, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of every row's asked position, on the tensor's device."""
-    return torch.arange(len(batch), device=tensor.device), batch.asked.to(tensor.device)
-
-
-def _changes(anatomy: Anatomy, batch: PromptPairs, clean: End, other: End) -> Changes:
+def _changes(anatomy: Anatomy, batch: Forced[PromptPairs], clean: End, other: End) -> Changes:
     """Step 2."""
 
     def change(key: str) -> Tensor:
@@ -331,11 +328,9 @@ def _changes(anatomy: Anatomy, batch: PromptPairs, clean: End, other: End) -> Ch
         a, b = (heads_last(end.values[key], anatomy.n_heads) for end in (clean, other))
         return (a - b).flatten(0, 1)
 
-    last_mlp = change(f"mlp_out{anatomy.n_layers - 1}").float()
-    at_all = torch.zeros(*batch.clean.shape, anatomy.d_model, device=last_mlp.device)
-    at_all[_last_of(batch, at_all)] = last_mlp
-    return Changes(
-        embed=change("embed"),
-        z=[of_heads(f"z{i}") for i in anatomy.layers],
-        mlp_out=[*(change(f"mlp_out{i}") for i in anatomy.layers[:-1]), at_all.flatten(0, 1)],
-    )
+    mlp_out = [change(f"mlp_out{i}") for i in anatomy.layers]
+    if batch.targets is None:
+        at_all = torch.zeros(*batch.clean.shape, anatomy.d_model, device=mlp_out[-1].device)
+        at_all[batch.places.on(at_all.device)] = mlp_out[-1].float()
+        mlp_out[-1] = at_all.flatten(0, 1)
+    return Changes(embed=change("embed"), z=[of_heads(f"z{i}") for i in anatomy.layers], mlp_out=mlp_out)

@@ -28,12 +28,14 @@ from mansu_tl.circuit.graph import Graph, OnGraph
 from mansu_tl.circuit.intervention import patched
 from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.forced import Forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.ends import end_hooks
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name, options_read
 from mansu_tl.runs.passes import chunks, prepared, run
 
 # Masks that are built and patched at once when every edge is taken out in turn.
@@ -214,9 +216,9 @@ def relative(
     progress: bool = False,
 ) -> list[float]:
     """The faithfulness of many masks."""
-    ablation, pairs = ablation or Ablation(), prepared(model, pairs)
-    values, off = patched(model, pairs, masks, ablation, metric, batch_size, progress)
-    clean, ablated = clean_metric(model, pairs, metric, batch_size), off.double().mean().item()
+    ablation, rows = ablation or Ablation(), prepared(model, pairs, options_read(metric))
+    values, off = patched(model, rows, masks, ablation, metric, batch_size, progress)
+    clean, ablated = clean_metric(model, rows, metric, batch_size), off.double().mean().item()
     if abs(clean - ablated) < 1e-6:
         raise MansuError(
             f"pairs: the metric is {clean:.3g} on the clean and {ablated:.3g} on the {_OFF[ablation.kind]}; the model "
@@ -233,11 +235,13 @@ _OFF = {
 
 
 @torch.no_grad()
-def clean_metric(model: TransformerBridge, pairs: PromptPairs, metric: Metric, batch_size: int) -> float:
+def clean_metric(model: TransformerBridge, pairs: Forced[PromptPairs], metric: Metric, batch_size: int) -> float:
     """The metric's mean over the clean prompts."""
     total = 0.0
     for _, chunk in chunks(pairs, batch_size):
-        total += measured(metric, run(model, chunk.clean, chunk.lengths).float(), chunk).double().sum().item()
+        hooks = end_hooks(model, chunk, clean=True)
+        logits = run(model, chunk.clean, chunk.places, hooks).float()
+        total += measured(metric, logits, chunk).double().sum().item()
     return total / len(pairs)
 
 

@@ -9,7 +9,7 @@ it carries on the corrupt prompt). All edges on = the clean run, all off = the a
 (gemma) go through it together, at the point that the mask gives.
 
 Many masks share one run: what is alike in them is computed once (see `sharing`), positions in front of the first
-changed token and padding are not computed at all, nor the last layer's queries and MLP away from the last position. The
+changed token and padding are not computed at all, nor the last layer's queries and MLP away from the asked positions. The
 work is handed to the model's own modules as a batch of what is left; its own stream has one row and is thrown away.
 """
 
@@ -30,14 +30,15 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit.graph import Graph
 from mansu_tl.circuit.sharing import LayerPlan, Plan, Reads, plan, useful
 from mansu_tl.data import PromptPairs
-from mansu_tl.data.masks import real_tokens
+from mansu_tl.data.forced import Forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, NormWeights, attention_weights, norm_weights
 from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.runs.ablation import Ablation
+from mansu_tl.runs.ends import end_hooks, entering
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.metrics import Metric, logit_difference, measured
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, options_read
 from mansu_tl.runs.passes import Hook, Recording, chunks, forward, heads_last, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 256 MB).
@@ -67,13 +68,14 @@ def patch_edges(
     Raises:
         MansuError: masks of another shape than the model's graph, or not finite.
     """
-    return patched(model, pairs, masks, ablation or Ablation(), metric, batch_size, progress)[0]
+    rows = prepared(model, pairs, options_read(metric))
+    return patched(model, rows, masks, ablation or Ablation(), metric, batch_size, progress)[0]
 
 
 @torch.no_grad()
 def patched(
     model: TransformerBridge,
-    pairs: PromptPairs,
+    pairs: Forced[PromptPairs],
     masks: Float[Tensor, "mask writer reader"],
     ablation: Ablation,
     metric: Metric,
@@ -81,7 +83,6 @@ def patched(
     progress: bool = False,
 ) -> tuple[Float[Tensor, "mask pair"], Float[Tensor, " pair"]]:
     """`patch_edges`, and the metric with every edge ablated, which falls out of it."""
-    pairs = prepared(model, pairs)
     graph, anatomy = Graph.of(model), Anatomy.of(model)
     if tuple(masks.shape[1:]) != tuple(graph.exists.shape):
         raise MansuError(
@@ -93,7 +94,8 @@ def patched(
     if batch_size < 1:
         raise MansuError(f"batch_size={batch_size}: at least one pair has to fit in a batch")
     out, off = torch.empty(masks.shape[0], len(pairs)), torch.empty(len(pairs))
-    fixed, a_mask, a_writer = _costs(anatomy, pairs.clean.shape[1], model.cfg.d_vocab)
+    rows, places = (-(-len(part) // len(pairs)) for part in (pairs.clean, pairs.places.rows))
+    fixed, a_mask, a_writer = _costs(anatomy, rows * pairs.clean.shape[1], places * model.cfg.d_vocab)
     most = max(1, min(batch_size, _ROW_ELEMENTS // (fixed + a_mask + a_writer * len(anatomy.writers))))
     with tqdm(total=len(pairs) * len(masks), desc="edge patching", unit="run", disable=not progress) as bar:
         for where, chunk in chunks(pairs, most):
@@ -112,7 +114,7 @@ def _unpatched(base: _Base, graph: Graph) -> tuple[Tensor, Tensor]:
     """The logits with every edge live, and those of the clean prompts; and the same with none and of the ablated run."""
     every = useful(base.map, np.stack([graph.exists.numpy(), np.zeros_like(graph.exists.numpy())]).astype(np.float32))
     logits = _Group(base, plan(base.map, every, base.ablation.kind == "corrupt")).logits()
-    clean = run(base.model, base.pairs.clean, base.pairs.lengths)
+    clean = run(base.model, base.pairs.clean, base.pairs.places, end_hooks(base.model, base.pairs, clean=True))
     return torch.cat([logits(0), logits(1)]), torch.cat([clean.float(), base.run.logits])
 
 
@@ -153,30 +155,28 @@ class _Base:
 
     model: TransformerBridge
     map: Anatomy
-    pairs: PromptPairs
+    pairs: Forced[PromptPairs]
     ablation: Ablation
     run: Recording = field(init=False)
     tokens: Int[Tensor, " token"] = field(init=False)
-    last: Int[Tensor, " pair"] = field(init=False)
+    last: Int[Tensor, " place"] = field(init=False)
     embed: Float[Tensor, "token d_model"] = field(init=False)
     projected: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pairs = self.pairs
         self.run = self.ablation.activations(self.model, pairs)
-        clean = pairs.clean
-        alive = real_tokens(clean, pairs.lengths)
+        alive, places = pairs.real, pairs.places
         if self.ablation.kind == "corrupt":
             # In front of the first changed token both runs are the same, whatever edges are live.
-            alive &= (clean != pairs.corrupt).cumsum(1) > 0
-            alive[torch.arange(len(pairs), device=clean.device), pairs.asked] = True
+            alive &= pairs.changed.cumsum(1) > 0
+            alive[places.rows, places.positions] = True
         self.tokens = alive.flatten().nonzero()[:, 0]
-        ends = torch.arange(len(pairs), device=clean.device) * clean.shape[1] + pairs.asked
-        self.last = torch.searchsorted(self.tokens, ends)
-        self.embed = self.at(self.model(clean, stop_at_layer=0) - self.run.value("stream", 0))
+        self.last = torch.searchsorted(self.tokens, places.rows * pairs.clean.shape[1] + places.positions)
+        self.embed = self.at(entering(self.model, pairs, clean=True) - self.run.value("stream", 0))
 
     def at(self, stream: Float[Tensor, "pair pos d"], last: bool = False) -> Float[Tensor, "token d"]:
-        """A stream's vectors at the tokens that count, or at the last ones only."""
+        """A stream's vectors at the tokens that count, or at the asked ones only."""
         return stream.flatten(0, 1)[self.tokens[self.last] if last else self.tokens]
 
     def projections(self, layer: int) -> list[Float[Tensor, "place head d_head"]]:
@@ -203,8 +203,8 @@ class _Group:
         if 1 in work.consumers:
             self._write(1, partial(torch.add, embed, 0))
 
-    def logits(self) -> Callable[[int], Float[Tensor, "pair vocab"]]:
-        """The logits at each pair's last token, by mask."""
+    def logits(self) -> Callable[[int], Float[Tensor, "place vocab"]]:
+        """The logits at the asked positions, by mask."""
         hooks: list[Hook] = []
         for layer, work in enumerate(self.plan.layers):
             hooks += self._attention(layer, work) if work.rows else []

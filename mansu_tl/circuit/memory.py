@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.forced import Forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.runs.passes import run
@@ -40,7 +41,7 @@ class Plan:
 
 def plan(
     model: TransformerBridge,
-    pairs: PromptPairs,
+    pairs: Forced[PromptPairs],
     steps: int,
     *,
     max_memory: str | int | None = None,
@@ -52,7 +53,8 @@ def plan(
         max_memory: "4GB", "500MB", "2GiB" or bytes; None = half of what is free on the model's device.
         batch_size: pairs in a batch, if you would rather say it yourself.
     """
-    anatomy, width = Anatomy.of(model), pairs.clean.shape[1]
+    # Tokens of all the rows that are run for a pair.
+    anatomy, width = Anatomy.of(model), pairs.clean.shape[1] * -(-len(pairs.clean) // len(pairs))
     most = min(MOST_PAIRS if batch_size is None else batch_size, len(pairs))
     if most < 1:
         raise MansuError(f"batch_size={batch_size}: at least one pair has to fit in a batch")
@@ -97,13 +99,13 @@ def _rough(anatomy: Anatomy, width: int) -> float:
     return 4.0 * width * anatomy.n_layers * layer + width * (_kept_bytes(anatomy, 8) + _contraction_bytes(anatomy))
 
 
-def _graph_bytes(model: TransformerBridge, pairs: PromptPairs) -> tuple[float, float]:
+def _graph_bytes(model: TransformerBridge, pairs: Forced[PromptPairs]) -> tuple[float, float]:
     one, two = _saved(model, pairs[:1]), _saved(model, pairs[[0, min(1, len(pairs) - 1)]])
     per_pair = max(two - one, 0)
     return float(max(one - per_pair, 0)), float(per_pair)
 
 
-def _saved(model: TransformerBridge, pairs: PromptPairs) -> int:
+def _saved(model: TransformerBridge, pairs: Forced[PromptPairs]) -> int:
     weights = {p.untyped_storage().data_ptr() for p in model.original_model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -118,7 +120,7 @@ def _saved(model: TransformerBridge, pairs: PromptPairs) -> int:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         # The logits hold the graph, so no storage is freed and counted twice while it is built.
-        logits = run(model, pairs.clean, pairs.lengths, [(Anatomy.of(model).hook("stream", 0), start)])
+        logits = run(model, pairs.clean, pairs.places, [(Anatomy.of(model).hook("stream", 0), start)])
         del logits
     return sum(sizes.values())
 

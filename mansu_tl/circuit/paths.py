@@ -8,7 +8,7 @@ replaced, and everything after the reader is recomputed (Goldowsky-Dill et al. 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -18,14 +18,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.evaluation import clean_metric
 from mansu_tl.circuit.graph import Graph
-from mansu_tl.circuit.intervention import patch_edges
+from mansu_tl.circuit.intervention import patched
 from mansu_tl.data import PromptPairs
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference, metric_name
+from mansu_tl.runs.metrics import Metric, logit_difference, metric_name, options_read
 from mansu_tl.runs.passes import prepared
 
 DIRECTIONS = ("noising", "denoising")
@@ -120,18 +120,17 @@ def path_patching(
         raise MansuError(
             f"path patching: denoising mends the corrupt run, {ablation.kind} ablation has none; use direction='noising'"
         )
-    pairs = prepared(model, pairs)
+    run = prepared(model, pairs, options_read(metric))
     named = tuple((writer, reader) for writer, reader in edges)
     if not named:
         raise MansuError("path patching: no edges given; name at least one, such as ('embed', 'logits')")
     graph = Graph.of(model)
     picked = [graph.mask(named)] if together else [graph.mask([edge]) for edge in named]
     masks = 1 - torch.stack([torch.zeros_like(graph.exists), *picked]).float()
-    other = replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean)
-    base = pairs if direction == "noising" else other
-    values = patch_edges(model, base, masks, ablation=ablation, metric=metric, batch_size=batch_size, progress=progress)
+    base, other = (run, run.exchanged()) if direction == "noising" else (run.exchanged(), run)
+    values, _ = patched(model, base, masks, ablation, metric, batch_size, progress)
     unpatched = values[0].double().mean().item()
-    far = clean_metric(model, other if direction == "noising" else pairs, metric, batch_size)
+    far = clean_metric(model, other, metric, batch_size)
     clean, corrupt = (unpatched, far) if direction == "noising" else (far, unpatched)
     return PathEffects(
         per_pair=values[1:] - values[0],

@@ -54,6 +54,35 @@ _ENDS = [
 INVENTED_WORDS = (*_STARTS, *(start + end for start, end in product(_STARTS, _ENDS)))
 
 
+# What is done to a subject's token embeddings instead of naming another subject.
+EMBEDDED = ("noise", "zero", "mean")
+
+
+@dataclass(frozen=True)
+class EmbeddingCorruption:
+    """A corrupt run without a corrupt prompt: the clean tokens, with other embeddings where they name the subject.
+
+    Learned positional embeddings (gpt2) stay.
+
+    Attributes:
+        kind: "noise" adds Gaussian noise whose standard deviation is three times that of the embeddings of `tokens`, as in
+            ROME's causal tracing (Meng et al. 2022, arXiv 2202.05262); "zero" and "mean" put zero, or the mean embedding of
+            `tokens`, in the embeddings' place.
+        tokens: of all subjects of the set that the pairs were made in, so that a part of it is corrupted as the whole.
+        seed: of the noise; the noise of a pair depends on its tokens and on nothing else.
+    """
+
+    kind: str
+    tokens: tuple[int, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in EMBEDDED:
+            raise MansuError(f"corruption: kind={self.kind!r}; choose one of {', '.join(EMBEDDED)}")
+        if not self.tokens:
+            raise MansuError("corruption: no token of a subject given; pass those of all the set's subjects")
+
+
 @dataclass(frozen=True)
 class Subject:
     """A prompt that asks about something.

@@ -97,11 +97,16 @@ def _way_to(found: object, wanted: str) -> str:
     return f"read a file, a DataFrame or a list of rows with task = mtl.load_task({shown}, tokenizer=model){then}"
 
 
+def _with_answer(given: PromptPairs | Questions) -> Tensor:
+    """Tokens that are run at most for each prompt: all of an option but its last one behind it."""
+    return given.lengths if given.options.shape[2] == 1 else given.lengths + given.option_lengths.amax(1) - 1
+
+
 def _parts(given: PromptPairs | Questions | Sequences | Task, of: str = "") -> Iterator[_Part]:
     if isinstance(given, PromptPairs):
-        yield _Part(f"{of}pair", (given.clean, given.corrupt), given.lengths, given.options)
+        yield _Part(f"{of}pair", (given.clean, given.corrupt), _with_answer(given), given.options)
     elif isinstance(given, Questions):
-        yield _Part(f"{of}question", (given.prompts,), given.lengths, given.options)
+        yield _Part(f"{of}question", (given.prompts,), _with_answer(given), given.options)
     elif isinstance(given, Sequences):
         yield _Part(f"{of}sequence", (given.tokens,), given.lengths)
     else:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mansu_tl.data.answers import AnswerSpace
+from mansu_tl.data.corruption import EmbeddingCorruption
 from mansu_tl.data.pair_text import read_pairs, read_span
 from mansu_tl.data.rows import (
     Asked,
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     Texts = Iterable[str]
 else:
     Texts = object  # anything else is told what to pass
+
+
+# The span whose embeddings a corruption changes.
+SUBJECT = "subject"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class PromptPairs(Asked):
         facts: the fact behind each pair, so that its wordings count once; without them every pair is its own.
         labels: a name for each pair, used in tables and hover texts.
         spans: named stretches of positions, for scores gathered over them.
+        corruption: what is done to the embeddings of the span "subject" where there is no corrupt prompt; `corrupt` then
+            holds the clean tokens.
 
     Example:
         >>> model = mtl.load("pocket")
@@ -77,6 +84,7 @@ class PromptPairs(Asked):
     facts: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()
+    corruption: EmbeddingCorruption | None = None
 
     def __post_init__(self) -> None:
         clean, corrupt = (whole_numbers(f"prompt pairs: {key}", getattr(self, key), 2) for key in ("clean", "corrupt"))
@@ -92,6 +100,11 @@ class PromptPairs(Asked):
             if len(span) != len(clean) or len(span.stop) != len(clean):
                 raise MansuError(f"span {span.name!r}: {len(span)} pieces for {len(clean)} pairs; give one for each")
         require_options("pair", options)
+        if self.corruption is not None and (SUBJECT not in {span.name for span in spans} or not clean.equal(corrupt)):
+            raise MansuError(
+                f"prompt pairs: {self.corruption.kind} corrupts the span {SUBJECT!r} of the clean prompts; name "
+                "that span, and give the clean prompts as the corrupt ones"
+            )
         set_fields(
             self,
             clean=without_padding("pair", "clean", clean, lengths),
@@ -239,6 +252,15 @@ class PromptPairs(Asked):
             made.append(Span(name, *torch.tensor(places).unbind(1)))
         return replace(pairs, spans=tuple(made))
 
+    @property
+    def changed(self) -> Bool[Tensor, "pair pos"]:
+        """Where the two ends differ: in their tokens, or in the embeddings of the subject's."""
+        if self.corruption is None:
+            return self.clean != self.corrupt
+        span = next(span for span in self.spans if span.name == SUBJECT)
+        place = torch.arange(self.clean.shape[1], device=self.clean.device)
+        return (place >= span.start[:, None]) & (place < span.stop[:, None])
+
     @torch_defaults()
     def fact_numbers(self) -> Int[Tensor, " pair"]:
         """The facts as numbers from 0 up, in order of appearance."""
@@ -253,14 +275,14 @@ class PromptPairs(Asked):
         prompt: what is left over is the subject. Figures over positions need this, since a position means nothing
         across different wordings.
         """
-        constant = self.clean == self.corrupt
+        constant = ~self.changed
         same_length = self.lengths[:, None] == self.lengths[None]
         agree = (self.clean[:, None] == self.clean[None]) | ~constant[:, None] | ~constant[None]
         alike = agree.all(-1) & same_length
         members = alike[int(alike.sum(1).argmax())].nonzero()[:, 0]
         chosen, length = self[members], int(self.lengths[members[0]])
         cut = with_values(chosen, clean=chosen.clean[:, :length], corrupt=chosen.corrupt[:, :length])
-        return cut, ((cut.clean == cut.clean[:1]) & (cut.corrupt == cut.clean[:1])).all(0)
+        return cut, ((cut.clean == cut.clean[:1]) & ~cut.changed).all(0)
 
     def __repr__(self) -> str:
         return (

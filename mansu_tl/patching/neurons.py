@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Positions, PromptPairs, positions
+from mansu_tl.data.forced import Forced, forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.metrics import Metric, logit_difference, metric_name
+from mansu_tl.runs.metrics import Metric, logit_difference, metric_name, options_read
 from mansu_tl.runs.passes import chunks, prepared, require_finite
 from mansu_tl.runs.points import CLEAN, CORRUPT, Path, between
 
@@ -91,12 +92,12 @@ def neuron_attribution(
         raise MansuError(f"attribution: unknown end {at!r}; choose at='both', 'clean' or 'corrupt'")
     if steps is not None and steps < 1:
         raise MansuError(f"attribution: steps={steps}; choose at least one, or None for the ends")
-    pairs = prepared(model, pairs)
+    run = prepared(model, pairs, options_read(metric))
     ends = {"both": (CLEAN, CORRUPT), "clean": (CLEAN,), "corrupt": (CORRUPT,)}
     alphas = ends[at] if steps is None else between(steps)
-    where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
+    where = positions(run, "start" if per_position is True else per_position) if per_position else None
     options: dict[str, Any] = {"signed": signed, "metric": metric, "batch_size": batch_size, "progress": progress}
-    tensor, by_position = mean_effects(model, pairs, alphas, where=where, **options)
+    tensor, by_position = mean_effects(model, run, alphas, where=where, **options)
     return NeuronScores(
         tensor=tensor,
         signed=signed,
@@ -109,7 +110,7 @@ def neuron_attribution(
 
 def mean_effects(
     model: TransformerBridge,
-    pairs: PromptPairs,
+    pairs: PromptPairs | Forced[PromptPairs],
     alphas: Sequence[float] = (CLEAN, CORRUPT),
     *,
     signed: bool = False,
@@ -123,17 +124,18 @@ def mean_effects(
     Args:
         alphas: the points between the ends at which the gradient is taken and averaged.
     """
+    run = pairs if isinstance(pairs, Forced) else forced(pairs, options_read(metric))
     anatomy = Anatomy.of(model)
     neurons = anatomy.hooks("neurons")
     total = torch.zeros(anatomy.n_layers, anatomy.d_mlp, dtype=torch.float64)
     by_position = torch.zeros(0 if where is None else len(where.names), *total.shape, dtype=torch.float64)
-    for piece, chunk in tqdm(list(chunks(pairs, batch_size)), desc="neurons", unit="batch", disable=not progress):
+    for piece, chunk in tqdm(list(chunks(run, batch_size)), desc="neurons", unit="batch", disable=not progress):
         path = Path(model, chunk, metric, at_ends=neurons, slopes=neurons)
         slopes = path.mean_gradients(alphas)
         clean, corrupt = (path.ends[end].values for end in (CLEAN, CORRUPT))
         for i, key in enumerate(neurons):
             token = (clean[key].float() - corrupt[key].float()) * slopes[key]
-            score = token.sum(1).double()
+            score = chunk.by_pair(token.sum(1).double())
             total[i] += (score if signed else score.abs()).sum(0).cpu()
             if where is not None:
                 where.add(by_position[:, i], piece, token)

@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, positions
+from mansu_tl.data.forced import Forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.patching.patterns import pattern_effects
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.metrics import Metric, logit_difference, metric_name
+from mansu_tl.runs.metrics import Metric, logit_difference, metric_name, options_read
 from mansu_tl.runs.passes import chunks, heads_last, prepared, require_finite
 from mansu_tl.runs.points import CLEAN, CORRUPT, Path, between
 
@@ -113,16 +114,16 @@ def node_attribution(
         raise MansuError(f"attribution: steps={steps}; choose at least one, or None for one end")
     if steps is not None and qk_fix:
         raise MansuError("attribution: the QK fix is defined at one end; drop steps, or drop qk_fix")
-    pairs = prepared(model, pairs)
+    run = prepared(model, pairs, options_read(metric))
     anatomy = Anatomy.of(model)
     names = _names(anatomy, qkv or qk_fix)
-    where = positions(pairs, "start" if per_position is True else per_position) if per_position else None
+    where = positions(run, "start" if per_position is True else per_position) if per_position else None
     by_pair = torch.zeros(len(pairs), len(names), dtype=torch.float64)
     by_position = None if where is None else torch.zeros(len(where.names), len(names), dtype=torch.float64)
     alphas = [CLEAN if at == "clean" else CORRUPT] if steps is None else between(steps)
-    for piece, chunk in tqdm(list(chunks(pairs, batch_size)), desc="node scores", unit="batch", disable=not progress):
+    for piece, chunk in tqdm(list(chunks(run, batch_size)), desc="node scores", unit="batch", disable=not progress):
         token, joint = _scores(model, chunk, metric, alphas, qkv or qk_fix, qk_fix, where is not None)
-        by_pair[piece] = joint.double().cpu()
+        by_pair[piece] = chunk.by_pair(joint.double()).cpu()
         if where is not None and by_position is not None:
             where.add(by_position, piece, token)
     require_finite("node scores", by_pair, model)
@@ -144,13 +145,13 @@ def _names(anatomy: Anatomy, qkv: bool) -> tuple[str, ...]:
 
 def _scores(
     model: TransformerBridge,
-    pairs: PromptPairs,
+    pairs: Forced[PromptPairs],
     metric: Metric,
     alphas: list[float],
     qkv: bool,
     qk_fix: bool,
     by_token: bool,
-) -> tuple[Float[Tensor, "pair pos node"], Float[Tensor, "pair node"]]:
+) -> tuple[Float[Tensor, "run pos node"], Float[Tensor, "run node"]]:
     """The scores token by token, and those of patching all tokens at once (the same but for fixed keys)."""
     anatomy = Anatomy.of(model)
     hooks = anatomy.hooks("z", "mlp_out", *("qkv" if qkv else ""), *(("pattern",) if qk_fix else ()))
@@ -159,7 +160,7 @@ def _scores(
     grads = path.mean_gradients(alphas)
     ends = [path.ends[end].values for end in (CORRUPT, CLEAN)]
 
-    def effect(key: str, count: int = 1) -> Float[Tensor, "pair pos node"]:
+    def effect(key: str, count: int = 1) -> Float[Tensor, "run pos node"]:
         change = ends[1][key].float() - ends[0][key].float()
         return (heads_last(grads[key], count) * heads_last(change, count)).sum(-1)
 

@@ -20,13 +20,15 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.forced import Forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.patching.cells import TITLES, Cells, require
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.ablation import Ablation
-from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name
+from mansu_tl.runs.ends import end_hooks
+from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name, options_read
 from mansu_tl.runs.passes import Recording, chunks, prepared
 from mansu_tl.runs.resume import Base, record_base
 
@@ -128,7 +130,8 @@ def activation_patching(
             that attends).
         direction: "denoising" or "noising".
         ablation: noising with other values than the corrupt prompt's (zero, mean); see `ablation`.
-        tokens: what stands at each position, for the column names; positions are numbered where not given.
+        tokens: what stands at each position, for the column names; positions are numbered where not given. Where options
+            have several tokens, those behind the prompt have positions too.
         per_pair: also keep the metric of every pair in every cell.
         cells_per_batch: interventions that share a forward pass.
 
@@ -154,22 +157,22 @@ def activation_patching(
         raise MansuError(f"patching: mean ablation has no values for {component}; use 'zero' or 'corrupt', or patch z")
     if cells_per_batch < 1:
         raise MansuError(f"patching: cells_per_batch={cells_per_batch}; at least one cell has to run")
-    pairs = prepared(model, pairs)
-    width = pairs.clean.shape[1]
+    run = prepared(model, pairs, options_read(metric))
+    width = run.clean.shape[1]
     if tokens is not None and "position" in by and len(tokens) != width:
         raise MansuError(f"patching: {len(tokens)} tokens for {width} positions; give one for each")
     cells = Cells(model, anatomy, component, by, width)
     rows, columns = cells.rows, cells.columns([""] * width if tokens is None else list(tokens))
     values = torch.zeros(len(pairs), len(rows), len(columns), dtype=torch.float64)
     ends = torch.zeros(2, len(pairs), dtype=torch.float64)
-    parts = list(chunks(pairs, batch_size))
+    parts = list(chunks(run, batch_size))
     bar = tqdm(total=len(parts) * values[0].numel(), desc=f"patching {component}", unit="cell", disable=not progress)
     with torch.no_grad(), bar:
         for where, chunk in parts:
             base, source, first, both = _runs(cells, chunk, direction, ablation)
             for i, logits in enumerate(both):
                 ends[i, where] = measured(metric, logits, chunk).double().cpu()
-            latest = int(chunk.lengths.min()) - 1
+            latest = int(chunk.places.positions.min())
             # A cell that is not run has the value of the run it would be put into.
             values[where] = ends[1 if direction == "denoising" else 0, where][:, None, None]
             done = 0
@@ -210,17 +213,18 @@ def activation_patching(
 
 
 def _runs(
-    cells: Cells, pairs: PromptPairs, direction: str, ablation: Ablation
+    cells: Cells, pairs: Forced[PromptPairs], direction: str, ablation: Ablation
 ) -> tuple[Base, Callable[[str, int], Tensor], int, tuple[Tensor, Tensor]]:
     """The run to patch into, the values to put in, the position from which the two differ, and the logits of both ends."""
-    clean = record_base(cells.model, pairs.clean, pairs.lengths, cells.roles)
+    ends = [end_hooks(cells.model, pairs, clean=clean) for clean in (True, False)]
+    clean = record_base(cells.model, pairs.clean, pairs.places, cells.roles, ends[0])
     if ablation.kind != "corrupt":
         ablated = ablation.activations(cells.model, pairs)
         return clean, partial(_ablated, clean, ablated), 0, (clean.logits, ablated.logits)
-    corrupt = record_base(cells.model, pairs.corrupt, pairs.lengths, cells.roles)
+    corrupt = record_base(cells.model, pairs.corrupt, pairs.places, cells.roles, ends[1])
     base, other = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
     # Up to the first changed token both runs are the same.
-    differs = (pairs.clean != pairs.corrupt).any(0).nonzero()
+    differs = pairs.changed.any(0).nonzero()
     first = int(differs[0]) if len(differs) else pairs.clean.shape[1] - 1
     return base, other.value, first, (clean.logits, corrupt.logits)
 

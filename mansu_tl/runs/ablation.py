@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.data.fit import require_fit, require_sequences
+from mansu_tl.data.forced import Forced, forced
 from mansu_tl.data.masks import real_tokens
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -24,6 +25,7 @@ from mansu_tl.models import Anatomy
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
 from mansu_tl.results.result import Result
+from mansu_tl.runs.ends import end_hooks, positional
 from mansu_tl.runs.passes import Hook, Recording, record
 
 KINDS = ("corrupt", "zero", "mean")
@@ -45,14 +47,15 @@ class Ablation(Result):
     def __repr__(self) -> str:
         return f"Ablation({self.kind})"
 
-    def activations(self, model: TransformerBridge, pairs: PromptPairs) -> Recording:
+    def activations(self, model: TransformerBridge, pairs: PromptPairs | Forced[PromptPairs]) -> Recording:
         """The ablated run of some pairs: every writer at its ablated value, the streams and logits that follow.
 
         Raises:
             MansuError: pairs longer than the positions that the means were taken over.
         """
+        pairs = pairs if isinstance(pairs, Forced) else forced(pairs)
         if self.kind == "corrupt":
-            return record(model, pairs.corrupt, pairs.lengths)
+            return record(model, pairs.corrupt, pairs.places, end_hooks(model, pairs, clean=False))
         anatomy, width = Anatomy.of(model), pairs.clean.shape[1]
         hooks: list[Hook] = []
         for key, point in _points(anatomy).items():
@@ -63,8 +66,8 @@ class Ablation(Result):
                     "prompts, or per_position=False"
                 )
             value = value[:width].to(home(model))
-            hooks.append((point, _everywhere(value + _positional(model, width) if key == "stream0" else value)))
-        return record(model, pairs.clean, pairs.lengths, hooks)
+            hooks.append((point, _everywhere(value + positional(model, width) if key == "stream0" else value)))
+        return record(model, pairs.clean, pairs.places, hooks)
 
 
 @torch_defaults()
@@ -108,7 +111,7 @@ def ablation(
         real = real_tokens(rows, lengths)
         seen += real.sum(0)
         recorded = record(model, rows, lengths).values
-        recorded["stream0"] = recorded["stream0"] - _positional(model, tokens.shape[1])
+        recorded["stream0"] = recorded["stream0"] - positional(model, tokens.shape[1])
         for key in _points(Anatomy.of(model)):
             value = recorded[key].flatten(2).double()
             part = torch.einsum("bp,bpd->pd", real.double().to(value.device), value)
@@ -125,13 +128,6 @@ def ablation(
 def _points(anatomy: Anatomy) -> dict[str, str]:
     """The hook points of what the writers write."""
     return {"stream0": anatomy.hook("stream", 0), **anatomy.hooks("z", "mlp_out")}
-
-
-def _positional(model: TransformerBridge, width: int) -> Float[Tensor, "... d_model"]:
-    """What the positions alone add to the embedding: learned positional embeddings, or nothing."""
-    if not hasattr(model, "pos_embed"):
-        return torch.zeros((), dtype=computing_dtype(model), device=home(model))[None]
-    return model.pos_embed.weight[:width].detach()
 
 
 def _everywhere(value: Float[Tensor, "pos d"]) -> Callable[..., Tensor]:

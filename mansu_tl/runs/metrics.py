@@ -1,14 +1,17 @@
 """What is measured: one number per pair for attribution, and accuracy on multiple-choice questions.
 
-A metric maps the logits at each pair's last real token to one number per pair; higher means that the model shows the
-knowledge.
+A metric maps logits to one number per pair; higher means that the model shows the knowledge. Where options are one token,
+it is given the logits at each pair's last real token and the pairs. Where they have several, it is given the logits at all
+positions that predict a token of an option, and a `Forced` that says which these are; from it `log_probs` makes the
+options' teacher-forced log-probabilities. A metric with an attribute `options_read` is only given so many options, the
+answer first, which saves the others' runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -18,30 +21,75 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Questions, Sequences
 from mansu_tl.data.fit import require_fit, require_questions
+from mansu_tl.data.forced import Asked, Forced, forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.kinds import way_to_load
+from mansu_tl.models.limits import vocabulary_size
 from mansu_tl.models.state import home, require_ready
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.passes import last_token_only, run
+from mansu_tl.runs.passes import run, unembedding_only
 
-Metric = Callable[[Float[Tensor, "pair vocab"], PromptPairs], Float[Tensor, " pair"]]
+Metric = Callable[[Float[Tensor, "place vocab"], Any], Float[Tensor, " pair"]]
+M = TypeVar("M", bound=Callable[..., Tensor])
+# Logits of a question set that exist at one time.
+_MOST_NUMBERS = 2**26
 
 
-def logit_difference(logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-    """Logit of the answer minus logit of the corrupt prompt's answer (distractor column 0), in nats."""
+def reads(options: int) -> Callable[[M], M]:
+    """Say of a metric how many options it reads, the answer first."""
+
+    def mark(metric: M) -> M:
+        metric.options_read = options  # type: ignore[attr-defined]
+        return metric
+
+    return mark
+
+
+def options_read(metric: Metric) -> int | None:
+    """How many options a metric reads, the answer first; None = all."""
+    found: int | None = getattr(metric, "options_read", None)
+    return found
+
+
+@reads(2)
+def logit_difference(
+    logits: Float[Tensor, "place vocab"], pairs: PromptPairs | Forced[PromptPairs]
+) -> Float[Tensor, " pair"]:
+    """Logit of the answer minus logit of the corrupt prompt's answer (option 1), in nats.
+
+    Where options have several tokens, the difference of their teacher-forced log-probabilities, which for one token each is
+    the same.
+    """
+    if isinstance(pairs, Forced):
+        found = pairs.log_probs(logits)
+        return found[:, 0] - found[:, 1]
     rows = torch.arange(len(pairs), device=logits.device)
     return logits[rows, pairs.answers] - logits[rows, pairs.distractors[:, 0]]
 
 
-def answer_log_prob(logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-    """Log-probability of the answer over the whole vocabulary, in nats."""
+@reads(1)
+def answer_log_prob(
+    logits: Float[Tensor, "place vocab"], pairs: PromptPairs | Forced[PromptPairs]
+) -> Float[Tensor, " pair"]:
+    """Log-probability of the answer over the whole vocabulary, teacher-forced and summed over its tokens, in nats."""
+    if isinstance(pairs, Forced):
+        return pairs.log_probs(logits)[:, 0]
     return logits.log_softmax(-1).gather(1, pairs.answers[:, None])[:, 0]
 
 
-def choice_log_odds(logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
-    """Log-odds of the answer against all the distractors together, in nats."""
+def choice_log_odds(
+    logits: Float[Tensor, "place vocab"], pairs: PromptPairs | Forced[PromptPairs]
+) -> Float[Tensor, " pair"]:
+    """Log-odds of the answer against all the distractors together, in nats; of several tokens, by the mean per token."""
+    if isinstance(pairs, Forced):
+        return log_odds(pairs.per_token(logits))
     return logits.gather(1, pairs.answers[:, None])[:, 0] - logits.gather(1, pairs.distractors).logsumexp(1)
+
+
+def log_odds(scores: Float[Tensor, "pair option"]) -> Float[Tensor, " pair"]:
+    """Log-odds of the first option against the others together."""
+    return scores[:, 0] - scores[:, 1:].logsumexp(1)
 
 
 def kl_divergence(logits: Float[Tensor, "row vocab"], reference: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
@@ -55,10 +103,12 @@ def metric_name(metric: Metric) -> str:
     return getattr(metric, "__name__", type(metric).__name__)
 
 
-def measured(metric: Metric, logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
+def measured(
+    metric: Metric, logits: Float[Tensor, "place vocab"], pairs: Forced[PromptPairs]
+) -> Float[Tensor, " pair"]:
     """The metric of each pair, checked."""
     name = metric_name(metric)
-    values = metric(logits, pairs)
+    values = metric(logits, pairs.told)
     if values.shape != (len(pairs),):
         raise MansuError(
             f"metric {name!r} gave shape {tuple(values.shape)} for {len(pairs)} pairs; return one number per pair"
@@ -88,20 +138,21 @@ def last_logits(
     _require_language_model(model)
     rows = Sequences(tokens, lengths)
     require_fit(model, rows)
-    parts = [_last_logits(model, rows[slice(i, i + batch_size)]) for i in range(0, len(rows), batch_size)]
-    return torch.cat(parts)
+    parts = [rows[slice(i, i + batch_size)].to(home(model)) for i in range(0, len(rows), batch_size)]
+    return torch.cat([asked_logits(model, part.tokens, part.lengths) for part in parts])
 
 
 @torch.no_grad()
-def _last_logits(model: TransformerBridge | torch.nn.Module, rows: Sequences) -> Float[Tensor, "row vocab"]:
-    """`last_logits` of one batch."""
-    rows = rows.to(home(model))
+def asked_logits(
+    model: TransformerBridge | torch.nn.Module, tokens: Int[Tensor, "row pos"], asked: Asked
+) -> Float[Tensor, "place vocab"]:
+    """Logits of one batch at some positions, of rows' lengths the last ones, in fp32; the batch is where the model is."""
     if isinstance(model, TransformerBridge):
-        return run(model, rows.tokens, rows.lengths).float()
+        return run(model, tokens, asked).float()
     plain: Any = model
-    with last_token_only(plain, rows.lengths):
-        logits = plain(rows.tokens, use_cache=False).logits
-    return logits[:, 0].float().to(rows.tokens.device)
+    with unembedding_only(plain, asked):
+        logits = plain(tokens, use_cache=False).logits
+    return logits[:, 0].float().to(tokens.device)
 
 
 def _require_language_model(model: object) -> None:
@@ -118,9 +169,11 @@ class Accuracy(Result):
     """How a model answers a question set, question by question.
 
     Attributes:
-        multiple_choice: the right option has the highest logit of all options (ties count as wrong).
-        cloze: the right answer is the most likely token of the whole vocabulary.
-        log_odds: log-odds of the right option against the other options together, in nats.
+        multiple_choice: the right option has the highest log-probability of all options, by the mean per token (ties count
+            as wrong).
+        cloze: the right answer is what greedy decoding writes: each of its tokens is the most likely one of the whole
+            vocabulary.
+        log_odds: log-odds of the right option against the other options together, by the mean per token, in nats.
         facts: the fact behind each question.
     """
 
@@ -179,22 +232,42 @@ def accuracy(model: TransformerBridge | torch.nn.Module, questions: Questions, b
         raise MansuError("accuracy: the question set is empty; pass at least one question")
     require_fit(model, questions)
     require_ready(model, questions.prompts)
-    right, cloze, log_odds = [], [], []
-    for start in range(0, len(questions), batch_size):
-        batch = questions[slice(start, start + batch_size)]
-        logits = _last_logits(model, Sequences(batch.prompts, batch.lengths))
+    right, cloze, odds = [], [], []
+    size = _questions_at_once(model, questions, batch_size)
+    for start in range(0, len(questions), size):
+        batch = forced(questions[slice(start, start + size)].to(home(model)))
+        logits = asked_logits(model, batch.clean, batch.places)
         broken = (~torch.isfinite(logits).all(-1)).nonzero()
         if len(broken):
-            bad = start + int(broken[0])
+            bad = start + int(batch.owner[batch.places.rows[broken[0]]])
             raise MansuError(
                 f"accuracy: logits of question {bad} ({questions.facts[bad]}) are not finite; check the weights"
             )
-        choices = batch.choices.to(logits.device)
-        options = logits.gather(1, choices)
-        others = options[:, 1:]
-        right.append((options[:, 0] > others.max(1).values).cpu())
-        cloze.append((logits.argmax(1) == choices[:, 0]).cpu())
-        log_odds.append((options[:, 0] - others.logsumexp(1)).cpu())
+        options = option_scores(batch, logits)
+        right.append(first_is_best(options).cpu())
+        cloze.append(batch.greedy(logits).cpu())
+        odds.append(log_odds(options).cpu())
     return Accuracy(
-        multiple_choice=torch.cat(right), cloze=torch.cat(cloze), log_odds=torch.cat(log_odds), facts=questions.facts
+        multiple_choice=torch.cat(right), cloze=torch.cat(cloze), log_odds=torch.cat(odds), facts=questions.facts
     )
+
+
+def option_scores(asked: Forced[Any], logits: Float[Tensor, "place vocab"]) -> Float[Tensor, "row option"]:
+    """What options are compared by: their logits where each is one token, else their mean log-probability per token."""
+    if asked.targets is None:
+        return logits.gather(1, asked.given.options[:, : asked.count, 0].to(logits.device))
+    return asked.per_token(logits)
+
+
+def first_is_best(scores: Float[Tensor, "row option"]) -> Bool[Tensor, " row"]:
+    """Whether the first option has the highest score; ties count as no."""
+    return scores[:, 0] > scores[:, 1:].max(1).values
+
+
+def _questions_at_once(model: TransformerBridge | torch.nn.Module, questions: Questions, batch_size: int) -> int:
+    """Questions in a batch, fewer than asked for where options of several tokens make each one many positions."""
+    if questions.options.shape[2] == 1:
+        return batch_size
+    asked = int(questions.option_lengths.sum(1).max())
+    vocabulary = vocabulary_size(model) or 1
+    return max(1, min(batch_size, _MOST_NUMBERS // (asked * vocabulary)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,12 +14,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.fit import require_fit, require_pairs
+from mansu_tl.data.forced import Asked, Forced, forced, places_of
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.state import computing_dtype, home, require_ready
 
+P = TypeVar("P", PromptPairs, Forced[PromptPairs])
 Hook = tuple[str, Callable[..., Tensor | None]]
 
 
@@ -29,11 +31,11 @@ class Recording:
 
     Attributes:
         values: what had each role in each layer, by `Anatomy.hooks`'s names ("stream0", "z3"); z head by head.
-        logits: at the last real token.
+        logits: at the asked positions.
     """
 
     values: dict[str, Tensor]
-    logits: Float[Tensor, "pair vocab"]
+    logits: Float[Tensor, "place vocab"]
 
     def value(self, role: str, layer: int) -> Float[Tensor, ...]:
         """What had a role in a layer."""
@@ -43,11 +45,11 @@ class Recording:
 def run(
     model: TransformerBridge,
     tokens: Int[Tensor, "row pos"],
-    lengths: Int[Tensor, " row"],
+    asked: Asked,
     hooks: list[Hook] | None = None,
-) -> Float[Tensor, "row vocab"]:
-    """Logits at the last real token, with `hooks` in place; only that position is unembedded."""
-    return forward(model, tokens, [*(hooks or []), (UNEMBED, last_token(lengths))])[:, 0].to(tokens.device)
+) -> Float[Tensor, "place vocab"]:
+    """Logits at some positions, of rows' lengths the last ones, with `hooks` in place; only these are unembedded."""
+    return forward(model, tokens, [*(hooks or []), (UNEMBED, only(asked))])[:, 0].to(tokens.device)
 
 
 def forward(
@@ -65,13 +67,13 @@ def forward(
 
 @torch.no_grad()
 def record(
-    model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], hooks: Sequence[Hook] = ()
+    model: TransformerBridge, tokens: Int[Tensor, "row pos"], asked: Asked, hooks: Sequence[Hook] = ()
 ) -> Recording:
     """One forward pass with `hooks` in place, keeping what every writer wrote and every reader read."""
     anatomy = Anatomy.of(model)
     values: dict[str, Tensor] = {}
     points = anatomy.hooks("stream", "mlp_in", "z", "mlp_out", *(("attn_raw",) if anatomy.post_norms else ()))
-    logits = run(model, tokens, lengths, [*hooks, *((point, keep(values, key)) for key, point in points.items())])
+    logits = run(model, tokens, asked, [*hooks, *((point, keep(values, key)) for key, point in points.items())])
     for i in anatomy.layers:
         values[f"z{i}"] = heads_last(values[f"z{i}"], anatomy.n_heads)
     return Recording(values, logits.float())
@@ -95,20 +97,20 @@ def put(value: Tensor) -> Callable[..., Tensor]:
     return lambda tensor, hook: value
 
 
-def last_token(lengths: Int[Tensor, " row"]) -> Callable[..., Tensor]:
-    """A hook that hands on every row's last real token alone, as a row of one position."""
-    rows, last = torch.arange(len(lengths), device=lengths.device), lengths - 1
+def only(asked: Asked) -> Callable[..., Tensor]:
+    """A hook that hands on some positions alone, of rows' lengths the last ones, each as a row of one position."""
+    places = places_of(asked)
 
     def cut(stream: Tensor, hook: object) -> Tensor:
         # Contiguous on purpose: a strided slice turns the unembedding into one product per row.
-        return stream[rows.to(stream.device), last.to(stream.device)][:, None].contiguous()
+        return stream[places.on(stream.device)][:, None].contiguous()
 
     return cut
 
 
-def last_token_only(model: Any, lengths: Int[Tensor, " row"]) -> RemovableHandle:
-    """A hook under which a plain HF model unembeds every row's last real token alone; to be used in a `with`."""
-    cut = last_token(lengths)
+def unembedding_only(model: Any, asked: Asked) -> RemovableHandle:
+    """A hook under which a plain HF model unembeds some positions alone (see `only`); to be used in a `with`."""
+    cut = only(asked)
     return model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (cut(inputs[0], None),))
 
 
@@ -117,11 +119,15 @@ def heads_last(z: Tensor, n_heads: int) -> Float[Tensor, "pair pos head d_head"]
     return z if z.ndim == 4 else z.unflatten(-1, (n_heads, -1))
 
 
-def prepared(model: TransformerBridge, pairs: PromptPairs) -> PromptPairs:
-    """The pairs on the model's device, once both are known to give right scores."""
+def prepared(model: TransformerBridge, pairs: PromptPairs, options: int | None) -> Forced[PromptPairs]:
+    """The pairs as they are run, on the model's device, once both are known to give right scores.
+
+    Args:
+        options: how many of them are read, the answer first; None = all.
+    """
     check(model, pairs)
     require_ready(model, pairs.clean)
-    return pairs.to(home(model))
+    return forced(pairs.to(home(model)), options)
 
 
 def check(model: TransformerBridge, pairs: PromptPairs) -> None:
@@ -141,7 +147,7 @@ def require_finite(what: str, values: Float[Tensor, "*any"], model: TransformerB
         )
 
 
-def chunks(pairs: PromptPairs, batch_size: int) -> Iterator[tuple[slice, PromptPairs]]:
+def chunks(pairs: P, batch_size: int) -> Iterator[tuple[slice, P]]:
     """The pairs in batches, with the slice that each one covers."""
     for start in range(0, len(pairs), batch_size):
         where = slice(start, min(start + batch_size, len(pairs)))

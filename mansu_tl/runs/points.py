@@ -15,9 +15,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.forced import Forced
 from mansu_tl.models import Anatomy
+from mansu_tl.runs.ends import end_hooks
 from mansu_tl.runs.metrics import Metric, measured
-from mansu_tl.runs.passes import Hook, keep, last_token, run
+from mansu_tl.runs.passes import keep, only, run
 
 CORRUPT, CLEAN = 0.0, 1.0
 
@@ -54,12 +56,13 @@ class Path:
         slopes: hook points at which gradients are taken; "embed" among them is the embedding, whatever its hook.
         seen: hook points whose values are kept at every point, beside those of `slopes`.
         both: there is a corrupt end; if not, the only point is the clean one.
-        last_only: a hook point that hands on the last token alone: where nothing else counts and nothing else is read.
+        last_only: a hook point that hands on the last token alone: where nothing else counts and nothing else is read;
+            for answers of one token.
         ends: by alpha, once `points` has passed them.
     """
 
     model: TransformerBridge
-    pairs: PromptPairs
+    pairs: Forced[PromptPairs]
     metric: Metric
     at_ends: Mapping[str, str]
     slopes: Mapping[str, str]
@@ -88,12 +91,11 @@ class Path:
     @torch.no_grad()
     def _recorded(self, alpha: float) -> End:
         kept: dict[str, Tensor] = {}
-        hooks: list[Hook] = [
-            (hook, keep(kept, key)) for key, hook in {"embed": self._embedding, **self.at_ends}.items()
-        ]
+        hooks = end_hooks(self.model, self.pairs, clean=alpha == CLEAN)
+        hooks += [(hook, keep(kept, key)) for key, hook in {"embed": self._embedding, **self.at_ends}.items()]
         if self.last_only is not None:
-            hooks.append((self.last_only, last_token(self.pairs.lengths)))
-        logits = run(self.model, self._tokens(alpha), self.pairs.lengths, hooks).float()
+            hooks.append((self.last_only, only(self.pairs.places)))
+        logits = run(self.model, self._tokens(alpha), self.pairs.places, hooks).float()
         return End(kept, measured(self.metric, logits, self.pairs))
 
     def _point(self, alpha: float) -> Point:
@@ -109,13 +111,14 @@ class Path:
 
         slopes = {key: hook for key, hook in self.slopes.items() if key != "embed"}
         others = {**self.seen, **(self.at_ends if record else {})}
-        hooks: list[Hook] = [(self._embedding, begin)]
+        hooks = end_hooks(self.model, self.pairs, clean=alpha == CLEAN) if record else []
+        hooks.append((self._embedding, begin))
         hooks += [(hook, keep(kept, key)) for key, hook in others.items() if key not in slopes]
         # A view of its own: the gradient at a stream itself would count the skip path too.
-        cut = last_token(self.pairs.lengths)
+        cut = only(self.pairs.places)
         hooks += [(hook, keep(kept, key, cut if hook == self.last_only else _view)) for key, hook in slopes.items()]
         with torch.enable_grad():
-            logits = run(self.model, self._tokens(alpha), self.pairs.lengths, hooks).float()
+            logits = run(self.model, self._tokens(alpha), self.pairs.places, hooks).float()
             values = measured(self.metric, logits, self.pairs)
             gradients = torch.autograd.grad(values.sum(), [kept[key] for key in self.slopes])
         kept = {key: value.detach() for key, value in kept.items()}

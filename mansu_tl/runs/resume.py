@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
+from mansu_tl.data.forced import Asked, Places, places_of
 from mansu_tl.models import Anatomy
 from mansu_tl.models.anatomy import UNEMBED
 from mansu_tl.models.cache import cache_argument, cache_passed_on
 from mansu_tl.models.tree import hf_of
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.passes import Hook, Recording, forward, keep, last_token, put
+from mansu_tl.runs.passes import Hook, Recording, forward, keep, only, put
 
 
 @dataclass(frozen=True)
@@ -32,34 +33,44 @@ class Base(Recording):
     """A recording that can be taken up again; it has every "stream".
 
     Attributes:
-        tokens, lengths: what was run.
+        tokens: what was run.
+        places: the positions whose logits are wanted.
         cached: per layer keys and values, as attention caches them.
         attention_tuple: whether attention modules hand back a tuple (output, weights).
     """
 
     tokens: Int[Tensor, "row pos"]
-    lengths: Int[Tensor, " row"]
+    places: Places
     cached: list[tuple[Tensor, Tensor]]
     attention_tuple: bool
 
 
 @torch.no_grad()
 def record_base(
-    model: TransformerBridge, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], roles: Sequence[str]
+    model: TransformerBridge,
+    tokens: Int[Tensor, "row pos"],
+    asked: Asked,
+    roles: Sequence[str],
+    hooks: Sequence[Hook] = (),
 ) -> Base:
-    """Run once, keeping the streams, the keys and values, and what has the roles (see `Anatomy.hook`) in every layer."""
+    """Run once with `hooks` in place, keeping of every layer the stream, the keys and values, and what has the roles.
+
+    Args:
+        roles: see `Anatomy.hook`.
+    """
     kept: dict[str, Tensor] = {}
     seen: list[bool] = []
-    hooks: list[Hook] = [(hook, keep(kept, key)) for key, hook in Anatomy.of(model).hooks("stream", *roles).items()]
+    points = Anatomy.of(model).hooks("stream", *roles)
+    every = [*hooks, *((hook, keep(kept, key)) for key, hook in points.items()), (UNEMBED, only(asked))]
     cache = DynamicCache()
     given_out = model.blocks[0].attn.register_forward_hook(
         lambda module, args, out: seen.append(isinstance(out, tuple))
     )
     with given_out, cache_passed_on(model):
-        logits = forward(model, tokens, [*hooks, (UNEMBED, last_token(lengths))], **_given(model, cache))[:, 0]
+        logits = forward(model, tokens, every, **_given(model, cache))[:, 0]
     layers: list[Any] = list(cache.layers)
     cached = [(layer.keys, layer.values) for layer in layers]
-    return Base(kept, logits.float().to(tokens.device), tokens, lengths, cached, seen[0])
+    return Base(kept, logits.float().to(tokens.device), tokens, places_of(asked), cached, seen[0])
 
 
 @torch.no_grad()
@@ -72,14 +83,14 @@ def resume(
     hooks: list[Hook],
     *,
     attention: Float[Tensor, "row2 pos2 d_model"] | None = None,
-) -> Float[Tensor, "copy row vocab"]:
+) -> Float[Tensor, "copy place vocab"]:
     """Logits of `copies` runs that share `base` up to `layer` and up to position `start`; `hooks` make them differ.
 
     Hooks see the positions from `start` on, the copies one after another along the batch.
 
     Args:
         layer: the first block that is run; the number of blocks = only the final norm and the unembedding.
-        start: the first position that is run, not past any row's last token.
+        start: the first position that is run, not past any asked one.
         attention: what the first block's attention gives out, instead of computing it.
     """
     require_exact(model, "resumed run", lambda: _unpatched(model, base))
@@ -88,7 +99,7 @@ def resume(
 
 def _unpatched(model: TransformerBridge, base: Base) -> tuple[Tensor, Tensor]:
     """Resumed runs with no hook, from several layers and positions on, two copies each; and what `base` says."""
-    layers, last = len(model.blocks), int(base.lengths.min()) - 1
+    layers, last = len(model.blocks), int(base.places.positions.min())
     points = dict.fromkeys((layer, start) for layer in (0, layers // 2, layers) for start in (last, last // 2))
     runs = [_resumed(model, base, layer, start, 2, []) for layer, start in points]
     return torch.cat(runs), base.logits.expand(2 * len(runs), -1, -1)
@@ -102,12 +113,16 @@ def _resumed(
     copies: int,
     hooks: list[Hook],
     attention: Tensor | None = None,
-) -> Float[Tensor, "copy row vocab"]:
-    anatomy, cut = Anatomy.of(model), last_token((base.lengths - start).repeat(copies))
+) -> Float[Tensor, "copy place vocab"]:
+    anatomy, count = Anatomy.of(model), len(base.tokens)
+    first = count * torch.arange(copies, device=base.tokens.device).repeat_interleave(len(base.places.rows))
+    rows, positions = (part.repeat(copies) for part in (base.places.rows, base.places.positions - start))
+    cut = only(Places(first + rows, positions))
     tokens = base.tokens[:, start:].repeat(copies, 1)
     begin = put(base.value("stream", layer)[:, start:].repeat(copies, 1, 1))
     all_hooks: list[Hook] = [(anatomy.hook("stream", layer), begin), *hooks, (UNEMBED, cut)]
-    if layer < anatomy.n_layers:
+    # Behind the last attention only what is asked counts; a row that asks once is that position.
+    if layer < anatomy.n_layers and len(base.places.rows) == count:
         all_hooks.append((anatomy.hook("mlp_in", anatomy.n_layers - 1), cut))
     given = _given(model, _cache(base, layer, start, copies)) if start else {}
     replaced: list[tuple[nn.Module, Callable[..., Any]]] = [(block, _hand_on) for block in model.blocks[:layer]]

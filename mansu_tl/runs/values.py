@@ -1,4 +1,4 @@
-"""A plain HF model run at given values of its parameters: last tokens of prompts, every target of sequences, its matrices.
+"""A plain HF model run at given values of its parameters: asked positions, every target of sequences, its matrices.
 
 Every pass over text goes through `predicted`, and every look at what enters and leaves a matrix through `watched`.
 """
@@ -16,7 +16,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
-from mansu_tl.runs.passes import last_token_only
+from mansu_tl.data.forced import Asked, places_of
+from mansu_tl.runs.passes import unembedding_only
 
 Values = Mapping[str, Tensor]
 # Sequences are run in two groups if that leaves this share of the padded tokens, of batches that are worth a second pass.
@@ -24,34 +25,34 @@ _WORTH, _LEAST_TOKENS = 0.85, 512
 
 
 def last_token_logits(
-    model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
-) -> Float[Tensor, "row vocab"]:
-    """Differentiable logits at the last real token, with `values` in place of the model's parameters.
+    model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], asked: Asked
+) -> Float[Tensor, "place vocab"]:
+    """Differentiable logits at some positions, of rows' lengths the last ones, with `values` in place of the parameters.
 
-    Only that token is unembedded.
+    Only these are unembedded.
     """
-    return with_streams(model, values, tokens, lengths, kept=False)[0]
+    return with_streams(model, values, tokens, asked, kept=False)[0]
 
 
 def last_token_states(
-    model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]
-) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row layer d_model"]]:
-    """`last_token_logits`, and the residual stream behind every layer at the same token."""
-    logits, streams = with_streams(model, values, tokens, lengths)
-    rows = torch.arange(tokens.shape[0], device=tokens.device)
-    return logits, torch.stack([stream[rows, lengths - 1].float() for stream in streams[1:]], 1)
+    model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], asked: Asked
+) -> tuple[Float[Tensor, "place vocab"], Float[Tensor, "place layer d_model"]]:
+    """`last_token_logits`, and the residual stream behind every layer at the same positions."""
+    logits, streams = with_streams(model, values, tokens, asked)
+    at = places_of(asked).on(tokens.device)
+    return logits, torch.stack([stream[at].float() for stream in streams[1:]], 1)
 
 
 def with_streams(
     model: PreTrainedModel,
     values: Values,
     tokens: Int[Tensor, "row pos"],
-    lengths: Int[Tensor, " row"],
+    asked: Asked,
     *,
     kept: bool = True,
-) -> tuple[Float[Tensor, "row vocab"], tuple[Float[Tensor, "row pos d_model"], ...]]:
+) -> tuple[Float[Tensor, "place vocab"], tuple[Float[Tensor, "row pos d_model"], ...]]:
     """`last_token_logits` and, unless they are not kept, the residual streams: of the embedding, then behind every layer."""
-    with last_token_only(model, lengths):
+    with unembedding_only(model, asked):
         out = functional_call(model, dict(values), (tokens,), {"use_cache": False, "output_hidden_states": kept})
     return out.logits[:, 0].float(), out.hidden_states if kept else ()
 

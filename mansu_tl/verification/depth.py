@@ -26,12 +26,13 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.forced import Forced, forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import home, require_ready
 from mansu_tl.results.intervals import interval_over_facts, with_interval
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.metrics import Metric, choice_log_odds, measured, metric_name
+from mansu_tl.runs.metrics import Metric, choice_log_odds, measured, metric_name, options_read
 from mansu_tl.runs.passes import Hook, check, chunks, run
 from mansu_tl.runs.streams import require_one_shape, residual_streams, stream_hooks
 
@@ -128,7 +129,8 @@ def erasure_depth(
 
     Args:
         never: a model of the same shape that was trained without the facts.
-        positions: where the stream is taken over: "all", or "last" as in UDS.
+        positions: where the stream is taken over: "all", or "last" as in UDS, which is where the answer's tokens are
+            predicted.
         threshold: least drop in the metric's units, with the never-trained stream, of a layer that counts (UDS: .05).
         label: what the edited model is, for tables and figures.
         progress: show a progress bar over batches.
@@ -143,19 +145,19 @@ def erasure_depth(
         check(model, pairs)
         require_ready(model, pairs.clean)
     require_one_shape("depth", original, edited=edited, never=never)
-    pairs = pairs.to(home(original))
+    rows = forced(pairs.to(home(original)), options_read(metric))
     after_blocks = list(stream_hooks(original).items())[1:]
     clean, drops = torch.empty(len(pairs)), torch.empty(2, len(after_blocks), len(pairs))
-    batches = list(chunks(pairs, batch_size))
+    batches = list(chunks(rows, batch_size))
     with torch.no_grad():
         for where, batch in tqdm(batches, desc=f"depth {label}", unit="batch", disable=not progress):
-            before = measured(metric, run(original, batch.clean, batch.lengths).float(), batch)
+            before = measured(metric, run(original, batch.clean, batch.places).float(), batch)
             clean[where] = before.cpu()
             for s, source in enumerate((never, edited)):
                 streams, _ = residual_streams(source, Sequences(batch.clean, batch.lengths))
                 for i, ((_, name), stream) in enumerate(zip(after_blocks, streams[1:], strict=True)):
                     hook = _put_in(name, stream, batch, positions)
-                    after = measured(metric, run(original, batch.clean, batch.lengths, [hook]).float(), batch)
+                    after = measured(metric, run(original, batch.clean, batch.places, [hook]).float(), batch)
                     drops[s, i, where] = (before - after).cpu()
     if not (drops[0] > threshold).any():
         raise MansuError(
@@ -166,16 +168,16 @@ def erasure_depth(
     return ErasureDepth(label, names, clean, drops[0], drops[1], threshold, positions, metric_name(metric), pairs.facts)
 
 
-def _put_in(name: str, value: Tensor, batch: PromptPairs, positions: str) -> Hook:
+def _put_in(name: str, value: Tensor, batch: Forced[PromptPairs], positions: str) -> Hook:
     """A hook that puts another model's stream in place of the one it sees."""
 
     def replace(stream: Tensor, hook: object) -> Tensor:
         other = value.to(stream)
         if positions == "all":
             return other
-        rows, last = torch.arange(len(batch), device=stream.device), batch.asked.to(stream.device)
+        asked = batch.places.on(stream.device)
         patched = stream.clone()
-        patched[rows, last] = other[rows, last]
+        patched[asked] = other[asked]
         return patched
 
     return name, replace
