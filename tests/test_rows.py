@@ -84,7 +84,7 @@ def test_pairs_of_bad_tensors_are_refused(changed: dict[str, object], message: s
             made(PromptPairs, **({"clean": IDS, "corrupt": IDS + 20, "lengths": LENGTHS, "options": options} | given))
 
 
-def test_answers_of_several_tokens_are_carried_and_refused_where_one_is_measured() -> None:
+def test_answers_of_several_tokens_are_carried_and_checked() -> None:
     texts = ["w3 w4", "w3 w4 w5"], ["w3 w6", "w3 w6 w5"]
     answers, wrong = ["w7 w8", "w9"], [["w7", "w8 w8"], ["w9 w30", "w31"]]
     with pytest.raises(MansuError, match="pair 0: answer 'w7 w8' continues 'w3 w4' as 2 tokens"):
@@ -95,9 +95,8 @@ def test_answers_of_several_tokens_are_carried_and_refused_where_one_is_measured
     assert pairs[[1]].options.tolist() == pairs.options[1:].tolist() and pairs.to("meta").options.shape == (2, 3, 2)
     model = mtl.load(tiny("llama"))
     require_fit(model, pairs)
-    for measure in (mtl.edge_attribution, mtl.activation_patching, mtl.patching.node_attribution, mtl.discover_circuit):
-        with pytest.raises(MansuError, match="answers of up to 2 tokens, and this measures one; choose answers"):
-            measure(model, pairs)
+    with pytest.raises(MansuError, match="answers of up to 2 tokens, and this measures one; choose answers"):
+        mtl.runs.logit_difference(mtl.runs.last_logits(model, pairs.clean, pairs.lengths), pairs)
     for options, message in (
         ([[[7, 8], [7, 8]]], r"pair 0: tokens \[7, 8\] is the answer and a distractor"),
         ([[[7, 8], [9, -1], [9, -1]]], "pair 0: token 9 is a distractor twice"),

@@ -118,13 +118,10 @@ class Forced(Generic[G]):
     @property
     def changed(self) -> Bool[Tensor, "row pos"]:
         """Where the two ends differ in what enters the model."""
-        if self.targets is None:
-            return self.given.changed if isinstance(self.given, PromptPairs) else torch.zeros_like(self.real)
         if not isinstance(self.given, PromptPairs):
             return torch.zeros_like(self.real)
-        more = self.clean.shape[1] - self.given.clean.shape[1]
-        changed = torch.nn.functional.pad(self.given.changed, (0, max(0, more)))
-        return changed[self.owner, : self.clean.shape[1]] & (self.steps < 0)
+        changed = _widened(self.given.changed, self.clean.shape[1])
+        return changed if self.targets is None else changed[self.owner] & (self.steps < 0)
 
     @property
     def steps(self) -> Int[Tensor, "row pos"]:
@@ -179,6 +176,8 @@ def forced(given: G, count: int | None = None, width: int = 0) -> Forced[G]:
     options = given.options[:, :count]
     if options.shape[2] == 1 or not bool((options[..., 1:] >= 0).any()):
         every = torch.arange(len(given), device=device)
+        if width > prompts.shape[1]:
+            prompts, other = _widened(prompts, width), _widened(other, width)
         return Forced(given, count, prompts, other, given.lengths, every, Places(every, given.asked), None)
     owner: list[int] = []
     behind: list[list[int]] = []
@@ -216,11 +215,15 @@ def _begins(text: tuple[int, ...], start: tuple[int, ...]) -> bool:
     return text[: len(start)] == start
 
 
+def _widened(rows: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, max(0, width - rows.shape[1])))[:, :width]
+
+
 def _extended(
     prompts: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], behind: list[list[int]], width: int
 ) -> Int[Tensor, "row pos2"]:
     """The rows with some tokens behind each."""
-    out = torch.nn.functional.pad(prompts, (0, max(0, width - prompts.shape[1])))[:, :width].clone()
+    out = _widened(prompts, width).clone()
     for row, (length, tokens) in enumerate(zip(lengths.tolist(), behind, strict=True)):
         out[row, length : length + len(tokens)] = torch.tensor(tokens, dtype=out.dtype, device=out.device)
     return out
