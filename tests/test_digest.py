@@ -41,6 +41,8 @@ def changed(value: Any) -> Any:
         # Less by one: a length may not pass the width of the tokens.
         out.view(-1)[-1] = ~out.view(-1)[-1] if value.dtype == torch.bool else out.view(-1)[-1] - 1
         return out
+    if value is None:
+        return "new"
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):

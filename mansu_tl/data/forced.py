@@ -128,6 +128,11 @@ class Forced(Generic[G]):
         """At every position the number of its token among the answer's, from 0; below 0 in the prompt."""
         return torch.arange(self.clean.shape[1], device=self.clean.device) - self.given.lengths[self.owner][:, None]
 
+    @property
+    def answer_tokens(self) -> Int[Tensor, " place"]:
+        """The answer's token that each position predicts, of rows that are run for the answer alone."""
+        return self.given.options[:, 0, 0] if self.targets is None else self.targets.token
+
     def log_probs(self, logits: Float[Tensor, "place vocab"]) -> Float[Tensor, "pair option"]:
         """The log-probability of each option, summed over its tokens, in nats."""
         each = logits.log_softmax(-1)
@@ -183,8 +188,8 @@ def forced(given: G, count: int | None = None, width: int = 0) -> Forced[G]:
     behind: list[list[int]] = []
     places: list[tuple[int, int]] = []
     targets: list[tuple[int, int, int]] = []
-    for i, (length, texts) in enumerate(zip(given.lengths.tolist(), options.tolist(), strict=True)):
-        answers = [tuple(token for token in text if token >= 0) for text in texts]
+    for i, (length, texts) in enumerate(zip(given.lengths.tolist(), given.texts(), strict=True)):
+        answers = texts[:count]
         wanted = sorted({text[:-1] for text in answers})
         # A row also serves what its beginning is asked for.
         rows = [

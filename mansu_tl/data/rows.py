@@ -103,6 +103,10 @@ class Asked(Rows):
         """How many tokens every option has."""
         return (self.options >= 0).sum(-1)
 
+    def texts(self) -> list[list[tuple[int, ...]]]:
+        """The options' tokens row by row, without padding."""
+        return [[tuple(token for token in text if token >= 0) for text in row] for row in self.options.tolist()]
+
     @property
     def asked(self) -> Int[Tensor, " row"]:
         """The position whose logits give an option's first token: the prompt's last real one."""

@@ -57,6 +57,14 @@ class Sequences(Rows):
         """The same without the columns that are padding in every row."""
         return with_values(self, tokens=self.tokens[:, : int(self.lengths.max())])
 
+    def followed(self, behind: tuple[int, ...]) -> Sequences:
+        """The same with some tokens behind each."""
+        tokens = torch.nn.functional.pad(self.tokens, (0, len(behind)))
+        rows = torch.arange(len(self), device=tokens.device)
+        for step, token in enumerate(behind):
+            tokens[rows, self.lengths + step] = token
+        return with_values(self, tokens=tokens, lengths=self.lengths + len(behind))
+
     def joined(self, other: Sequences) -> Sequences:
         """These rows, then the other's, padded to one width."""
         if not len(other):

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.forced import Forced, forced
+from mansu_tl.runs.metrics import option_scores
 from mansu_tl.runs.passes import chunks
 from mansu_tl.runs.values import Predicted, Values, last_token_logits, sequence_logits
 
@@ -64,18 +66,28 @@ class Batch:
         return self.source.text.text[self.retain_rows]
 
     @cached_property
-    def forget_logits(self) -> Float[Tensor, "row vocab"]:
-        """Last-token logits of the forget prompts under the current values."""
-        return last_token_logits(self.model, self.values, self.pairs.clean, self.pairs.lengths)
+    def forget(self) -> Forced[PromptPairs]:
+        """The forget prompts as they are run for their answers."""
+        return forced(self.pairs, 1)
+
+    @property
+    def places(self) -> Int[Tensor, " place"]:
+        """Their asked positions, counted over those of all forget pairs."""
+        return self.source.places(self.rows)
 
     @cached_property
-    def original_logits(self) -> Float[Tensor, "row vocab"]:
+    def forget_logits(self) -> Float[Tensor, "place vocab"]:
+        """Logits at the asked positions of the forget prompts under the current values."""
+        return last_token_logits(self.model, self.values, self.forget.clean, self.forget.places)
+
+    @cached_property
+    def original_logits(self) -> Float[Tensor, "place vocab"]:
         """The same of the original model."""
         return self.source.original_answers(self.rows)
 
-    def answer_log_prob(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
-        """Log-probability of each forget answer."""
-        return logits.log_softmax(-1).gather(1, self.pairs.answers[:, None])[:, 0]
+    def answer_log_prob(self, logits: Float[Tensor, "place vocab"]) -> Float[Tensor, " row"]:
+        """Log-probability of each forget answer, summed over its tokens."""
+        return self.forget.log_probs(logits)[:, 0]
 
     @cached_property
     def retained(self) -> Predicted:
@@ -150,17 +162,34 @@ class Source:
         rows, far, *near = (draw() for draw in samplers)
         return Batch(self, values, rows, torch.cat([far, *(each + self.n_far for each in near)]), len(far))
 
-    def original_answers(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
-        """The original model's last-token logits of some forget prompts: kept where all fit, else computed again."""
+    def places(self, rows: Int[Tensor, " row"]) -> Int[Tensor, " place"]:
+        """The asked positions of some forget prompts, counted over those of all."""
+        if self.pairs.options.shape[2] == 1:
+            return rows
+        counts = self.pairs.option_lengths[:, 0]
+        ends = counts.cumsum(0)
+        return torch.cat([torch.arange(int(ends[i] - counts[i]), int(ends[i])) for i in rows.tolist()])
+
+    def original_answers(self, rows: Int[Tensor, " row"]) -> Float[Tensor, "place vocab"]:
+        """The original model's logits at the asked positions of some forget prompts: kept where all fit, else computed
+        again."""
         vocab = self.model.get_output_embeddings().weight.shape[0]
-        if len(self.pairs) * vocab > _MOST_KEPT:
+        if int(self.pairs.option_lengths[:, 0].sum()) * vocab > _MOST_KEPT:
             return answers(self.model, self.original, self.pairs[rows])
         if self._answers is None:
             self._answers = answers(self.model, self.original, self.pairs)
-        return self._answers[rows]
+        return self._answers[self.places(rows)]
 
 
 @torch.no_grad()
-def answers(model: PreTrainedModel, values: Values, pairs: PromptPairs) -> Float[Tensor, "row vocab"]:
-    """Last-token logits of forget prompts, without gradients."""
-    return torch.cat([last_token_logits(model, values, p.clean, p.lengths) for _, p in chunks(pairs, _ROWS)])
+def answers(model: PreTrainedModel, values: Values, pairs: PromptPairs) -> Float[Tensor, "place vocab"]:
+    """Logits at the asked positions of forget prompts, without gradients."""
+    parts = (part for _, part in chunks(forced(pairs, 1), _ROWS))
+    return torch.cat([last_token_logits(model, values, part.clean, part.places) for part in parts])
+
+
+@torch.no_grad()
+def choices(model: PreTrainedModel, values: Values, asked: Forced[PromptPairs]) -> Float[Tensor, "pair option"]:
+    """What the options of forget prompts are compared by, without gradients."""
+    parts = (part for _, part in chunks(asked, max(1, _ROWS * len(asked) // len(asked.clean))))
+    return torch.cat([option_scores(p, last_token_logits(model, values, p.clean, p.places)) for p in parts])

@@ -41,7 +41,8 @@ class Objective:
 
 
 def ascent(batch: Batch) -> Float[Tensor, ""]:
-    """Log-likelihood of the forget answers, to be lowered: gradient ascent (Jang et al. 2022, arXiv 2210.01504, eq. 1)."""
+    """Log-likelihood of the forget answers, summed over their tokens, to be lowered: gradient ascent (Jang et al. 2022,
+    arXiv 2210.01504, eq. 1)."""
     return batch.answer_log_prob(batch.forget_logits).mean()
 
 
@@ -56,11 +57,13 @@ def npo(beta: float) -> Term:
 
 
 def simnpo(beta: float, gamma: float) -> Term:
-    """-(2 / beta) E log sigmoid(-beta log p - gamma), answers being one token: Fan et al. 2024, arXiv 2410.07163, eq. 4."""
+    """-(2 / beta) E log sigmoid(-(beta / |y|) log p - gamma), |y| the answer's tokens: Fan et al. 2024, arXiv 2410.07163,
+    eq. 4."""
 
     def term(batch: Batch) -> Float[Tensor, ""]:
+        per_token = batch.answer_log_prob(batch.forget_logits) / batch.pairs.option_lengths[:, 0]
         # -log sigmoid(-z) = softplus(z)
-        return 2 / beta * softplus(beta * batch.answer_log_prob(batch.forget_logits) + gamma).mean()
+        return 2 / beta * softplus(beta * per_token + gamma).mean()
 
     return term
 

@@ -21,11 +21,13 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
+from mansu_tl.data.forced import forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models import float32_copy, home, plain
 from mansu_tl.results.digest import Digested
+from mansu_tl.runs.metrics import first_is_best
 from mansu_tl.runs.values import Values
-from mansu_tl.unlearning.batches import Source, answers
+from mansu_tl.unlearning.batches import Source, choices
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.loop import Solver, Verdict, run
@@ -193,6 +195,7 @@ class _Training(Solver):
         self.near = round(settings.retain_batch * _NEAR_SHARE) if len(there.near_text) else 0
         near_text = there.near_text if self.near else there.near_text[:0]
         self.source = Source(hf, self.original, there.forget_pairs, there.retain_text, near_text)
+        self.asked = forced(there.forget_pairs)
 
     def restart(self) -> None:
         settings, every = self.settings, self.recipe.only is None
@@ -212,10 +215,8 @@ class _Training(Solver):
 
     def check(self, step: int) -> Verdict:
         pairs, over = self.source.pairs, self.settings.stop_over_chance
-        logits = answers(self.stored, self.rounded(self.recipe.view(self.values)), pairs)
-        wrong = logits.gather(1, pairs.distractors).max(1).values
-        right = logits.gather(1, pairs.answers[:, None])[:, 0] > wrong
-        score = 100 * right.double().mean().item()
+        scores = choices(self.stored, self.rounded(self.recipe.view(self.values)), self.asked)
+        score = 100 * first_is_best(scores).double().mean().item()
         self.history.append({"step": float(step), "forget_mc": score})
         if score > pairs.chance + over:
             return "on"

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.forced import forced
 from mansu_tl.runs.values import Values, last_token_logits
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 
@@ -45,9 +46,9 @@ def attacked(
     optimizer = torch.optim.Adam(list(moving.values()), lr=settings.adversary_rate)
     for _ in range(settings.adversary_steps):
         drawn = rows[torch.randperm(len(rows), generator=generator)[: settings.retain_batch]]
-        part = pairs[drawn]
-        logits = last_token_logits(model, {**rest, **moving}, part.clean, part.lengths)
-        loss = torch.nn.functional.cross_entropy(logits, part.answers)
+        part = forced(pairs[drawn], 1)
+        logits = last_token_logits(model, {**rest, **moving}, part.clean, part.places)
+        loss = torch.nn.functional.cross_entropy(logits, part.answer_tokens)
         gradients = torch.autograd.grad(loss, list(moving.values()))
         for value, gradient in zip(moving.values(), gradients, strict=True):
             value.grad = gradient

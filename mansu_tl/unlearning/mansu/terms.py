@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.data.wording import same_wording
+from mansu_tl.errors import MansuError
 from mansu_tl.runs.metrics import kl_divergence
 from mansu_tl.runs.values import last_token_states
 from mansu_tl.unlearning.batches import Batch
@@ -25,14 +26,14 @@ def objective(settings: MansuSettings, unknown: Ignorance) -> Objective:
     """Its forget and retain terms; what it adds (attacker, null space) hangs on the update and stands in the solver."""
 
     def forget(batch: Batch) -> Float[Tensor, ""]:
-        pairs, reference = batch.pairs, unknown.of(batch.rows)
+        asked, reference = batch.forget, unknown.of(batch.places)
         if settings.representation_weight:
-            logits, states = last_token_states(batch.model, batch.values, pairs.clean, pairs.lengths)
+            logits, states = last_token_states(batch.model, batch.values, asked.clean, asked.places)
             away = representation_loss(states, reference.state, reference.spread)
         else:
             logits, away = batch.forget_logits, batch.forget_logits.new_zeros(())
         return settings.representation_weight * away + forget_loss(
-            logits, reference.reference, reference.pool, pairs.answers, settings
+            logits, reference.reference, reference.pool, asked.answer_tokens, settings
         )
 
     def retain(batch: Batch) -> Float[Tensor, ""]:
@@ -106,17 +107,21 @@ def retain_loss(
 
 @dataclass(frozen=True)
 class Ignorance:
-    """What the original model says where it knows nothing, by the wording of the forget prompts. Our definition."""
+    """What the original model says where it knows nothing, by the wording of the forget prompts. Our definition.
 
-    wording: Int[Tensor, " pair"]  # the row below that each forget prompt has
+    Where an answer has several tokens, a wording is one with the answer's tokens so far behind it, and the never-seen prompts
+    have the same ones.
+    """
+
+    wording: Int[Tensor, " place"]  # the row below that each asked position of the forget prompts has
     reference: Float[Tensor, "wording vocab"]  # mean next-token distribution over never-seen prompts of that wording
-    pool: Bool[Tensor, "wording vocab"]  # tokens that answer any forget prompt of that wording
+    pool: Bool[Tensor, "wording vocab"]  # tokens with which an option of any forget prompt of that wording goes on
     state: Float[Tensor, "wording layer d_model"]  # mean residual stream of those prompts, at their last token
     spread: Float[Tensor, "wording layer"]  # their mean squared distance to it
 
-    def of(self, rows: Int[Tensor, " row"]) -> Ignorance:
-        """The same for some of the forget prompts, each with a row of its own."""
-        at = self.wording[rows]
+    def of(self, places: Int[Tensor, " place"]) -> Ignorance:
+        """The same for some of the asked positions, each with a row of its own."""
+        at = self.wording[places]
         every = torch.arange(len(at), device=at.device)
         return Ignorance(every, self.reference[at], self.pool[at], self.state[at], self.spread[at])
 
@@ -127,9 +132,44 @@ def ignorance(model: PreTrainedModel, pairs: PromptPairs, unseen: Sequences) -> 
     Every forget prompt is matched with the never-seen prompts of closest wording: those that agree with it most where
     it does not differ from its own corrupt prompt. Where there are none, the corrupt prompts stand in.
     """
+    if not len(unseen) and pairs.corruption is not None:
+        raise MansuError(
+            f"unseen: no prompt about what the model never met, and {pairs.corruption.kind} corruption leaves no corrupt "
+            "prompts to stand in; give the task some"
+        )
     unseen = unseen if len(unseen) else Sequences(pairs.corrupt, pairs.lengths)
-    words = pairs.clean.masked_fill(pairs.clean != pairs.corrupt, -1)
+    words = pairs.clean.masked_fill(pairs.changed, -1)
     closest, wording = same_wording(words, pairs.lengths, unseen).unique(dim=0, return_inverse=True)
+    wordings, answers = wording.tolist(), pairs.texts()
+    # The wordings in which an answer goes on after some tokens; after none, all of them.
+    after: dict[tuple[int, ...], set[int]] = {}
+    for one, texts in zip(wordings, answers, strict=True):
+        for step in range(len(texts[0])):
+            after.setdefault(texts[0][:step], set()).add(one)
+    number: dict[tuple[int, tuple[int, ...]], int] = {}
+    parts = []
+    for before, wanted in after.items():
+        number |= {(one, before): len(number) + i for i, one in enumerate(sorted(wanted))}
+        parts.append(_unknown(model, unseen, before, closest[sorted(wanted)]))
+    reference, state, spread = (torch.cat(part) for part in zip(*parts, strict=True))
+    pool = torch.zeros_like(reference, dtype=torch.bool)
+    places = []
+    for one, texts in zip(wordings, answers, strict=True):
+        places += [number[one, texts[0][:step]] for step in range(len(texts[0]))]
+        for text in texts:
+            for step, token in enumerate(text):
+                if (one, text[:step]) in number:
+                    pool[number[one, text[:step]], token] = True
+    return Ignorance(torch.tensor(places, device=wording.device), reference, pool, state, spread)
+
+
+def _unknown(
+    model: PreTrainedModel, unseen: Sequences, before: tuple[int, ...], closest: Bool[Tensor, "wording unseen"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference, state and spread of some wordings, with some tokens behind every never-seen prompt."""
+    if before:
+        some = closest.any(0)
+        unseen, closest = unseen[some.nonzero()[:, 0]].followed(before), closest[:, some]
     mean = closest.float() / closest.sum(1, keepdim=True)
     values, parts = dict(model.named_parameters()), []
     vocab = model.get_output_embeddings().weight.shape[0]
@@ -144,11 +184,7 @@ def ignorance(model: PreTrainedModel, pairs: PromptPairs, unseen: Sequences) -> 
     states = torch.cat(parts)
     state = torch.einsum("wu,uld->wld", mean, states)
     square = torch.einsum("wu,ul->wl", mean, states.square().sum(-1))
-    pool = torch.zeros_like(reference, dtype=torch.bool)
-    options = torch.cat([pairs.answers[:, None], pairs.distractors], 1)
-    pool[wording[:, None].expand_as(options), options] = True
     spread = square - state.square().sum(-1)
     # A single prompt of that wording has no spread of its own: all never-seen prompts' around their mean stands in.
     common = (states - states.mean(0)).square().sum(-1).mean(0)
-    spread = torch.where(closest.sum(1, keepdim=True) > 1, spread, common)
-    return Ignorance(wording, reference, pool, state, spread)
+    return reference, state, torch.where(closest.sum(1, keepdim=True) > 1, spread, common)

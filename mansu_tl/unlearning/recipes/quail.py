@@ -3,7 +3,7 @@
 Source: Mishra & Mehreen 2026, arXiv 2601.15538: the logits of the unlearned model must differ from the original's by at
 least half the quantization step. The paper leaves the distance open; ours is an option (`distance`): the root-mean-square
 difference over the vocabulary, its mean absolute difference, its largest, or the answer's own. The step is that of a
-4-bit grid over the range of the original logits.
+4-bit grid over the range of the original logits. Where an answer has several tokens, the logits in front of each count.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def quail(settings: QuailSettings, start: Start) -> Recipe:
     def forget(batch: Batch) -> Float[Tensor, ""]:
         before = batch.original_logits
         step = (before.amax(1) - before.amin(1)) / _STEPS_OF_4_BIT
-        moved = measure(batch.forget_logits - before, batch.pairs.answers)
+        moved = measure(batch.forget_logits - before, batch.forget.answer_tokens)
         return ascent(batch) + settings.hinge_weight * (settings.margin_steps * step - moved).relu().mean()
 
     return Recipe(Objective(forget, likelihood, settings.retain_weight))

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.data.forced import Forced, forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, component_masks, float32_copy, home
 from mansu_tl.runs.values import Values, with_streams
@@ -51,12 +52,14 @@ def rmu(settings: RmuSettings, start: Start) -> Recipe:
     layer = max(1, round(settings.depth * parts.n_layers))
     original = dict(hf.named_parameters())
     with torch.no_grad():
-        norm = _hidden(hf, original, _prompts(start.task.forget_pairs.to(home(hf))), layer).norm(dim=-1).mean()
+        norm = (
+            _hidden(hf, original, _prompts(forced(start.task.forget_pairs.to(home(hf)), 1)), layer).norm(dim=-1).mean()
+        )
     direction = torch.rand(parts.d_model, generator=torch.Generator().manual_seed(start.seed)).to(norm.device)
     target = settings.steering * norm * direction / direction.norm()
 
     def away(batch: Batch) -> Float[Tensor, ""]:
-        return (_hidden(batch.model, batch.values, _prompts(batch.pairs), layer) - target).square().mean()
+        return (_hidden(batch.model, batch.values, _prompts(batch.forget), layer) - target).square().mean()
 
     def held(batch: Batch) -> Float[Tensor, ""]:
         kept = _hidden(batch.model, batch.values, batch.retain, layer)
@@ -68,7 +71,7 @@ def rmu(settings: RmuSettings, start: Start) -> Recipe:
     return Recipe(Objective(away, held, settings.retain_weight), only, facts={"layer": layer - 1})
 
 
-def _prompts(pairs: PromptPairs) -> Sequences:
+def _prompts(pairs: Forced[PromptPairs]) -> Sequences:
     return Sequences(pairs.clean, pairs.lengths)
 
 

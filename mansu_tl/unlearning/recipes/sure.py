@@ -14,6 +14,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.data import Task
+from mansu_tl.data.forced import forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, component_masks, float32_copy, home, linear_weights
 from mansu_tl.runs.values import last_token_logits
@@ -57,10 +58,10 @@ def salient_weights(model: TransformerBridge, task: Task, share: float) -> Masks
     names += [f"MLP{i}.N{n}" for i in range(parts.n_layers) for n in range(parts.d_mlp)]
     linear = linear_weights(model)
     values = {name: value.detach().clone().requires_grad_(name in linear) for name, value in hf.named_parameters()}
-    pairs = task.forget_pairs.to(home(hf))
+    pairs = forced(task.forget_pairs.to(home(hf)), 1)
     with torch.enable_grad():
-        logits = last_token_logits(hf, values, pairs.clean, pairs.lengths)
-        loss = torch.nn.functional.cross_entropy(logits, pairs.answers)
+        logits = last_token_logits(hf, values, pairs.clean, pairs.places)
+        loss = torch.nn.functional.cross_entropy(logits, pairs.answer_tokens)
         grads = dict(zip(linear, torch.autograd.grad(loss, [values[name] for name in linear]), strict=True))
     pieces = [[piece for piece in parts.slices(name) if piece.parameter in linear] for name in names]
     scores = []
