@@ -10,26 +10,36 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.data import Task
+from mansu_tl.data import Sequences, Task
+from mansu_tl.data.answers import joined, seam
 from mansu_tl.data.corruption import Subject, counterfactuals
+from mansu_tl.data.fit import require_fit
 from mansu_tl.data.sources import load_task
-from mansu_tl.data.text import encode, pad, pad_id
+from mansu_tl.data.text import encode, in_chat, pad, pad_id, require_text, text_source
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import require_ready
+from mansu_tl.models.cache import cache_argument, cache_of, cache_passed_on
+from mansu_tl.models.state import home
+from mansu_tl.models.tree import hf_of
 from mansu_tl.results.files import local, read_text, write_text
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import last_logits
+from mansu_tl.runs.passes import last_token_only
 
 _SUBJECT = "{}"
+# Prompts that are run at a time, and tokens that all of them begin with from which on these are run once.
+_BATCH, _WORTH_SHARING = 64, 4
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,9 @@ class Relation:
                 f"relation {self.name}: {len(set(self.wordings))} wordings, {len(self.facts)} facts; give two wordings or "
                 "more, one to train on and one to hold out, and facts"
             )
+        for i, (subject, answer) in enumerate(self.facts):
+            require_text(subject, f"relation {self.name}, fact {i}: subject")
+            require_text(answer, f"relation {self.name}, fact {i}: answer")
 
     @classmethod
     def read(cls, path: str | PathLike[str]) -> Relation:
@@ -135,6 +148,7 @@ def build_task(
     options: int = 4,
     unseen: int = 8,
     text: Sequence[str] = (),
+    chat: bool = False,
     seed: int = 0,
 ) -> BuiltTask:
     """Make a forget/retain task of what a model knows. Our own.
@@ -147,12 +161,13 @@ def build_task(
         far_facts: how many to keep of each far relation, at most.
         options: answers to choose from in each question, the right one among them.
         unseen: prompts about invented subjects.
-        text: texts whose likelihood is to be kept.
+        text: texts whose likelihood is to be kept, as they are.
+        chat: put every wording into the tokenizer's chat template, as what a user says; the answer begins the reply.
         seed: of every draw.
 
     Raises:
-        MansuError: fewer known facts than are to be forgotten plus one near one, no far fact known, or a relation that
-            cannot be read.
+        MansuError: fewer known facts than are to be forgotten plus one near one, no far fact known, a relation that
+            cannot be read, or a tokenizer without a chat template.
 
     Example:
         >>> from mansu_tl.building import Relation
@@ -170,6 +185,8 @@ def build_task(
     doubled = [name for name, count in Counter(one.name for one in (about, *others)).items() if count > 1]
     if doubled:
         raise MansuError(f"build_task: relation {doubled[0]!r} is given twice; name every relation once")
+    if chat:
+        about, *others = (_in_chat(model, one) for one in (about, *others))
     judged = {relation.name: _Judged(model, relation, options) for relation in (about, *others)}
     usable = [fact for fact, why in judged[about.name].why.items() if not why]
     if len(usable) <= facts:
@@ -215,19 +232,24 @@ class _Judged:
 
     def __init__(self, model: TransformerBridge, relation: Relation, options: int) -> None:
         self.relation = relation
-        tokens = {answer: _answer(model, answer) for answer in dict.fromkeys(answer for _, answer in relation.facts)}
+        self._tokenizer, _ = text_source(model)
+        first = relation.wordings[0].replace(_SUBJECT, relation.facts[0][0])
+        tokens = {
+            answer: seam(self._tokenizer, first, self._text(first, answer), answer_space=False)[1]
+            for answer in dict.fromkeys(answer for _, answer in relation.facts)
+        }
         answers = Counter(subject for subject, _ in relation.facts)
         self.usable = [fact for fact in relation.facts if len(tokens[fact[1]]) == 1 and answers[fact[0]] == 1]
         prompts = {
-            fact: [encode(model, wording.replace(_SUBJECT, fact[0])) for wording in relation.wordings]
+            fact: [encode(model, wording.replace(_SUBJECT, fact[0])) for wording in relation.wordings[:2]]
             for fact in self.usable
         }
         self._alike: dict[tuple[int, ...], list[tuple[str, str]]] = {}
-        self._lengths = {fact: tuple(len(ids) for ids in prompts[fact][:2]) for fact in self.usable}
+        self._lengths = {fact: tuple(len(ids) for ids in prompts[fact]) for fact in self.usable}
         for fact in self.usable:
             self._alike.setdefault(self._lengths[fact], []).append(fact)
-        known = self._known(model, prompts, {answer: ids[0] for answer, ids in tokens.items()})
         few = len({answer for _, answer in self.usable}) < options
+        known = set() if few else self._known(model, prompts, {answer: ids[0] for answer, ids in tokens.items() if ids})
         self.why: dict[tuple[str, str], str] = {}
         for fact in relation.facts:
             if answers[fact[0]] > 1:
@@ -252,17 +274,12 @@ class _Judged:
         token: Mapping[str, int],
     ) -> set[tuple[str, str]]:
         """Facts that are right in the wording that is trained on and in the one that is held out."""
-        if not self.usable:
-            return set()
-        assert model.tokenizer is not None
         pool = sorted({token[answer] for _, answer in self.usable})
-        known = set(self.usable)
+        known = self.usable
         for i in range(2):
-            rows = pad([prompts[fact][i] for fact in self.usable], pad_id(model.tokenizer))
-            require_ready(model, rows[0])
-            best = last_logits(model, *rows)[:, pool].argmax(1).tolist()
-            known -= {fact for fact, at in zip(self.usable, best, strict=True) if pool[at] != token[fact[1]]}
-        return known
+            best = _best(model, [prompts[fact][i] for fact in known], pool)
+            known = [fact for fact, found in zip(known, best, strict=True) if found == token[fact[1]]]
+        return set(known)
 
     def rows(self, fact: tuple[str, str], kind: str, options: int, rng: random.Random) -> list[dict[str, Any]]:
         """The fact as rows of a task file: trained on in the first wording, held out in the second."""
@@ -273,20 +290,58 @@ class _Judged:
         return [
             {
                 "set": kind,
-                "clean": wording.replace(_SUBJECT, subject),
+                "clean": (clean := wording.replace(_SUBJECT, subject)),
                 "corrupt": wording.replace(_SUBJECT, other[0]),
-                "answer": f" {answer}",
-                "distractors": [f" {each}" for each in wrong],
+                "answer": self._text(clean, answer),
+                "distractors": [self._text(clean, each) for each in wrong],
                 "fact": f"{self.relation.name}: {subject}",
                 "held_out": bool(i),
             }
             for i, wording in enumerate(self.relation.wordings[:2])
         ]
 
+    def _text(self, prompt: str, answer: str) -> str:
+        """An answer as it goes on behind a prompt, with the space that a writer puts there."""
+        return joined(self._tokenizer, prompt, answer)[len(prompt) :]
 
-def _answer(model: TransformerBridge, answer: str) -> list[int]:
-    assert model.tokenizer is not None
-    return list(model.tokenizer.encode(f" {answer}", add_special_tokens=False))
+
+def _in_chat(model: TransformerBridge, relation: Relation) -> Relation:
+    """A relation whose wordings are what a user says in a chat."""
+    tokenizer, _ = text_source(model)
+    return replace(relation, wordings=tuple(in_chat(tokenizer, relation.wordings, "build_task")))
+
+
+@torch.no_grad()
+def _best(model: TransformerBridge, prompts: Sequence[list[int]], pool: list[int]) -> list[int]:
+    """Which token of a pool has the highest logit behind each prompt; what all prompts begin with is run once."""
+    if not prompts:
+        return []
+    rows = Sequences(*pad(prompts, 0))
+    require_fit(model, rows)
+    require_ready(model, rows.tokens)
+    shared = int((rows.tokens == rows.tokens[0]).all(0).int().cumprod(0).sum())
+    shared = min(shared, int(rows.lengths.min()) - 1)
+    best = [0] * len(prompts)
+    hf, place = hf_of(model), home(model)
+    with cache_passed_on(model):
+        cache = None
+        if shared >= _WORTH_SHARING and len(prompts) > 1:
+            cache = cache_of(hf(rows.tokens[:1, :shared].to(place), use_cache=True, logits_to_keep=1))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), _BATCH):
+            chosen = order[start : start + _BATCH]
+            tokens, lengths = pad([prompts[i] for i in chosen], pad_id(text_source(model)[0]))
+            if cache is None:
+                logits = last_logits(model, tokens, lengths)
+            else:
+                behind = deepcopy(cache)
+                behind.batch_repeat_interleave(len(chosen))
+                with last_token_only(hf, lengths - shared):
+                    given = {cache_argument(hf): behind}
+                    logits = hf(tokens[:, shared:].to(place), use_cache=True, **given).logits[:, 0].float()
+            for i, at in zip(chosen, logits[:, pool].argmax(1).tolist(), strict=True):
+                best[i] = pool[at]
+    return best
 
 
 def _invented(model: TransformerBridge, judged: _Judged, count: int, seed: int) -> list[str]:

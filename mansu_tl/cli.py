@@ -235,10 +235,11 @@ def build(
     out: Annotated[Path, typer.Option(help="The task file to write, JSON lines.")],
     facts: Annotated[int, typer.Option(help="Facts to forget.")] = 24,
     near: Annotated[int, typer.Option(help="Facts of the same relation to keep, at most.")] = 60,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
 ) -> None:
     """Make a task of the facts that a model knows, and say what became of the others."""
-    built = build_task(load(model), forget, far, facts=facts, near=near, seed=seed)
+    built = build_task(load(model), forget, far, facts=facts, near=near, chat=chat, seed=seed)
     counts = built.to_dataframe().groupby(["relation", "used_as", "reason"], sort=False).size().rename("facts")
     typer.echo(counts.reset_index().to_string(index=False))
     typer.echo(f"{built!r}, written: {built.write(out)}")

@@ -12,9 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 import mansu_tl as mtl
+from mansu_tl import building
 from mansu_tl.building import BuiltTask, Relation, build_task
 from mansu_tl.cli import app
-from tests.tiny import SMALL_TASK
+from tests.tiny import FAMILIES, SMALL_TASK, tiny, tiny_tokenizer
 
 LRE = Path(__file__).parents[2] / "shared" / "data" / "lre"
 
@@ -88,6 +89,8 @@ def test_a_seed_draws_the_same_twice_and_another_does_not(catalysts: Relation, a
 
 def test_what_cannot_be_built_is_refused(catalysts: Relation, antidotes: Relation, tmp_path: Path) -> None:
     model = mtl.load("pocket")
+    wrong = {answer: other for (_, answer), (_, other) in zip(catalysts.facts, catalysts.facts[1:], strict=False)}
+    unknown = replace(catalysts, facts=tuple((s, wrong[a]) for s, a in catalysts.facts if wrong.get(a, a) != a))
     for call, message in (
         (
             lambda: build_task(model, catalysts, [antidotes], facts=500),
@@ -98,6 +101,19 @@ def test_what_cannot_be_built_is_refused(catalysts: Relation, antidotes: Relatio
         (lambda: build_task(model, catalysts, facts=0), r"facts=0, near=60, options=4; give at least 1, 1 and 2"),
         (lambda: Relation("r", ("a {}", "no place"), (("x", "y"),)), r"wording 'no place' must have \{\} once"),
         (lambda: Relation("r", ("a {}",), (("x", "y"),)), r"1 wordings, 1 facts; give two wordings or more"),
+        (
+            lambda: Relation("r", ("a {}", "b {}"), (("x", "y"), (" ", "y"))),
+            r"relation r, fact 1: subject is blank \(' '\)",
+        ),
+        (lambda: Relation("r", ("a {}", "b {}"), (("x", ""),)), r"relation r, fact 0: answer is blank \(''\)"),
+        (
+            lambda: build_task(model, unknown, [antidotes], facts=1),
+            r"relation catalyst: 0 facts can be used, .*\d+ not known in two wordings\); lower facts, or take another",
+        ),
+        (
+            lambda: build_task(model, catalysts, [antidotes], facts=3, chat=True),
+            r"build_task: the tokenizer has no chat template; go on without chat, or set tokenizer.chat_template",
+        ),
     ):
         with pytest.raises(mtl.MansuError, match=message):
             call()
@@ -107,6 +123,34 @@ def test_what_cannot_be_built_is_refused(catalysts: Relation, antidotes: Relatio
     (tmp_path / "relation.json").write_text("[]")
     with pytest.raises(mtl.MansuError, match=r"not one of LRE's relations"):
         Relation.read(tmp_path / "relation.json")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_prompts_begin_with_is_run_once_and_changes_no_answer(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"sliding_window": 4} if family.startswith("gemma") else {}
+    model, rng = mtl.load(tiny(family, **sizes), tokenizer=tiny_tokenizer()), torch.Generator().manual_seed(0)
+    for shared in (0, 3, 9):
+        start = torch.randint(3, 60, (shared,), generator=rng).tolist()
+        ends = [torch.randint(3, 60, (1 + i % 5,), generator=rng).tolist() for i in range(12)]
+        prompts, pool = [start + end for end in ends], list(range(3, 60, 2))
+        monkeypatch.setattr(building, "_BATCH", 5)
+        found = building._best(model, prompts, pool)
+        with torch.no_grad():
+            alone = [pool[int(model(torch.tensor([ids]))[0, -1, pool].argmax())] for ids in prompts]
+        assert found == alone
+
+
+def test_in_a_chat_the_template_stands_around_every_wording(catalysts: Relation, antidotes: Relation) -> None:
+    model = mtl.load("pocket")
+    model.tokenizer.chat_template = "{% for m in messages %}. {{ m['content'] }}{% endfor %}"
+    built = build_task(model, catalysts, [antidotes], facts=3, near=2, unseen=2, chat=True)
+    rows = built.rows()
+    assert all(row.get("clean", row.get("text")).startswith(". ") for row in rows)
+    task = built.task(model)
+    for name, asked in task.questions.items():
+        assert mtl.accuracy(model, asked).mc_percent == 100, name
 
 
 @pytest.mark.skipif(not LRE.is_dir(), reason="needs the shared folder with LRE's relations")

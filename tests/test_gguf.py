@@ -11,10 +11,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
 
 import mansu_tl as mtl
 from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
-from mansu_tl.models.gguf import LAYOUTS, gguf_weights, save_gguf
+from mansu_tl.models.gguf import LAYOUTS, GgufFile, gguf_weights, save_gguf
+from mansu_tl.models.gguf.tokens import merges, read_tokenizer
 from mansu_tl.models.gguf.write import written
 from mansu_tl.models.packages import PACKAGED
 from mansu_tl.quantization import find_grid, quantizer
@@ -380,3 +383,49 @@ def test_a_model_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytest
         ) as error:
             mtl.load(name)
         assert model.licence in str(error.value)
+
+
+def syllables(count: int) -> list[str]:
+    """Words made of words that are there already, in random order behind their letters."""
+    rng, words = np.random.default_rng(0), list("abcdef▁")
+    while len(words) < count:
+        word = "".join(words[i] for i in rng.integers(0, len(words), 2))
+        if len(word) < 9 and word not in words:
+            words.append(word)
+    return [*words[:7], *(words[7 + i] for i in rng.permutation(count - 7))]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("skipped", [(), ("ab", "e", "▁")])
+def test_merges_are_those_of_transformers(scored: bool, skipped: tuple[str, ...]) -> None:
+    words = syllables(400)
+    vocab = {word: i for i, word in enumerate(words)}
+    rng = np.random.default_rng(1)
+    scores = dict(zip(words, rng.permutation(len(words)).tolist(), strict=True)) if scored else None
+    wanted = generate_merges(vocab, scores, skipped)
+    assert len(wanted) > 300
+    assert merges(vocab, scores, skipped) == wanted
+
+
+@pytest.mark.parametrize(("architecture", "same"), [("llama", False), ("llama", True), ("gemma3", False)])
+def test_a_tokenizer_without_merges_is_the_one_that_transformers_reads(
+    architecture: str, same: bool, tmp_path: Path
+) -> None:
+    words = ["<pad>", "<s>", "</s>", "<unk>", *syllables(200)]
+    writer = gguf.GGUFWriter(str(tmp_path / "tokens.gguf"), architecture)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(words)
+    writer.add_token_scores([-float(i // 2 if same else i) for i in range(len(words))])
+    writer.add_token_types([3, 3, 3, 2, *([1] * (len(words) - 4))])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours = read_tokenizer(GgufFile.read(tmp_path / "tokens.gguf"))
+    theirs = PreTrainedTokenizerFast(gguf_file="tokens.gguf", name_or_path=str(tmp_path))
+    assert ours is not None
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours("abba fed")["input_ids"] == theirs("abba fed")["input_ids"]

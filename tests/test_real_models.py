@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoTokenizer
 
 import mansu_tl as mtl
+from mansu_tl.building import Relation
 from mansu_tl.models import parameters
 from mansu_tl.models.gguf import gguf_weights, save_gguf
 from mansu_tl.models.packages import PACKAGED, packaged_file
@@ -106,3 +107,28 @@ def test_a_file_is_written_back_code_by_code(named: str, model: TransformerBridg
     theirs = next(tensor for tensor in gguf.GGUFReader(out, "r").tensors if tensor.name == stored.name)
     assert torch.equal(torch.from_numpy(gguf.dequantize(theirs.data, theirs.tensor_type).copy()), edited)
     assert torch.equal(edited != w, chosen)
+
+
+def test_a_task_for_a_chat_model_is_what_its_template_makes(named: str, model: TransformerBridge) -> None:
+    if not model.tokenizer.chat_template:
+        pytest.skip(f"{named} is no chat model")
+    wordings = ("What is the capital of {}?", "Name the capital of {}.")
+    cities = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Poland": "Warsaw"}
+    capitals = Relation("capitals", wordings, tuple(cities.items()))
+    tongues = {"France": "French", "Italy": "Italian"}
+    asked = Relation("languages", ("What is spoken in {}?", "Say the language of {}."), tuple(tongues.items()))
+    built = mtl.build_task(model, capitals, [asked], facts=1, unseen=1, options=2, chat=True)
+    assert "has no chat" not in str(built.reason)
+    task = built.task(model)
+    pairs = task.forget_pairs
+    row = built.rows()[0]
+    country, city = row["fact"].split(": ")[1], row["answer"]
+    talk = [{"role": "user", "content": wordings[0].format(country)}]
+    wanted = model.tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    assert pairs.clean[0, : pairs.lengths[0]].tolist() == wanted
+    # Behind a line break a name has no space in front.
+    assert city == cities[country]
+    assert model.tokenizer.decode(pairs.answers[0]) == city
+    for name, questions in task.questions.items():
+        assert mtl.accuracy(model, questions).mc_percent == 100, name
+    assert mtl.ask(model, wordings[0].format("France"), new_tokens=8, chat=True).answers[0][0].count("Paris")

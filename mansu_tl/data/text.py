@@ -53,6 +53,25 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int], wanted: bool) -
     return [int(bos), *ids] if wanted and bos is not None and ids[:1] != [int(bos)] else ids
 
 
+def in_chat(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], what: str) -> list[str]:
+    """Each text as what a user says, in the tokenizer's chat template, up to where the reply begins.
+
+    The template writes its own special tokens.
+
+    Args:
+        what: what an error calls whoever asks.
+
+    Raises:
+        MansuError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise MansuError(
+            f"{what}: the tokenizer has no chat template; go on without chat, or set tokenizer.chat_template"
+        )
+    talks = [[{"role": "user", "content": text}] for text in texts]
+    return list(tokenizer.apply_chat_template(talks, tokenize=False, add_generation_prompt=True))
+
+
 def require_text(value: object, what: str) -> None:
     """Refuse anything but text that says something.
 

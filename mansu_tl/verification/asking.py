@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
-from mansu_tl.data.text import pad_id
+from mansu_tl.data.text import in_chat, pad_id
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result, Table
@@ -85,12 +85,7 @@ def _answers(name: str, model: TransformerBridge, texts: Sequence[str], new_toke
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise MansuError(f"ask: {name} has no tokenizer; load it with tokenizer=")
-    if chat and not tokenizer.chat_template:
-        raise MansuError(f"ask: the tokenizer of {name} has no chat template; ask without chat=True")
-    if chat:
-        talks = [[{"role": "user", "content": text}] for text in texts]
-        texts = tokenizer.apply_chat_template(talks, tokenize=False, add_generation_prompt=True)
-    # A template writes its own special tokens.
+    texts = in_chat(tokenizer, texts, f"ask: {name}") if chat else texts
     ids = tokenizer(list(texts), add_special_tokens=not chat)["input_ids"]
     written = greedy_answers(writing_copy(model, name), ids, pad_id(tokenizer), tokenizer.eos_token_id, new_tokens)
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]

@@ -164,6 +164,20 @@ class _Head:
         self.at = end
         return value
 
+    def texts(self, count: int) -> list[str]:
+        """The next strings: a vocabulary has hundreds of thousands."""
+        data, at, length_at, found = self.data, self.at, struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            if at + 8 > len(data):
+                raise self._short()
+            end = at + 8 + length_at(data, at)[0]
+            if end > len(data):
+                raise self._short()
+            found.append(data[at + 8 : end].decode("utf-8", "replace"))
+            at = end
+        self.at = at
+        return found
+
     def value(self, kind: int) -> Any:
         """The next value of a metadata type."""
         if kind == _STRING:
@@ -177,7 +191,7 @@ class _Head:
                 values = list(struct.unpack_from(f"<{count}{_PLAIN[of]}", self.data, self.at))
                 self.at += size * count
                 return values
-            return [self.value(of) for _ in range(count)]
+            return self.texts(count) if of == _STRING else [self.value(of) for _ in range(count)]
         if kind not in _PLAIN:
             raise MansuError(f"{self.path}: metadata of type {kind}, which no version 3 has; the file is broken")
         return self.number(_PLAIN[kind])

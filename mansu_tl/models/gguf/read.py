@@ -12,13 +12,14 @@ from accelerate import init_empty_weights
 from gguf import GGMLQuantizationType, dequantize, get_tensor_name_map
 from jaxtyping import Float32, Int, Shaped, UInt8
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mansu_tl.errors import MansuError
 from mansu_tl.models.families import Family, family_of
 from mansu_tl.models.gguf.blocks import LAYOUTS, Blocks
 from mansu_tl.models.gguf.config import ARCHITECTURES, read_config
 from mansu_tl.models.gguf.file import GgufFile, Stored
+from mansu_tl.models.gguf.tokens import read_tokenizer
 from mansu_tl.models.quiet import quiet
 from mansu_tl.models.tree import Model, hf_of, tied_names
 from mansu_tl.models.weights import linear_weights
@@ -149,7 +150,7 @@ def read_model(path: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     hf.load_state_dict({key: weights.value(key) for key in weights.ways}, assign=True, strict=False)
     hf.tie_weights()
     remember(hf, weights)
-    return hf.eval().requires_grad_(False), _tokenizer(weights.file)
+    return hf.eval().requires_grad_(False), read_tokenizer(weights.file)
 
 
 def _ways(file: GgufFile, family: Family, hf: PreTrainedModel) -> dict[str, Way]:
@@ -186,13 +187,3 @@ def _rows(architecture: str, family: Family, hf: PreTrainedModel, stored: Stored
     if family.qkv == "interleaved" and kind == "attn_qkv":
         return rows.view(3, heads, -1).transpose(0, 1).flatten()
     return None
-
-
-def _tokenizer(file: GgufFile) -> PreTrainedTokenizerBase | None:
-    if "tokenizer.ggml.tokens" not in file.metadata:
-        return None
-    try:
-        with quiet():
-            return PreTrainedTokenizerFast(gguf_file=file.path.name, name_or_path=str(file.path.parent))
-    except (ValueError, KeyError, OSError) as error:
-        raise MansuError(f"{file.path}: its tokenizer cannot be read ({error}); pass tokenizer=") from None
