@@ -72,7 +72,15 @@ def tiny_questions(n: int = 12, seed: int = 0) -> Questions:
 def tiny_attack(n: int = 12) -> Attack:
     questions = tiny_questions(n)
     unseen = Sequences(questions.prompts[:3], questions.lengths[:3])
-    return Attack("hand", "facts", answered(questions), True, questions, unseen, torch.ones(n, 3, dtype=torch.bool))
+    return Attack(
+        "hand",
+        "facts",
+        answered(questions),
+        torch.ones(n, dtype=torch.long),
+        questions,
+        unseen,
+        torch.ones(n, 3, dtype=torch.bool),
+    )
 
 
 # Attacks -------------------------------------------------------------------------------------------------------------
@@ -132,7 +140,9 @@ def test_attacks_refuse_what_makes_no_sense(task) -> None:
 
 @pytest.mark.parametrize("answers_only", [True, False])
 def test_relearning_is_plain_fine_tuning(answers_only: bool) -> None:
-    attack = dataclasses.replace(tiny_attack(), answers_only=answers_only)
+    attack = tiny_attack()
+    if not answers_only:
+        attack = dataclasses.replace(attack, trained=attack.text.lengths - 1)
     hf = tiny("llama")
     before = fingerprint(hf)
     curve = relearn(hf, attack, steps=4, learning_rate=1e-2, batch_size=12, weight_decay=0.1, ask_at=range(5))

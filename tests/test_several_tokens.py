@@ -45,16 +45,17 @@ def several(seed: int = 0, options: list[list[list[int]]] = OPTIONS) -> PromptPa
     return PromptPairs(clean, corrupt, padded, torch.tensor([5, 4, 5, 3])[: len(options)])
 
 
-def one_at_a_time(pairs: PromptPairs, measure: Callable[[PromptPairs], Tensor]) -> Tensor:
+def one_at_a_time(pairs: PromptPairs, measure: Callable[[PromptPairs], Tensor], options: int = 2) -> Tensor:
     """What is measured of the answer minus what is measured of the corrupt prompt's, one token at a time: [pair, ...].
 
     The log-probability of a text is the sum of its tokens', each behind those before it, so everything that is linear in
-    the metric is the same sum over pairs whose answer is one token. `measure` gives a value for each of these.
+    the metric is the same sum over pairs whose answer is one token. `measure` gives a value for each of these. With one
+    option it is the answer's alone.
     """
     sides: tuple[list[list[int]], list[list[int]]] = ([], [])
     answers, of = [], []
     for i in range(len(pairs)):
-        for option in (0, 1):
+        for option in range(options):
             tokens = [token for token in pairs.options[i, option].tolist() if token >= 0]
             for step, token in enumerate(tokens):
                 for side, prompts in zip(sides, (pairs.clean, pairs.corrupt), strict=True):

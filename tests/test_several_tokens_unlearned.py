@@ -1,4 +1,4 @@
-"""Answers of several tokens in unlearning: every term against texts run one by one, and every method on the embedded task."""
+"""Answers of several tokens in unlearning and verification: against texts run one by one, and on the embedded task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.mansu.terms import ignorance, objective
 from mansu_tl.unlearning.recipes.quail import QuailSettings, quail
 from mansu_tl.unlearning.training import Start
-from tests.test_several_tokens import model_of, several
+from mansu_tl.verification.attacks import Attack, answered, attack_splits
+from mansu_tl.verification.depth import erasure_depth
+from mansu_tl.verification.divergence import output_suppressor
+from mansu_tl.verification.probes import probe
+from mansu_tl.verification.relearning import relearn
+from tests.test_several_tokens import model_of, one_at_a_time, several
 from tests.tiny import sliced_task, tiny
 
 
@@ -204,3 +209,82 @@ def test_mansu_forgets_answers_of_two_tokens(model, two_tokens: Task) -> None:
     edit = mtl.unlearn(model, two_tokens, "mansu", circuit=circuit, steps=8, representation_weight=0.1)
     before, after = (mtl.accuracy(m, two_tokens.questions["forget"]) for m in (model, edit.apply(model)))
     assert after.log_odds.mean() < before.log_odds.mean() - 0.5
+
+
+def test_relearning_trains_on_every_token_of_an_answer_and_reads_the_prior_of_texts() -> None:
+    model, pairs = model_of("llama"), several()
+    questions = Questions.of_pairs(pairs)
+    text = answered(questions)
+    wanted = [[*prompt, *texts[0]] for prompt, texts in zip(prompts_of(pairs), pairs.texts(), strict=True)]
+    assert [row[:n] for row, n in zip(text.tokens.tolist(), text.lengths.tolist(), strict=True)] == wanted
+    unseen = Sequences(
+        torch.randint(5, 40, (3, 4), generator=torch.Generator().manual_seed(3)), torch.tensor([4, 3, 4])
+    )
+    alike = torch.tensor([[True, False, True], [True, True, True], [False, True, False], [True, True, False]])
+    attack = Attack("hand", "facts", text, questions.option_lengths[:, 0], questions, unseen, alike)
+    curve = relearn(model, attack, steps=1, learning_rate=1e-3)
+    hf = hf_of(model)
+    logits = each_place(hf, prompts_of(pairs), [texts[0] for texts in pairs.texts()])
+    targets = torch.cat([torch.tensor(texts[0]) for texts in pairs.texts()])
+    torch.testing.assert_close(curve.loss[0], cross_entropy(torch.cat(logits), targets), rtol=1e-5, atol=1e-5)
+    prompts = [row[:n] for row, n in zip(unseen.tokens.tolist(), unseen.lengths.tolist(), strict=True)]
+    for i, texts in enumerate(pairs.texts()):
+        odds = []
+        for prompt in (prompt for prompt, yes in zip(prompts, alike[i].tolist(), strict=True) if yes):
+            places = each_place(hf, [prompt] * len(texts), texts)
+            scores = torch.stack([
+                place.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).mean()
+                for place, answer in zip(places, texts, strict=True)
+            ])  # fmt: skip
+            odds.append(scores[0] - scores[1:].logsumexp(0))
+        assert curve.prior[2, 0, i].item() == pytest.approx(torch.stack(odds).mean().item(), abs=1e-4)
+    assert attack_splits(sliced_task(8, questions=24), 2, 1)[0].trained.eq(1).all()
+
+
+def test_probes_read_the_mean_of_an_answers_vectors() -> None:
+    model, generator = model_of("llama"), torch.Generator().manual_seed(0)
+    prompts = torch.randint(5, 40, (12, 5), generator=generator)
+    facts = tuple(f"fact {i}" for i in range(12))
+    # The same token twice has the mean of one: the probe cannot tell the two sets apart.
+    one = torch.stack([40 + torch.randperm(4, generator=generator)[:3] for _ in range(12)])[..., None]
+    found = [
+        probe(model, Questions(prompts, torch.full((12,), 5), options, facts), folds=3, shuffles=1)
+        for options in (one, torch.cat([one, one], -1))
+    ]
+    assert torch.equal(found[0].right, found[1].right) and torch.equal(found[0].penalties, found[1].penalties)
+    assert torch.equal(found[0].shuffled, found[1].shuffled)
+
+
+def test_depth_reads_every_token_of_an_answer() -> None:
+    original, edited, never = (mtl.load(tiny("llama", seed=i)) for i in range(3))
+    pairs = several(seed=2)
+
+    def drops(pairs: PromptPairs) -> Tensor:
+        options = {"metric": mtl.runs.answer_log_prob, "threshold": -100.0}
+        return erasure_depth(original, edited, never, pairs, **options).edited.T
+
+    torch.testing.assert_close(drops(pairs), one_at_a_time(pairs, drops, options=1), rtol=1e-4, atol=5e-5)
+
+
+def test_an_output_suppressor_leaves_the_circuit_of_texts_as_it_was() -> None:
+    model, pairs = model_of("llama"), several()
+    plain = mtl.edge_attribution(model, pairs, steps=2)
+    filtered = mtl.edge_attribution(model, pairs, steps=2, metric=output_suppressor(mtl.runs.logit_difference, 5.0))
+    assert torch.equal(plain.tensor, filtered.tensor)
+    lengths = pairs.option_lengths[:, 0].double().mean().item()
+    assert plain.metric_clean - filtered.metric_clean == pytest.approx(5 * lengths, abs=1e-4)
+
+
+def test_scorecard_and_explorer_take_answers_of_two_tokens(model, two_tokens: Task) -> None:
+    edit = mtl.unlearn(model, two_tokens, "graddiff", learning_rate=3e-4, max_steps=6, warmup=1, check_every=3)
+    circuit = mtl.circuit.Circuit.top(mtl.edge_attribution(model, two_tokens.forget_pairs, steps=5), 100)
+    card = mtl.scorecard(model, edit.apply(model), two_tokens, circuit, quantizers=["nf4"])
+    after = mtl.accuracy(edit.apply(model), two_tokens.questions["forget"])
+    assert card.value("forget MC, %") == pytest.approx(after.mc_percent)
+    shown = mtl.explore(model, two_tokens, {"graddiff": edit}).explorer.results
+    found = shown.answers(("", ""))
+    scores = mtl.edge_attribution(model, two_tokens.forget_pairs, method="eap", metric=mtl.runs.answer_log_prob)
+    assert found.probability.log().mean().item() == pytest.approx(scores.metric_clean, abs=1e-5)
+    answer, rival = shown.asked(0)
+    assert answer.endswith(".") and rival.endswith(".") and answer != rival
+    assert found.likeliest[0].strip() == answer

@@ -91,18 +91,22 @@ def continuation(
     answer_space: AnswerSpace = "auto",
     alone: list[int] | None = None,
     *,
-    one_token: bool = True,
+    most_tokens: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    """As `seam`, for an answer that the tokenizer can write, of one token or (`one_token=False`) of any number.
+    """As `seam`, for an answer that the tokenizer can write.
+
+    Args:
+        most_tokens: that it may have.
 
     Raises:
-        MansuError: as `seam`, or `answer` continues the prompt as several tokens, as none, or as the unknown token.
+        MansuError: as `seam`, or `answer` continues the prompt as too many tokens, as none, or as the unknown token.
     """
     before, new = seam(tokenizer, prompt, answer, what, answer_space, alone)
-    if len(new) != 1 and (one_token or not new):
+    if not new or (most_tokens is not None and len(new) > most_tokens):
+        asked = "that is a token" if not new else f"of at most {most_tokens} tokens"
         raise MansuError(
             f"{what} {answer!r} continues {prompt!r} as {len(new)} tokens {tokenizer.convert_ids_to_tokens(new)}; "
-            "choose an answer that is one token"
+            f"choose an answer {asked}"
         )
     if tokenizer.unk_token_id in new and answer.strip() != tokenizer.unk_token:
         raise MansuError(

@@ -1,10 +1,12 @@
-"""Making counterfactuals: corrupt prompts for prompts that come without one.
+"""Making counterfactuals: corrupt prompts for prompts that come without one, and what can stand in for them.
 
-Every way is a function registered by name. It is given all prompts of a set and makes each one's counterfactual, of equal
-token length:
+A way that makes a prompt is a function registered by name. It is given all prompts of a set and makes each one's
+counterfactual, of equal token length:
 
 - `swap`: the prompt of another subject in the same words, whose answer is another one;
 - `unseen`: an invented subject, which has no answer.
+
+`noise`, `zero` and `mean` make no prompt: see `EmbeddingCorruption`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from mansu_tl.errors import MansuError
+from mansu_tl.errors import MansuError, unknown
 from mansu_tl.registry import Registry
 
 _STARTS = [
@@ -172,12 +174,30 @@ def register_corruption(name: str, make: Make) -> None:
     Raises:
         MansuError: the name is taken.
     """
+    if name in EMBEDDED:
+        raise MansuError(f"corruption {name!r}: registered already; choose another name")
     _WAYS.add(name, make)
 
 
 def corruptions() -> tuple[str, ...]:
-    """The names of all ways to make counterfactuals."""
-    return tuple(_WAYS)
+    """The names of all ways to corrupt."""
+    return (*_WAYS, *EMBEDDED)
+
+
+def require_corruption(kind: str) -> None:
+    """Refuse a way to corrupt that is not known.
+
+    Raises:
+        MansuError: no such way.
+    """
+    if kind not in corruptions():
+        raise unknown("corruption", kind, corruptions())
+
+
+def measured_against(distractors: Sequence[str], counterfactual: Counterfactual) -> list[str]:
+    """The distractors of a prompt that was given a counterfactual: its answer first, and as many as before."""
+    others = [text for text in distractors if text != counterfactual.answer]
+    return [counterfactual.answer, *others][: len(distractors)] if counterfactual.answer else others
 
 
 def counterfactuals(
@@ -187,7 +207,7 @@ def counterfactuals(
 
     Args:
         tokens: the number of tokens of a text.
-        kind: one of `corruptions()`.
+        kind: the name of a way that makes a prompt.
 
     Raises:
         MansuError: no such way, a subject that is not in its prompt once, or a prompt for which there is none.

@@ -23,16 +23,16 @@ class PairTokens:
 
 
 def read_pairs(
-    tokenizer: PreTrainedTokenizerBase, bos: bool, names: Sequence[str], rows: Sequence[Sequence[Any]], one_token: bool
+    tokenizer: PreTrainedTokenizerBase, bos: bool, names: Sequence[str], rows: Sequence[Sequence[Any]]
 ) -> list[PairTokens]:
-    """Rows of clean, corrupt, answer, distractors (one or several) and answer_space as tokens.
+    """Rows of clean, corrupt (None = the clean tokens), answer, distractors (one or several) and answer_space as tokens.
 
     Raises:
         MansuError: see `PromptPairs.from_text`.
     """
     if not rows:
         raise MansuError("prompt pairs: none given; pass at least one clean/corrupt pair")
-    pairs = [_pair(tokenizer, bos, names[i] if names else f"pair {i}", one_token, *row) for i, row in enumerate(rows)]
+    pairs = [_pair(tokenizer, bos, names[i] if names else f"pair {i}", *row) for i, row in enumerate(rows)]
     counts = {len(pair.options) - 1 for pair in pairs}
     if len(counts) != 1:
         raise MansuError(f"prompt pairs: pairs have {sorted(counts)} distractors; give every pair the same number")
@@ -43,7 +43,6 @@ def _pair(
     tokenizer: PreTrainedTokenizerBase,
     bos: bool,
     name: str,
-    one_token: bool,
     clean: Any,
     corrupt: Any,
     answer: Any,
@@ -53,7 +52,7 @@ def _pair(
     require_answer_space(answer_space, name)
     several = isinstance(distractors, Iterable) and not isinstance(distractors, str)
     texts = [("answer", answer), *(("distractor", text) for text in (distractors if several else [distractors]))]
-    for what, text in (("clean", clean), ("corrupt", corrupt), *texts):
+    for what, text in (("clean", clean), *([] if corrupt is None else [("corrupt", corrupt)]), *texts):
         require_text(text, f"{name}: {what}")
     if len(texts) == 1:
         raise MansuError(f"{name}: no distractor; give at least one wrong answer")
@@ -61,11 +60,11 @@ def _pair(
     before: list[int] = []
     options: dict[tuple[int, ...], str] = {}
     for what, text in texts:
-        start, ids = continuation(tokenizer, clean, text, f"{name}: {what}", answer_space, alone, one_token=one_token)
+        start, ids = continuation(tokenizer, clean, text, f"{name}: {what}", answer_space, alone)
         if tuple(ids) in options:
-            shown = tokenizer.convert_ids_to_tokens(ids)
+            shown = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
             raise MansuError(
-                f"{name}: {what} {text!r} and {options[tuple(ids)]} are the same token {', '.join(map(repr, shown))}; give "
+                f"{name}: {what} {text!r} and {options[tuple(ids)]} are the same token{'s' * (len(ids) > 1)} {shown}; give "
                 "every option once"
             )
         if options and start != before:
@@ -74,6 +73,9 @@ def _pair(
             )
         before = start
         options[tuple(ids)] = f"{what} {text!r}"
+    if corrupt is None:
+        ids = with_bos(tokenizer, before, bos)
+        return PairTokens(ids, ids, [list(option) for option in options])
     other = encode(tokenizer, corrupt, False)
     if corrupt[-1].isspace():
         other = seam(tokenizer, corrupt, texts[1][1], f"{name}: distractor", answer_space, other)[0]
@@ -81,7 +83,8 @@ def _pair(
     if len(rows[0]) != len(rows[1]):
         raise MansuError(
             f"{name}: clean has {len(rows[0])} tokens, corrupt {len(rows[1])}: {side_by_side(tokenizer, *rows)}; "
-            "choose a counterfactual of equal token length"
+            "choose a counterfactual of equal token length, or name the subject and leave the corrupt prompt out, to have it "
+            "made (corruption=)"
         )
     if rows[0] == rows[1]:
         raise MansuError(

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mansu_tl.data.answers import AnswerSpace
-from mansu_tl.data.corruption import EmbeddingCorruption
+from mansu_tl.data.corruption import (
+    EMBEDDED,
+    EmbeddingCorruption,
+    Subject,
+    counterfactuals,
+    measured_against,
+    require_corruption,
+)
 from mansu_tl.data.pair_text import read_pairs, read_span
 from mansu_tl.data.rows import (
     Asked,
@@ -27,7 +35,7 @@ from mansu_tl.data.rows import (
     with_values,
     without_padding,
 )
-from mansu_tl.data.text import TextSource, pad, pad_id, text_source, unpadded
+from mansu_tl.data.text import TextSource, encode, pad, pad_id, text_source, unpadded
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 
@@ -191,7 +199,7 @@ class PromptPairs(Asked):
         cls,
         tokenizer: TextSource,
         clean: Texts,
-        corrupt: Texts,
+        corrupt: Texts | None,
         answers: Texts,
         distractors: Texts | Iterable[Texts],
         prepend_bos: bool | None = None,
@@ -201,7 +209,9 @@ class PromptPairs(Asked):
         *,
         facts: Sequence[str] = (),
         answer_space: AnswerSpace | Iterable[AnswerSpace] = "auto",
-        one_token: bool = True,
+        subjects: Texts | None = None,
+        corruption: str = "swap",
+        seed: int = 0,
     ) -> PromptPairs:
         """Pairs from text.
 
@@ -210,6 +220,9 @@ class PromptPairs(Asked):
 
         Args:
             tokenizer: a tokenizer, or the hooked model itself, whose family then says whether a BOS token is wanted.
+            corrupt: the counterfactuals; None = they are made, which takes `subjects`.
+            answers: of one or several tokens.
+            distractors: of one or several tokens; the first one is the corrupt prompt's answer.
             prepend_bos: put a BOS token in front (never a second one); None = what the family does, for a bare
                 tokenizer yes if it has one.
             spans: by name, per pair the piece of the prompt that it covers, or (piece of clean, piece of corrupt).
@@ -217,16 +230,24 @@ class PromptPairs(Asked):
             facts: the fact behind each pair.
             answer_space: whether a space stands between a prompt and its answers: "auto" = as a writer would put it
                 (none where either brings white space), True = always, False = never; or one of these for each pair.
-            one_token: refuse answers and distractors of several tokens, which most measures cannot take.
+            subjects: the piece of each clean prompt that names what is asked about, where `corrupt` is None.
+            corruption: how counterfactuals are made: "swap" (another of the subjects in the same words; its answer becomes
+                the first distractor), "unseen" (an invented name), "noise", "zero" or "mean" (the clean tokens, with
+                other embeddings at the subject's; see `EmbeddingCorruption`).
+            seed: of what is drawn.
 
         Raises:
             MansuError: lists of unequal length, something else than text, an empty prompt, answer or distractor, clean
                 and corrupt that are the same or of different token lengths (both token lists are shown), an answer or
-                distractor of no or several tokens, an answer among its distractors, a distractor given twice, or
-                a span that is not in its prompt once, or at other positions in clean and corrupt.
+                distractor of no token, an answer among its distractors, a distractor given twice, a span that is not in
+                its prompt once, or at other positions in clean and corrupt, no corrupt prompts and no subjects, or an
+                unknown corruption.
         """
         tokenizer, bos = text_source(tokenizer, prepend_bos)
-        given = {"clean": clean, "corrupt": corrupt, "answers": answers, "distractors": distractors}
+        given: dict[str, Any] = {"clean": clean, "answers": answers, "distractors": distractors}
+        given |= {"corrupt": corrupt} if corrupt is not None else {"subjects": subjects}
+        if corrupt is None and subjects is None:
+            raise MansuError("prompt pairs: neither corrupt prompts nor subjects; give one of them for each pair")
         columns = {key: _column(key, value) for key, value in given.items()}
         counts = {key: len(column) for key, column in columns.items()}
         if len(set(counts.values())) != 1:
@@ -239,7 +260,12 @@ class PromptPairs(Asked):
             raise MansuError(
                 f"prompt pairs: {len(spaces)} values of answer_space for {counts['clean']} pairs; give one for each"
             )
-        tokens = read_pairs(tokenizer, bos, names, list(zip(*columns.values(), spaces, strict=True)), one_token)
+        embedded = corrupt is None and corruption in EMBEDDED
+        if corrupt is None:
+            require_corruption(corruption)
+            columns |= _corrupted(tokenizer, names, columns, corruption, seed)
+        rows = (columns[key] for key in ("clean", "corrupt", "answers", "distractors"))
+        tokens = read_pairs(tokenizer, bos, names, list(zip(*rows, spaces, strict=True)))
         (clean_ids, lengths), (corrupt_ids, _) = (
             pad([getattr(pair, key) for pair in tokens], pad_id(tokenizer)) for key in ("clean", "corrupt")
         )
@@ -247,10 +273,15 @@ class PromptPairs(Asked):
         options = torch.tensor([[[*o, *[-1] * (widest - len(o))] for o in pair.options] for pair in tokens])
         pairs = cls(clean_ids, corrupt_ids, options, lengths, tuple(facts), tuple(labels))
         made = []
-        for name, pieces in (spans or {}).items():
-            places = read_span(tokenizer, bos, name, pieces, columns["clean"], columns["corrupt"], lengths.tolist())
+        pieces_of = dict(spans or {}) | ({SUBJECT: columns["subjects"]} if embedded else {})
+        for name, pieces in pieces_of.items():
+            other = columns["clean"] if embedded else columns["corrupt"]
+            places = read_span(tokenizer, bos, name, pieces, columns["clean"], other, lengths.tolist())
             made.append(Span(name, *torch.tensor(places).unbind(1)))
-        return replace(pairs, spans=tuple(made))
+        if not embedded:
+            return replace(pairs, spans=tuple(made))
+        subject = EmbeddingCorruption(corruption, tuple(_inside(clean_ids, made[-1])), seed)
+        return replace(pairs, spans=tuple(made), corruption=subject)
 
     @property
     def changed(self) -> Bool[Tensor, "pair pos"]:
@@ -309,6 +340,29 @@ def _require_one_shape(clean: Tensor, corrupt: Tensor) -> None:
             f"prompt pairs: clean is {tuple(clean.shape)}, corrupt {tuple(corrupt.shape)}; give tokens of one shape, or a "
             "mask for each"
         )
+
+
+def _inside(tokens: Int[Tensor, "pair pos"], span: Span) -> list[int]:
+    """The tokens of every pair's span, one after another."""
+    rows = zip(tokens.tolist(), span.start.tolist(), span.stop.tolist(), strict=True)
+    return [token for row, start, stop in rows for token in row[start:stop]]
+
+
+def _corrupted(
+    tokenizer: PreTrainedTokenizerBase, names: Sequence[str], columns: Mapping[str, list], kind: str, seed: int
+) -> dict[str, list]:
+    """The corrupt prompts that are made, and the distractors that go with them."""
+    if kind in EMBEDDED:
+        return {"corrupt": [None] * len(columns["clean"])}
+    called = names or [f"pair {i}" for i in range(len(columns["clean"]))]
+    rows = zip(called, *(columns[key] for key in ("clean", "subjects", "answers")), strict=True)
+    subjects = [Subject(*row) for row in rows]
+    made = counterfactuals(subjects, lambda text: len(encode(tokenizer, text, False)), kind, seed)
+    given = ([one] if isinstance(one, str) else list(one) for one in columns["distractors"])
+    return {
+        "corrupt": [one.prompt for one in made],
+        "distractors": [measured_against(texts, one) for texts, one in zip(given, made, strict=True)],
+    }
 
 
 def _column(key: str, values: object) -> list:

@@ -14,12 +14,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, FaithfulnessCurve, edge_attribution, faithfulness_curve
 from mansu_tl.data import Task
+from mansu_tl.data.forced import forced
+from mansu_tl.data.text import pad
 from mansu_tl.errors import MansuError
 from mansu_tl.explorer.selection import Item, Part, part_mask, parts_of
 from mansu_tl.models import Anatomy, home, linear_weights, orient, parameters
 from mansu_tl.quantization import quantize
-from mansu_tl.runs.metrics import last_logits, logit_difference
-from mansu_tl.runs.passes import forward, keep
+from mansu_tl.runs.metrics import asked_logits, last_logits, logit_difference, measured, options_read
+from mansu_tl.runs.passes import chunks, forward, keep
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import CircuitScores, Divergence, circuit_divergence
 
@@ -27,6 +29,7 @@ Stage = tuple[str, str]  # method and quantizer; "" = not edited, not quantized
 ORIGINAL: Stage = ("", "")
 _KEPT_MODELS = 4
 _CONTROL_SEEDS = 3
+_PAIRS = 256  # asked at one time
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -46,7 +49,8 @@ def _once(method: _Method) -> _Method:
 @dataclass(frozen=True)
 class Answers:
     """How one model answers the clean prompts: probability of the answer, its logit minus that of the corrupt prompt's
-    answer (nats), and the most likely next token."""
+    answer (nats; of several tokens, the difference of log-probabilities), and the most likely next token, or where the
+    answer has several as many as greedy decoding writes."""
 
     probability: Float[Tensor, " pair"]
     difference: Float[Tensor, " pair"]
@@ -123,11 +127,27 @@ class Results:
     def answers(self, stage: Stage) -> Answers:
         """How a model answers."""
         model = self._model(stage)
-        pairs = self.pairs.to(home(model))
-        logits = last_logits(model, pairs.clean, pairs.lengths).cpu()
-        chance = logits.softmax(-1).gather(1, self.pairs.answers.cpu()[:, None])[:, 0]
-        likeliest = tuple(self.token(int(i)) for i in logits.argmax(-1))
-        return Answers(chance, logit_difference(logits, self.pairs.to("cpu")), likeliest)
+        probabilities, differences = [], []
+        for _, asked in chunks(forced(self.pairs.to(home(model)), options_read(logit_difference)), _PAIRS):
+            logits = asked_logits(model, asked.clean, asked.places)
+            probabilities.append(asked.log_probs(logits)[:, 0].exp().cpu())
+            differences.append(measured(logit_difference, logits, asked).cpu())
+        return Answers(torch.cat(probabilities), torch.cat(differences), self._said(model))
+
+    def _said(self, model: TransformerBridge) -> tuple[str, ...]:
+        """What greedy decoding writes after every clean prompt, as many tokens as the answer has."""
+        counts = self.pairs.option_lengths[:, 0].tolist()
+        prompts = [
+            row[:length] for row, length in zip(self.pairs.clean.tolist(), self.pairs.lengths.tolist(), strict=True)
+        ]
+        said: list[list[int]] = [[] for _ in prompts]
+        for step in range(max(counts)):
+            going = [i for i, count in enumerate(counts) if count > step]
+            tokens, lengths = pad([[*prompts[i], *said[i]] for i in going], 0)
+            best = last_logits(model, tokens, lengths).argmax(-1).tolist()
+            for i, token in zip(going, best, strict=True):
+                said[i].append(token)
+        return tuple(self.model.tokenizer.decode(tokens) for tokens in said)
 
     def pattern(self, stage: Stage, pair: int, head: str) -> Float[Tensor, "query key"]:
         """What a head attends to in a pair's clean prompt."""
@@ -137,14 +157,17 @@ class Results:
     def tokens(self, pair: int, corrupt: bool = False) -> list[str]:
         """A pair's prompt, token by token, without the spaces around them."""
         row = (self.pairs.corrupt if corrupt else self.pairs.clean)[pair, : int(self.pairs.lengths[pair])]
-        return [token.strip() or token for token in map(self.token, row.tolist())]
+        tokens = [token.strip() or token for token in map(self.token, row.tolist())]
+        corruption = self.pairs.corruption
+        if not corrupt or corruption is None:
+            return tokens
+        changed = self.pairs.changed[pair].tolist()
+        return [f"[{corruption.kind}]" if changed[i] else token for i, token in enumerate(tokens)]
 
     def asked(self, pair: int) -> tuple[str, str]:
         """The answer to a pair's clean prompt, and that to its corrupt one."""
-        answer, rival = (
-            self.token(int(ids[pair])).strip() for ids in (self.pairs.answers, self.pairs.distractors[:, 0])
-        )
-        return answer, rival
+        answer, rival, *_ = self.pairs[[pair]].texts()[0]
+        return self.model.tokenizer.decode(answer).strip(), self.model.tokenizer.decode(rival).strip()
 
     def token(self, i: int) -> str:
         """One token, with the spaces that belong to it."""

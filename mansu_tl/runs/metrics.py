@@ -28,7 +28,7 @@ from mansu_tl.models.kinds import way_to_load
 from mansu_tl.models.limits import vocabulary_size
 from mansu_tl.models.state import home, require_ready
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.passes import run, unembedding_only
+from mansu_tl.runs.passes import last_token_only, run
 
 Metric = Callable[[Float[Tensor, "place vocab"], Any], Float[Tensor, " pair"]]
 M = TypeVar("M", bound=Callable[..., Tensor])
@@ -36,8 +36,8 @@ M = TypeVar("M", bound=Callable[..., Tensor])
 _MOST_NUMBERS = 2**26
 
 
-def reads(options: int) -> Callable[[M], M]:
-    """Say of a metric how many options it reads, the answer first."""
+def reads(options: int | None) -> Callable[[M], M]:
+    """Say of a metric how many options it reads, the answer first; None = all."""
 
     def mark(metric: M) -> M:
         metric.options_read = options  # type: ignore[attr-defined]
@@ -150,7 +150,7 @@ def asked_logits(
     if isinstance(model, TransformerBridge):
         return run(model, tokens, asked).float()
     plain: Any = model
-    with unembedding_only(plain, asked):
+    with last_token_only(plain, asked):
         logits = plain(tokens, use_cache=False).logits
     return logits[:, 0].float().to(tokens.device)
 

@@ -108,7 +108,7 @@ def only(asked: Asked) -> Callable[..., Tensor]:
     return cut
 
 
-def unembedding_only(model: Any, asked: Asked) -> RemovableHandle:
+def last_token_only(model: Any, asked: Asked) -> RemovableHandle:
     """A hook under which a plain HF model unembeds some positions alone (see `only`); to be used in a `with`."""
     cut = only(asked)
     return model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (cut(inputs[0], None),))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from mansu_tl.data import Sequences
 from mansu_tl.data.forced import Asked, places_of
-from mansu_tl.runs.passes import unembedding_only
+from mansu_tl.runs.passes import last_token_only
 
 Values = Mapping[str, Tensor]
 # Sequences are run in two groups if that leaves this share of the padded tokens, of batches that are worth a second pass.
@@ -52,7 +52,7 @@ def with_streams(
     kept: bool = True,
 ) -> tuple[Float[Tensor, "place vocab"], tuple[Float[Tensor, "row pos d_model"], ...]]:
     """`last_token_logits` and, unless they are not kept, the residual streams: of the embedding, then behind every layer."""
-    with unembedding_only(model, asked):
+    with last_token_only(model, asked):
         out = functional_call(model, dict(values), (tokens,), {"use_cache": False, "output_hidden_states": kept})
     return out.logits[:, 0].float(), out.hidden_states if kept else ()
 

@@ -25,7 +25,7 @@ class Attack(Result):
         name: for tables, e.g. "12 facts, split 0" or "unrelated text".
         kind: "facts" or "text".
         text: what is trained on.
-        answers_only: only the last token of each sequence (the answer) is trained on, not the wording before it.
+        trained: how many of each sequence's last tokens are trained on: those of its answer, or all but the first.
         questions: asked along the way; none of their facts is in `text`.
         unseen: prompts about names that stand for nothing, from which the model's own prior is read; may be empty.
         alike: which of them have a question's wording.
@@ -34,7 +34,7 @@ class Attack(Result):
     name: str
     kind: str
     text: Sequences
-    answers_only: bool
+    trained: Int[Tensor, " sequence"]
     questions: Questions
     unseen: Sequences
     alike: Bool[Tensor, "question unseen"]
@@ -81,7 +81,8 @@ def attack_splits(
         trained = [i for i, fact in enumerate(source.facts) if fact in chosen]
         others = [i for i, fact in enumerate(asked.facts) if fact not in chosen]
         name = f"{k} facts, split {split}"
-        attacks.append(_attack(task, name, "facts", answered(source[trained]), asked[others]))
+        known = source[trained]
+        attacks.append(_attack(task, name, "facts", answered(known), known.option_lengths[:, 0], asked[others]))
     return tuple(attacks)
 
 
@@ -93,23 +94,27 @@ def unrelated_attack(task: Task, *, questions: str = "forget") -> Attack:
         MansuError: no such question set.
     """
     require_task(task)
-    return _attack(task, "unrelated text", "text", task.retain_text, _asked(task, questions))
+    text = task.retain_text
+    return _attack(task, "unrelated text", "text", text, text.lengths - 1, _asked(task, questions))
 
 
 def answered(questions: Questions) -> Sequences:
     """Every question's prompt with its right answer attached."""
-    tokens = torch.nn.functional.pad(questions.prompts, (0, 1))
+    tokens = torch.nn.functional.pad(questions.prompts, (0, questions.options.shape[2]))
     rows = torch.arange(len(questions), device=tokens.device)
-    tokens[rows, questions.lengths] = questions.choices[:, 0]
-    return Sequences(tokens, questions.lengths + 1)
+    for step, answer in enumerate(questions.options[:, 0].T):
+        tokens[rows, questions.lengths + step] = answer.clamp_min(0)
+    return Sequences(tokens, questions.lengths + questions.option_lengths[:, 0])
 
 
-def _attack(task: Task, name: str, kind: str, text: Sequences, questions: Questions) -> Attack:
+def _attack(
+    task: Task, name: str, kind: str, text: Sequences, trained: Int[Tensor, " sequence"], questions: Questions
+) -> Attack:
     unseen = never_seen(task)
     # A name like the question's own must not count as wording.
     subject = torch.isin(questions.prompts, _subject_tokens(task.forget_pairs).to(questions.prompts.device))
     alike = same_wording(questions.prompts.masked_fill(subject, -1), questions.lengths, unseen)
-    return Attack(name, kind, text, kind == "facts", questions, unseen, alike)
+    return Attack(name, kind, text, trained, questions, unseen, alike)
 
 
 def _asked(task: Task, name: str) -> Questions:
@@ -132,5 +137,5 @@ def never_seen(task: Task) -> Sequences:
 
 def _subject_tokens(pairs: PromptPairs) -> Int[Tensor, " token"]:
     """Tokens by which some clean prompt differs from its corrupt one."""
-    differs = (pairs.clean != pairs.corrupt) & real_tokens(pairs.clean, pairs.lengths)
+    differs = pairs.changed & real_tokens(pairs.clean, pairs.lengths)
     return torch.cat([pairs.clean[differs], pairs.corrupt[differs]]).unique()

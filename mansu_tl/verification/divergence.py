@@ -11,7 +11,7 @@ where a cosine is not (b may be close to zero).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -23,11 +23,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit, edge_attribution
 from mansu_tl.circuit.graph import layer_of, reader_kind
 from mansu_tl.data import PromptPairs
+from mansu_tl.data.forced import Forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.results.intervals import drawn_facts, middle
 from mansu_tl.results.result import Result, Table
-from mansu_tl.runs.metrics import Metric, logit_difference
+from mansu_tl.runs.metrics import Metric, logit_difference, options_read, reads
 
 _STEPS = 5
 
@@ -215,10 +216,16 @@ def circuit_divergence(
 def output_suppressor(metric: Metric, penalty: float) -> Metric:
     """The metric as seen behind an output filter that lowers the answer's logit by `penalty` nats.
 
-    The control for CAD: behaviour changes as much as one likes, the circuit not at all.
+    The control for CAD: behaviour changes as much as one likes, the circuit not at all. Where options have several tokens,
+    it is the log-probability of each of the answer's tokens that is lowered.
     """
 
-    def suppressed(logits: Float[Tensor, "pair vocab"], pairs: PromptPairs) -> Float[Tensor, " pair"]:
+    @reads(options_read(metric))
+    def suppressed(
+        logits: Float[Tensor, "place vocab"], pairs: PromptPairs | Forced[PromptPairs]
+    ) -> Float[Tensor, " pair"]:
+        if isinstance(pairs, Forced):
+            return metric(logits, replace(pairs, lowered=pairs.lowered + penalty))
         lowered = torch.zeros_like(logits).scatter(1, pairs.answers[:, None], penalty)
         return metric(logits - lowered, pairs)
 

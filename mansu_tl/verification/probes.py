@@ -1,10 +1,10 @@
 """Linear probes: can the answer still be read out of the residual stream at the last position?
 
-At every layer a ridge regression maps the stream onto the unembedding vector of the answer; the question is answered
-by the option whose vector (centred over the options) fits the prediction best. Folds are cut over facts, so a probe is
-never asked about a name that it was fitted on; in every fit each answer weighs the same, however many facts share it.
-Give the probe further facts with the same answers (`also_train`): answers that no training fact has are guessed less
-often than by chance. Controls: the same probe fitted to answers shuffled over facts (the
+At every layer a ridge regression maps the stream onto the unembedding vector of the answer (the mean of its tokens', where
+it has several); the question is answered by the option whose vector (centred over the options) fits the prediction best.
+Folds are cut over facts, so a probe is never asked about a name that it was fitted on; in every fit each answer weighs the
+same, however many facts share it. Give the probe further facts with the same answers (`also_train`): answers that no training
+fact has are guessed less often than by chance. Controls: the same probe fitted to answers shuffled over facts (the
 spirit of Hewitt & Liang 2019, arXiv 1909.03368), and a model that never met the facts. The definition is ours.
 """
 
@@ -130,11 +130,15 @@ def probe(
     generator = torch.Generator().manual_seed(seed)
     fold = _folds(questions.facts, folds, generator)
     features = torch.cat([streams(model, asked, batch_size) for asked in sets], 1)
-    answers = torch.cat([asked.choices[:, 0].cpu() for asked in sets])
+    number: dict[tuple[int, ...], int] = {}
+    texts = [row[0] for asked in sets for row in asked.texts()]
+    answers = torch.tensor([number.setdefault(text, len(number)) for text in texts])
     facts = [fact for asked in sets for fact in asked.facts]
     fold = torch.cat([fold, torch.full((len(facts) - len(fold),), -1)])  # further facts are in no fold's test
-    vectors = _unembedding(model)
-    options = vectors[questions.choices.cpu()]
+    words = _unembedding(model)
+    vectors = torch.stack([words[list(text)].mean(0) for text in number])
+    inside = (questions.options.cpu() >= 0)[..., None]
+    options = (words[questions.options.cpu().clamp_min(0)] * inside).sum(-2) / inside.sum(-2)
     options = options - options.mean(1, keepdim=True)
     shuffled = [answers[_shuffle(facts, generator)] for _ in range(shuffles)]
     layers = tuple(stream_hooks(model))
@@ -154,7 +158,7 @@ def probe(
                     right[i, test] = hit
                 else:
                     control[i, test] += hit.float() / shuffles
-    return Probes(label, layers, right, control, chosen, questions.facts, 1 / questions.choices.shape[1])
+    return Probes(label, layers, right, control, chosen, questions.facts, 1 / questions.options.shape[1])
 
 
 def ridge(

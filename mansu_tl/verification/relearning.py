@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
-from mansu_tl.data import Sequences
+from mansu_tl.data import Questions, Sequences
 from mansu_tl.data.fit import require_fit
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
@@ -162,13 +162,13 @@ def relearn(
     require_copyable(model, attack.text.tokens)
     require_fit(model, attack.text)
     hf = float32_copy(model).requires_grad_(True)
-    text = attack.text.to(home(hf))
+    text, trained = attack.text.to(home(hf)), attack.trained.to(home(hf))
     optimizer = torch.optim.AdamW(hf.parameters(), lr=learning_rate, weight_decay=weight_decay)
     draw = Sampler(len(text), batch_size, torch.Generator().manual_seed(seed))
     values, priors, losses = [], [], []
     for step in tqdm(range(steps + 1), desc=f"relearning {label}", unit="step", disable=not progress):
         if step in asked:
-            losses.append(_mean_loss(hf, text, attack.answers_only))
+            losses.append(_mean_loss(hf, text, trained))
             if not math.isfinite(losses[-1]):
                 raise MansuError(
                     f"relearning: the loss is {losses[-1]} at step {step}; lower learning_rate={learning_rate}"
@@ -178,7 +178,8 @@ def relearn(
             priors.append(_prior(hf, attack))
         if step < steps:
             optimizer.zero_grad()
-            _loss(hf, text[draw()], attack.answers_only).mean().backward()
+            rows = draw()
+            _loss(hf, text[rows], trained[rows]).mean().backward()
             optimizer.step()
     return RelearningCurve(
         label, attack.name, attack.kind, float(learning_rate), seed, asked, torch.stack(values, 1),
@@ -213,20 +214,17 @@ def _steps_to_ask(steps: int, ask_at: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(set(ask_at)))
 
 
-def _loss(hf: PreTrainedModel, batch: Sequences, answers_only: bool) -> Float[Tensor, " token"]:
+def _loss(hf: PreTrainedModel, batch: Sequences, trained: Int[Tensor, " sequence"]) -> Float[Tensor, " token"]:
     """Cross-entropy of every token that is trained on, in nats."""
     found = predicted(hf, {}, batch)
-    logits, targets = found.logits, found.targets
-    if answers_only:
-        last = found.places == batch.lengths[found.rows] - 2
-        logits, targets = logits[last], targets[last]
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    counts = found.places >= (batch.lengths - 1 - trained)[found.rows]
+    return torch.nn.functional.cross_entropy(found.logits[counts], found.targets[counts], reduction="none")
 
 
 @torch.no_grad()
-def _mean_loss(hf: PreTrainedModel, text: Sequences, answers_only: bool, batch_size: int = 256) -> float:
-    starts = range(0, len(text), batch_size)
-    parts = [_loss(hf, text[slice(start, start + batch_size)], answers_only) for start in starts]
+def _mean_loss(hf: PreTrainedModel, text: Sequences, trained: Int[Tensor, " sequence"], batch_size: int = 256) -> float:
+    pieces = [slice(start, start + batch_size) for start in range(0, len(text), batch_size)]
+    parts = [_loss(hf, text[piece], trained[piece]) for piece in pieces]
     return torch.cat(parts).double().mean().item()
 
 
@@ -235,6 +233,8 @@ def _prior(hf: PreTrainedModel, attack: Attack) -> Float[Tensor, "measure questi
     questions, unseen = attack.questions, attack.unseen
     if len(unseen) == 0:
         return torch.full((len(MEASURES), len(questions)), float("nan"))
+    if questions.options.shape[2] > 1:
+        return _prior_of_texts(hf, attack)
     device = home(hf)
     logits = last_logits(hf, unseen.tokens.to(device), unseen.lengths.to(device)).cpu()
     best, means = logits.argmax(1), []
@@ -244,3 +244,21 @@ def _prior(hf: PreTrainedModel, attack: Attack) -> Float[Tensor, "measure questi
         hits = [right > others.max(1).values, best[alike] == choices[0]]
         means.append(torch.stack([*(hit.float().mean() for hit in hits), (right - others.logsumexp(1)).mean()]))
     return torch.stack(means, 1)
+
+
+def _prior_of_texts(hf: PreTrainedModel, attack: Attack) -> Float[Tensor, "measure question"]:
+    """The same for options of several tokens: each question's, behind every prompt of its wording."""
+    questions, unseen = attack.questions, attack.unseen
+    of, prompts = attack.alike.cpu().nonzero(as_tuple=True)
+    found = accuracy(
+        hf,
+        Questions(
+            unseen.tokens.cpu()[prompts],
+            unseen.lengths.cpu()[prompts],
+            questions.options.cpu()[of],
+            tuple(questions.facts[i] for i in of.tolist()),
+        ),
+    )
+    values = torch.stack([found.multiple_choice.float(), found.cloze.float(), found.log_odds])
+    counts = torch.bincount(of, minlength=len(questions))
+    return torch.zeros(len(MEASURES), len(questions)).index_add(1, of, values) / counts

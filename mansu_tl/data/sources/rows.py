@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from mansu_tl.data.answers import AnswerSpace, joined, require_answer_space
-from mansu_tl.data.corruption import Subject, counterfactuals
+from mansu_tl.data.corruption import EMBEDDED, Subject, counterfactuals, measured_against, require_corruption
 from mansu_tl.data.fit import require_fit
 from mansu_tl.data.pairs import PromptPairs
 from mansu_tl.data.sources.fields import PAIR_SETS, TEXT_SETS, Row, checked_row
@@ -94,22 +94,31 @@ class _Reader:
 
     def __init__(self, source: TextSource, prepend_bos: bool | None, answer_space: AnswerSpace) -> None:
         self.answer_space = answer_space
+        self.embedded: dict[str, Any] = {}
         self.model = source if isinstance(source, TransformerBridge) else None
         self.tokenizer: PreTrainedTokenizerBase
         self.tokenizer, self.bos = text_source(source, prepend_bos)
 
     def corrupt(self, rows: Sequence[Row], kind: str, seed: int) -> None:
         """Give every row of a set that has a subject and no corrupt prompt one; its answer becomes distractor 0."""
+        require_corruption(kind)
         pool = [row for row in rows if "subject" in row]
         if all("corrupt" in row for row in pool):
+            return
+        if kind in EMBEDDED:
+            given = next((row for row in rows if "corrupt" in row), None)
+            if given is not None:
+                raise MansuError(
+                    f"{given['name']}: corrupt is given, and other lines of the set have none; {kind} stands in for all of "
+                    'them: leave "corrupt" out and name every "subject"'
+                )
+            self.embedded = {"corruption": kind, "seed": seed}
             return
         subjects = [Subject(*(row[key] for key in ("name", "clean", "subject", "answer"))) for row in pool]
         made = counterfactuals(subjects, lambda text: len(encode(self.tokenizer, text, False)), kind, seed)
         for row, other in zip(pool, made, strict=True):
             if "corrupt" not in row:
-                others = [text for text in row["distractors"] if text != other.answer]
-                count = len(row["distractors"])
-                row["distractors"] = [other.answer, *others][:count] if other.answer else others
+                row["distractors"] = measured_against(row["distractors"], other)
                 row["corrupt"] = other.prompt
 
     def pairs(self, rows: Sequence[Row]) -> PromptPairs:
@@ -121,10 +130,12 @@ class _Reader:
                     f"{row['name']}: distractors {row['distractors']!r}, {len(first['distractors'])} at "
                     f"{first['name']}; give every line of a set the same number"
                 )
+        made = all("corrupt" not in row for row in rows)
+        how: dict[str, Any] = {"subjects": [row["subject"] for row in rows], **self.embedded} if made else {}
         pairs = PromptPairs.from_text(
             self.tokenizer,
             [row["clean"] for row in rows],
-            [row["corrupt"] for row in rows],
+            None if made else [row["corrupt"] for row in rows],
             [row["answer"] for row in rows],
             [row["distractors"] for row in rows],
             self.bos,
@@ -132,6 +143,7 @@ class _Reader:
             names=[row["name"] for row in rows],
             facts=[row["fact"] for row in rows],
             answer_space=[self._space(row) for row in rows],
+            **how,
         )
         if self.model is not None:
             require_fit(self.model, pairs, [row["name"] for row in rows])

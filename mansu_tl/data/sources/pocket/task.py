@@ -107,7 +107,7 @@ def _questions(
     prompts, lengths = pad([encode(tokenizer, text) for text in texts], pad_id(tokenizer))
     # A word is one token, the same behind every prompt.
     first = {word: text for text, row in zip(texts, options, strict=True) for word in row}
-    ids = {word: continuation(tokenizer, text, word, "option")[1][0] for word, text in first.items()}
+    ids = {word: continuation(tokenizer, text, word, "option", most_tokens=1)[1][0] for word, text in first.items()}
     choices = torch.tensor([[ids[word] for word in row] for row in options])
     return Questions(prompts, lengths, choices, tuple(fact.id for fact, _ in asked))
 
