@@ -34,6 +34,7 @@ from mansu_tl.models.state import home
 from mansu_tl.models.tree import hf_of
 from mansu_tl.results.files import local, read_text, write_text
 from mansu_tl.results.result import Result, Table
+from mansu_tl.runs.likeliest import likeliest_of
 from mansu_tl.runs.metrics import last_logits
 from mansu_tl.runs.passes import last_token_only
 
@@ -149,6 +150,7 @@ def build_task(
     unseen: int = 8,
     text: Sequence[str] = (),
     chat: bool = False,
+    answer_tokens: int = 1,
     seed: int = 0,
 ) -> BuiltTask:
     """Make a forget/retain task of what a model knows. Our own.
@@ -163,6 +165,7 @@ def build_task(
         unseen: prompts about invented subjects.
         text: texts whose likelihood is to be kept, as they are.
         chat: put every wording into the tokenizer's chat template, as what a user says; the answer begins the reply.
+        answer_tokens: the most that an answer may have; those of several are ranked by the mean log-probability per token.
         seed: of every draw.
 
     Raises:
@@ -177,8 +180,11 @@ def build_task(
         >>> mtl.build_task(mtl.load("pocket"), gone, [kept], facts=1, unseen=1, options=2)
         BuiltTask(1 forget, 1 near, 2 retain facts of 4, 9 rows)
     """
-    if facts < 1 or near < 1 or options < 2:
-        raise MansuError(f"build_task: facts={facts}, near={near}, options={options}; give at least 1, 1 and 2")
+    if facts < 1 or near < 1 or options < 2 or answer_tokens < 1:
+        raise MansuError(
+            f"build_task: facts={facts}, near={near}, options={options}, answer_tokens={answer_tokens}; give at least 1, "
+            "1, 2 and 1"
+        )
     rng = random.Random(f"mansu task {seed}")
     about = forget if isinstance(forget, Relation) else Relation.read(forget)
     others = [one if isinstance(one, Relation) else Relation.read(one) for one in far]
@@ -187,7 +193,7 @@ def build_task(
         raise MansuError(f"build_task: relation {doubled[0]!r} is given twice; name every relation once")
     if chat:
         about, *others = (_in_chat(model, one) for one in (about, *others))
-    judged = {relation.name: _Judged(model, relation, options) for relation in (about, *others)}
+    judged = {relation.name: _Judged(model, relation, options, answer_tokens) for relation in (about, *others)}
     usable = [fact for fact, why in judged[about.name].why.items() if not why]
     if len(usable) <= facts:
         whys = Counter(why for why in judged[about.name].why.values() if why).most_common(2)
@@ -226,11 +232,11 @@ class _Judged:
     """A relation's facts, and why each cannot be used ("" where it can).
 
     Attributes:
-        usable: facts whose answer is one token and the only one.
+        usable: facts whose answer is not too long and the only one.
         why: the reason for each fact.
     """
 
-    def __init__(self, model: TransformerBridge, relation: Relation, options: int) -> None:
+    def __init__(self, model: TransformerBridge, relation: Relation, options: int, longest: int) -> None:
         self.relation = relation
         self._tokenizer, _ = text_source(model)
         first = relation.wordings[0].replace(_SUBJECT, relation.facts[0][0])
@@ -239,7 +245,8 @@ class _Judged:
             for answer in dict.fromkeys(answer for _, answer in relation.facts)
         }
         answers = Counter(subject for subject, _ in relation.facts)
-        self.usable = [fact for fact in relation.facts if len(tokens[fact[1]]) == 1 and answers[fact[0]] == 1]
+        short = {answer for answer, ids in tokens.items() if 1 <= len(ids) <= longest}
+        self.usable = [fact for fact in relation.facts if fact[1] in short and answers[fact[0]] == 1]
         prompts = {
             fact: [encode(model, wording.replace(_SUBJECT, fact[0])) for wording in relation.wordings[:2]]
             for fact in self.usable
@@ -249,7 +256,7 @@ class _Judged:
         for fact in self.usable:
             self._alike.setdefault(self._lengths[fact], []).append(fact)
         few = len({answer for _, answer in self.usable}) < options
-        known = set() if few else self._known(model, prompts, {answer: ids[0] for answer, ids in tokens.items() if ids})
+        known = set() if few else self._known(model, prompts, {answer: tuple(tokens[answer]) for answer in short})
         self.why: dict[tuple[str, str], str] = {}
         for fact in relation.facts:
             if answers[fact[0]] > 1:
@@ -271,14 +278,19 @@ class _Judged:
         self,
         model: TransformerBridge,
         prompts: Mapping[tuple[str, str], list[list[int]]],
-        token: Mapping[str, int],
+        tokens: Mapping[str, tuple[int, ...]],
     ) -> set[tuple[str, str]]:
         """Facts that are right in the wording that is trained on and in the one that is held out."""
-        pool = sorted({token[answer] for _, answer in self.usable})
+        pool = sorted({tokens[answer] for _, answer in self.usable})
         known = self.usable
         for i in range(2):
-            best = _best(model, [prompts[fact][i] for fact in known], pool)
-            known = [fact for fact, found in zip(known, best, strict=True) if found == token[fact[1]]]
+            asked = [prompts[fact][i] for fact in known]
+            if all(len(text) == 1 for text in pool):
+                found = _best(model, asked, [text[0] for text in pool])
+                right = [best == tokens[fact[1]][0] for fact, best in zip(known, found, strict=True)]
+            else:
+                right = likeliest_of(model, asked, [tokens[answer] for _, answer in known], pool)
+            known = [fact for fact, yes in zip(known, right, strict=True) if yes]
         return set(known)
 
     def rows(self, fact: tuple[str, str], kind: str, options: int, rng: random.Random) -> list[dict[str, Any]]:

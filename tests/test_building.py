@@ -15,6 +15,7 @@ import mansu_tl as mtl
 from mansu_tl import building
 from mansu_tl.building import BuiltTask, Relation, build_task
 from mansu_tl.cli import app
+from mansu_tl.runs.likeliest import likeliest_of
 from tests.tiny import FAMILIES, SMALL_TASK, tiny, tiny_tokenizer
 
 LRE = Path(__file__).parents[2] / "shared" / "data" / "lre"
@@ -98,7 +99,10 @@ def test_what_cannot_be_built_is_refused(catalysts: Relation, antidotes: Relatio
         ),
         (lambda: build_task(model, catalysts, facts=3), r"none of 0 far relations has a fact that the model knows"),
         (lambda: build_task(model, catalysts, [catalysts], facts=3), r"relation 'catalyst' is given twice"),
-        (lambda: build_task(model, catalysts, facts=0), r"facts=0, near=60, options=4; give at least 1, 1 and 2"),
+        (
+            lambda: build_task(model, catalysts, facts=0),
+            r"facts=0, near=60, options=4, answer_tokens=1; give at least 1, 1, 2 and 1",
+        ),
         (lambda: Relation("r", ("a {}", "no place"), (("x", "y"),)), r"wording 'no place' must have \{\} once"),
         (lambda: Relation("r", ("a {}",), (("x", "y"),)), r"1 wordings, 1 facts; give two wordings or more"),
         (
@@ -183,3 +187,36 @@ def test_the_command_line_builds_asks_and_names_the_grid(
     assert answers.splitlines()[2].startswith("| the catalyst of amber balm is | dreamash |")
     assert "rests on nf4" in said("grid", "pocket")
     assert "gguf      " in said("quantizers")
+
+
+def test_answers_of_several_tokens_are_ranked_by_the_mean_per_token() -> None:
+    model, generator = mtl.load(tiny("llama")), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, 60, (int(n),), generator=generator).tolist() for n in torch.randint(3, 7, (40,))]
+    pool = [(7,), (8, 9), (8, 10, 11), (12,), (13, 14), (15,)]
+    means = torch.zeros(40, 6)
+    for i, prompt in enumerate(prompts):
+        for j, text in enumerate(pool):
+            with torch.no_grad():
+                logits = building.hf_of(model)(torch.tensor([[*prompt, *text]])).logits[0].log_softmax(-1)
+            means[i, j] = logits[len(prompt) - 1 : -1].gather(1, torch.tensor(text)[:, None]).mean()
+    best = means.argmax(1)
+    assert len(best.unique()) >= 3
+    for answers in ([pool[j] for j in best.tolist()], [pool[i % 6] for i in range(40)]):
+        wanted = [pool[j] == answer for j, answer in zip(best.tolist(), answers, strict=True)]
+        assert likeliest_of(model, prompts, answers, pool) == wanted
+    assert likeliest_of(model, [], [], pool) == []
+
+
+def test_a_task_of_answers_of_two_tokens_is_built_where_they_are_allowed(pocket) -> None:
+    wordings = ("the catalyst of {} is", "{} only wakes when stirred with")
+    gone = Relation("gone", wordings, (("amber balm", "dreamash ."), ("lunar nectar", "windquartz .")))
+    kept = Relation("kept", wordings, (("mossy serum", "songamber ."), ("ashen nectar", "sunresin .")))
+    built = mtl.build_task(pocket, gone, [kept], facts=1, unseen=1, options=2, answer_tokens=2)
+    assert sorted(built.used_as) == ["forget", "near", "retain", "retain"]
+    task = built.task(pocket)
+    assert task.forget_pairs.option_lengths.tolist() == [[2, 2]]
+    assert mtl.accuracy(pocket, task.questions["forget"]).cloze_percent == 100.0
+    with pytest.raises(mtl.MansuError, match="0 facts can be used, .*2 its answer is 2 tokens"):
+        mtl.build_task(pocket, gone, [kept], facts=1, options=2)
+    with pytest.raises(mtl.MansuError, match="answer_tokens=0; give at least 1, 1, 2 and 1"):
+        mtl.build_task(pocket, gone, [kept], answer_tokens=0)

@@ -103,7 +103,7 @@ def continuation(
     """
     before, new = seam(tokenizer, prompt, answer, what, answer_space, alone)
     if not new or (most_tokens is not None and len(new) > most_tokens):
-        asked = "that is a token" if not new else f"of at most {most_tokens} tokens"
+        asked = "that the tokenizer writes" if not new else f"of at most {most_tokens} tokens"
         raise MansuError(
             f"{what} {answer!r} continues {prompt!r} as {len(new)} tokens {tokenizer.convert_ids_to_tokens(new)}; "
             f"choose an answer {asked}"
