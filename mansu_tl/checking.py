@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-import psutil
-import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Graph
@@ -15,6 +13,7 @@ from mansu_tl.data import Task
 from mansu_tl.data.sources import load_task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import load, parameters
+from mansu_tl.models.limits import free_memory
 from mansu_tl.quantization import find_grid, quantize
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import accuracy
@@ -201,6 +200,6 @@ def _quantizers(config: StudyConfig, model: TransformerBridge, task: Task, name:
 def _memory(model: TransformerBridge, name: str, count: int) -> Finding:
     need = 4 * _COPIES * count / 1e9
     device = next(model.original_model.parameters()).device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_memory(device)
     numbers = f"about {need:.2g} GB for the weights of all stages, {free / 1e9:.2g} GB are free"
     return Finding(f"memory for {name}", "ok" if need < free / 1e9 else "warning", numbers)

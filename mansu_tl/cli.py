@@ -10,11 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import typer
 
 from mansu_tl import __version__
 from mansu_tl.building import build_task
 from mansu_tl.checking import Check, check_study
+from mansu_tl.data.sources import load_task
 from mansu_tl.data.sources import source as task_source
 from mansu_tl.data.sources import sources as source_names
 from mansu_tl.errors import MansuError
@@ -22,6 +24,7 @@ from mansu_tl.models import load
 from mansu_tl.quantization import find_grid
 from mansu_tl.quantization import quantizers as quantizer_names
 from mansu_tl.registry import import_plugins
+from mansu_tl.results.files import write_text
 from mansu_tl.starter import write_starter
 from mansu_tl.study import (
     Study,
@@ -39,6 +42,7 @@ from mansu_tl.study.collect import config_in
 from mansu_tl.unlearning import MansuSettings, method_flags
 from mansu_tl.unlearning import methods as method_names
 from mansu_tl.verification import ask as asked
+from mansu_tl.verification import judge_by_llama
 
 app = typer.Typer(
     add_completion=False,
@@ -225,6 +229,30 @@ def ask(
     """Ask models the same things, greedily, and print their answers side by side."""
     table = asked({name: load(name) for name in models}, prompt, new_tokens=tokens, chat=chat)
     typer.echo(table.markdown())
+
+
+@app.command()
+def llama(
+    files: Annotated[list[str], typer.Argument(help="GGUF files or names: the original, a baseline, MANSU's.")],
+    task: Annotated[str, typer.Option(help="The task: a file, or another source.")],
+    questions: Annotated[list[str] | None, typer.Option(help="A question set; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write every question to this CSV file.")] = None,
+) -> None:
+    """Let llama.cpp answer a task's questions from GGUF files, and compare with our answers from them."""
+    same = len({Path(file).name for file in files}) < len(files)
+    named = {file if same else Path(file).name: file for file in files}
+    asked_of = load_task(task, tokenizer=load(files[0])).questions
+    frames = []
+    for name in questions or ["forget"]:
+        if name not in asked_of:
+            raise MansuError(f"questions {name!r}: the task has none; choose among {', '.join(asked_of)}")
+        judged = judge_by_llama(named, asked_of[name])
+        typer.echo(f"{name}: {len(judged.prompts)} questions, percent")
+        typer.echo(judged.summary().to_string(index=False, float_format="{:.1f}".format))
+        frames.append(judged.to_dataframe().assign(questions=name))
+    if out is not None:
+        write_text(out, pd.concat(frames).to_csv(index=False))
+        typer.echo(f"written: {out}")
 
 
 @app.command()

@@ -508,6 +508,11 @@ def test_an_unseen_subject_is_an_invented_name() -> None:
     [
         (subjects(), {"corruption": "noise"}, "corruption 'noise': unknown; choose one of swap, unseen"),
         (subjects(subject="w61"), {}, "row 0: subject 'w61' occurs 0 times in 'w3 w60 w9'; it must occur once"),
+        (
+            subjects(subject="w61", corrupt="w5 w60 w9"),
+            {},
+            "row 0: subject 'w61' occurs 0 times in 'w3 w60 w9'; it must occur once",
+        ),
         (subjects(answer="w30"), {}, "row 0: no prompt in these words names another subject .* 'w3 w60' with another"),
         (subjects(subject=""), {}, "row 0: 'corrupt' is missing; a forget line needs it"),
         (subjects(subject=7), {}, "row 0: subject is 7, not text"),

@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 import mansu_tl as mtl
 from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
-from mansu_tl.models.gguf import LAYOUTS, GgufFile, gguf_weights, save_gguf
+from mansu_tl.models.gguf import LAYOUTS, GgufFile, GgufWeights, gguf_weights, save_gguf
 from mansu_tl.models.gguf.tokens import merges, read_tokenizer
 from mansu_tl.models.gguf.write import written
 from mansu_tl.models.packages import PACKAGED
@@ -364,6 +364,22 @@ def test_a_file_that_changed_or_went_is_noticed_and_nothing_is_written(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.gguf"]
     with pytest.raises(mtl.MansuError, match=r"did not come from a GGUF file"):
         save_gguf(mtl.load("pocket"), tmp_path / "edited.gguf")
+
+
+def test_too_little_memory_is_said_before_a_weight_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hf = tiny("llama")
+    file, size = write_gguf(hf, "llama", tmp_path / "model.gguf"), 4 * sum(value.numel() for value in hf.parameters())
+    model = mtl.load(file)
+    monkeypatch.setattr("mansu_tl.models.limits.free_memory", lambda device: float(size))
+    rebuild(mtl.load(file))
+    monkeypatch.setattr("mansu_tl.models.limits.free_memory", lambda device: size - 1.0)
+    monkeypatch.setattr(GgufWeights, "value", lambda *args: pytest.fail("a weight was made"))
+    numbers = rf"its weights need {size / 1e9:.3g} GB on cpu, {(size - 1) / 1e9:.3g} GB are free; make room"
+    with pytest.raises(mtl.MansuError, match=rf"model.gguf: {re.escape(numbers)}"):
+        mtl.load(file)
+    # What every method trains in is a copy.
+    with pytest.raises(mtl.MansuError, match=rf"a copy of the model: {re.escape(numbers)}"):
+        plain(model)
 
 
 def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ WITHOUT_MODEL = {
     "judge",  # a table to a scorecard
     *("explore", "run_study"),  # made of the others
     *("save", "save_gguf", "gguf_weights"),  # inside "certify"; the others of files
-    *("ask", "build_task"),  # a copy that writes; what a model knows, asked as "accuracy" asks
+    *("ask", "build_task", "judge_by_llama"),  # a copy that writes; asked as "accuracy" asks; files
     "certify_in_fresh_process",  # a process of its own
     *("home", "require_copyable", "require_ready"),
     "last_logits",  # for those who hook on purpose

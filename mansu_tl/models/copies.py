@@ -21,6 +21,7 @@ from mansu_tl.models.cache import pass_cache_on
 from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import compute_from_codes, packed, repack, require_dense, splitter
 from mansu_tl.models.gguf import gguf_weights, remember
+from mansu_tl.models.limits import require_memory
 from mansu_tl.models.tree import Model, blank, buffers, hf_of, parameters, require_in_step, tied_names
 
 
@@ -146,6 +147,7 @@ def duplicate(model: Model, values: Mapping[str, Tensor] = MappingProxyType({}))
         values: new values by parameter name, as in `rebuild`.
     """
     live, tied, fresh = parameters(model), tied_names(model), blank(model)
+    require_memory("a copy of the model", (live[names[0]] for names in tied))
     repack(fresh, model)
     _require_unpacked(live)
     require_in_step(model)

@@ -1,11 +1,18 @@
-"""What a model can be given: how many tokens it knows, and how many positions it has."""
+"""What a model can be given: how many tokens it knows, how many positions it has, and whether its weights find room."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import psutil
+import torch
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+
+from mansu_tl.errors import MansuError
 
 
 def vocabulary_size(model: TransformerBridge | nn.Module) -> int | None:
@@ -32,3 +39,39 @@ def most_positions(model: TransformerBridge | nn.Module) -> int | None:
     settings = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     scaled = [(s.get("original_max_position_embeddings") or most) * (s.get("factor") or 1) for s in settings]
     return int(max([most, *scaled]))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be taken on a device; infinite where it does not say."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # PyTorch's own, to be used again
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
+    return float(psutil.virtual_memory().available) if device.type == "cpu" else math.inf
+
+
+def require_memory(
+    what: str, weights: Iterable[Tensor], *, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Refuse to make weights that find no room, before the first of them is made.
+
+    Args:
+        what: what errors call it.
+        weights: tensors of their shapes.
+        device: where they are to be; None = where those are.
+        dtype: what they are to be; None = what those are.
+
+    Raises:
+        MansuError: they alone need more than is free; it says how much.
+    """
+    need: Counter[torch.device] = Counter()
+    for weight in weights:
+        need[device or weight.device] += weight.numel() * (dtype or weight.dtype).itemsize
+    for place, size in need.items():
+        free = free_memory(place) if place.type != "meta" else math.inf
+        if size > free:
+            raise MansuError(
+                f"{what}: its weights need {size / 1e9:.3g} GB on {place}, {free / 1e9:.3g} GB are free; make room, or take "
+                "another device or a smaller model"
+            )

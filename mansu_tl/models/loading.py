@@ -28,6 +28,7 @@ from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import convert, is_four_bit, quantization_config, require_kind, stored_kind
 from mansu_tl.models.gguf import read_model
 from mansu_tl.models.kinds import adapter_layer, way_to_load
+from mansu_tl.models.limits import require_memory
 from mansu_tl.models.packages import PACKAGED, packaged_file
 from mansu_tl.models.placement import DeviceMap, one_line, place, require_device, require_map, require_placed
 from mansu_tl.models.quiet import quiet
@@ -139,6 +140,8 @@ def load(
         require_kind(hf, quantized, name)
     _require_finite(name, hf)
     if device_map is None:
+        if target.type != "cpu":
+            require_memory(name, (value for value in hf.parameters() if value.device != target), device=target)
         move: Any = hf.to  # transformers annotates it as taking no device
         hf = move(target)
     return boot(hf, tokenizer, name)

@@ -13,6 +13,7 @@ from mansu_tl.verification.divergence import (
     output_suppressor,
 )
 from mansu_tl.verification.knowledge import require_known
+from mansu_tl.verification.llama import JudgedFile, LlamaJudgement, judge_by_llama
 from mansu_tl.verification.measurement import Subject, measure
 from mansu_tl.verification.probes import Probes, probe
 from mansu_tl.verification.rediscovery import Rediscovery, rediscover
@@ -30,6 +31,8 @@ __all__ = [
     "Damage",
     "Divergence",
     "ErasureDepth",
+    "JudgedFile",
+    "LlamaJudgement",
     "Probes",
     "Rediscovery",
     "Relearning",
@@ -50,6 +53,7 @@ __all__ = [
     "erasure_depth",
     "evaluate_tofu",
     "judge",
+    "judge_by_llama",
     "measure",
     "output_suppressor",
     "probe",

@@ -78,7 +78,16 @@ def checked_row(name: str, found: object) -> Row:
             require_answer_space(value, name)
         else:
             require_text(value, f"{name}: {key}")
+    if "subject" in out:
+        _require_once(name, str(out["subject"]), str(out["clean"]))
     return {"held_out": False, "fact": out.get("clean"), **out, "name": name}
+
+
+def _require_once(name: str, subject: str, prompt: str) -> None:
+    if prompt.count(subject) != 1:
+        raise MansuError(
+            f"{name}: subject {subject!r} occurs {prompt.count(subject)} times in {prompt!r}; it must occur once"
+        )
 
 
 def _require_list(name: str, value: object) -> None:

@@ -20,6 +20,7 @@ from mansu_tl.models.gguf.blocks import LAYOUTS, Blocks
 from mansu_tl.models.gguf.config import ARCHITECTURES, read_config
 from mansu_tl.models.gguf.file import GgufFile, Stored
 from mansu_tl.models.gguf.tokens import read_tokenizer
+from mansu_tl.models.limits import require_memory
 from mansu_tl.models.quiet import quiet
 from mansu_tl.models.tree import Model, hf_of, tied_names
 from mansu_tl.models.weights import linear_weights
@@ -144,9 +145,10 @@ def read_model(path: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     """The model in a GGUF file, float32, and its tokenizer; `gguf_weights` of it is the file.
 
     Raises:
-        MansuError: as `open_gguf`, or a tokenizer that cannot be read.
+        MansuError: as `open_gguf`, a tokenizer that cannot be read, or too little memory.
     """
     hf, weights = open_gguf(path, name)
+    require_memory(name, hf.parameters(), device=torch.device("cpu"), dtype=torch.float32)
     hf.load_state_dict({key: weights.value(key) for key in weights.ways}, assign=True, strict=False)
     hf.tie_weights()
     remember(hf, weights)
