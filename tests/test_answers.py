@@ -322,3 +322,12 @@ def test_prompts_that_contrast_nothing_are_refused(clean: str, corrupt: str, mes
 def test_a_text_in_place_of_a_list_is_refused() -> None:
     with pytest.raises(MansuError, match="clean is 'w3 w4'; give a list with one entry for each pair"):
         PromptPairs.from_text(tiny_tokenizer(), "w3 w4", ["w3 w5"], ["w7"], ["w9"])
+
+
+def test_an_answer_of_no_token_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("*", "")
+    for answer, wrong, what in (("**", "w9", "answer"), ("w7", "*", "distractor")):
+        message = rf"pair 0: {what} '\*+' continues 'w3' as 0 tokens \[\]; choose an answer that the tokenizer writes"
+        with pytest.raises(MansuError, match=message):
+            PromptPairs.from_text(tokenizer, ["w3"], ["w4"], [answer], [wrong])

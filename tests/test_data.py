@@ -506,7 +506,7 @@ def test_an_unseen_subject_is_an_invented_name() -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (subjects(), {"corruption": "noise"}, "corruption 'noise': unknown; choose one of swap, unseen"),
+        (subjects(), {"corruption": "nosie"}, "corruption 'nosie': unknown; choose one of swap, unseen, noise, zero"),
         (subjects(subject="w61"), {}, "row 0: subject 'w61' occurs 0 times in 'w3 w60 w9'; it must occur once"),
         (
             subjects(subject="w61", corrupt="w5 w60 w9"),
@@ -528,7 +528,7 @@ def test_an_outsiders_way_of_making_counterfactuals(monkeypatch) -> None:
     corruption.register_corruption("last", lambda asked, tokens, rng: [
         corruption.Counterfactual(f"w61 w60{one.wording[1]}") for one in asked
     ])  # fmt: skip
-    assert corruption.corruptions() == ("swap", "unseen", "last")
+    assert corruption.corruptions() == ("swap", "unseen", "last", "noise", "zero", "mean")
     pairs = mtl.load_task(subjects(), tokenizer=TOKENIZER, corruption="last").forget_pairs
     assert pairs.corrupt[:, 1].eq(61).all()
     with pytest.raises(MansuError, match="corruption 'swap': registered already"):
