@@ -166,7 +166,7 @@ class Source:
         """The asked positions of some forget prompts, counted over those of all."""
         if self.pairs.options.shape[2] == 1:
             return rows
-        counts = self.pairs.option_lengths[:, 0]
+        counts = self.pairs.option_lengths[:, 0].cpu()
         ends = counts.cumsum(0)
         return torch.cat([torch.arange(int(ends[i] - counts[i]), int(ends[i])) for i in rows.tolist()])
 
