@@ -220,6 +220,14 @@ def test_scores_by_position_and_pair_add_up_and_name_the_answers_tokens() -> Non
     torch.testing.assert_close(small.tensor, whole.tensor, rtol=0, atol=2e-5)
 
 
+def test_a_sweeps_columns_name_the_prompts_tokens_and_number_the_answers() -> None:
+    model, pairs = model_of("llama"), several(seed=6)[[0, 2]]
+    sweep = mtl.activation_patching(model, pairs, tokens=list("abcde"))
+    assert sweep.columns == ("0 a", "1 b", "2 c", "3 d", "4 e", "5 +1", "6 +2")
+    with pytest.raises(MansuError, match="7 tokens for 5 positions; give one for each"):
+        mtl.activation_patching(model, pairs, tokens=list("abcdefg"))
+
+
 def test_integrated_scores_close_the_gap_between_the_ends() -> None:
     model, pairs = model_of("llama"), several(seed=7)
     scores = mtl.edge_attribution(model, pairs, steps="auto", tolerance=0.02)

@@ -130,8 +130,8 @@ def activation_patching(
             that attends).
         direction: "denoising" or "noising".
         ablation: noising with other values than the corrupt prompt's (zero, mean); see `ablation`.
-        tokens: what stands at each position, for the column names; positions are numbered where not given. Where options
-            have several tokens, those behind the prompt have positions too.
+        tokens: what stands at each position of the prompts, for the column names; positions are numbered where not given.
+            Where options have several tokens, those behind the prompt are called "+1", "+2", ...
         per_pair: also keep the metric of every pair in every cell.
         cells_per_batch: interventions that share a forward pass.
 
@@ -159,10 +159,13 @@ def activation_patching(
         raise MansuError(f"patching: cells_per_batch={cells_per_batch}; at least one cell has to run")
     run = prepared(model, pairs, options_read(metric))
     width = run.clean.shape[1]
-    if tokens is not None and "position" in by and len(tokens) != width:
-        raise MansuError(f"patching: {len(tokens)} tokens for {width} positions; give one for each")
+    prompt = run.given.clean.shape[1]
+    if tokens is not None and "position" in by and len(tokens) != prompt:
+        raise MansuError(f"patching: {len(tokens)} tokens for {prompt} positions; give one for each")
+    words = [""] * prompt if tokens is None else list(tokens)
+    words += [f"+{i + 1}" for i in range(width - prompt)]
     cells = Cells(model, anatomy, component, by, width)
-    rows, columns = cells.rows, cells.columns([""] * width if tokens is None else list(tokens))
+    rows, columns = cells.rows, cells.columns(words)
     values = torch.zeros(len(pairs), len(rows), len(columns), dtype=torch.float64)
     ends = torch.zeros(2, len(pairs), dtype=torch.float64)
     parts = list(chunks(run, batch_size))
