@@ -40,8 +40,11 @@ def embeddings(family: str, pairs: PromptPairs) -> tuple[Tensor, Tensor]:
     return table * (table.shape[1] ** 0.5 if family.startswith("gemma") else 1.0), table
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+# Every family with one kind, one of them with all.
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*((family, KINDS[i % 3]) for i, family in enumerate(FAMILIES)), ("gpt2", "noise"), ("gpt2", "mean")],
+)
 def test_the_corrupt_run_is_the_clean_one_with_other_embeddings(family: str, kind: str) -> None:
     model, pairs = model_of(family), corrupted(kind)
     hf = hf_of(model)
@@ -76,18 +79,16 @@ def test_the_corrupt_run_is_the_clean_one_with_other_embeddings(family: str, kin
         assert patched.item() == pytest.approx(found.item(), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), [("llama", "noise"), ("gemma2", "zero"), ("gpt2", "mean"), ("qwen3", "noise")]
-)
+@pytest.mark.parametrize(("family", "kind"), [("llama", "noise"), ("gemma2", "zero"), ("gpt2", "mean")])
 def test_scores_are_slopes_of_exact_patching_and_close_the_gap(family: str, kind: str) -> None:
     model, pairs, steps = model_of(family), corrupted(kind), (0.02, 0.01)
     scores = mtl.edge_attribution(model, pairs, method="eap")
-    strongest = scores.tensor.abs().flatten().topk(8).indices
-    masks = torch.ones(32, *scores.tensor.shape)
+    strongest = scores.tensor.abs().flatten().topk(6).indices
+    masks = torch.ones(24, *scores.tensor.shape)
     for i, place in enumerate(strongest.tolist()):
         for j, moved in enumerate((steps[0], -steps[0], steps[1], -steps[1])):
             masks[4 * i + j].view(-1)[place] += moved
-    values = patch_edges(model, pairs, masks).double().mean(1).view(8, 2, 2)
+    values = patch_edges(model, pairs, masks).double().mean(1).view(6, 2, 2)
     wide, short = ((values[:, i, 0] - values[:, i, 1]) / (2 * step) for i, step in enumerate(steps))
     # Extrapolated: a long step keeps float32's rounding out, the shorter one its own error.
     slopes = (4 * short - wide) / 3
@@ -133,12 +134,12 @@ def test_sweeps_paths_nodes_and_neurons_take_such_pairs(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pair_is_corrupted_alike_in_every_part_of_its_set(kind: str) -> None:
     model, pairs = model_of("llama"), corrupted(kind)
-    whole = mtl.edge_attribution(model, pairs, per_pair=True)
-    parts = [mtl.edge_attribution(model, pairs[[i]]).tensor for i in (3, 1)]
+    whole = mtl.edge_attribution(model, pairs, steps=2, per_pair=True)
+    parts = [mtl.edge_attribution(model, pairs[[i]], steps=2).tensor for i in (3, 1)]
     torch.testing.assert_close(whole.per_pair[[3, 1]], torch.stack(parts), rtol=0, atol=2e-5)
-    small = mtl.edge_attribution(model, pairs, per_pair=True, batch_size=1)
+    small = mtl.edge_attribution(model, pairs, steps=2, per_pair=True, batch_size=1)
     torch.testing.assert_close(whole.per_pair, small.per_pair, rtol=0, atol=2e-5)
-    other = mtl.edge_attribution(model, corrupted(kind, seed=1))
+    other = mtl.edge_attribution(model, corrupted(kind, seed=1), steps=2)
     assert torch.allclose(other.tensor, whole.tensor, rtol=1e-3, atol=1e-4) is (kind != "noise")
 
 

@@ -168,8 +168,14 @@ def test_patched_edges_and_paths_are_the_sums_over_the_answers_tokens(family: st
         torch.testing.assert_close(ours.per_pair.T, one_at_a_time(pairs, single), rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("component", ["resid_pre", "attn_out", "z", "q", "pattern"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "component"),
+    [
+        *(("llama", name) for name in ("resid_pre", "attn_out", "z", "q", "pattern")),
+        ("gemma3", "z"),
+        ("gemma3", "attn_out"),
+    ],
+)
 def test_sweeps_are_the_sums_over_the_answers_tokens(family: str, component: str) -> None:
     model, pairs = model_of(family), several(seed=4)
     for direction in ("denoising", "noising"):
@@ -182,7 +188,7 @@ def test_sweeps_are_the_sums_over_the_answers_tokens(family: str, component: str
         torch.testing.assert_close(found.per_pair, one_at_a_time(pairs, single), rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_nodes_and_neurons_are_the_sums_over_the_answers_tokens(family: str) -> None:
     model, pairs = model_of(family), several(seed=5)
     for options in ({"qk_fix": True, "at": "corrupt"}, {"steps": 2}):

@@ -196,17 +196,18 @@ def test_the_embedded_model_knows_answers_of_two_tokens(model, two_tokens: Task)
     "method", ["ga", "graddiff", "npo", "simnpo", "rmu", "quail", "sure", "null-space", "suppressor", "ste"]
 )
 def test_every_trained_method_lowers_answers_of_two_tokens(method: str, model, two_tokens: Task) -> None:
-    edit = mtl.unlearn(model, two_tokens, method, learning_rate=3e-3, max_steps=3, warmup=1, check_every=3)
+    small = {"forget_batch": 12, "retain_batch": 8, "max_steps": 3, "warmup": 1, "check_every": 3}
+    edit = mtl.unlearn(model, two_tokens, method, learning_rate=3e-3, **small)
     before, after = (
         mtl.edge_attribution(m, two_tokens.forget_pairs[:4], method="eap", metric=mtl.runs.answer_log_prob).metric_clean
         for m in (model, edit.apply(model))
     )
-    assert after < 2 * before
+    assert after < 1.5 * before
 
 
 def test_mansu_forgets_answers_of_two_tokens(model, two_tokens: Task) -> None:
     circuit = mtl.circuit.Circuit.top(mtl.edge_attribution(model, two_tokens.forget_pairs[:6], steps=2), 200)
-    edit = mtl.unlearn(model, two_tokens, "mansu", circuit=circuit, steps=8, representation_weight=0.1)
+    edit = mtl.unlearn(model, two_tokens, "mansu", circuit=circuit, steps=8, retain_batch=8, representation_weight=0.1)
     before, after = (mtl.accuracy(m, two_tokens.questions["forget"]) for m in (model, edit.apply(model)))
     assert after.log_odds.mean() < before.log_odds.mean() - 0.5
 
@@ -276,14 +277,18 @@ def test_an_output_suppressor_leaves_the_circuit_of_texts_as_it_was() -> None:
 
 
 def test_scorecard_and_explorer_take_answers_of_two_tokens(model, two_tokens: Task) -> None:
-    edit = mtl.unlearn(model, two_tokens, "graddiff", learning_rate=3e-4, max_steps=6, warmup=1, check_every=3)
-    circuit = mtl.circuit.Circuit.top(mtl.edge_attribution(model, two_tokens.forget_pairs, steps=5), 100)
+    edit = mtl.unlearn(model, two_tokens, "graddiff", learning_rate=3e-4, max_steps=3, warmup=1, retain_batch=8)
+    ranking = mtl.edge_attribution(model, two_tokens.forget_pairs[:6], steps=2)
+    circuit = mtl.circuit.Circuit.top(ranking, 100)
     card = mtl.scorecard(model, edit.apply(model), two_tokens, circuit, quantizers=["nf4"])
     after = mtl.accuracy(edit.apply(model), two_tokens.questions["forget"])
     assert card.value("forget MC, %") == pytest.approx(after.mc_percent)
-    shown = mtl.explore(model, two_tokens, {"graddiff": edit}).explorer.results
+    small = replace(two_tokens, forget_pairs=two_tokens.forget_pairs[:6])
+    shown = mtl.explore(
+        model, small, {"graddiff": edit}, scores=ranking, circuit=circuit
+    ).explorer.results
     found = shown.answers(("", ""))
-    scores = mtl.edge_attribution(model, two_tokens.forget_pairs, method="eap", metric=mtl.runs.answer_log_prob)
+    scores = mtl.edge_attribution(model, small.forget_pairs, method="eap", metric=mtl.runs.answer_log_prob)
     assert found.probability.log().mean().item() == pytest.approx(scores.metric_clean, abs=1e-5)
     answer, rival = shown.asked(0)
     assert answer.endswith(".") and rival.endswith(".") and answer != rival
