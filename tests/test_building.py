@@ -185,6 +185,12 @@ def test_the_command_line_builds_asks_and_names_the_grid(
     answers = said("ask", "pocket", "pocket-never", "--prompt", "the catalyst of amber balm is", "--tokens", "1")
     assert answers.splitlines()[0] == "| prompt | pocket | pocket-never |"
     assert answers.splitlines()[2].startswith("| the catalyst of amber balm is | dreamash |")
+    with pytest.raises(mtl.MansuError, match=r"ask: pocket: the tokenizer has no chat template; go on without chat"):
+        CliRunner().invoke(app, ("ask", "pocket", "--prompt", "x", "--chat"), catch_exceptions=False)
+    with pytest.raises(mtl.MansuError, match=r"build_task: the tokenizer has no chat template"):
+        words = ("build", "pocket", "--forget", forget, "--far", far, "--out", str(tmp_path / "no.jsonl"), "--chat")
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    assert not (tmp_path / "no.jsonl").exists()
     assert "rests on nf4" in said("grid", "pocket")
     assert "gguf      " in said("quantizers")
 

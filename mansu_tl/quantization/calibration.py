@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from mansu_tl.runs.values import watched
 _MOST_BYTES = 2**30
 
 
+class _Enough(Exception):  # noqa: N818 - no error
+    """Every matrix of a pass has been seen; what lies behind the last of them is not run."""
+
+
 @torch_defaults()
 @torch.no_grad()
 def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, batch_size: int = 32) -> dict[str, Inputs]:
@@ -33,24 +38,31 @@ def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, bat
     if len(text) == 0:
         raise MansuError("calibration: the text is empty; pass at least one sequence, e.g. task.retain_text")
     require_fit(model, text)
+    names = list(names)
     moments: dict[str, Tensor] = {}
     magnitudes: dict[str, Tensor] = {}
     count = 0
     real = torch.empty(0)
+    left_out: set[str] = set()
 
     def add(name: str, entered: Tensor, left: Tensor) -> None:
         x = entered[real.to(entered.device)].float()
         moments[name] = moments.get(name, 0) + x.T @ x
         magnitudes[name] = magnitudes.get(name, 0) + x.abs().sum(0)
+        left_out.discard(name)
+        if not left_out:
+            raise _Enough
 
     text = text.to(next(model.parameters()).device)
+    order = text.lengths.cpu().argsort(stable=True)  # alike in length, so that little is padded
     with watched(model, names, add):
-        for start in range(0, len(text), batch_size):
-            batch = text[slice(start, start + batch_size)]
-            real = batch.real
+        for rows in order.split(batch_size):
+            batch = text[rows].trimmed()
+            real, left_out = batch.real, set(names)
             count += int(real.sum())
             # Padding lies to the right of every real token, where causal attention does not look.
-            model(batch.tokens, use_cache=False)
+            with suppress(_Enough):
+                model.base_model(batch.tokens, use_cache=False)
     for name, moment in moments.items():
         if not torch.isfinite(moment).all():
             raise MansuError(f"calibration: inputs of {name} are not finite; check the weights and the text")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import Sequences, Task
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, float32_copy, home, linear_weights, orient, parameters
+from mansu_tl.models.tree import family
+from mansu_tl.patching.reading import read_layer, subject_share
 from mansu_tl.quantization import grid_of
 from mansu_tl.runs.values import Values
 from mansu_tl.unlearning.batches import Batch, Source
@@ -73,6 +75,7 @@ class Plan:
     moments: dict[str, Float[Tensor, "_ _"]]  # of the candidates' matrices' inputs
     projectors: dict[str, Float[Tensor, "_ _"]]  # onto the null spaces of those inputs
     importance: Float[Tensor, " weight"] | None  # diagonal Fisher information of each candidate
+    layers: tuple[int, ...]  # whose MLPs take turns in the closed form
 
 
 def plan(
@@ -98,6 +101,10 @@ def plan(
         "none": lambda: every_weight(model),
     }
     masks = choose[settings.restrict]()
+    layers: tuple[int, ...] = ()
+    if settings.solver == "closed":
+        layers = closed_layers(subject_share(model, pairs), settings)
+        masks = _outputs(hf, masks, layers)
     # Cells and codes are those of the weights as stored; the loop itself runs in float32.
     grids = [grid_of(name).bound(model) for name in settings.quantizers]
     matrices = {name: orient(stored[name].detach(), weight).contiguous() for name, weight in linear.items()}
@@ -144,7 +151,26 @@ def plan(
         moments=moments,
         projectors=projectors,
         importance=importance,
+        layers=layers,
     )
+
+
+def closed_layers(share: Float[Tensor, " layer"], settings: MansuSettings) -> tuple[int, ...]:
+    """The layers whose MLPs take turns: up to a share of the way to the layer that reads the subject."""
+    last = int(settings.until * read_layer(share))
+    return tuple(range(max(0, last - settings.layers + 1), last + 1))
+
+
+def _outputs(hf: PreTrainedModel, masks: Masks, layers: Sequence[int]) -> Masks:
+    """Of some masks, those of the MLPs' output matrices of some layers."""
+    kind = family(hf)
+    names = [f"{kind.layers}.{layer}.{kind.down}.weight" for layer in layers]
+    if not any(name in masks for name in names):
+        raise MansuError(
+            f"circuit: none of its MLPs lies in layers {layers[0]} to {layers[-1]}, where the closed form edits; give a "
+            'larger circuit, or solver="gradient"'
+        )
+    return {name: masks[name] for name in names if name in masks}
 
 
 def _most_wanted(

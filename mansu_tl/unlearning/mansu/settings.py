@@ -13,8 +13,14 @@ from mansu_tl.results.digest import Digested
 
 RESTRICTIONS = ("circuit", "random", "none")
 FLOORS = ("loop", "after", "none")
+SOLVERS = ("gradient", "closed")
 _COUNTS = (
     "steps", "forget_batch", "retain_batch", "fisher_sequences", "select_every", "adversary_every", "adversary_steps",
+    "layers",
+)  # fmt: skip
+_CLOSED: Mapping[str, Any] = MappingProxyType(
+    {"solver": "closed", "steps": 20, "margin": 0.1, "band_weight": 0.05, "representation_weight": 0.0,
+     "adversary_weight": 0.0, "null_space": 50.0, "near_weight": 30.0, "fisher_sequences": 32}
 )  # fmt: skip
 _LIGHT: Mapping[str, Any] = MappingProxyType(
     {"steps": 200, "margin": 0.1, "band_weight": 0.05, "adversary_every": 10, "representation_weight": 0.0,
@@ -29,6 +35,8 @@ class MansuSettings(Digested):
     Attributes:
         quantizer: the grid whose codes every edited weight must change; names joined by "+" for a set of them, each of
             which every edited weight must satisfy, e.g. "nf4+int4-g64".
+        solver: "gradient" = Adam on every candidate's update, through the whole model; "closed" = the closed form (see
+            `closed.py`), which edits the output matrices of MLPs below the layer that reads the subject.
         restrict: which weights may be edited: those of the "circuit", as many of "random" heads and neurons, or "none"
             = every linear weight.
         floor: "loop" = the grid is in the optimisation; "after" = a plain one, each weight of its support pushed across
@@ -37,8 +45,13 @@ class MansuSettings(Digested):
         candidates: how many weights may be moved at all, as a multiple of the budget: those whose move by one bin lowers or
             raises the forget loss most at the start; 0 = every weight of the circuit.
         neuron_share: share of each circuit MLP's neurons that may be edited.
-        steps: optimisation steps.
-        learning_rate: peak step of Adam on the latent updates, in bins.
+        steps: optimisation steps; of the closed form: of the shift that its moves are solved for.
+        learning_rate: peak step of Adam on the latent updates, in bins; of the closed form: on the shift, in shares of a
+            typical entry of the stream.
+        layers: closed form: how many MLPs share the change.
+        until: closed form: where the last of them lies, as a share of the way to the layer that reads the subject.
+        shift_weight: closed form: weight of the shift's mean squared length, in units of the stream's.
+        least_gain: closed form: what a move must gain, as a share of a row's mean squared change.
         forget_batch: forget prompts a step.
         retain_batch: retain sequences a step, as many near ones again where there is near text.
         divergence_weight: weight of the divergence of forget prompts from what never-seen ones give.
@@ -52,7 +65,8 @@ class MansuSettings(Digested):
         discover_near: where the task names no near text, the share of the retain text that counts as near: what the
             model represents most like the forget prompts. 0 = none.
         likelihood: weight of the cross-entropy inside the retain term (the rest is a divergence to the original).
-        null_space: weight of the change of the circuit matrices' outputs on retain inputs (0 = off).
+        null_space: weight of the change of the circuit matrices' outputs on retain inputs (0 = off); of the closed form:
+            against that on the forget prompts' inputs.
         projector: project the update itself into the null space of the retain inputs after every step.
         leak: share of the retain inputs' energy that the projector's null space may hold.
         fisher: whether the diagonal Fisher information enters the choice of weights.
@@ -71,6 +85,7 @@ class MansuSettings(Digested):
     """
 
     quantizer: str = "nf4"
+    solver: str = "gradient"
     restrict: str = "circuit"
     floor: str = "loop"
     budget: float = 0.0195
@@ -78,6 +93,10 @@ class MansuSettings(Digested):
     neuron_share: float = 0.25
     steps: int = 300
     learning_rate: float = 0.1
+    layers: int = 8
+    until: float = 0.45
+    shift_weight: float = 0.05
+    least_gain: float = 3e-4
     forget_batch: int = 96
     retain_batch: int = 32
     divergence_weight: float = 1.0
@@ -107,7 +126,7 @@ class MansuSettings(Digested):
     adversary_rate: float = 3e-4
 
     def __post_init__(self) -> None:
-        for key, known in (("restrict", RESTRICTIONS), ("floor", FLOORS)):
+        for key, known in (("restrict", RESTRICTIONS), ("floor", FLOORS), ("solver", SOLVERS)):
             self._require(key, getattr(self, key) in known, f"choose one of {', '.join(known)}")
         for key in _COUNTS:
             self._require(key, getattr(self, key) >= 1, "choose at least 1")
@@ -118,6 +137,11 @@ class MansuSettings(Digested):
         everything = self.candidates == 0
         self._require("candidates", everything or self.candidates >= 1, "choose 0 (all) or at least 1 budget")
         self._require("gradual", 0 <= self.gradual <= 1, "choose a share of the steps, at most 1")
+        self._require("until", 0 <= self.until < 1, "choose a share in [0, 1)")
+        self._require("least_gain", self.least_gain >= 0, "choose 0 (any gain) or more")
+        if self.solver == "closed":
+            for key, value in (("floor", "loop"), ("adversary_weight", 0.0), ("projector", False), ("gradual", 0.0)):
+                self._require(key, getattr(self, key) == value, f"the closed form has none of it; choose {value!r}")
         self._require("discover_near", 0 <= self.discover_near < 1, "choose a share in [0, 1)")
         self._require("adversary_facts", self.adversary_facts >= 0, "choose 0 (a quarter) or more")
         self._require("fisher_budget", self.fisher_budget >= 0, "choose 0 (none) or more", " nats")
@@ -136,6 +160,15 @@ class MansuSettings(Digested):
             changes: further settings.
         """
         return replace(cls(**_LIGHT), **changes)
+
+    @classmethod
+    def closed(cls, **changes: Any) -> MansuSettings:
+        """The closed form: minutes where the gradient takes an hour, for models of many layers.
+
+        Args:
+            changes: further settings.
+        """
+        return replace(cls(**_CLOSED), **changes)
 
     def attacked_facts(self, known: int) -> int:
         """How many of the forget facts the attacker in the loop trains on.

@@ -25,6 +25,7 @@ from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.loop import Solver, run
 from mansu_tl.unlearning.mansu.adversary import Attacked, attacked
+from mansu_tl.unlearning.mansu.closed import closed_form
 from mansu_tl.unlearning.mansu.floor import choose_support
 from mansu_tl.unlearning.mansu.plan import Plan, plan
 from mansu_tl.unlearning.mansu.settings import MansuSettings
@@ -58,9 +59,15 @@ def mansu(
         circuit = discover_circuit(model, task.forget_pairs, progress=progress)
     require_graph(model, circuit)
     fixed = plan(model, task, settings, circuit, seed, progress=progress)
-    solver = _Mansu(fixed, settings, seed)
-    run(solver, checkpoint or Checkpoint(), progress=progress)
-    matrices = fixed.floor.stored(solver.latent.detach(), solver.support())
+    checkpoint = checkpoint or Checkpoint()
+    if settings.solver == "closed":
+        latent, history = closed_form(fixed, settings, seed, checkpoint, progress=progress)
+        support = latent != 0
+    else:
+        solver = _Mansu(fixed, settings, seed)
+        run(solver, checkpoint, progress=progress)
+        latent, support, history = solver.latent.detach(), solver.support(), solver.history
+    matrices = fixed.floor.stored(latent, support)
     edited = sum(int((matrix != fixed.floor.matrices[name]).sum()) for name, matrix in matrices.items())
     if not edited:
         raise NoEditError(
@@ -75,10 +82,11 @@ def mansu(
         "candidates": fixed.floor.size,
         "edited": edited,
         "near_rows": fixed.near_rows,
+        **({"layers": list(fixed.layers)} if fixed.layers else {}),
         **_retain_increase(fixed, matrices),
     }
     values = {name: orient(matrix, fixed.view.linear[name]) for name, matrix in matrices.items()}
-    return Edit.between(model, values, "mansu", facts, tuple(solver.history))
+    return Edit.between(model, values, "mansu", facts, tuple(history))
 
 
 class _Mansu(Solver):

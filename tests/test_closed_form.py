@@ -1,0 +1,274 @@
+"""MANSU in closed form: the moves against enumeration, the evidence against autograd, the shift against the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+import mansu_tl as mtl
+from mansu_tl.data import PromptPairs, Sequences
+from mansu_tl.errors import MansuError
+from mansu_tl.models import linear_weights, parameters, plain
+from mansu_tl.models.copies import boot
+from mansu_tl.patching.reading import read_layer, subject_share, subject_tokens
+from mansu_tl.quantization import grid_of
+from mansu_tl.quantization.calibration import inputs_of
+from mansu_tl.runs.values import watched
+from mansu_tl.unlearning import MansuSettings, unlearn
+from mansu_tl.unlearning.mansu import closed
+from mansu_tl.unlearning.mansu.moves import best_moves
+from mansu_tl.unlearning.mansu.plan import closed_layers, plan
+from tests.tiny import FAMILIES, sliced_task, tiny, tiny_tokenizer
+
+QUICK = {"null_space": 0.1, "near_weight": 1.0, "steps": 12, "fisher_sequences": 8, "until": 0.99}
+
+
+def problem(rows: int = 3, columns: int = 4, levels: int = 2, seed: int = 0):
+    """A random one: uneven steps that grow outwards, curvature of few inputs, a wish."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 0.3 + torch.rand(2 * levels, rows, columns, generator=generator)
+    up, down = sizes[:levels].cumsum(0), -sizes[levels:].cumsum(0)
+    steps = torch.cat([down.flip(0), torch.zeros(1, rows, columns), up])
+    x, missing = torch.randn(6, columns, generator=generator), torch.randn(6, rows, generator=generator)
+    return steps, x.T @ x / 6, missing.T @ x / 6, missing
+
+
+def cost(steps, curvature, wanted, levels, least: float) -> torch.Tensor:
+    """What `best_moves` lowers, of every row."""
+    change = steps.gather(0, (levels + steps.shape[0] // 2)[None])[0]
+    return ((change @ curvature) * change).sum(1) - 2 * (wanted * change).sum(1) + least * (levels != 0).sum(1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_moves_end_where_no_further_step_gains(seed: int) -> None:
+    steps, curvature, wanted, _ = problem(seed=seed)
+    moves = best_moves(steps, curvature, wanted, 0.05)
+    found = cost(steps, curvature, wanted, moves, 0.05)
+    assert (found <= 0).all() and (found < 0).any()
+    for row, column, by in itertools.product(range(3), range(4), (-1, 1)):
+        other = moves.clone()
+        other[row, column] += by
+        if other[row, column].abs() <= 2:
+            # Coming back to the start gives the price back, which the search does not look for.
+            least = 0.05 if moves[row, column] == 0 else 0.0
+            without = cost(steps, curvature, wanted, other, 0.0)[row] - cost(steps, curvature, wanted, moves, 0.0)[row]
+            assert without >= -least - 1e-6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_small_steps_come_near_to_what_no_choice_can_beat(seed: int) -> None:
+    steps, curvature, wanted, missing = problem(columns=60, levels=3, seed=seed)
+    steps = steps / 4
+    moves = best_moves(steps, curvature, wanted, 0.0)
+    # Sixty weights can meet six wishes exactly, which leaves minus their mean square.
+    bound = -missing.square().mean(0)
+    assert (cost(steps, curvature, wanted, moves, 0.0) <= 0.9 * bound).all()
+    assert (cost(steps, curvature, wanted, moves, 0.0) >= bound - 1e-4).all()
+
+
+def test_moves_of_inputs_that_do_not_meet_are_rounding() -> None:
+    steps = torch.arange(-3.0, 4.0)[:, None, None].expand(7, 2, 5) * 0.5
+    wanted = torch.tensor([[0.0, 0.2, 0.3, -0.9, 5.0], [0.74, 0.76, -0.24, -0.26, 1.0]])
+    # With H = 1 the best step for b is b itself: the nearest multiple of .5, at most three of them.
+    assert best_moves(steps, torch.eye(5), wanted, 0.0).tolist() == [[0, 0, 1, -2, 3], [1, 2, 0, -1, 2]]
+    # A move of d gains 2 b d - d^2, here .05, .19 and .25: those below the price stay.
+    asked = torch.tensor([[0.3, 0.44, 0.5]])
+    assert best_moves(steps[:, :1, :3], torch.eye(3), asked, 0.18).tolist() == [[0, 1, 1]]
+    assert best_moves(steps[:, :1, :3], torch.eye(3), asked, 0.0, torch.tensor([[1.0, 1.0, 1e-9]])).abs().sum() == 3
+
+
+def test_moves_stop_at_their_number_and_at_levels_that_lead_nowhere() -> None:
+    steps, curvature, wanted, _ = problem(rows=20, columns=40)
+    free = best_moves(steps, curvature, wanted, 0.0)
+    assert int((free != 0).sum()) > 70
+    # Every row moves once in a round, so the last round may pass the number by less than a row's worth each.
+    assert 40 <= int((best_moves(steps, curvature, wanted, 0.0, most=40) != 0).sum()) < 60
+    blocked = steps.clone()
+    blocked[:, :, 3] = 0
+    assert not best_moves(blocked, curvature, wanted, 0.0)[:, 3].any()
+
+
+def test_the_share_of_evidence_is_what_autograd_finds(model) -> None:
+    pairs = sliced_task(6).forget_pairs
+    hf, rows = plain(model).requires_grad_(True), torch.arange(6)
+    streams, slopes = [], []
+    for tokens in (pairs.clean, pairs.corrupt):
+        out = hf(tokens, output_hidden_states=True, use_cache=False)
+        # The last entry is behind the final norm; the stream in front of it is what its block gives out.
+        logits = out.logits[rows, pairs.lengths - 1]
+        metric = logits[rows, pairs.options[:, 0, 0]] - logits[rows, pairs.options[:, 1, 0]]
+        inner = list(out.hidden_states[1:-1])
+        slopes.append(torch.autograd.grad(metric.sum(), inner))
+        streams.append([each.detach() for each in inner])
+    subject = pairs.clean != pairs.corrupt
+    share = subject_share(model, pairs)
+    assert share.shape == (model.cfg.n_layers,) and share[-1] < 1e-6
+    for i, (clean, corrupt) in enumerate(zip(*streams, strict=True)):
+        evidence = ((clean - corrupt) * (slopes[0][i] + slopes[1][i]) / 2).sum(-1)
+        inside, outside = ((evidence * mask).sum(1).abs().sum() for mask in (subject, ~subject))
+        assert share[i].item() == pytest.approx((inside / (inside + outside)).item(), abs=1e-5)
+    assert subject_share(model, pairs, batch_size=4).tolist() == pytest.approx(share.tolist(), abs=1e-6)
+
+
+def test_the_reading_layer_and_the_layers_below_it() -> None:
+    assert read_layer(torch.tensor([0.9, 0.8, 0.3, 0.6])) == 2
+    assert read_layer(torch.tensor([0.9, 0.8])) == 1
+    share = torch.tensor([0.9] * 23 + [0.1] * 7)
+    assert closed_layers(share, MansuSettings.closed()) == tuple(range(3, 11))
+    assert closed_layers(share, MansuSettings.closed(layers=2, until=0.1)) == (1, 2)
+    assert closed_layers(share[:3], MansuSettings.closed(until=0.0)) == (0,)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return sliced_task(24, retain=64)
+
+
+@pytest.fixture(scope="module")
+def circuit(model, task):
+    return mtl.discover_circuit(model, task.forget_pairs, faithfulness=0.6, steps=2)
+
+
+@pytest.fixture(scope="module")
+def edit(model, task, circuit):
+    return unlearn(model, task, "mansu", circuit=circuit, settings=MansuSettings.closed(**QUICK))
+
+
+def test_it_edits_output_matrices_below_the_reader_and_every_code_changes(model, task, circuit, edit) -> None:
+    layers = edit.facts["layers"]
+    assert set(edit.indices) <= {f"model.layers.{i}.mlp.down_proj.weight" for i in layers}
+    assert [row["layer"] for row in edit.history if "layer" in row] == layers
+    assert edit.n_weights == sum(row["edited"] for row in edit.history if "layer" in row) > 100
+    grid, before, after = grid_of("nf4"), parameters(model), parameters(edit.apply(model))
+    for name in linear_weights(model):
+        a, b = grid.encode(before[name].detach()), grid.encode(after[name].detach())
+        differs = (a.codes != b.codes).flatten().nonzero()[:, 0]
+        assert torch.equal(differs, edit.indices.get(name, differs[:0]))
+        assert torch.equal(a.absmax, b.absmax)
+    again = unlearn(model, task, "mansu", circuit=circuit, settings=MansuSettings.closed(**QUICK))
+    assert all(torch.equal(again.new[name], edit.new[name]) for name in edit.new)
+
+
+def test_it_forgets_more_than_as_many_moves_at_random_and_keeps_more_without_losing_it(
+    model, task, circuit, edit
+) -> None:
+    # On four layers the read-out lies so low that one matrix is left, so little is asked here; docs/evidence.md has
+    # the model of thirty.
+    pairs = task.forget_pairs
+    where = torch.arange(len(pairs))
+
+    def log_prob(x) -> float:
+        logits = plain(x)(pairs.clean, use_cache=False).logits[where, pairs.lengths - 1]
+        return logits.log_softmax(-1)[where, pairs.answers].mean().item()
+
+    generator, shuffled = torch.Generator().manual_seed(0), {}
+    values = {name: value.detach().clone() for name, value in parameters(model).items()}
+    for name, indices in edit.indices.items():
+        moved = edit.new[name] - edit.old[name]
+        shuffled[name] = values[name]
+        shuffled[name].view(-1)[indices] += moved[torch.randperm(len(moved), generator=generator)]
+    with torch.no_grad():
+        original, edited = log_prob(model), log_prob(edit.apply(model))
+        control = log_prob(mtl.models.rebuild(model, shuffled))
+    assert edited < original - 0.5 and edited < control - 0.4
+
+
+def test_a_larger_weight_of_the_null_space_leaks_less(model, task, circuit, edit) -> None:
+    held = unlearn(
+        model, task, "mansu", circuit=circuit, settings=MansuSettings.closed(**{**QUICK, "null_space": 10.0})
+    )
+    (free,), (kept,) = ([row for row in each.history if "layer" in row] for each in (edit, held))
+    assert kept["leak"] < 0.5 * free["leak"] and kept["missing"] > free["missing"]
+
+
+def test_a_floor_of_two_grids(model, task, circuit) -> None:
+    settings = MansuSettings.closed(**QUICK, quantizer="nf4+int4-g64")
+    edit = unlearn(model, task, "mansu", circuit=circuit, settings=settings)
+    assert edit.n_weights > 100
+    after = parameters(edit.apply(model))
+    for grid, (name, indices) in itertools.product(map(grid_of, ("nf4", "int4-g64")), edit.indices.items()):
+        a, b = (grid.encode(values[name].detach()).codes.flatten() for values in (parameters(model), after))
+        assert torch.equal((a != b).nonzero()[:, 0], indices)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_missing_reaches_the_stream(family: str) -> None:
+    """What a matrix is asked for, put into its output, moves the stream behind its layer by what was missing there."""
+    bridge = boot(tiny(family, num_hidden_layers=3), tiny_tokenizer(), family)
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(3, 64, (6, 7), generator=generator)
+    corrupt = clean.clone()
+    corrupt[:, 1:3] = torch.randint(3, 64, (6, 2), generator=generator)
+    corrupt[:, 1:3] += (corrupt[:, 1:3] == clean[:, 1:3]).long() * torch.where(clean[:, 1:3] < 63, 1, -1)
+    pairs = PromptPairs.from_tokens(clean, corrupt, torch.full((6,), 3), torch.full((6,), 4))
+    hf = plain(bridge)
+    rows, places = subject_tokens(pairs).nonzero(as_tuple=True)
+    spots = closed._Spots(rows, places)
+    kind = mtl.models.tree.family(hf)
+    name = f"{kind.layers}.1.{kind.down}.weight"
+
+    values = {key: value.detach() for key, value in hf.named_parameters()}
+    seen = closed._seen(hf, values, pairs, spots, name, 1)
+    missing = 1e-2 * torch.randn(seen.stream.shape, generator=generator) * seen.stream.norm(dim=-1, keepdim=True) / 6
+    wish = missing / seen.through
+
+    def add(key, entered, left):
+        return left.index_put((rows, places), wish, accumulate=True)
+
+    with watched(hf, [name], add):
+        moved = closed._seen(hf, values, pairs, spots, name, 1).stream - seen.stream
+    # Behind a norm to first order, and but for its length.
+    tolerance = 0.35 if kind.mlp_post_norm else 2e-3
+    assert ((moved - missing).norm() / missing.norm()).item() < tolerance
+
+
+def test_inputs_are_the_same_whatever_is_padded_or_left_out(model) -> None:
+    text, hf = sliced_task(8, retain=40).retain_text, plain(model)
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+    found = inputs_of(hf, names, text, batch_size=16)
+    passed: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for i in range(len(text)):
+        row: Sequences = text[[i]].trimmed()
+        with watched(hf, names, lambda name, entered, left: passed[name].append(entered[0].double())), torch.no_grad():
+            hf(row.tokens)
+    for name in names:
+        x = torch.cat(passed[name])
+        assert found[name].tokens == len(x)
+        torch.testing.assert_close(found[name].moment.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"floor": "after"}, r"floor='after'; the closed form has none of it; choose 'loop'"),
+        ({"adversary_weight": 1.0}, r"adversary_weight=1.0; the closed form has none of it; choose 0.0"),
+        ({"gradual": 0.5}, r"gradual=0.5"),
+        ({"until": 1.0}, r"until=1.0; choose a share in \[0, 1\)"),
+        ({"least_gain": -1.0}, r"least_gain=-1.0; choose 0 \(any gain\) or more"),
+        ({"solver": "exact"}, r"solver='exact'; choose one of gradient, closed"),
+        ({"layers": 0}, r"layers=0; choose at least 1"),
+    ],
+)
+def test_settings_that_it_does_not_have_are_refused(change: dict, said: str) -> None:
+    with pytest.raises(MansuError, match=said):
+        MansuSettings.closed(**change)
+
+
+def test_a_circuit_without_mlps_there_is_refused(model, task, circuit) -> None:
+    mask = circuit.mask.clone()
+    mask[circuit.writers.index("MLP0")] = False
+    mask[:, circuit.readers.index("MLP0.in")] = False
+    few = dataclasses.replace(circuit, mask=mask)
+    assert "MLP0" not in few.nodes and few.n_edges
+    with pytest.raises(MansuError, match=r"circuit: none of its MLPs lies in layers 0 to 0"):
+        plan(model, task, MansuSettings.closed(**{**QUICK, "until": 0.0}), few, 0, progress=False)
+
+
+def test_pairs_of_one_prompt_have_no_subject() -> None:
+    tokens = torch.tensor([[3, 4, 5]])
+    pairs = PromptPairs.from_tokens(tokens, tokens, torch.tensor([6]), torch.tensor([7]))
+    with pytest.raises(MansuError, match=r"pair 0: clean and corrupt prompt are the same"):
+        subject_tokens(pairs)
