@@ -58,7 +58,7 @@ WITHOUT_MODEL = {
         "register_quantizer",
     ),
     *("floored", "headline", "method_flags", "method_title", "methods", "register", "settings_of", "trained"),
-    *("corruptions", "counterfactuals", "register_corruption"),  # prompts to prompts
+    *("corruptions", "counterfactuals", "forced", "register_corruption"),  # prompts to prompts
     "judge",  # a table to a scorecard
     *("explore", "run_study"),  # made of the others
     *("save", "save_gguf", "gguf_weights"),  # inside "certify"; the others of files

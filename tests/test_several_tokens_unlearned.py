@@ -284,9 +284,7 @@ def test_scorecard_and_explorer_take_answers_of_two_tokens(model, two_tokens: Ta
     after = mtl.accuracy(edit.apply(model), two_tokens.questions["forget"])
     assert card.value("forget MC, %") == pytest.approx(after.mc_percent)
     small = replace(two_tokens, forget_pairs=two_tokens.forget_pairs[:6])
-    shown = mtl.explore(
-        model, small, {"graddiff": edit}, scores=ranking, circuit=circuit
-    ).explorer.results
+    shown = mtl.explore(model, small, {"graddiff": edit}, scores=ranking, circuit=circuit).explorer.results
     found = shown.answers(("", ""))
     scores = mtl.edge_attribution(model, small.forget_pairs, method="eap", metric=mtl.runs.answer_log_prob)
     assert found.probability.log().mean().item() == pytest.approx(scores.metric_clean, abs=1e-5)
