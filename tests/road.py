@@ -23,7 +23,7 @@ from mansu_tl.explorer import Explorer
 from mansu_tl.models import fingerprint, float32_copy, linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.quantization import grid_of, inputs_of, predicted_flips, quantized_values
 from mansu_tl.quantization.dither import dither
-from mansu_tl.unlearning import Edit
+from mansu_tl.unlearning import Edit, method_flags, methods
 from mansu_tl.unlearning.search import judge
 from mansu_tl.verification import (
     Subject,
@@ -44,7 +44,7 @@ from tests.tiny import tiny, tiny_tokenizer
 from tests.tiny_study import crossing_edit
 
 Numbers = dict[str, Tensor]
-BASELINES = tuple(name for name in mtl.unlearning.methods() if name not in ("mansu", "random-circuit"))
+BASELINES = tuple(name for name in methods() if not method_flags(name).takes_circuit)
 # Few steps of everything that MANSU has: floor over two grids, attacker, null space, Fisher, discovered neighbours.
 MANSU = {
     "quantizer": "nf4+int4-g64", "steps": 12, "learning_rate": 0.5, "budget": 0.2, "fisher_sequences": 3,

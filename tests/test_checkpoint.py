@@ -18,6 +18,7 @@ from tests.tiny import sliced_task
 
 MANSU = {"steps": 24, "learning_rate": 0.5, "fisher_sequences": 4, "retain_batch": 8, "adversary_every": 4,
          "adversary_steps": 2, "null_space": 0.0}  # fmt: skip
+CLOSED = {"solver": "closed", "steps": 14, "null_space": 0.1, "fisher": False, "adversary_weight": 0.0}
 NPO = {"max_steps": 14, "check_every": 5, "stop_over_chance": -100.0, "learning_rate": 1e-4}
 
 
@@ -40,18 +41,22 @@ def interrupted_at(call: int, module: Any, name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, name, counted)
 
 
-@pytest.mark.parametrize("method", ["mansu", "npo"])
+@pytest.mark.parametrize("kind", ["mansu", "closed", "npo"])
 def test_an_interrupted_edit_goes_on_to_the_same_edit(
-    method: str, model, circuit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, model, circuit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, options = sliced_task(32, retain=64), MANSU if method == "mansu" else NPO
+    method = "npo" if kind == "npo" else "mansu"
+    task, options = sliced_task(32, retain=64), {"mansu": MANSU, "closed": CLOSED, "npo": NPO}[kind]
     given = {"circuit": circuit} if method == "mansu" else {}
+    # Something that every step calls, and the call in which Ctrl-C comes.
+    where, call = {
+        "mansu": ((terms, "retain_loss"), 18), "closed": ((terms, "forget_loss"), 10), "npo": ((objectives, "softplus"), 9),
+    }[kind]  # fmt: skip
     whole = mtl.unlearn(model, task, method, seed=3, **given, **options)
     file = tmp_path / "state.safetensors"
     monkeypatch.setattr(checkpoint_module, "_EVERY", 0.0)
     with monkeypatch.context() as inner:
-        where = (terms, "retain_loss") if method == "mansu" else (objectives, "softplus")
-        interrupted_at(18 if method == "mansu" else 9, *where, inner)
+        interrupted_at(call, *where, inner)
         with pytest.raises(KeyboardInterrupt):
             mtl.unlearn(model, task, method, seed=3, checkpoint=file, **given, **options)
     assert file.is_file()
@@ -67,8 +72,7 @@ def test_an_interrupted_edit_goes_on_to_the_same_edit(
     # Another seed, or other settings, are another edit.
     mtl.unlearn(model, task, method, seed=4, checkpoint=file, **given, **options)
     with monkeypatch.context() as inner:
-        where = (terms, "retain_loss") if method == "mansu" else (objectives, "softplus")
-        interrupted_at(18 if method == "mansu" else 9, *where, inner)
+        interrupted_at(call, *where, inner)
         with pytest.raises(KeyboardInterrupt):
             mtl.unlearn(model, task, method, seed=3, checkpoint=file, **given, **options)
     again = mtl.unlearn(model, task, method, seed=3, checkpoint=file, **given, **options)

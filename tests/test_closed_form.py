@@ -152,9 +152,7 @@ def test_it_edits_output_matrices_below_the_reader_and_every_code_changes(model,
     assert all(torch.equal(again.new[name], edit.new[name]) for name in edit.new)
 
 
-def test_it_forgets_more_than_as_many_moves_at_random_and_keeps_more_without_losing_it(
-    model, task, circuit, edit
-) -> None:
+def test_it_forgets_more_than_the_same_moves_shuffled(model, task, circuit, edit) -> None:
     # On four layers the read-out lies so low that one matrix is left, so little is asked here; docs/evidence.md has
     # the model of thirty.
     pairs = task.forget_pairs

@@ -16,7 +16,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, fingerprint, linear_weights, parameters, plain
 from mansu_tl.quantization import quantizer
 from mansu_tl.runs.values import by_length, sequence_logits
-from mansu_tl.unlearning import Edit, MansuSettings, methods, unlearn
+from mansu_tl.unlearning import Edit, MansuSettings, method_flags, methods, unlearn
 from mansu_tl.unlearning.batches import OriginalText
 from mansu_tl.unlearning.mansu.adversary import attacked
 from mansu_tl.unlearning.mansu.candidates import circuit_weights
@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_edit_and_another_seed_another(model, task,
     assert any(not torch.equal(edit.indices[n], other.indices.get(n, edit.indices[n][:0])) for n in edit.indices)
 
 
-@pytest.mark.parametrize("method", [m for m in methods() if m not in ("mansu", "random-circuit")])
+@pytest.mark.parametrize("method", [m for m in methods() if not method_flags(m).takes_circuit])
 def test_baselines_lower_the_forget_answers_and_are_seeded(method: str, model, task) -> None:
     def run() -> Edit:
         rate = {"rmu": 3e-3, "suppressor": 3e-3}.get(method, 3e-4)

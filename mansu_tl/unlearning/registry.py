@@ -116,15 +116,17 @@ def settings_of(method: str, values: Mapping[str, Any], base: Any = None) -> Any
     # Setting -> the group that it lies in, "" = the method's own.
     known = {f.name: group for group in groups for f in fields(getattr(base, group))}
     known |= {f.name: "" for f in fields(base) if f.name not in groups}
+    # All at once, since settings may be told off for what others beside them are.
+    changes: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         if key not in known:
             names = tuple(sorted(known))
             raise MansuError(f"{method}: unknown setting {key!r}; it has {', '.join(names)}{near(key, names)}")
         group = known[key]
         holder = getattr(base, group) if group else base
-        changed = replace(holder, **{key: _typed(method, key, value, getattr(holder, key))})
-        base = replace(base, **{group: changed}) if group else changed
-    return base
+        changes.setdefault(group, {})[key] = _typed(method, key, value, getattr(holder, key))
+    plain = changes.pop("", {})
+    return replace(base, **plain, **{group: replace(getattr(base, group), **each) for group, each in changes.items()})
 
 
 def _typed(method: str, key: str, value: Any, like: Any) -> Any:

@@ -18,9 +18,10 @@ _COUNTS = (
     "steps", "forget_batch", "retain_batch", "fisher_sequences", "select_every", "adversary_every", "adversary_steps",
     "layers",
 )  # fmt: skip
-_CLOSED: Mapping[str, Any] = MappingProxyType(
+# Where the closed form differs from the defaults.
+CLOSED: Mapping[str, Any] = MappingProxyType(
     {"solver": "closed", "steps": 20, "margin": 0.1, "band_weight": 0.05, "representation_weight": 0.0,
-     "adversary_weight": 0.0, "null_space": 50.0, "near_weight": 30.0, "fisher_sequences": 32}
+     "adversary_weight": 0.0, "null_space": 50.0, "near_weight": 5.0, "fisher": False}
 )  # fmt: skip
 _LIGHT: Mapping[str, Any] = MappingProxyType(
     {"steps": 200, "margin": 0.1, "band_weight": 0.05, "adversary_every": 10, "representation_weight": 0.0,
@@ -168,7 +169,7 @@ class MansuSettings(Digested):
         Args:
             changes: further settings.
         """
-        return replace(cls(**_CLOSED), **changes)
+        return replace(cls(**CLOSED), **changes)
 
     def attacked_facts(self, known: int) -> int:
         """How many of the forget facts the attacker in the loop trains on.
