@@ -7,7 +7,7 @@ optimisation of few steps moved): they are the same on one set of kernels and ne
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -276,6 +276,37 @@ def largest_difference(found: Numbers, expected: Numbers) -> tuple[float, str]:
     return worst
 
 
+def _several_tokens(c: Case) -> Numbers:
+    """Answers of two tokens, and of a corruption that makes no prompt."""
+    pairs = c.task.forget_pairs
+    behind = torch.where(torch.arange(4) % 2 == 0, 9, -1).view(1, 4, 1).expand(len(pairs), -1, -1)
+    pairs = replace(pairs, options=torch.cat([pairs.options, behind], -1))
+    places = torch.ones(len(pairs), dtype=torch.long)
+    noised = replace(
+        pairs,
+        corrupt=pairs.clean,
+        spans=(mtl.data.Span("subject", places, places + 1),),
+        corruption=mtl.data.EmbeddingCorruption("noise", (5, 6, 7)),
+    )
+    task = replace(c.task, forget_pairs=pairs, questions={
+        **c.task.questions, "forget": mtl.data.Questions.of_pairs(pairs), "retain": c.task.questions["retain"],
+    })  # fmt: skip
+    curve = relearn(c.model, attack_splits(task, 1, 1)[0], steps=1, batch_size=4)
+    edit = mtl.unlearn(c.model, task, "npo", max_steps=2, stop_over_chance=-1e3)
+    masks = c.circuit.mask[None].float()
+    return {
+        "accuracy": mtl.accuracy(c.model, task.questions["forget"]).log_odds,
+        "edges": mtl.edge_attribution(c.model, pairs, steps=2, per_position="end").tensor,
+        "noise": mtl.edge_attribution(c.model, noised, steps=2).tensor,
+        "patched": mtl.circuit.patch_edges(c.model, noised, masks),
+        "sweep": mtl.activation_patching(c.model, pairs).tensor,
+        "nodes": mtl.patching.node_attribution(c.model, noised, qk_fix=True).tensor,
+        "depth": erasure_depth(c.model, c.edited, c.never, pairs, threshold=-1e3).edited,
+        "prior": curve.prior,
+        "npo!": torch.cat([edit.new[name].float() for name in sorted(edit.new)]).cpu(),
+    }
+
+
 STAGES: Mapping[str, Callable[[Case], Numbers]] = {
     "accuracy": _accuracy,
     "edge scores": _edges,
@@ -290,6 +321,7 @@ STAGES: Mapping[str, Callable[[Case], Numbers]] = {
     "CAD and scorecard": _divergence,
     "relearning, probes, depth, damage": _erasure,
     "explorer": _explorer,
+    "several tokens": _several_tokens,
 }
 
 
