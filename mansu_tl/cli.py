@@ -14,7 +14,7 @@ import pandas as pd
 import typer
 
 from mansu_tl import __version__
-from mansu_tl.building import build_task
+from mansu_tl.building import build_task, landmarks_task
 from mansu_tl.checking import Check, check_study
 from mansu_tl.data.sources import load_task
 from mansu_tl.data.sources import source as task_source
@@ -39,6 +39,7 @@ from mansu_tl.study import (
 )
 from mansu_tl.study import compare as run_comparison
 from mansu_tl.study.collect import config_in
+from mansu_tl.study.shipping import shipped_answers
 from mansu_tl.unlearning import MansuSettings, method_flags
 from mansu_tl.unlearning import methods as method_names
 from mansu_tl.verification import ask as asked
@@ -57,6 +58,13 @@ _DEMO = StudyConfig(
     never="pocket-never",
     also=("pocket-fp",),
     settings={"mansu": asdict(MansuSettings.light())},
+)
+
+_DEMO_REAL = StudyConfig(
+    model="smollm2-135m",
+    methods=("mansu-closed", "graddiff"),
+    quantizers=("gguf", "nf4"),
+    settings={"mansu-closed": {"quantizer": "gguf"}, "graddiff": {"learning_rate": 3e-5}},
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an interrupted run continues where it stopped.")]
@@ -253,6 +261,25 @@ def llama(
     if out is not None:
         write_text(out, pd.concat(frames).to_csv(index=False))
         typer.echo(f"written: {out}")
+
+
+@app.command()
+def demo_real(
+    out: Out = Path("runs/demo-real"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    quiet: Quiet = False,
+    png: Png = False,
+) -> None:
+    """Make SmolLM2 forget landmarks by GradDiff and by MANSU, write both back into its GGUF, and ask again."""
+    task = out / "task.jsonl"
+    with _to_be_continued():
+        if not task.is_file():
+            landmarks_task(load(_DEMO_REAL.model), seed).write(task)
+        study = run_study(replace(_DEMO_REAL, task=str(task), seed=seed), out, progress=not quiet)
+        _finish(study, png)
+        model, edits = load(_DEMO_REAL.model), {name: result.edit for name, result in study.results.items()}
+        answers = shipped_answers(model, load_task(str(task), tokenizer=model), edits, out / "model").markdown()
+    typer.echo(f"{answers}\nanswers: {write_text(out / 'answers.md', answers)}")
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,12 @@ def test_a_task_of_answers_of_two_tokens_is_built_where_they_are_allowed(pocket)
         mtl.build_task(pocket, gone, [kept], facts=1, options=2)
     with pytest.raises(mtl.MansuError, match="answer_tokens=0; give at least 1, 1, 2 and 1"):
         mtl.build_task(pocket, gone, [kept], answer_tokens=0)
+
+
+def test_the_facts_of_this_package_are_relations_without_doubles() -> None:
+    folder = resources.files("mansu_tl.data") / "facts"
+    for name, count in (("landmarks", 225), ("capitals", 30)):
+        with resources.as_file(folder / f"{name}.json") as path:
+            relation = Relation.read(path)
+        assert len(relation.facts) == len({subject for subject, _ in relation.facts}) == count
+        assert len(relation.wordings) == 2 and all(wording.count("{}") == 1 for wording in relation.wordings)

@@ -21,6 +21,7 @@ from mansu_tl.models.gguf.tokens import merges, read_tokenizer
 from mansu_tl.models.gguf.write import written
 from mansu_tl.models.packages import PACKAGED
 from mansu_tl.quantization import find_grid, quantizer
+from mansu_tl.study.shipping import shipped_answers
 from tests.gguf_files import write_gguf
 from tests.tiny import FAMILIES, sliced_task, tiny
 
@@ -277,6 +278,18 @@ def test_what_mansu_forgets_stays_forgotten_in_the_file(tmp_path: Path) -> None:
     before, after = mtl.accuracy(model, asked).mc_percent, mtl.accuracy(shipped, asked).mc_percent
     assert after < before - 10
     assert after == mtl.accuracy(edited, asked).mc_percent
+    # Beside an edit that is too small for the file: its answers are the original's again.
+    small = mtl.unlearn(model, task, "graddiff", learning_rate=1e-7, max_steps=2)
+    assert small.n_weights > 100
+    table = shipped_answers(model, task, {"mansu": edit, "graddiff": small}, tmp_path / "shipped", of_each=2)
+    frame = table.to_dataframe()
+    assert [*frame] == ["prompt", "original", "MANSU", "MANSU, shipped", "GradDiff", "GradDiff, shipped"]
+    assert frame["MANSU, shipped"].equals(frame["MANSU"]) and frame["GradDiff, shipped"].equals(frame["original"])
+    assert frame["prompt"][:2].str.contains(" of | to ").all() and frame["original"][0].isalpha()
+    row = frame.set_index("prompt").loc[f"forget: right of {len(asked)}, chosen / said"]
+    assert row["MANSU"] == f"{after:.1f} / {mtl.accuracy(edited, asked).cloze_percent:.1f} %"
+    with pytest.raises(mtl.MansuError, match=r"did not come from a GGUF file"):
+        shipped_answers(pocket, task, {"graddiff": mtl.unlearn(pocket, task, "graddiff", max_steps=1)}, tmp_path)
     with pytest.raises(mtl.MansuError, match=r"did not come from a GGUF file"):
         mtl.unlearn(pocket, task, "mansu", circuit=circuit, quantizer="gguf", **settings)
     with pytest.raises(mtl.MansuError, match=r"floor=\"after\" under 'gguf'"):
