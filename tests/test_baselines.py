@@ -279,6 +279,7 @@ def test_a_split_keeps_every_fact_on_one_side_and_all_training_text() -> None:
         split_questions(one)
 
 
+@pytest.mark.slow
 def test_a_search_takes_the_rate_that_forgets_and_loses_least(model, task, tmp_path: Path) -> None:
     validation, _ = split_questions(mtl.load_task("pocket"))
     small = dataclasses.replace(

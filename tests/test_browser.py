@@ -163,6 +163,7 @@ def test_the_report_answers_to_the_mouse_and_runs_no_text(page, tmp_path) -> Non
         quiet(tab)
 
 
+@pytest.mark.slow
 def test_five_hundred_edges_stay_responsive(tmp_path, record_property) -> None:
     model, task = tiny_case(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     scores = mtl.edge_attribution(model, task.forget_pairs, steps=1)

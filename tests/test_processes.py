@@ -120,6 +120,7 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals as a terminal sends them")
 def test_ctrl_c_stops_the_processes_too_and_says_how_to_go_on(tmp_path: Path) -> None:
     config = write_text(

@@ -86,6 +86,7 @@ def test_the_lists_know_a_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "listed" in full(plugins=("listed",)).methods
 
 
+@pytest.mark.slow
 def test_what_a_plugin_registers_is_run_in_processes_of_its_own(tmp_path: Path) -> None:
     """A method, a quantizer and a source of a module on PYTHONPATH, by the command line on two processes."""
     (tmp_path / "held.py").write_text(PLUGIN)

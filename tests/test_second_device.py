@@ -173,6 +173,7 @@ def test_it_refuses_what_cuda_refuses(second, wrong) -> None:
         wrong(torch.ones(3, device=DEVICE), torch.ones(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mansu", "npo"])
 def test_an_interrupted_edit_goes_on_there(second, tmp_path, monkeypatch, method: str) -> None:
     monkeypatch.setattr(checkpoint_module, "_EVERY", 0.0)

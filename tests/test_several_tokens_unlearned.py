@@ -276,6 +276,7 @@ def test_an_output_suppressor_leaves_the_circuit_of_texts_as_it_was() -> None:
     assert plain.metric_clean - filtered.metric_clean == pytest.approx(5 * lengths, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_scorecard_and_explorer_take_answers_of_two_tokens(model, two_tokens: Task) -> None:
     edit = mtl.unlearn(model, two_tokens, "graddiff", learning_rate=3e-4, max_steps=3, warmup=1, retain_batch=8)
     ranking = mtl.edge_attribution(model, two_tokens.forget_pairs[:6], steps=2)

@@ -166,6 +166,7 @@ def test_a_control_of_the_floor_has_its_circuit_in_its_key_and_a_certificate(fin
     assert before["edits/random-circuit/edit"] != after["edits/random-circuit/edit"]
 
 
+@pytest.mark.slow
 def test_models_of_one_name_are_kept_apart(finished, tmp_path: Path) -> None:
     _, config, _ = finished
     model = mtl.load("pocket")
