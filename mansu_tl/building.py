@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from importlib import resources
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -91,14 +90,6 @@ class Relation:
                 "prompt_templates and samples with subject and object"
             ) from None
         return cls(name, tuple(wordings), tuple(facts))
-
-
-def landmarks_task(model: TransformerBridge, seed: int = 0) -> BuiltTask:
-    """A task of the facts in this package, for models that know the world: landmarks and cities of countries are to be
-    forgotten, capitals stay far."""
-    facts = resources.files("mansu_tl.data") / "facts"
-    with resources.as_file(facts / "landmarks.json") as forget, resources.as_file(facts / "capitals.json") as far:
-        return build_task(model, forget, [far], seed=seed)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ import pandas as pd
 import typer
 
 from mansu_tl import __version__
-from mansu_tl.building import build_task, landmarks_task
+from mansu_tl.building import build_task
 from mansu_tl.checking import Check, check_study
 from mansu_tl.data.sources import load_task
 from mansu_tl.data.sources import source as task_source
 from mansu_tl.data.sources import sources as source_names
 from mansu_tl.errors import MansuError
+from mansu_tl.landmarks import landmarks_task
 from mansu_tl.models import load
 from mansu_tl.quantization import find_grid
 from mansu_tl.quantization import quantizers as quantizer_names

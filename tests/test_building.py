@@ -236,3 +236,5 @@ def test_the_facts_of_this_package_are_relations_without_doubles() -> None:
             relation = Relation.read(path)
         assert len(relation.facts) == len({subject for subject, _ in relation.facts}) == count
         assert len(relation.wordings) == 2 and all(wording.count("{}") == 1 for wording in relation.wordings)
+    openings = json.loads((folder / "openings.json").read_text())
+    assert len(openings) == len(set(openings)) == 48

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import mansu_tl as mtl
 from mansu_tl.building import Relation
+from mansu_tl.landmarks import landmarks_task
 from mansu_tl.models import parameters
 from mansu_tl.models.gguf import gguf_weights, save_gguf
 from mansu_tl.models.packages import PACKAGED, packaged_file
@@ -132,3 +133,15 @@ def test_a_task_for_a_chat_model_is_what_its_template_makes(named: str, model: T
     for name, questions in task.questions.items():
         assert mtl.accuracy(model, questions).mc_percent == 100, name
     assert mtl.ask(model, wordings[0].format("France"), new_tokens=8, chat=True).answers[0][0].count("Paris")
+
+
+@pytest.mark.slow
+def test_the_landmarks_that_the_demo_makes_it_forget(named: str, model: TransformerBridge) -> None:
+    if named != "smollm2-135m":
+        pytest.skip("the demo's model is smollm2-135m")
+    task = landmarks_task(model).task(model)
+    assert len(task.forget_pairs) == 24 and len(set(task.near_text.tokens[:, :4].flatten().tolist())) > 20
+    # The null space of the widest matrix asks for as many tokens as it has inputs.
+    assert int(task.retain_text.lengths.sum()) > 1536
+    for name in ("forget", "near", "retain"):
+        assert mtl.accuracy(model, task.questions[name]).mc_percent == 100.0
