@@ -65,7 +65,10 @@ _DEMO_REAL = StudyConfig(
     model="smollm2-135m",
     methods=("mansu-closed", "graddiff"),
     quantizers=("gguf", "nf4"),
-    settings={"mansu-closed": {"quantizer": "gguf"}, "graddiff": {"learning_rate": 3e-5, "retain_batch": 12, "check_every": 1}},
+    settings={
+        "mansu-closed": {"quantizer": "gguf"},
+        "graddiff": {"learning_rate": 3e-5, "retain_batch": 12, "check_every": 1},
+    },
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an interrupted run continues where it stopped.")]
