@@ -290,6 +290,8 @@ def _certified(bench: Bench, edited: Subject, edit: Edit, saved: Path) -> Certif
     grid = edit.facts["settings"]["quantizer"].split("+")[0]
     came_from = gguf_weights(bench.model)
     if grid == "gguf" and came_from is not None:
+        # The report looks at matrices of both folders.
+        save(bench.model, original)
         save(edited.model, saved)
         file = save_gguf(edited.model, saved.with_name(f"{saved.name}.gguf"))
         return certify_in_fresh_process(came_from.file.path, file, edit.indices)
