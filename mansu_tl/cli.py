@@ -275,7 +275,7 @@ def demo_real(
     png: Png = False,
 ) -> None:
     """Make SmolLM2 forget landmarks by GradDiff and by MANSU, write both back into its GGUF, and ask again."""
-    task = out / "task.jsonl"
+    task = out / f"task_{seed}.jsonl"
     with _to_be_continued():
         if not task.is_file():
             landmarks_task(load(_DEMO_REAL.model), seed).write(task)

@@ -10,7 +10,7 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.data import PromptPairs, Sequences
-from mansu_tl.errors import MansuError
+from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.models import linear_weights, parameters, plain
 from mansu_tl.models.copies import boot
 from mansu_tl.patching.reading import read_layer, subject_share, subject_tokens
@@ -182,6 +182,19 @@ def test_a_larger_weight_of_the_null_space_leaks_less(model, task, circuit, edit
     assert kept["leak"] < 0.5 * free["leak"] and kept["missing"] > free["missing"]
 
 
+def test_without_the_null_space_nothing_holds_the_retain_inputs(model, task, circuit, edit) -> None:
+    # A retain text of too few tokens for a null space is no obstacle then.
+    few = dataclasses.replace(task, retain_text=task.retain_text[:4])
+    free = unlearn(model, few, "mansu-closed", circuit=circuit, **{**QUICK, "null_space": 0.0})
+    (with_it,), (without,) = ([row for row in each.history if "layer" in row] for each in (edit, free))
+    assert "leak" not in without and without["missing"] < with_it["missing"]
+
+
+def test_where_no_move_gains_enough_it_says_what_to_lower(model, task, circuit) -> None:
+    with pytest.raises(NoEditError, match=r"no move in layers 0 gains enough; lower null_space \(now 1000000000.0\)"):
+        unlearn(model, task, "mansu-closed", circuit=circuit, **{**QUICK, "null_space": 1e9})
+
+
 def test_a_floor_of_two_grids(model, task, circuit) -> None:
     settings = MansuSettings.closed(**QUICK, quantizer="nf4+int4-g64")
     edit = unlearn(model, task, "mansu", circuit=circuit, settings=settings)
@@ -244,6 +257,7 @@ def test_inputs_are_the_same_whatever_is_padded_or_left_out(model) -> None:
         ({"floor": "after"}, r"floor='after'; the closed form has none of it; choose 'loop'"),
         ({"adversary_weight": 1.0}, r"adversary_weight=1.0; the closed form has none of it; choose 0.0"),
         ({"gradual": 0.5}, r"gradual=0.5"),
+        ({"fisher": True, "fisher_budget": 0.1}, r"fisher_budget=0.1; the closed form has none of it; choose 0.0"),
         ({"until": 1.0}, r"until=1.0; choose a share in \[0, 1\)"),
         ({"least_gain": -1.0}, r"least_gain=-1.0; choose 0 \(any gain\) or more"),
         ({"solver": "exact"}, r"solver='exact'; choose one of gradient, closed"),

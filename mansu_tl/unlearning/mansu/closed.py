@@ -226,7 +226,7 @@ def _solved(
     most: int,
 ) -> tuple[Int[Tensor, " _"], dict[str, float]]:
     """The levels of one matrix's candidates, and what they come to."""
-    floor, moment, count = fixed.floor, fixed.moments[name], len(inputs)
+    floor, moment = fixed.floor, fixed.moments.get(name)
     (rows, width), where, span = floor.matrices[name].shape, floor.where[name], floor.spans[name]
     columns, column = (where % width).unique(return_inverse=True)
     at = (where // width) * len(columns) + column
@@ -236,7 +236,9 @@ def _solved(
         return out.index_copy(-1, at, flat).unflatten(-1, (rows, len(columns)))
 
     x = inputs[:, columns]
-    kept = settings.null_space * moment[columns][:, columns]
+    curvature = x.T @ x / len(x)
+    if moment is not None:
+        curvature = curvature + settings.null_space * moment[columns][:, columns]
     worth = None
     if fixed.importance is not None:
         # A move costs half of F d^2; those that cost as much as is typical of the matrix are worth half.
@@ -244,17 +246,19 @@ def _solved(
         worth = dense(1 / (1 + cost / cost.mean().clamp_min(1e-30)))
     moves = best_moves(
         dense(levels.steps[:, span]),
-        x.T @ x / count + kept,
-        missing.T @ x / count,
+        curvature,
+        missing.T @ x / len(x),
         settings.least_gain * float(missing.square().mean()),
         worth,
         most,
     )
     change = dense(levels.steps[:, span]).gather(0, (moves + _LEVELS)[None])[0]
-    before = floor.matrices[name].float()
     row = {
         "edited": float((moves != 0).sum()),
         "missing": float((x @ change.T - missing).square().sum() / missing.square().sum()),
-        "leak": float(((change @ moment[columns][:, columns]) * change).sum() / ((before @ moment) * before).sum()),
     }
+    if moment is not None:
+        before = floor.matrices[name].float()
+        leak = ((change @ moment[columns][:, columns]) * change).sum() / ((before @ moment) * before).sum()
+        row["leak"] = float(leak)
     return moves.flatten()[at], row

@@ -44,8 +44,9 @@ def best_moves(
     price = torch.full_like(slope, least)
     best, other = torch.empty_like(slope), torch.empty_like(slope)
     every = torch.arange(rows, device=steps.device)
+    moved = 0
     for _ in range(_MOST_ROUNDS * columns):
-        if most is not None and int((moves != 0).sum()) >= most:
+        if most is not None and moved >= most:
             break
         # What a step s gains: -(2 g + s h) s, in place because a row may take hundreds of them.
         for step, out in ((up, best), (down, other)):
@@ -62,7 +63,10 @@ def best_moves(
         direction = torch.where(upward[row, column], 1, -1)
         step = torch.where(direction > 0, up[row, column], down[row, column])
         slope[row] += step[:, None] * curvature[column]
-        level = moves[row, column] + direction
+        old = moves[row, column]
+        level = old + direction
+        if most is not None:
+            moved += int((level != 0).sum() - (old != 0).sum())
         moves[row, column] = level
         price[row, column] = torch.where(level == 0, least, 0.0)
         at = level + levels

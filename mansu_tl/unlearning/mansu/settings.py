@@ -18,6 +18,10 @@ _COUNTS = (
     "steps", "forget_batch", "retain_batch", "fisher_sequences", "select_every", "adversary_every", "adversary_steps",
     "layers",
 )  # fmt: skip
+# What only the gradient's solver can do, and the value that switches it off.
+_NOT_CLOSED = (
+    ("floor", "loop"), ("adversary_weight", 0.0), ("projector", False), ("gradual", 0.0), ("fisher_budget", 0.0),
+)  # fmt: skip
 # Where the closed form differs from the defaults.
 CLOSED: Mapping[str, Any] = MappingProxyType(
     {"solver": "closed", "steps": 20, "margin": 0.1, "band_weight": 0.05, "representation_weight": 0.0,
@@ -141,7 +145,7 @@ class MansuSettings(Digested):
         self._require("until", 0 <= self.until < 1, "choose a share in [0, 1)")
         self._require("least_gain", self.least_gain >= 0, "choose 0 (any gain) or more")
         if self.solver == "closed":
-            for key, value in (("floor", "loop"), ("adversary_weight", 0.0), ("projector", False), ("gradual", 0.0)):
+            for key, value in _NOT_CLOSED:
                 self._require(key, getattr(self, key) == value, f"the closed form has none of it; choose {value!r}")
         self._require("discover_near", 0 <= self.discover_near < 1, "choose a share in [0, 1)")
         self._require("adversary_facts", self.adversary_facts >= 0, "choose 0 (a quarter) or more")

@@ -69,6 +69,11 @@ def mansu(
         latent, support, history = solver.latent.detach(), solver.support(), solver.history
     matrices = fixed.floor.stored(latent, support)
     edited = sum(int((matrix != fixed.floor.matrices[name]).sum()) for name, matrix in matrices.items())
+    if not edited and settings.solver == "closed":
+        raise NoEditError(
+            f"mansu: no move in layers {', '.join(map(str, fixed.layers))} gains enough; lower null_space (now "
+            f"{settings.null_space}) or least_gain (now {settings.least_gain}), or raise until (now {settings.until})"
+        )
     if not edited:
         raise NoEditError(
             f"mansu: no weight left its bin in {settings.steps} steps, or every one that did costs more than the budgets "
