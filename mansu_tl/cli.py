@@ -282,8 +282,8 @@ def demo_real(
         study = run_study(replace(_DEMO_REAL, task=str(task), seed=seed), out, progress=not quiet)
         _finish(study, png)
         model, edits = load(_DEMO_REAL.model), {name: result.edit for name, result in study.results.items()}
-        answers = shipped_answers(model, load_task(str(task), tokenizer=model), edits, out / "model").markdown()
-    typer.echo(f"{answers}\nanswers: {write_text(out / 'answers.md', answers)}")
+        answers = shipped_answers(model, load_task(str(task), tokenizer=model), edits, out / "model").markdown() + "\n"
+    typer.echo(f"{answers}answers: {write_text(out / 'answers.md', answers)}")
 
 
 @app.command()

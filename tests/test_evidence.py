@@ -85,6 +85,23 @@ def test_the_tofu_table_is_the_benchmarks() -> None:
     assert quoted(page, "figures/tables/tofu.csv") == tofu.markdown(table).splitlines()
 
 
+def test_the_real_models_table_is_what_the_demo_wrote_and_shows_the_contrast() -> None:
+    lines = (ROOT / "figures" / "tables" / "demo_real.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / "reference" / "unlearning.md").read_text(encoding="utf-8")
+    assert quoted(page, "figures/tables/demo_real.md") == lines
+    rows = {
+        label(line).partition(":")[0]: [float(cell.split()[0]) for cell in line.split("|")[2:-1]]
+        for line in lines
+        if "right of" in line
+    }
+    original, mansu, mansu_shipped, graddiff, graddiff_shipped = range(5)
+    for values in rows.values():
+        assert values[mansu_shipped] == values[mansu]
+    forget, near = rows["forget"], rows["near"]
+    assert forget[original] == forget[graddiff_shipped] == 100 and forget[graddiff] < 20 and abs(forget[mansu] - 25) < 5
+    assert near[mansu] == 100 > near[graddiff]
+
+
 def test_readmes_table_is_what_was_measured_and_shows_the_contrast() -> None:
     table = pd.read_csv(readme.OUT, dtype=str)
     page = (ROOT / "README.md").read_text(encoding="utf-8")

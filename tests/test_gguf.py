@@ -21,9 +21,10 @@ from mansu_tl.models.gguf.tokens import merges, read_tokenizer
 from mansu_tl.models.gguf.write import written
 from mansu_tl.models.packages import PACKAGED
 from mansu_tl.quantization import find_grid, quantizer
+from mansu_tl.study import bench, write_study_report
 from mansu_tl.study.shipping import shipped_answers
 from tests.gguf_files import write_gguf
-from tests.tiny import FAMILIES, sliced_task, tiny
+from tests.tiny import FAMILIES, SMALL_TASK, sliced_task, tiny
 
 PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
@@ -294,6 +295,26 @@ def test_what_mansu_forgets_stays_forgotten_in_the_file(tmp_path: Path) -> None:
         mtl.unlearn(pocket, task, "mansu", circuit=circuit, quantizer="gguf", **settings)
     with pytest.raises(mtl.MansuError, match=r"floor=\"after\" under 'gguf'"):
         mtl.unlearn(model, task, "mansu", circuit=circuit, quantizer="gguf", floor="after", **settings)
+
+
+def test_a_study_of_a_file_certifies_the_file_and_writes_its_report(tmp_path: Path, monkeypatch) -> None:
+    pocket = mtl.load("pocket-fp")
+    file = write_gguf(plain(pocket), "llama", tmp_path / "model.gguf", "Q4_1", tokens=False)
+    # The file has no tokenizer of pocket's kind; everything else is as for a file that has.
+    monkeypatch.setattr(bench, "load", lambda source, **given: mtl.load(source, tokenizer=pocket.tokenizer, **given))
+    quick = {"steps": 6, "learning_rate": 0.5, "fisher_sequences": 4, "adversary_weight": 0.0, "quantizer": "gguf"}
+    config = mtl.StudyConfig(
+        model=str(file), task=SMALL_TASK, methods=("mansu",), quantizers=("gguf", "nf4"), faithfulness=0.5, steps=2,
+        settings={"mansu": quick},
+    )  # fmt: skip
+    study = mtl.run_study(config, tmp_path / "out", progress=False, workers=1)
+    result = study.results["mansu"]
+    assert result.certificate is not None and result.certificate.passed and result.certificate.quantizer == "gguf"
+    shipped = mtl.load(tmp_path / "out/model/mansu.gguf", tokenizer=pocket.tokenizer)
+    edited = parameters(result.edit.apply(mtl.load(file, tokenizer=pocket.tokenizer)))
+    assert all(torch.equal(value, edited[name]) for name, value in parameters(shipped).items())
+    page = write_study_report(study).read_text(encoding="utf-8")
+    assert "MANSU" in page and "gguf" in page
 
 
 def test_the_grid_that_a_checkpoint_rests_on_is_found(tmp_path: Path) -> None:
