@@ -36,6 +36,11 @@ def problem(rows: int = 3, columns: int = 4, levels: int = 2, seed: int = 0):
     return steps, x.T @ x / 6, missing.T @ x / 6, missing
 
 
+def alone(steps, curvature, wanted, *more, **named):
+    """The best moves where the matrix is used in one view only."""
+    return best_moves(steps[None], curvature[None], wanted[None], *more, **named)
+
+
 def cost(steps, curvature, wanted, levels, least: float) -> torch.Tensor:
     """What `best_moves` lowers, of every row."""
     change = steps.gather(0, (levels + steps.shape[0] // 2)[None])[0]
@@ -45,7 +50,7 @@ def cost(steps, curvature, wanted, levels, least: float) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(6))
 def test_moves_end_where_no_further_step_gains(seed: int) -> None:
     steps, curvature, wanted, _ = problem(seed=seed)
-    moves = best_moves(steps, curvature, wanted, 0.05)
+    moves = alone(steps, curvature, wanted, 0.05)
     found = cost(steps, curvature, wanted, moves, 0.05)
     assert (found <= 0).all() and (found < 0).any()
     for row, column, by in itertools.product(range(3), range(4), (-1, 1)):
@@ -58,11 +63,31 @@ def test_moves_end_where_no_further_step_gains(seed: int) -> None:
             assert without >= -least - 1e-6
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_moves_serve_the_mean_of_several_views(seed: int) -> None:
+    views = [problem(seed=seed + 10 * i)[:3] for i in range(3)]
+    together = [torch.stack(each) for each in zip(*views, strict=True)]
+    moves = best_moves(*together, 0.05)
+
+    def mean(levels: torch.Tensor) -> torch.Tensor:
+        return torch.stack([cost(*view, levels, 0.0) for view in views]).mean(0)
+
+    assert (mean(moves) + 0.05 * (moves != 0).sum(1) <= 0).all() and (moves != 0).any()
+    for row, column, by in itertools.product(range(3), range(4), (-1, 1)):
+        other = moves.clone()
+        other[row, column] += by
+        if other[row, column].abs() <= 2:
+            least = 0.05 if moves[row, column] == 0 else 0.0
+            assert mean(other)[row] - mean(moves)[row] >= -least - 1e-6
+    same = [each[:1].expand(3, *each.shape[1:]) for each in together]
+    assert best_moves(*same, 0.05).equal(alone(*views[0], 0.05))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_many_small_steps_come_near_to_what_no_choice_can_beat(seed: int) -> None:
     steps, curvature, wanted, missing = problem(columns=60, levels=3, seed=seed)
     steps = steps / 4
-    moves = best_moves(steps, curvature, wanted, 0.0)
+    moves = alone(steps, curvature, wanted, 0.0)
     # Sixty weights can meet six wishes exactly, which leaves minus their mean square.
     bound = -missing.square().mean(0)
     assert (cost(steps, curvature, wanted, moves, 0.0) <= 0.9 * bound).all()
@@ -73,22 +98,22 @@ def test_moves_of_inputs_that_do_not_meet_are_rounding() -> None:
     steps = torch.arange(-3.0, 4.0)[:, None, None].expand(7, 2, 5) * 0.5
     wanted = torch.tensor([[0.0, 0.2, 0.3, -0.9, 5.0], [0.74, 0.76, -0.24, -0.26, 1.0]])
     # With H = 1 the best step for b is b itself: the nearest multiple of .5, at most three of them.
-    assert best_moves(steps, torch.eye(5), wanted, 0.0).tolist() == [[0, 0, 1, -2, 3], [1, 2, 0, -1, 2]]
+    assert alone(steps, torch.eye(5), wanted, 0.0).tolist() == [[0, 0, 1, -2, 3], [1, 2, 0, -1, 2]]
     # A move of d gains 2 b d - d^2, here .05, .19 and .25: those below the price stay.
     asked = torch.tensor([[0.3, 0.44, 0.5]])
-    assert best_moves(steps[:, :1, :3], torch.eye(3), asked, 0.18).tolist() == [[0, 1, 1]]
-    assert best_moves(steps[:, :1, :3], torch.eye(3), asked, 0.0, torch.tensor([[1.0, 1.0, 1e-9]])).abs().sum() == 3
+    assert alone(steps[:, :1, :3], torch.eye(3), asked, 0.18).tolist() == [[0, 1, 1]]
+    assert alone(steps[:, :1, :3], torch.eye(3), asked, 0.0, torch.tensor([[1.0, 1.0, 1e-9]])).abs().sum() == 3
 
 
 def test_moves_stop_at_their_number_and_at_levels_that_lead_nowhere() -> None:
     steps, curvature, wanted, _ = problem(rows=20, columns=40)
-    free = best_moves(steps, curvature, wanted, 0.0)
+    free = alone(steps, curvature, wanted, 0.0)
     assert int((free != 0).sum()) > 70
     # Every row moves once in a round, so the last round may pass the number by less than a row's worth each.
-    assert 40 <= int((best_moves(steps, curvature, wanted, 0.0, most=40) != 0).sum()) < 60
+    assert 40 <= int((alone(steps, curvature, wanted, 0.0, most=40) != 0).sum()) < 60
     blocked = steps.clone()
     blocked[:, :, 3] = 0
-    assert not best_moves(blocked, curvature, wanted, 0.0)[:, 3].any()
+    assert not alone(blocked, curvature, wanted, 0.0)[:, 3].any()
 
 
 def test_the_share_of_evidence_is_what_autograd_finds(model) -> None:

@@ -73,14 +73,16 @@ def closed_form(
     wanted = shift.base + shift.shift.detach()
     for i, layer in enumerate(tqdm(layers, "moves", unit="layer", disable=not progress)):
         name = names[layer]
-        change, _ = fixed.floor.change(latent, torch.ones_like(latent, dtype=torch.bool), None)
-        seen = _seen(fixed.hf, fixed.view(change, None), fixed.source.pairs, spots, name, layers[-1])
-        missing = (wanted - seen.stream) / (len(layers) - i)
-        if kind.mlp_post_norm is not None:
-            missing = missing / seen.through
+        inputs, missing = [], []
+        for view in levels.views:
+            change, _ = fixed.floor.change(latent, torch.ones_like(latent, dtype=torch.bool), view)
+            seen = _seen(fixed.hf, fixed.view(change, view), fixed.source.pairs, spots, name, layers[-1])
+            part = (wanted - seen.stream) / (len(layers) - i)
+            inputs.append(seen.inputs)
+            missing.append(part if kind.mlp_post_norm is None else part / seen.through)
         left = fixed.budget - int((latent != 0).sum())
         span = fixed.floor.spans[name]
-        levels_moved, row = _solved(fixed, settings, levels, name, seen.inputs, missing, left // (len(layers) - i))
+        levels_moved, row = _solved(fixed, settings, levels, name, torch.stack(inputs), torch.stack(missing), left // (len(layers) - i))
         latent[span] = levels.latents(span, levels_moved)
         history.append({"layer": float(layer), **row})
     return latent, history
@@ -189,27 +191,30 @@ def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots
 
 @dataclass(frozen=True)
 class _Levels:
-    """How far a candidate moves, as stored and as deployed in the mean, when it is sent some bins up or down."""
+    """How far a candidate moves in every view, as stored (None) and under each grid, when it is sent some bins up or down."""
 
-    steps: Float[Tensor, "level weight"]
+    views: tuple[int | None, ...]
+    steps: Float[Tensor, "view level weight"]
     bins: Int[Tensor, "level weight"]
 
     @classmethod
     def of(cls, floor: Floor) -> _Levels:
         """A level that would not change every grid's code goes on to the next one that does."""
+        # What is stored on the grid of a file is what that file gives.
+        views = [*([] if floor.grid.given_scales else [None]), *range(len(floor.grids))]
         steps, bins = [], []
+        every = torch.ones_like(floor.value, dtype=torch.bool)
         for bin_ in range(-_LEVELS, _LEVELS + 1):
             latent = torch.full_like(floor.value, float(bin_))
-            felt = [floor.realise(latent, under=i) for i in range(len(floor.grids))]
-            steps.append(torch.stack([(stored + rounded) / 2 for stored, rounded, _ in felt]).mean(0))
+            steps.append(torch.stack([floor.change(latent, every, view)[0] for view in views]))
             bins.append(torch.full_like(floor.code, bin_))
         for side in (1, -1):
             for at in range(_LEVELS - 1, 0, -1):
                 here, beyond = _LEVELS + side * at, _LEVELS + side * (at + 1)
-                idle = steps[here] == 0
+                idle = (steps[here] == 0).all(0)
                 steps[here] = torch.where(idle, steps[beyond], steps[here])
                 bins[here] = torch.where(idle, bins[beyond], bins[here])
-        return cls(torch.stack(steps), torch.stack(bins).to(torch.int8))
+        return cls(tuple(views), torch.stack(steps, 1), torch.stack(bins).to(torch.int8))
 
     def latents(self, span: slice, levels: Int[Tensor, " _"]) -> Float[Tensor, " _"]:
         """The updates, in bins, of candidates at these levels."""
@@ -221,8 +226,8 @@ def _solved(
     settings: MansuSettings,
     levels: _Levels,
     name: str,
-    inputs: Float[Tensor, "spot d_in"],
-    missing: Float[Tensor, "spot d_out"],
+    inputs: Float[Tensor, "view spot d_in"],
+    missing: Float[Tensor, "view spot d_out"],
     most: int,
 ) -> tuple[Int[Tensor, " _"], dict[str, float]]:
     """The levels of one matrix's candidates, and what they come to."""
@@ -231,34 +236,28 @@ def _solved(
     columns, column = (where % width).unique(return_inverse=True)
     at = (where // width) * len(columns) + column
 
-    def dense(flat: Float[Tensor, "*level weight"]) -> Float[Tensor, "*level d_out d_in"]:
+    def dense(flat: Float[Tensor, "*any weight"]) -> Float[Tensor, "*any d_out d_in"]:
         out = flat.new_zeros((*flat.shape[:-1], rows * len(columns)))
         return out.index_copy(-1, at, flat).unflatten(-1, (rows, len(columns)))
 
-    x = inputs[:, columns]
-    curvature = x.T @ x / len(x)
+    x = inputs[..., columns]
+    curvature = x.mT @ x / x.shape[1]
     if moment is not None:
         curvature = curvature + settings.null_space * moment[columns][:, columns]
-    worth = None
+    worth, steps = None, dense(levels.steps[..., span])
     if fixed.importance is not None:
         # A move costs half of F d^2; those that cost as much as is typical of the matrix are worth half.
-        cost = (fixed.importance[span] * levels.steps[_LEVELS + 1, span].square()).sqrt()
+        cost = (fixed.importance[span] * levels.steps[0, _LEVELS + 1, span].square()).sqrt()
         worth = dense(1 / (1 + cost / cost.mean().clamp_min(1e-30)))
-    moves = best_moves(
-        dense(levels.steps[:, span]),
-        curvature,
-        missing.T @ x / len(x),
-        settings.least_gain * float(missing.square().mean()),
-        worth,
-        most,
-    )
-    change = dense(levels.steps[:, span]).gather(0, (moves + _LEVELS)[None])[0]
+    wanted, least = missing.mT @ x / x.shape[1], settings.least_gain * float(missing.square().mean())
+    moves = best_moves(steps, curvature, wanted, least, worth, most)
+    change = steps.gather(1, (moves + _LEVELS).expand(len(steps), 1, -1, -1))[:, 0]
     row = {
         "edited": float((moves != 0).sum()),
-        "missing": float((x @ change.T - missing).square().sum() / missing.square().sum()),
+        "missing": float((x @ change.mT - missing).square().sum() / missing.square().sum()),
     }
     if moment is not None:
         before = floor.matrices[name].float()
-        leak = ((change @ moment[columns][:, columns]) * change).sum() / ((before @ moment) * before).sum()
+        leak = ((change @ moment[columns][:, columns]) * change).sum() / len(change) / ((before @ moment) * before).sum()
         row["leak"] = float(leak)
     return moves.flatten()[at], row

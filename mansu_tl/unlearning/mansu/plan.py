@@ -110,6 +110,11 @@ def plan(
     matrices = {name: orient(stored[name].detach(), weight).contiguous() for name, weight in linear.items()}
     floor = Floor(grids, matrices, {name: orient(mask, linear[name]) for name, mask in masks.items()}, settings.floor)
     budget = budget_of(linear, settings)
+    if settings.contexts:
+        from mansu_tl.data.contexts import behind_words
+        pairs = behind_words(model, pairs, text, settings.contexts)
+        facts = pairs.fact_numbers()
+        print("pairs", len(pairs), flush=True)
     unknown = ignorance(hf, pairs, task.unseen)
     if settings.representation_weight and not bool((unknown.spread > 0).all()):
         raise MansuError(

@@ -102,6 +102,7 @@ class MansuSettings(Digested):
     until: float = 0.45
     shift_weight: float = 0.05
     least_gain: float = 3e-4
+    contexts: int = 0
     forget_batch: int = 96
     retain_batch: int = 32
     divergence_weight: float = 1.0
