@@ -91,6 +91,45 @@ def test_moves_stop_at_their_number_and_at_levels_that_lead_nowhere() -> None:
     assert not best_moves(blocked, curvature, wanted, 0.0)[:, 3].any()
 
 
+def one_by_one(steps, curvature, wanted, least: float, worth, most: int | None) -> torch.Tensor:
+    """The same search in plain loops: in every round each row makes its best move, all rows at once."""
+    top, (rows, columns) = steps.shape[0] // 2, steps.shape[1:]
+    levels, slope = torch.zeros(rows, columns, dtype=torch.long), -wanted.clone()
+    for _ in range(2 * columns):
+        if most is not None and int((levels != 0).sum()) >= most:
+            break
+        chosen = []
+        for r in range(rows):
+            best = 0.0, 0, 0
+            for c, by in itertools.product(range(columns), (1, -1)):
+                at = int(levels[r, c]) + top
+                if 0 <= at + by <= 2 * top:
+                    step = steps[at + by, r, c] - steps[at, r, c]
+                    gain = -(2 * slope[r, c] + step * curvature[c, c]) * step * worth[r, c]
+                    gain = float(gain - (least if levels[r, c] == 0 else 0.0))
+                    best = max(best, (gain, c, by), key=lambda each: each[0])
+            if best[0] > 0:
+                chosen.append((r, *best[1:]))
+        if not chosen:
+            break
+        for r, c, by in chosen:
+            at = int(levels[r, c]) + top
+            slope[r] += (steps[at + by, r, c] - steps[at, r, c]) * curvature[c]
+            levels[r, c] += by
+    return levels
+
+
+@pytest.mark.parametrize("most", [None, 0, 30])
+def test_rows_that_are_done_are_left_out_and_nothing_else_changes(most: int | None) -> None:
+    steps, curvature, wanted, _ = problem(rows=12, columns=14, levels=3)
+    steps, worth = steps / 6, 0.5 + 0.5 * torch.rand(12, 14, generator=torch.Generator().manual_seed(1))
+    wanted = wanted * torch.linspace(0.02, 1, 12)[:, None]  # rows end after few rounds and after many
+    found = best_moves(steps, curvature, wanted, 0.002, worth, most)
+    assert torch.equal(found, one_by_one(steps, curvature, wanted, 0.002, worth, most))
+    counts = found.abs().sum(1)
+    assert most is not None or (counts.min() < 4 and counts.max() > 16)
+
+
 def test_the_share_of_evidence_is_what_autograd_finds(model) -> None:
     pairs = sliced_task(6).forget_pairs
     hf, rows = plain(model).requires_grad_(True), torch.arange(6)
