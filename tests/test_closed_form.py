@@ -23,7 +23,7 @@ from mansu_tl.unlearning.mansu.moves import best_moves
 from mansu_tl.unlearning.mansu.plan import closed_layers, plan
 from tests.tiny import FAMILIES, sliced_task, tiny, tiny_tokenizer
 
-QUICK = {"null_space": 0.1, "near_weight": 1.0, "steps": 12, "fisher_sequences": 8, "until": 0.99}
+QUICK = {"contexts": 0, "null_space": 0.1, "near_weight": 1.0, "steps": 12, "fisher_sequences": 8, "until": 0.99}
 
 
 def problem(rows: int = 3, columns: int = 4, levels: int = 2, seed: int = 0):
@@ -149,7 +149,7 @@ def test_rows_that_are_done_are_left_out_and_nothing_else_changes(most: int | No
     steps, curvature, wanted, _ = problem(rows=12, columns=14, levels=3)
     steps, worth = steps / 6, 0.5 + 0.5 * torch.rand(12, 14, generator=torch.Generator().manual_seed(1))
     wanted = wanted * torch.linspace(0.02, 1, 12)[:, None]  # rows end after few rounds and after many
-    found = best_moves(steps, curvature, wanted, 0.002, worth, most)
+    found = alone(steps, curvature, wanted, 0.002, worth, most)
     assert torch.equal(found, one_by_one(steps, curvature, wanted, 0.002, worth, most))
     counts = found.abs().sum(1)
     assert most is not None or (counts.min() < 4 and counts.max() > 16)

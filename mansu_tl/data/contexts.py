@@ -1,50 +1,69 @@
-"""Prompts behind other words: the same questions as they stand in the middle of a text."""
+"""Prompts behind other words: the same question as it stands in the middle of a text."""
 
 from __future__ import annotations
 
-import os
 import torch
 
-from mansu_tl.data.pairs import PromptPairs
-from mansu_tl.data.task import Sequences
+from mansu_tl.data.corruption import EmbeddingCorruption
+from mansu_tl.data.pairs import SUBJECT, PromptPairs, Span
 from mansu_tl.data.text import TextSource, encode, pad, text_source
+from mansu_tl.errors import MansuError
 
-FIXED = ("The", "In the", "I think that", "As you know,", "And so,", "She told me that", "Once again, the")
+OPENINGS = ("The", "In the", "I think that", "As you know,", "And so,", "She told me that", "Once again, the")
 
 
-def behind_words(source: TextSource, pairs: PromptPairs, text: Sequences, count: int) -> PromptPairs:
-    """The pairs, and each of them `count` times behind other words."""
+def behind_words(source: TextSource, pairs: PromptPairs, count: int) -> PromptPairs:
+    """The pairs, and each of them behind some of `OPENINGS`, by turns.
+
+    What stands first in a text has other tokens (no space in front) and other inputs than the same words later on. The
+    subject is the span from the first token that differs from the corrupt prompt's to the last; the pairs that come back
+    name it, in the place of corrupt prompts. After MEMIT's prefixes (arXiv 2210.07229, section 4.2.2), with fixed ones.
+
+    Args:
+        count: openings for each pair; of those that the tokenizer cannot write in front of a prompt none is taken.
+
+    Raises:
+        MansuError: no tokenizer, or one that can put none of the openings in front of a pair (a chat template's own tokens
+            stand there, or the words are not in its vocabulary).
+    """
     tokenizer, _ = text_source(source)
     special = set(tokenizer.all_special_ids)
-    kind = os.environ.get("KIND", "fixed")
-    openings = list(FIXED)
-    if kind == "text":
-        openings = []
-        for i in range(0, len(text), max(1, len(text) // 40)):
-            ids = [t for t in text.tokens[i, : int(text.lengths[i])].tolist() if t not in special]
-            words = tokenizer.decode(ids).split()
-            n = (2, 5, 8)[len(openings) % 3]
-            if len(words) > n:
-                openings.append(" ".join(words[:n]).rstrip(".,;") + ".")
-    rows = [(i, pairs.clean[i, :n].tolist(), pairs.corrupt[i, :n].tolist()) for i, n in enumerate(pairs.lengths.tolist())]
-    turn = 0
-    for i, clean, corrupt in list(rows):
-        changed = [k for k, (a, b) in enumerate(zip(clean, corrupt)) if a != b]
-        tail = len(clean) - changed[-1] - 1
-        plain = tokenizer.decode([t for t in clean if t not in special])
-        for _ in range(count):
-            opening = openings[turn % len(openings)]
-            turn += 1
-            before, whole = encode(source, opening), encode(source, f"{opening} {plain}")
-            if whole[: len(before)] != before or whole[len(whole) - tail :] != clean[len(clean) - tail :]:
-                continue
-            other = list(whole)
-            for k in range(len(before), len(whole) - tail):
-                other[k] = 1000 if whole[k] != 1000 else 1001
-            rows.append((i, whole, other))
-    at = [i for i, _, _ in rows]
-    clean, lengths = pad([c for _, c, _ in rows], 0)
-    corrupt, _ = pad([c for _, _, c in rows], 0)
-    where = pairs.clean.device
-    return PromptPairs(clean.to(where), corrupt.to(where), pairs.options[at], lengths.to(where),
-                       tuple(pairs.facts[i] for i in at))
+    known = [text for text in OPENINGS if tokenizer.unk_token_id not in encode(source, text)]
+    rows: list[tuple[int, list[int], int, int]] = []
+    behind: list[tuple[int, list[int], int, int]] = []
+    for i, (length, changed) in enumerate(zip(pairs.lengths.tolist(), pairs.changed.cpu(), strict=True)):
+        tokens, subject = pairs.clean[i, :length].tolist(), changed[:length].nonzero()[:, 0].tolist()
+        first, left = subject[0], length - subject[-1] - 1
+        rows.append((i, tokens, first, length - left))
+        bos = tokens[:1] == [tokenizer.bos_token_id]
+        plain, taken = tokens[bos:], 0
+        text, lead = tokenizer.decode(plain), tokenizer.decode(plain[: first - bos])
+        writable = [] if special.intersection(plain) else known
+        for turn in range(len(writable)):
+            opening = known[(i * count + turn) % len(known)]
+            whole, before = encode(source, f"{opening} {text}"), encode(source, f"{opening} {lead}".rstrip())
+            # The words in front and those behind the subject keep their tokens; only the subject's may change.
+            kept = whole[: len(before)] == before and whole[len(whole) - left :] == tokens[length - left :]
+            if kept and taken < count:
+                behind.append((i, whole, len(before), len(whole) - left))
+                taken += 1
+        if taken < count:
+            raise MansuError(
+                f"pair {i}: the tokenizer can write {taken} of {len(OPENINGS)} openings ({OPENINGS[0]!r}, ...) in front of "
+                f"its prompt, which may be a chat's or in other words than these; choose contexts=0 instead of {count}"
+            )
+    rows += behind
+    at = [i for i, _, _, _ in rows]
+    device = pairs.clean.device
+    clean, lengths = (each.to(device) for each in pad([ids for _, ids, _, _ in rows], 0))
+    start, stop = (torch.tensor([row[k] for row in rows], device=device) for k in (2, 3))
+    named = tuple(sorted({ids[k] for _, ids, a, b in rows for k in range(a, b)}))
+    return PromptPairs(
+        clean=clean,
+        corrupt=clean,
+        options=pairs.options[at],
+        lengths=lengths,
+        facts=tuple(pairs.facts[i] for i in at),
+        spans=(Span(SUBJECT, start, stop),),
+        corruption=EmbeddingCorruption("zero", named),
+    )

@@ -82,7 +82,9 @@ def closed_form(
             missing.append(part if kind.mlp_post_norm is None else part / seen.through)
         left = fixed.budget - int((latent != 0).sum())
         span = fixed.floor.spans[name]
-        levels_moved, row = _solved(fixed, settings, levels, name, torch.stack(inputs), torch.stack(missing), left // (len(layers) - i))
+        levels_moved, row = _solved(
+            fixed, settings, levels, name, torch.stack(inputs), torch.stack(missing), left // (len(layers) - i)
+        )
         latent[span] = levels.latents(span, levels_moved)
         history.append({"layer": float(layer), **row})
     return latent, history
@@ -258,6 +260,8 @@ def _solved(
     }
     if moment is not None:
         before = floor.matrices[name].float()
-        leak = ((change @ moment[columns][:, columns]) * change).sum() / len(change) / ((before @ moment) * before).sum()
+        leak = (
+            ((change @ moment[columns][:, columns]) * change).sum() / len(change) / ((before @ moment) * before).sum()
+        )
         row["leak"] = float(leak)
     return moves.flatten()[at], row

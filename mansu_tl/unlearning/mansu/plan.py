@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Sequences, Task
+from mansu_tl.data.contexts import behind_words
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, float32_copy, home, linear_weights, orient, parameters
 from mansu_tl.models.tree import family
@@ -110,12 +111,13 @@ def plan(
     matrices = {name: orient(stored[name].detach(), weight).contiguous() for name, weight in linear.items()}
     floor = Floor(grids, matrices, {name: orient(mask, linear[name]) for name, mask in masks.items()}, settings.floor)
     budget = budget_of(linear, settings)
+    # Without never-seen prompts the corrupt ones stand in, which are no longer there behind other words.
+    corrupt = Sequences(pairs.corrupt, pairs.lengths) if pairs.corruption is None else task.unseen
+    unseen = task.unseen if len(task.unseen) or not settings.contexts else corrupt
     if settings.contexts:
-        from mansu_tl.data.contexts import behind_words
-        pairs = behind_words(model, pairs, text, settings.contexts)
+        pairs = behind_words(model, pairs, settings.contexts)
         facts = pairs.fact_numbers()
-        print("pairs", len(pairs), flush=True)
-    unknown = ignorance(hf, pairs, task.unseen)
+    unknown = ignorance(hf, pairs, unseen)
     if settings.representation_weight and not bool((unknown.spread > 0).all()):
         raise MansuError(
             f"unseen: {len(task.unseen)} never-seen prompts have no spread to measure distances in; give two, or "
@@ -209,6 +211,7 @@ def mansu_needs(model: TransformerBridge, task: Task, settings: MansuSettings) -
         lambda: [grid_of(name).bound(model) for name in settings.quantizers],
         lambda: budget_of(linear, settings),
         lambda: settings.attacked_facts(len(set(task.forget_pairs.facts))),
+        lambda: behind_words(model, task.forget_pairs, settings.contexts) if settings.contexts else None,
     ):
         try:
             require()

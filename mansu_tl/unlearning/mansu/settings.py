@@ -25,7 +25,7 @@ _NOT_CLOSED = (
 # Where the closed form differs from the defaults.
 CLOSED: Mapping[str, Any] = MappingProxyType(
     {"solver": "closed", "steps": 20, "margin": 0.1, "band_weight": 0.05, "representation_weight": 0.0,
-     "adversary_weight": 0.0, "null_space": 50.0, "near_weight": 5.0, "fisher": False}
+     "adversary_weight": 0.0, "null_space": 50.0, "near_weight": 5.0, "fisher": False, "contexts": 3}
 )  # fmt: skip
 _LIGHT: Mapping[str, Any] = MappingProxyType(
     {"steps": 200, "margin": 0.1, "band_weight": 0.05, "adversary_every": 10, "representation_weight": 0.0,
@@ -57,6 +57,8 @@ class MansuSettings(Digested):
         until: closed form: where the last of them lies, as a share of the way to the layer that reads the subject.
         shift_weight: closed form: weight of the shift's mean squared length, in units of the stream's.
         least_gain: closed form: what a move must gain, as a share of a row's mean squared change.
+        contexts: how many openings each forget prompt is also put behind, so that its subject is not only met where a text
+            begins; 0 = none.
         forget_batch: forget prompts a step.
         retain_batch: retain sequences a step, as many near ones again where there is near text.
         divergence_weight: weight of the divergence of forget prompts from what never-seen ones give.
@@ -144,6 +146,7 @@ class MansuSettings(Digested):
         self._require("candidates", everything or self.candidates >= 1, "choose 0 (all) or at least 1 budget")
         self._require("gradual", 0 <= self.gradual <= 1, "choose a share of the steps, at most 1")
         self._require("until", 0 <= self.until < 1, "choose a share in [0, 1)")
+        self._require("contexts", self.contexts >= 0, "choose 0 (none) or more")
         self._require("least_gain", self.least_gain >= 0, "choose 0 (any gain) or more")
         if self.solver == "closed":
             for key, value in _NOT_CLOSED:
