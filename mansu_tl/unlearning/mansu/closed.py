@@ -68,20 +68,21 @@ def closed_form(
     shift = _Shift(fixed, settings, seed, spots, layers[-1])
     run(shift, checkpoint, progress=progress)
     history = list(shift.history)
-    latent = torch.zeros_like(fixed.floor.value)
-    levels = _Levels.of(fixed.floor)
+    latent, values, moved = torch.zeros_like(fixed.floor.value), dict(fixed.source.original), 0
     wanted = shift.base + shift.shift.detach()
     for i, layer in enumerate(tqdm(layers, "moves", unit="layer", disable=not progress)):
         name = names[layer]
-        change, _ = fixed.floor.change(latent, torch.ones_like(latent, dtype=torch.bool), None)
-        seen = _seen(fixed.hf, fixed.view(change, None), fixed.source.pairs, spots, name, layers[-1])
+        seen = _seen(fixed.hf, values, fixed.source.pairs, spots, name, layers[-1])
         missing = (wanted - seen.stream) / (len(layers) - i)
         if kind.mlp_post_norm is not None:
             missing = missing / seen.through
-        left = fixed.budget - int((latent != 0).sum())
-        span = fixed.floor.spans[name]
-        levels_moved, row = _solved(fixed, settings, levels, name, seen.inputs, missing, left // (len(layers) - i))
-        latent[span] = levels.latents(span, levels_moved)
+        # One matrix at a time: what is known of all candidates' levels is many times the model.
+        part, span = fixed.floor.part(name), fixed.floor.spans[name]
+        levels, most = _Levels.of(part), (fixed.budget - moved) // (len(layers) - i)
+        levels_moved, row = _solved(fixed, settings, levels, name, seen.inputs, missing, most)
+        latent[span] = levels.latents(levels_moved)
+        change, _ = part.change(latent[span], torch.ones_like(latent[span], dtype=torch.bool), None)
+        values[name], moved = fixed.view.moved(name, change), moved + int((latent[span] != 0).sum())
         history.append({"layer": float(layer), **row})
     return latent, history
 
@@ -189,7 +190,7 @@ def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots
 
 @dataclass(frozen=True)
 class _Levels:
-    """How far a candidate moves, as stored and as deployed in the mean, when it is sent some bins up or down."""
+    """How far a matrix's candidate moves, as stored and as deployed in the mean, when it is sent some bins up or down."""
 
     steps: Float[Tensor, "level weight"]
     bins: Int[Tensor, "level weight"]
@@ -202,18 +203,18 @@ class _Levels:
             latent = torch.full_like(floor.value, float(bin_))
             felt = [floor.realise(latent, under=i) for i in range(len(floor.grids))]
             steps.append(torch.stack([(stored + rounded) / 2 for stored, rounded, _ in felt]).mean(0))
-            bins.append(torch.full_like(floor.code, bin_))
+            bins.append(torch.full_like(floor.code, bin_, dtype=torch.int8))
         for side in (1, -1):
             for at in range(_LEVELS - 1, 0, -1):
                 here, beyond = _LEVELS + side * at, _LEVELS + side * (at + 1)
                 idle = steps[here] == 0
                 steps[here] = torch.where(idle, steps[beyond], steps[here])
                 bins[here] = torch.where(idle, bins[beyond], bins[here])
-        return cls(torch.stack(steps), torch.stack(bins).to(torch.int8))
+        return cls(torch.stack(steps), torch.stack(bins))
 
-    def latents(self, span: slice, levels: Int[Tensor, " _"]) -> Float[Tensor, " _"]:
+    def latents(self, levels: Int[Tensor, " weight"]) -> Float[Tensor, " weight"]:
         """The updates, in bins, of candidates at these levels."""
-        return self.bins[:, span].gather(0, levels[None] + _LEVELS)[0].float()
+        return self.bins.gather(0, levels[None] + _LEVELS)[0].float()
 
 
 def _solved(
@@ -242,17 +243,18 @@ def _solved(
     worth = None
     if fixed.importance is not None:
         # A move costs half of F d^2; those that cost as much as is typical of the matrix are worth half.
-        cost = (fixed.importance[span] * levels.steps[_LEVELS + 1, span].square()).sqrt()
+        cost = (fixed.importance[span] * levels.steps[_LEVELS + 1].square()).sqrt()
         worth = dense(1 / (1 + cost / cost.mean().clamp_min(1e-30)))
+    steps = dense(levels.steps)
     moves = best_moves(
-        dense(levels.steps[:, span]),
+        steps,
         curvature,
         missing.T @ x / len(x),
         settings.least_gain * float(missing.square().mean()),
         worth,
         most,
     )
-    change = dense(levels.steps[:, span]).gather(0, (moves + _LEVELS)[None])[0]
+    change = steps.gather(0, (moves + _LEVELS)[None])[0]
     row = {
         "edited": float((moves != 0).sum()),
         "missing": float((x @ change.T - missing).square().sum() / missing.square().sum()),
