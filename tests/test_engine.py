@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mansu_tl as mtl
-from mansu_tl.circuit import Graph
+from mansu_tl.circuit import Graph, attribution
 from mansu_tl.circuit.graph import layer_of, reader_kind
 from mansu_tl.circuit.intervention import normed
-from mansu_tl.circuit.memory import plan
+from mansu_tl.circuit.memory import Plan, plan
 from mansu_tl.data.forced import forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, attention_weights, norm_weights
@@ -189,6 +189,27 @@ def test_work_stays_within_its_memory_budget_and_the_scores_do_not_change(family
     assert sizes[0] < sizes[1] < sizes[2]
     # The budget is used, not just kept.
     assert peak.most > 0.2 * 8e6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_the_cut_of_a_contraction_changes_nothing_but_its_rounding(family: str, monkeypatch) -> None:
+    """As on a GPU: several layers a product, many tokens, products in pieces, operands of 16 bits with wide sums."""
+    model, pairs = mtl.load(tiny(family, num_hidden_layers=3)), random_pairs(n=4, padded=True)
+    options = {"steps": 2, "per_pair": True}
+    one = mtl.edge_attribution(model, pairs, **options)
+
+    def cut(tokens: int, layers: int, dtype: torch.dtype = torch.float32) -> mtl.circuit.EdgeScores:
+        monkeypatch.setattr(attribution, "plan", lambda *args, **kwargs: Plan(3, tokens, layers, dtype))
+        return mtl.edge_attribution(model, pairs, **options)
+
+    for tokens, layers in ((2, 2), (16, 3)):
+        other = cut(tokens, layers)
+        for name in ("tensor", "per_pair"):
+            torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=0, atol=2e-6)
+    rounded = cut(16, 2, torch.bfloat16)
+    for name in ("tensor", "per_pair"):
+        got, want = getattr(rounded, name), getattr(one, name)
+        assert 1e-5 < (got - want).norm() / want.norm() < 0.01
 
 
 @pytest.mark.parametrize("budget", ["10KB", 10_000])

@@ -164,12 +164,14 @@ class _Job:
         ends = torch.zeros(2, dtype=torch.float64)
         if share.stop > share.start:
             cut = plan(model, pairs[share], len(alphas), max_memory=self.max_memory, batch_size=self.batch_size)
-            contraction = Contraction(model, graph, cut.tokens)
+            contraction = Contraction(model, graph, cut.tokens, cut.layers, cut.dtype)
             batches = list(chunks(pairs[share], cut.pairs))
             count = len(batches) * len(alphas)
             with tqdm(total=count, desc=f"{method} edges", unit="pass", disable=not self.progress) as bar:
                 for piece, batch in batches:
-                    path, slopes = _gathered(model, batch, self.metric, self.ablation.kind == "corrupt", alphas, bar)
+                    path, slopes = _gathered(
+                        model, batch, self.metric, self.ablation.kind == "corrupt", alphas, cut.dtype, bar
+                    )
                     clean, other = path.ends[CLEAN], path.ends.get(CORRUPT) or self._switched_off(batch)
                     ends += torch.stack([clean.metric.double().sum(), other.metric.double().sum()]).cpu()
                     changes = _changes(Anatomy.of(model), batch, clean, other)
@@ -234,8 +236,9 @@ class _Job:
 
 
 def _gathered(
-    model: TransformerBridge, batch: Forced[PromptPairs], metric: Metric, both: bool, alphas: list[float], bar: tqdm
-) -> tuple[Path, list[Slopes]]:
+    model: TransformerBridge, batch: Forced[PromptPairs], metric: Metric, both: bool, alphas: list[float],
+    dtype: torch.dtype, bar: tqdm,
+) -> tuple[Path, list[Slopes]]:  # fmt: skip
     """Step 1: the path walked, and the readers' gradients summed over its points, or one a point in post-norm families.
 
     Where answers are one token, only the last token's logits are measured, so the last block's MLP runs at that position
@@ -262,7 +265,7 @@ def _gathered(
             raw = [point.values[f"attn_raw{i}"].flatten(0, 1).float() for i in anatomy.layers if anatomy.post_norms]
             final_sum = torch.zeros_like(point.gradients["final"].flatten(0, 1), dtype=torch.float32)
             inputs = [point.values[f"attn_norm_in{i}"] for i in anatomy.layers]
-            out.append(Slopes([_empty(anatomy, steps, x) for x in inputs], final_sum, raw))
+            out.append(Slopes([_empty(anatomy, steps, x, dtype) for x in inputs], final_sum, raw))
         out[-1].final.add_(point.gradients["final"].flatten(0, 1).float(), alpha=weight)
         for i, sums in enumerate(out[-1].layers):
             _add_point(anatomy, sums, i, point, number % steps, weight, norms[i], offsets[i])
@@ -277,12 +280,12 @@ def _gathered(
     return path, out
 
 
-def _empty(anatomy: Anatomy, steps: int, like: Float[Tensor, "pair pos d_model"]) -> LayerSlopes:
+def _empty(anatomy: Anatomy, steps: int, like: Float[Tensor, "pair pos d_model"], dtype: torch.dtype) -> LayerSlopes:
     tokens, readers, on = like.shape[0] * like.shape[1], anatomy.n_attention_readers, like.device
     return LayerSlopes(
         ghat=torch.zeros(tokens, readers, anatomy.d_head, device=on),
         slopes=torch.zeros(tokens, steps, readers, device=on),
-        xhat=torch.empty(tokens, steps, anatomy.d_model, device=on),
+        xhat=torch.empty(tokens, steps, anatomy.d_model, device=on, dtype=dtype),
         mlp=torch.zeros(tokens, anatomy.d_model, device=on),
     )
 
@@ -322,10 +325,11 @@ def _changes(anatomy: Anatomy, batch: Forced[PromptPairs], clean: End, other: En
     """Step 2."""
 
     def change(key: str) -> Tensor:
-        return (clean.values[key] - other.values[key]).flatten(0, 1)
+        # Taken out of both ends, so that each is freed as its change is made.
+        return (clean.values.pop(key) - other.values.pop(key)).flatten(0, 1)
 
     def of_heads(key: str) -> Tensor:
-        a, b = (heads_last(end.values[key], anatomy.n_heads) for end in (clean, other))
+        a, b = (heads_last(end.values.pop(key), anatomy.n_heads) for end in (clean, other))
         return (a - b).flatten(0, 1)
 
     mlp_out = [change(f"mlp_out{i}") for i in anatomy.layers]

@@ -19,12 +19,15 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.data.forced import Forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
+from mansu_tl.models.state import computing_dtype, home
 from mansu_tl.runs.passes import run
 
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Pairs in a batch and tokens in a contraction when memory is no concern: more gain nothing.
 MOST_PAIRS = 64
-MOST_TOKENS = 32
+MOST_TOKENS, MOST_TOKENS_ON_GPU = 32, 256
+# Layers whose readers share a product, so that a GPU does not wait for what is written to be read again for each.
+_LAYERS_ON_GPU = 4
 # Without a budget: this share of what is free. Allocators and temporary tensors need the rest.
 _SHARE_OF_FREE = 0.5
 # What passes through forward and backward beside what is counted: measured 1.4-1.55 of it (llama, gemma3, gpt2).
@@ -33,10 +36,19 @@ _PASSING = 1.6
 
 @dataclass(frozen=True)
 class Plan:
-    """Pairs in a batch, tokens in a contraction."""
+    """How the work is cut.
+
+    Attributes:
+        pairs: pairs in a batch.
+        tokens: tokens in a contraction.
+        layers: layers whose readers are contracted at one time.
+        dtype: of the contraction's operands: bfloat16 where a model computes in it on a GPU, else float32.
+    """
 
     pairs: int
     tokens: int
+    layers: int = 1
+    dtype: torch.dtype = torch.float32
 
 
 def plan(
@@ -59,11 +71,14 @@ def plan(
     if most < 1:
         raise MansuError(f"batch_size={batch_size}: at least one pair has to fit in a batch")
     budget = _bytes(max_memory) if max_memory is not None else _SHARE_OF_FREE * _free(model)
+    on_gpu, dtype = home(model).type == "cuda", computing_dtype(model)
+    layers, most_tokens = (_LAYERS_ON_GPU, MOST_TOKENS_ON_GPU) if on_gpu else (1, MOST_TOKENS)
+    operand = dtype if on_gpu and dtype is torch.bfloat16 else torch.float32
     if max_memory is None and _rough(anatomy, width) * most < budget / 4:
-        return Plan(most, MOST_TOKENS)
+        return Plan(most, most_tokens, layers, operand)
     fixed, per_pair = _graph_bytes(model, pairs)
-    per_pair = _PASSING * (per_pair + width * _kept_bytes(anatomy, steps))
-    per_token = _contraction_bytes(anatomy)
+    per_pair = _PASSING * (per_pair + width * _kept_bytes(anatomy, steps, dtype.itemsize, operand.itemsize))
+    per_token = _contraction_bytes(anatomy, layers, operand.itemsize)
     # One layer's projections, as float32 and once more laid out for a product.
     fixed += 8.0 * (anatomy.n_heads + anatomy.n_attention_readers) * anatomy.d_head * anatomy.d_model
     least = fixed + per_pair + per_token
@@ -73,24 +88,31 @@ def plan(
             f"{_text(least)} beside the model; raise it to that, or shorten the prompts"
         )
     # The gathered sums stay while the contraction runs, the graph does not; taking both at once leaves a margin.
-    tokens = max(1, min(MOST_TOKENS, int(budget / 4 / per_token)))
+    tokens = max(1, min(most_tokens, int(budget / 4 / per_token)))
     count = max(1, int((budget - fixed - tokens * per_token) // per_pair))
-    return Plan(min(most, count), tokens)
+    return Plan(min(most, count), tokens, layers, operand)
 
 
-def _kept_bytes(anatomy: Anatomy, steps: int) -> float:
-    """Per token: both ends of the writers and their difference, the readers' sums over the steps, and their gradients."""
+def _kept_bytes(anatomy: Anatomy, steps: int, wide: int = 4, operand: int = 4) -> float:
+    """Per token: both ends of the writers, the readers' sums over the steps, and the gradients of one.
+
+    Args:
+        wide: bytes of a number in the model.
+        operand: bytes of a number in the contraction.
+    """
     readers = anatomy.n_attention_readers
     parts = 1 if not anatomy.post_norms else steps
-    ends = 3 * (anatomy.n_heads * anatomy.d_head + anatomy.d_model)
-    sums = readers * anatomy.d_head + anatomy.d_model + (steps // parts) * (anatomy.d_model + readers)
-    ends += readers * anatomy.d_head + anatomy.d_model
-    return 4.0 * anatomy.n_layers * (ends + parts * (sums + (anatomy.d_model if anatomy.post_norms else 0)))
+    ends = 2 * (anatomy.n_heads * anatomy.d_head + anatomy.d_model) + readers * anatomy.d_head + 2 * anatomy.d_model
+    sums = 4 * (readers * anatomy.d_head + anatomy.d_model) + (steps // parts) * (
+        operand * anatomy.d_model + 4 * readers
+    )
+    raw = 4 * anatomy.d_model if anatomy.post_norms else 0
+    return float(anatomy.n_layers * (wide * ends + parts * (sums + raw)))
 
 
-def _contraction_bytes(anatomy: Anatomy) -> float:
-    """Per token: every writer's change, one layer's gradients, and as much again for the product's operands."""
-    return 8.0 * (len(anatomy.writers) + anatomy.n_attention_readers + 1) * anatomy.d_model
+def _contraction_bytes(anatomy: Anatomy, layers: int = 1, operand: int = 4) -> float:
+    """Per token: every writer's change, some layers' gradients, and as much again for the product's operands."""
+    return 2.0 * operand * (len(anatomy.writers) + layers * (anatomy.n_attention_readers + 1) + 1) * anatomy.d_model
 
 
 def _rough(anatomy: Anatomy, width: int) -> float:
