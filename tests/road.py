@@ -170,6 +170,24 @@ def _mansu(c: Case) -> Numbers:
     return {**_edit(edit), "facts": torch.tensor(facts), "projected!": _edit(projected)["new!"]}
 
 
+# The closed form of few steps, to which every gain is worth a move.
+CLOSED = {
+    "quantizer": "nf4+int4-g64", "null_space": 0.1, "steps": 4, "until": 0.99, "least_gain": 0.0, "neuron_share": 1.0,
+    "budget": 0.1, "fisher": True, "fisher_sequences": 3,
+}  # fmt: skip
+
+
+def _closed(c: Case) -> Numbers:
+    drawn = torch.randint(3, 60, (12, 8), generator=torch.Generator().manual_seed(1))
+    text = c.task.retain_text.joined(mtl.data.Sequences(drawn, torch.full((12,), 8)))
+    edit = mtl.unlearn(c.model, replace(c.task, retain_text=text), "mansu-closed", circuit=c.circuit, **CLOSED)
+    assert edit.n_weights > 50
+    shifts = [row["shift"] for row in edit.history if "shift" in row]
+    facts = [float(edit.facts[key]) for key in ("retain_loss_before", "candidates")]
+    moved = torch.tensor([list(row.values()) for row in edit.history if "layer" in row])
+    return {**_edit(edit), "shift": torch.tensor(shifts), "facts": torch.tensor(facts), "layers!": moved}
+
+
 def _baselines(c: Case) -> Numbers:
     out = {}
     for name in BASELINES:
@@ -314,6 +332,7 @@ STAGES: Mapping[str, Callable[[Case], Numbers]] = {
     "patching sweeps": _sweeps,
     "circuits": _circuits,
     "MANSU": _mansu,
+    "MANSU, closed form": _closed,
     "baselines": _baselines,
     "quantizers": _quantizers,
     "update statistics": _updates,

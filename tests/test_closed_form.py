@@ -23,7 +23,15 @@ from mansu_tl.unlearning.mansu.moves import best_moves
 from mansu_tl.unlearning.mansu.plan import closed_layers, plan
 from tests.tiny import FAMILIES, sliced_task, tiny, tiny_tokenizer
 
-QUICK = {"contexts": 0, "null_space": 0.1, "near_weight": 1.0, "steps": 12, "fisher_sequences": 8, "until": 0.99}
+QUICK = {
+    "contexts": 0,
+    "neuron_share": 0.25,
+    "null_space": 0.1,
+    "near_weight": 1.0,
+    "steps": 12,
+    "fisher_sequences": 8,
+    "until": 0.99,
+}
 
 
 def problem(rows: int = 3, columns: int = 4, levels: int = 2, seed: int = 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +67,7 @@ def test_prompts_that_no_words_can_stand_before_are_refused(tokenizer) -> None:
     with pytest.raises(MansuError, match=r"pair 0: .*0 of 7 openings.*chat.*contexts=0 instead of 3"):
         behind_words(tokenizer, chat, 3)
     words = tiny_tokenizer()
-    pairs = PromptPairs.from_text(words, ["w5 w6 w7"], ["w8 w6 w7"], ["w9"], [["w10"]])
+    pairs = PromptPairs.from_tokens(*map(torch.tensor, ([[5, 6, 7]], [[8, 6, 7]], [9], [[10]])))
     with pytest.raises(MansuError, match="contexts=0"):
         behind_words(words, pairs, 1)
     bare = mtl.load(mtl.load("pocket").original_model)
@@ -86,7 +87,9 @@ def test_mansu_plans_with_them_and_the_references_are_those_of_the_prompts_alone
     alone = plan(model, task, MansuSettings.closed(contexts=0, **plain), circuit, 0, progress=False)
     monkeypatch.setattr(contexts, "OPENINGS", ("the catalyst of", "is"))
     fixed = plan(model, task, MansuSettings.closed(contexts=2, **plain), circuit, 0, progress=False)
-    assert len(fixed.source.pairs) == 12 and fixed.facts.tolist() == [*alone.facts.tolist(), 0, 0, 1, 1, 2, 2, 3, 3]
+    facts = alone.facts.tolist()
+    assert len(fixed.source.pairs) == 12
+    assert fixed.facts.tolist() == [*facts, *(fact for fact in facts for _ in range(2))]
     # The wording is told from a prompt's end, so words in front do not change what is matched with it.
     for k in range(12):
         where = alone.unknown.wording[k if k < 4 else (k - 4) // 2]

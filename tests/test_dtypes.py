@@ -6,19 +6,22 @@ import dataclasses
 
 import pytest
 import torch
+from torch.func import functional_call
 
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.errors import MansuError, NoEditError
-from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
+from mansu_tl.models import float32_copy, linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.models.copies import cast
+from mansu_tl.models.widened import widened
 from mansu_tl.quantization import grid_of, inputs_of
+from mansu_tl.runs.values import lent
 from mansu_tl.unlearning import Edit
 from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.verification import certify, damage, probe, relearn
 from mansu_tl.verification.attacks import attack_splits
 from tests.road import BASELINES, MANSU, Case, case
-from tests.tiny import sliced_task, tiny, tiny_tokenizer
+from tests.tiny import FAMILIES, sliced_task, tiny, tiny_tokenizer
 
 HALVES = (torch.bfloat16, torch.float16)
 # Nothing here hangs on a circuit that 16-bit scores chose: every linear weight may be edited.
@@ -47,6 +50,36 @@ def certified(model, edit: Edit, folder, quantizer: str):
     """The certificate of an edit, recomputed by bitsandbytes from the folders that it was saved to."""
     before, after = mtl.save(model, folder / "before"), mtl.save(edit.apply(model), folder / "after")
     return certify(before, after, edit.indices, quantizer)
+
+
+# --- float32 without a copy ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_widened_model_computes_what_its_float32_copy_does_on_the_models_own_matrices(family, dtype) -> None:
+    model = mtl.load(tiny(family), tokenizer=tiny_tokenizer(), dtype=dtype)
+    wide, copied, tokens = widened(model), float32_copy(model), torch.arange(3, 19).view(2, 8)
+    live, own = parameters(model), dict(wide.named_parameters())
+    assert all(own[name].data_ptr() == live[name].data_ptr() for name in linear_weights(model))
+    found = []
+    for hf in (wide, copied):
+        start = hf.get_input_embeddings()(tokens).detach().requires_grad_()
+        logits = hf(inputs_embeds=start, use_cache=False).logits
+        found.append((logits, *torch.autograd.grad(logits.square().sum(), start)))
+    assert found[0][0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    # Values in float32 in the place of some matrices, as MANSU's view gives them, take gradients.
+    name = next(iter(linear_weights(model)))
+    value = (own[name].detach().float() + 0.1).requires_grad_()
+    slopes = []
+    for hf in (wide, copied):
+        logits = functional_call(hf, {**dict(hf.named_parameters()), name: value}, (tokens,)).logits
+        slopes.append(torch.autograd.grad(logits.square().sum(), value)[0])
+    assert torch.equal(*slopes) and slopes[0].any()
+    with lent(wide, [name], lambda key: own[key].detach().float() + 0.1), torch.no_grad():
+        assert torch.equal(wide(tokens).logits, logits)
+    assert dict(wide.named_parameters())[name] is own[name]
 
 
 # --- MANSU ---------------------------------------------------------------------------------------------------------------

@@ -21,11 +21,17 @@ from tests.test_processes import CONFIG
 
 # Every stage on a plain family; on the others (transposed matrices in 16 bits, post-norms, fused and parallel) what differs.
 CASES = [("llama", torch.float32, name) for name in STAGES]
-CASES += [("gpt2", torch.bfloat16, name) for name in ("edge scores", "circuits", "MANSU", "certificate")]
+CASES += [
+    ("gpt2", torch.bfloat16, name) for name in ("edge scores", "circuits", "MANSU", "MANSU, closed form", "certificate")
+]
 CASES += [
     (family, torch.float32, name) for family in ("gemma2", "gpt_neox") for name in ("edge scores", "patching sweeps")
 ]
-CASES += [("gemma2", torch.float32, "circuits"), ("gpt_neox", torch.float32, "node and neuron scores")]
+CASES += [
+    ("gemma2", torch.float32, "circuits"),
+    ("gemma2", torch.float32, "MANSU, closed form"),
+    ("gpt_neox", torch.float32, "node and neuron scores"),
+]
 _KEPT: dict[tuple[str, torch.dtype, bool], Case] = {}
 
 

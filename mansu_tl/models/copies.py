@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -149,15 +149,29 @@ def duplicate(model: Model, values: Mapping[str, Tensor] = MappingProxyType({}))
     live, tied, fresh = parameters(model), tied_names(model), blank(model)
     require_memory("a copy of the model", (live[names[0]] for names in tied))
     repack(fresh, model)
+    _require_names(values, tied)
+
+    def value(names: list[str], old: Tensor) -> Tensor:
+        return old.clone() if names[0] not in values else _fitting(names[0], values[names[0]], old)
+
+    return filled(fresh, model, value)
+
+
+def filled(fresh: PreTrainedModel, model: Model, value: Callable[[list[str], Tensor], Tensor]) -> PreTrainedModel:
+    """A blank model with everything that belongs to a model, in eval mode and frozen.
+
+    Args:
+        value: what a parameter is to hold, by its names (several where it is tied) and what the model's holds; 4-bit weights
+            are left as they are.
+    """
+    live = parameters(model)
     _require_unpacked(live)
     require_in_step(model)
-    _require_names(values, tied)
-    for names in tied:
+    for names in tied_names(model):
         old = live[names[0]]
         if getattr(old, "quant_state", None) is not None:
             continue
-        new = old.detach().clone() if names[0] not in values else _fitting(names[0], values[names[0]], old)
-        parameter = nn.Parameter(new, requires_grad=False)
+        parameter = nn.Parameter(value(names, old.detach()), requires_grad=False)
         for name in names:
             _put(fresh, name, parameter, "_parameters")
     live_buffers = buffers(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,15 +166,21 @@ def orient(value: Shaped[Tensor, "rows columns"], linear: LinearWeight) -> Shape
     return value.T if linear.transposed else value
 
 
-def component_masks(model: Model, components: Iterable[str]) -> dict[str, Bool[Tensor, ...]]:
+def component_masks(
+    model: Model, components: Iterable[str], names: Collection[str] | None = None
+) -> dict[str, Bool[Tensor, ...]]:
     """The linear weights of some components (see `Anatomy.slices`), one mask for each HF parameter that holds any.
+
+    Args:
+        names: the parameters that are asked for; None = all.
 
     Raises:
         MansuError: no such component.
     """
-    anatomy, values, linear = Anatomy.of(model), parameters(model), linear_weights(model)
+    anatomy, values = Anatomy.of(model), parameters(model)
+    asked = linear_weights(model).keys() & (parameters(model) if names is None else names)
     masks: dict[str, Tensor] = {}
-    for piece in (piece for name in components for piece in anatomy.slices(name) if piece.parameter in linear):
+    for piece in (piece for name in components for piece in anatomy.slices(name) if piece.parameter in asked):
         mask = masks.setdefault(piece.parameter, torch.zeros_like(values[piece.parameter], dtype=torch.bool))
         mask.narrow(piece.dim, piece.start, piece.stop - piece.start).fill_(True)
     return masks

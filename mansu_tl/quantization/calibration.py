@@ -47,8 +47,8 @@ def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, bat
 
     def add(name: str, entered: Tensor, left: Tensor) -> None:
         x = entered[real.to(entered.device)].float()
-        moments[name] = moments.get(name, 0) + x.T @ x
-        magnitudes[name] = magnitudes.get(name, 0) + x.abs().sum(0)
+        for kept, part in ((moments, x.T @ x), (magnitudes, x.abs().sum(0))):
+            kept[name] = kept[name].add_(part) if name in kept else part
         left_out.discard(name)
         if not left_out:
             raise _Enough
@@ -66,7 +66,7 @@ def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, bat
     for name, moment in moments.items():
         if not torch.isfinite(moment).all():
             raise MansuError(f"calibration: inputs of {name} are not finite; check the weights and the text")
-    return {name: Inputs(moment / count, magnitudes[name] / count, count) for name, moment in moments.items()}
+    return {name: Inputs(moment.div_(count), magnitudes[name].div_(count), count) for name, moment in moments.items()}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
@@ -116,4 +116,32 @@ def watched(
         for name in names:
             module = model.get_submodule(name.removesuffix(".weight"))
             hooks.enter_context(module.register_forward_hook(hook(name)))
+        yield
+
+
+@contextmanager
+def lent(model: PreTrainedModel, names: Iterable[str], make: Callable[[str], Tensor]) -> Iterator[None]:
+    """Inside, some matrices are made anew whenever their layer runs and dropped behind it: for passes without gradients.
+
+    Args:
+        names: of the matrices' parameters.
+        make: gives a matrix by its name.
+    """
+    kept: dict[nn.Module, Tensor] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def put(module: nn.Module, inputs: object) -> None:
+            kept[module] = module._parameters["weight"]  # type: ignore[assignment]
+            module._parameters["weight"] = nn.Parameter(make(name), requires_grad=False)
+
+        return put
+
+    def behind(module: nn.Module, inputs: object, output: object) -> None:
+        module._parameters["weight"] = kept.pop(module)  # type: ignore[assignment]
+
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            hooks.enter_context(module.register_forward_pre_hook(before(name)))
+            hooks.enter_context(module.register_forward_hook(behind))
         yield

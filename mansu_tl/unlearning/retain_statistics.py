@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,11 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.errors import MansuError
+from mansu_tl.models import linear_weights
 from mansu_tl.quantization import inputs_of
 from mansu_tl.runs.values import Values, predicted, watched
 
 # Sequences in a pass of the Fisher information, and numbers of their gradients of one matrix that are held at once.
 _FISHER_ROWS, _MOST_NUMBERS = 32, 2**26
+# Logits of a text that exist at one time: a gibibyte.
+_MOST_LOGITS = 2**28
 
 
 def input_moments(
@@ -40,19 +43,22 @@ def input_moments(
 
 
 def mixed_moments(
-    model: PreTrainedModel, names: Iterable[str], text: Sequences, near: Sequences, near_weight: float
+    model: PreTrainedModel, names: Collection[str], text: Sequences, near: Sequences, near_weight: float
 ) -> dict[str, Float[Tensor, "d_in d_in"]]:
     """`input_moments` of the retain text and, weighted, of near text where there is some.
 
     Raises:
         MansuError: as `input_moments` and `require_null_space`.
     """
+    if len(text):
+        linear = linear_weights(model)
+        require_null_space(text, (linear[name].in_features for name in names))
     moments = input_moments(model, names, text)
-    require_null_space(text, moments)
-    if not len(near):
-        return moments
-    near_moments = input_moments(model, names, near)
-    return {name: (far + near_weight * near_moments[name]) / (1 + near_weight) for name, far in moments.items()}
+    if len(near):
+        # In place: the moments of a large model's matrices take as much room as the model.
+        for name, moment in input_moments(model, names, near).items():
+            moments[name].add_(moment.mul_(near_weight)).div_(1 + near_weight)
+    return moments
 
 
 def null_projector(moment: Float[Tensor, "d_in d_in"], leak: float, name: str) -> Float[Tensor, "d_in d_in"]:
@@ -79,9 +85,9 @@ def null_projector(moment: Float[Tensor, "d_in d_in"], leak: float, name: str) -
     return (free @ free.T).to(moment.dtype)
 
 
-def require_null_space(text: Sequences, moments: Mapping[str, Float[Tensor, "_ _"]]) -> None:
+def require_null_space(text: Sequences, widths: Iterable[int]) -> None:
     """Refuse a retain text of fewer tokens than the widest matrix has inputs: what it did not show would count as free."""
-    tokens, widest = int(text.lengths.sum()), max(moment.shape[0] for moment in moments.values())
+    tokens, widest = int(text.lengths.sum()), max(widths)
     if tokens < widest:
         raise MansuError(
             f"retain text: {tokens} tokens, fewer than the {widest} inputs of the widest matrix, so most of its null "
@@ -148,8 +154,15 @@ def spread_out(text: Sequences, most: int) -> Sequences:
 
 def sequence_loss(model: PreTrainedModel, values: Values, batch: Sequences) -> Float[Tensor, ""]:
     """Mean next-token cross-entropy over the real tokens."""
-    predictions = predicted(model, values, batch)
-    return torch.nn.functional.cross_entropy(predictions.logits, predictions.targets)
+    vocab = model.get_output_embeddings().weight.shape[0]
+    rows, count = max(1, _MOST_LOGITS // (batch.tokens.shape[1] * vocab)), int((batch.lengths - 1).sum())
+    parts = []
+    for start in range(0, len(batch), rows):
+        part = predicted(model, values, batch[slice(start, start + rows)])
+        if len(part.targets):
+            mean = torch.nn.functional.cross_entropy(part.logits, part.targets)
+            parts.append(mean * (len(part.targets) / count))
+    return torch.stack(parts).sum()
 
 
 def retain_bound(

@@ -40,7 +40,7 @@ def attacked(
     every = torch.randperm(int(facts.max()) + 1, generator=generator)
     known = torch.isin(facts.cpu(), every[: settings.attacked_facts(len(every))])
     rows, others = known.nonzero()[:, 0], (~known).nonzero()[:, 0]
-    start = {name: values[name].detach() for name in names}
+    start = {name: values[name].detach().float() for name in names}
     moving = {name: value.clone().requires_grad_() for name, value in start.items()}
     rest = {name: value.detach() for name, value in values.items() if name not in moving}
     optimizer = torch.optim.Adam(list(moving.values()), lr=settings.adversary_rate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -13,11 +15,20 @@ from mansu_tl.patching.neurons import mean_effects
 from mansu_tl.unlearning.masks import Masks
 
 
-def circuit_weights(model: TransformerBridge, circuit: Circuit, pairs: PromptPairs, neuron_share: float) -> Masks:
+def circuit_weights(
+    model: TransformerBridge,
+    circuit: Circuit,
+    pairs: PromptPairs,
+    neuron_share: float,
+    names: Collection[str] | None = None,
+) -> Masks:
     """The linear weights of a circuit, as one mask per HF parameter.
 
     A head of the circuit brings its value and output slices (what it moves, not where it looks). An MLP brings the
     `neuron_share` of its neurons with the largest mean |attribution| on `pairs`: their input rows and output columns.
+
+    Args:
+        names: the parameters that are asked for; None = all.
 
     Raises:
         MansuError: the circuit has no head and no MLP, or a share outside (0, 1].
@@ -25,11 +36,16 @@ def circuit_weights(model: TransformerBridge, circuit: Circuit, pairs: PromptPai
     heads, mlps, count = _parts(model, circuit, neuron_share)
     scores = mean_effects(model, pairs)[0] if mlps else torch.empty(0)
     neurons = [f"{node}.N{i}" for node in mlps for i in scores[int(node[3:])].topk(count).indices.tolist()]
-    return _masks(model, heads, neurons)
+    return _masks(model, heads, neurons, names)
 
 
-def random_weights(model: TransformerBridge, circuit: Circuit, neuron_share: float, seed: int) -> Masks:
+def random_weights(
+    model: TransformerBridge, circuit: Circuit, neuron_share: float, seed: int, names: Collection[str] | None = None
+) -> Masks:
     """As many heads and neurons as `circuit_weights` takes, drawn from the whole model: the circuit's control.
+
+    Args:
+        names: as `circuit_weights`.
 
     Raises:
         MansuError: as `circuit_weights`.
@@ -39,7 +55,9 @@ def random_weights(model: TransformerBridge, circuit: Circuit, neuron_share: flo
     every = [f"L{i}H{h}" for i in range(sizes.n_layers) for h in range(sizes.n_heads)]
     drawn = torch.randperm(len(every), generator=generator)[: len(heads)].tolist()
     neurons = torch.randperm(sizes.n_layers * sizes.d_mlp, generator=generator)[: len(mlps) * count].tolist()
-    return _masks(model, [every[i] for i in drawn], [f"MLP{i // sizes.d_mlp}.N{i % sizes.d_mlp}" for i in neurons])
+    return _masks(
+        model, [every[i] for i in drawn], [f"MLP{i // sizes.d_mlp}.N{i % sizes.d_mlp}" for i in neurons], names
+    )
 
 
 def _parts(model: TransformerBridge, circuit: Circuit, neuron_share: float) -> tuple[list[str], list[str], int]:
@@ -53,10 +71,10 @@ def _parts(model: TransformerBridge, circuit: Circuit, neuron_share: float) -> t
     return heads, mlps, max(1, round(neuron_share * Anatomy.of(model).d_mlp))
 
 
-def _masks(model: TransformerBridge, heads: list[str], neurons: list[str]) -> Masks:
+def _masks(model: TransformerBridge, heads: list[str], neurons: list[str], names: Collection[str] | None) -> Masks:
     """Value and output slices of the heads, rows and columns of the neurons."""
-    sizes, names = Anatomy.of(model), list(neurons)
+    sizes, parts = Anatomy.of(model), list(neurons)
     for node in heads:
         layer, head = (int(part) for part in node[1:].split("H"))
-        names += [f"{node}.o", f"L{layer}KV{head * sizes.n_kv_heads // sizes.n_heads}.v"]
-    return component_masks(model, names)
+        parts += [f"{node}.o", f"L{layer}KV{head * sizes.n_kv_heads // sizes.n_heads}.v"]
+    return component_masks(model, parts, names)

@@ -68,24 +68,21 @@ def closed_form(
     shift = _Shift(fixed, settings, seed, spots, layers[-1])
     run(shift, checkpoint, progress=progress)
     history = list(shift.history)
-    latent = torch.zeros_like(fixed.floor.value)
-    levels = _Levels.of(fixed.floor)
+    latent, values, moved = torch.zeros_like(fixed.floor.value), dict(fixed.source.original), 0
     wanted = shift.base + shift.shift.detach()
     for i, layer in enumerate(tqdm(layers, "moves", unit="layer", disable=not progress)):
         name = names[layer]
-        inputs, missing = [], []
-        for view in levels.views:
-            change, _ = fixed.floor.change(latent, torch.ones_like(latent, dtype=torch.bool), view)
-            seen = _seen(fixed.hf, fixed.view(change, view), fixed.source.pairs, spots, name, layers[-1])
-            part = (wanted - seen.stream) / (len(layers) - i)
-            inputs.append(seen.inputs)
-            missing.append(part if kind.mlp_post_norm is None else part / seen.through)
-        left = fixed.budget - int((latent != 0).sum())
-        span = fixed.floor.spans[name]
-        levels_moved, row = _solved(
-            fixed, settings, levels, name, torch.stack(inputs), torch.stack(missing), left // (len(layers) - i)
-        )
-        latent[span] = levels.latents(span, levels_moved)
+        # One matrix at a time: what is known of all candidates' levels is many times the model.
+        part, span = fixed.floor.part(name), fixed.floor.spans[name]
+        levels, most = _Levels.of(part), (fixed.budget - moved) // (len(layers) - i)
+        seen = [_seen_in(fixed, view, latent, values, spots, name, layers[-1]) for view in levels.views]
+        # Every view asks for what it still misses, so what rounding does to the weights that stay is made up for too.
+        missing = torch.stack([(wanted - each.stream) / (len(layers) - i) / each.through for each in seen])
+        inputs = torch.stack([each.inputs for each in seen])
+        levels_moved, row = _solved(fixed, settings, levels, name, inputs, missing, most)
+        latent[span] = levels.latents(levels_moved)
+        change, _ = part.change(latent[span], torch.ones_like(latent[span], dtype=torch.bool), None)
+        values[name], moved = fixed.view.moved(name, change), moved + int((latent[span] != 0).sum())
         history.append({"layer": float(layer), **row})
     return latent, history
 
@@ -170,6 +167,23 @@ def _stream(
     return kept[0]
 
 
+def _seen_in(
+    fixed: Plan,
+    view: int | None,
+    latent: Float[Tensor, " weight"],
+    values: Values,
+    spots: _Spots,
+    name: str,
+    last: int,
+) -> _Seen:
+    """What passes as stored (None) or under one grid, where some candidates have moved."""
+    if view is None:
+        return _seen(fixed.hf, values, fixed.source.pairs, spots, name, last)
+    change, _ = fixed.floor.change(latent, torch.ones_like(latent, dtype=torch.bool), view)
+    with fixed.view.deployed(change, view):
+        return _seen(fixed.hf, fixed.source.original, fixed.source.pairs, spots, name, last)
+
+
 @torch.no_grad()
 def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots, name: str, last: int) -> _Seen:
     kind, kept = family(hf), dict[str, Tensor]()
@@ -193,7 +207,10 @@ def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots
 
 @dataclass(frozen=True)
 class _Levels:
-    """How far a candidate moves in every view, as stored (None) and under each grid, when it is sent some bins up or down."""
+    """How far a matrix's candidate moves in every view when it is sent some bins up or down.
+
+    A view is the model as stored (None) or under one of the grids; a file's own grid gives what is stored.
+    """
 
     views: tuple[int | None, ...]
     steps: Float[Tensor, "view level weight"]
@@ -202,25 +219,24 @@ class _Levels:
     @classmethod
     def of(cls, floor: Floor) -> _Levels:
         """A level that would not change every grid's code goes on to the next one that does."""
-        # What is stored on the grid of a file is what that file gives.
-        views = [*([] if floor.grid.given_scales else [None]), *range(len(floor.grids))]
+        views = [None, *(i for i, grid in enumerate(floor.grids) if not grid.given_scales)]
         steps, bins = [], []
         every = torch.ones_like(floor.value, dtype=torch.bool)
         for bin_ in range(-_LEVELS, _LEVELS + 1):
             latent = torch.full_like(floor.value, float(bin_))
             steps.append(torch.stack([floor.change(latent, every, view)[0] for view in views]))
-            bins.append(torch.full_like(floor.code, bin_))
+            bins.append(torch.full_like(floor.code, bin_, dtype=torch.int8))
         for side in (1, -1):
             for at in range(_LEVELS - 1, 0, -1):
                 here, beyond = _LEVELS + side * at, _LEVELS + side * (at + 1)
                 idle = (steps[here] == 0).all(0)
                 steps[here] = torch.where(idle, steps[beyond], steps[here])
                 bins[here] = torch.where(idle, bins[beyond], bins[here])
-        return cls(tuple(views), torch.stack(steps, 1), torch.stack(bins).to(torch.int8))
+        return cls(tuple(views), torch.stack(steps, 1), torch.stack(bins))
 
-    def latents(self, span: slice, levels: Int[Tensor, " _"]) -> Float[Tensor, " _"]:
+    def latents(self, levels: Int[Tensor, " weight"]) -> Float[Tensor, " weight"]:
         """The updates, in bins, of candidates at these levels."""
-        return self.bins[:, span].gather(0, levels[None] + _LEVELS)[0].float()
+        return self.bins.gather(0, levels[None] + _LEVELS)[0].float()
 
 
 def _solved(
@@ -246,10 +262,10 @@ def _solved(
     curvature = x.mT @ x / x.shape[1]
     if moment is not None:
         curvature = curvature + settings.null_space * moment[columns][:, columns]
-    worth, steps = None, dense(levels.steps[..., span])
+    worth, steps = None, dense(levels.steps)
     if fixed.importance is not None:
         # A move costs half of F d^2; those that cost as much as is typical of the matrix are worth half.
-        cost = (fixed.importance[span] * levels.steps[0, _LEVELS + 1, span].square()).sqrt()
+        cost = (fixed.importance[span] * levels.steps[0, _LEVELS + 1].square()).sqrt()
         worth = dense(1 / (1 + cost / cost.mean().clamp_min(1e-30)))
     wanted, least = missing.mT @ x / x.shape[1], settings.least_gain * float(missing.square().mean())
     moves = best_moves(steps, curvature, wanted, least, worth, most)
@@ -260,8 +276,6 @@ def _solved(
     }
     if moment is not None:
         before = floor.matrices[name].float()
-        leak = (
-            ((change @ moment[columns][:, columns]) * change).sum() / len(change) / ((before @ moment) * before).sum()
-        )
-        row["leak"] = float(leak)
+        leak = ((change @ moment[columns][:, columns]) * change).sum() / len(change)
+        row["leak"] = float(leak / ((before @ moment) * before).sum())
     return moves.flatten()[at], row

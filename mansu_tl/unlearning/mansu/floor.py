@@ -10,10 +10,11 @@ value bit for bit. The backward pass sees the identity (straight-through).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
@@ -74,7 +75,7 @@ class Floor:
             for i, grid in enumerate(own):
                 encoded = grid.encode(matrix)
                 scales[i].append(encoded.scales().flatten(0, 1)[free])
-                codes[i].append(encoded.codes.flatten()[free].long())
+                codes[i].append(encoded.codes.flatten()[free])
         if start == 0:
             raise MansuError(
                 "mansu: no weight is left to edit (all candidates carry their block's absmax); use a larger circuit"
@@ -88,7 +89,17 @@ class Floor:
         """How many weights may be edited."""
         return self.value.numel()
 
-    def target(self, latent: Float[Tensor, " weight"]) -> Int[Tensor, " weight"]:
+    def part(self, name: str) -> Floor:
+        """The floor of one matrix's candidates alone, over the same tensors."""
+        part, span = copy.copy(self), self.spans[name]
+        part.matrices, part.where = {name: self.matrices[name]}, {name: self.where[name]}
+        part.spans = {name: slice(0, span.stop - span.start)}
+        part.value, part.width = self.value[span], self.width[span]
+        part.scales, part.codes = [each[span] for each in self.scales], [each[span] for each in self.codes]
+        part.code = part.codes[0]
+        return part
+
+    def target(self, latent: Float[Tensor, " weight"]) -> UInt8[Tensor, " weight"]:
         """The code that each candidate would take, under its block's original absmax."""
         moved = self._codes_of(self.value + latent * self.width, 0)
         # Rounding of the sum must not count as a move.
@@ -178,21 +189,21 @@ class Floor:
                 for n, piece in pieces.items()
             }
         latent = self.pushed(latent * allowed) if self.rule == "after" else latent
-        return {name: self.final(name, latent, allowed) for name in self.spans}
+        return {name: self.part(name).final(name, latent[span], allowed[span]) for name, span in self.spans.items()}
 
     def pushed(self, latent: Float[Tensor, " weight"]) -> Float[Tensor, " weight"]:
         """The updates after the fact: each that stays in its cell goes one bin in its own direction, or back inward."""
         moved = self.target(latent)
-        neighbour = self.grid.neighbour(self.code.to(torch.uint8)[None], latent[None])[0].long()
+        neighbour = self.grid.neighbour(self.code[None], latent[None])[0]
         wanted = torch.where((moved == self.code) & (latent != 0), neighbour, moved)
         centre = self._centre(wanted, 0)
         return torch.where(latent == 0, 0.0, (centre - self.value) / self.width)
 
-    def _codes_of(self, values: Float[Tensor, " weight"], i: int) -> Int[Tensor, " weight"]:
-        return self.grids[i].flat_codes(values, self.scales[i]).long()
+    def _codes_of(self, values: Float[Tensor, " weight"], i: int) -> UInt8[Tensor, " weight"]:
+        return self.grids[i].flat_codes(values, self.scales[i])
 
-    def _centre(self, code: Int[Tensor, " weight"], i: int) -> Float[Tensor, " weight"]:
-        return self.grids[i].flat_centre(code.to(torch.uint8), self.scales[i])
+    def _centre(self, code: UInt8[Tensor, " weight"], i: int) -> Float[Tensor, " weight"]:
+        return self.grids[i].flat_centre(code, self.scales[i])
 
     def pieces(self, change: Shaped[Tensor, " weight"]) -> dict[str, Shaped[Tensor, " _"]]:
         """A flat change, or flags of the candidates, matrix by matrix.
@@ -216,9 +227,7 @@ class Floor:
         matrix, own = self.matrices[name], [grid.of(name) for grid in self.grids]
         encoded = own[0].encode(matrix)
         codes = encoded.codes.flatten().clone()
-        span, where = self.spans[name], self.where[name]
-        target = self.target(latent)[span]
-        codes[where] = torch.where(allowed[span], target, self.code[span]).to(codes.dtype)
+        codes[self.where[name]] = torch.where(allowed, self.target(latent), self.code)[self.spans[name]]
         wanted = codes.view_as(encoded.codes)
         result = own[0].floor_target(matrix, wanted, encoded.absmax, leave_unreachable=True)
         moved = result != matrix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,12 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import Sequences, Task
 from mansu_tl.data.contexts import behind_words
 from mansu_tl.errors import MansuError
-from mansu_tl.models import LinearWeight, float32_copy, home, linear_weights, orient, parameters
+from mansu_tl.models import LinearWeight, home, linear_weights, orient, parameters
 from mansu_tl.models.tree import family
+from mansu_tl.models.widened import widened
 from mansu_tl.patching.reading import read_layer, subject_share
 from mansu_tl.quantization import grid_of
-from mansu_tl.runs.values import Values
+from mansu_tl.runs.values import Values, lent
 from mansu_tl.unlearning.batches import Batch, Source
 from mansu_tl.unlearning.mansu.candidates import circuit_weights, random_weights
 from mansu_tl.unlearning.mansu.floor import Floor
@@ -38,33 +40,48 @@ from mansu_tl.unlearning.retain_statistics import (
 class View:
     """All parameters of the model under a change of its candidates."""
 
-    def __init__(self, values: Values, linear: Mapping[str, LinearWeight], floor: Floor) -> None:
-        self.values, self.linear, self.floor = values, linear, floor
+    def __init__(self, hf: PreTrainedModel, values: Values, linear: Mapping[str, LinearWeight], floor: Floor) -> None:
+        self.hf, self.values, self.linear, self.floor = hf, values, linear, floor
         self._rounded: dict[tuple[str, int], Tensor] = {}
 
     def __call__(self, change: Float[Tensor, " weight"], under: int | None) -> Values:
         """As stored (None), or with every linear weight dequantized under one grid."""
         out, pieces = dict(self.values), self.floor.pieces(change)
         for name in self.linear if under is not None else pieces:
-            base = self._deployed(name, under)
-            full = base + self.floor.spread(pieces[name], name) if name in pieces else base
-            out[name] = orient(full, self.linear[name])
+            if under is not None and (name, under) not in self._rounded:
+                self._rounded[name, under] = self.rounded(name, under)
+            base = None if under is None else self._rounded[name, under]
+            out[name] = self.moved(name, pieces.get(name), base)
         return out
 
-    def _deployed(self, name: str, under: int | None) -> Float[Tensor, "out in"]:
-        """The matrix before the change."""
-        if under is None:
-            return orient(self.values[name], self.linear[name])
-        if (name, under) not in self._rounded:
-            self._rounded[name, under] = self.floor.grids[under].of(name).roundtrip(self.floor.matrices[name].float())
-        return self._rounded[name, under]
+    def moved(
+        self, name: str, piece: Float[Tensor, " _"] | None, base: Float[Tensor, "out in"] | None = None
+    ) -> Float[Tensor, "rows columns"]:
+        """One matrix, as the model has it, under a change of its candidates.
+
+        Args:
+            base: what is changed, as [out, in]; the matrix as stored where not given.
+        """
+        base = orient(self.values[name], self.linear[name]) if base is None else base
+        return orient(base if piece is None else base + self.floor.spread(piece, name), self.linear[name])
+
+    def rounded(self, name: str, under: int) -> Float[Tensor, "out in"]:
+        """One matrix dequantized under one grid."""
+        return self.floor.grids[under].of(name).roundtrip(orient(self.values[name], self.linear[name]).float())
+
+    @contextmanager
+    def deployed(self, change: Float[Tensor, " weight"], under: int) -> Iterator[None]:
+        """Inside, passes of a model without gradients see what `view(change, under)` gives, a matrix at a time."""
+        pieces = self.floor.pieces(change)
+        with lent(self.hf, self.linear, lambda name: self.moved(name, pieces.get(name), self.rounded(name, under))):
+            yield
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is fixed before the first step."""
 
-    hf: PreTrainedModel  # a float32 copy, used through `view`
+    hf: PreTrainedModel  # on the model's own matrices, in float32; used through `view`
     floor: Floor  # the weights that may be edited, and the rule under which they are
     view: View
     budget: int  # how many of them may be edited
@@ -88,7 +105,7 @@ def plan(
         MansuError: a budget that leaves nothing to edit, a circuit with no editable weight, never-seen prompts without
             spread, an attacker who leaves nothing to defend, or a retain text too small for its null space.
     """
-    hf, linear, stored = float32_copy(model), linear_weights(model), parameters(model)
+    hf, linear, stored = widened(model), linear_weights(model), parameters(model)
     values = {name: value.detach() for name, value in hf.named_parameters()}
     task = task.to(home(hf))
     pairs = task.forget_pairs
@@ -96,19 +113,22 @@ def plan(
     near = task.near_text
     facts = pairs.fact_numbers()
     settings.attacked_facts(int(facts.max()) + 1)  # refuses an attacker who leaves none to defend
+    layers = closed_layers(subject_share(model, pairs), settings) if settings.solver == "closed" else ()
+    names = _outputs(hf, layers) if layers else tuple(linear)
     choose: dict[str, Callable[[], Masks]] = {
-        "circuit": lambda: circuit_weights(model, circuit, pairs, settings.neuron_share),
-        "random": lambda: random_weights(model, circuit, settings.neuron_share, seed),
-        "none": lambda: every_weight(model),
+        "circuit": lambda: circuit_weights(model, circuit, pairs, settings.neuron_share, names),
+        "random": lambda: random_weights(model, circuit, settings.neuron_share, seed, names),
+        "none": lambda: every_weight(model, names),
     }
     masks = choose[settings.restrict]()
-    layers: tuple[int, ...] = ()
-    if settings.solver == "closed":
-        layers = closed_layers(subject_share(model, pairs), settings)
-        masks = _outputs(hf, masks, layers)
+    if layers and not masks:
+        raise MansuError(
+            f"circuit: none of its MLPs lies in layers {layers[0]} to {layers[-1]}, where the closed form edits; give a "
+            'larger circuit, or solver="gradient"'
+        )
     # Cells and codes are those of the weights as stored; the loop itself runs in float32.
     grids = [grid_of(name).bound(model) for name in settings.quantizers]
-    matrices = {name: orient(stored[name].detach(), weight).contiguous() for name, weight in linear.items()}
+    matrices = {name: orient(stored[name].detach(), linear[name]).contiguous() for name in masks}
     floor = Floor(grids, matrices, {name: orient(mask, linear[name]) for name, mask in masks.items()}, settings.floor)
     budget = budget_of(linear, settings)
     # Without never-seen prompts the corrupt ones stand in, which are no longer there behind other words.
@@ -128,11 +148,12 @@ def plan(
     if settings.discover_near and not len(near):
         near_rows = near_neighbours(hf, pairs, text, settings.discover_near).tolist()
         near = text[near_rows]
-    asked = settings.steps * settings.retain_batch * (1 + bool(len(near)))
+    # The closed form compares nothing with what the original says of a text.
+    asked = 0 if layers else settings.steps * settings.retain_batch * (1 + bool(len(near)))
     source = Source(hf, values, pairs, text, near, asked)
     if 0 < settings.candidates * budget < floor.size:
         chosen = _most_wanted(
-            View(values, linear, floor), source, unknown, settings, round(settings.candidates * budget)
+            View(hf, values, linear, floor), source, unknown, settings, round(settings.candidates * budget)
         )
         floor = Floor(grids, matrices, chosen, settings.floor)
         masks = {name: orient(mask, linear[name]) for name, mask in chosen.items()}
@@ -148,7 +169,7 @@ def plan(
     return Plan(
         hf=hf,
         floor=floor,
-        view=View(values, linear, floor),
+        view=View(hf, values, linear, floor),
         budget=budget,
         unknown=unknown,
         facts=facts,
@@ -168,16 +189,10 @@ def closed_layers(share: Float[Tensor, " layer"], settings: MansuSettings) -> tu
     return tuple(range(max(0, last - settings.layers + 1), last + 1))
 
 
-def _outputs(hf: PreTrainedModel, masks: Masks, layers: Sequence[int]) -> Masks:
-    """Of some masks, those of the MLPs' output matrices of some layers."""
+def _outputs(hf: PreTrainedModel, layers: Sequence[int]) -> tuple[str, ...]:
+    """The output matrices of the MLPs of some layers."""
     kind = family(hf)
-    names = [f"{kind.layers}.{layer}.{kind.down}.weight" for layer in layers]
-    if not any(name in masks for name in names):
-        raise MansuError(
-            f"circuit: none of its MLPs lies in layers {layers[0]} to {layers[-1]}, where the closed form edits; give a "
-            'larger circuit, or solver="gradient"'
-        )
-    return {name: masks[name] for name in names if name in masks}
+    return tuple(f"{kind.layers}.{layer}.{kind.down}.weight" for layer in layers)
 
 
 def _most_wanted(

@@ -8,6 +8,7 @@ quantizer. The paper's formulas are not public in full; what is stated here is o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import torch
@@ -214,11 +215,13 @@ class _Mansu(Solver):
 
 def _retain_increase(fixed: Plan, matrices: Mapping[str, Tensor]) -> dict[str, float]:
     """The retain loss's increase under the realised change: measured, its diagonal estimate and its bound."""
-    under = None if fixed.floor.rule == "none" else 0
-    change = fixed.floor.felt(matrices, under)
-    with torch.no_grad():
-        before = sequence_loss(fixed.hf, fixed.view(torch.zeros_like(change), under), fixed.sample).item()
-        after = sequence_loss(fixed.hf, fixed.view(change, under), fixed.sample).item()
+    view, under = fixed.view, None if fixed.floor.rule == "none" else 0
+    change, losses = fixed.floor.felt(matrices, under), []
+    for moved in (torch.zeros_like(change), change):
+        with torch.no_grad(), nullcontext() if under is None else view.deployed(moved, under):
+            values = view(moved, None) if under is None else {}
+            losses.append(sequence_loss(fixed.hf, values, fixed.sample).item())
+    before, after = losses
     facts = {"retain_loss_before": before, "retain_loss_after": after, "retain_increase_measured": after - before}
     if fixed.importance is not None:
         diagonal, bound = retain_bound(fixed.importance, change)

@@ -35,7 +35,7 @@ def null_space(settings: NullSpaceSettings, start: Start) -> Recipe:
     hf, linear, task = float32_copy(start.model), linear_weights(start.model), start.task
     text = task.retain_text.joined(task.near_text)
     moments = input_moments(hf, linear, text.to(home(hf)))
-    require_null_space(text, moments)
+    require_null_space(text, (moment.shape[0] for moment in moments.values()))
     projectors = {name: null_projector(moment, settings.leak, name) for name, moment in moments.items()}
 
     def project(name: str, change: Tensor) -> Tensor:
