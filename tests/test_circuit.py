@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import networkx as nx
@@ -12,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mansu_tl as mtl
-from mansu_tl.circuit import Circuit, EdgeScores, Graph, conflict, patch_edges, random_faithfulness, random_mask
+from mansu_tl.circuit import (
+    Circuit,
+    EdgeScores,
+    Graph,
+    conflict,
+    patch_edges,
+    random_faithfulness,
+    random_mask,
+)
+from mansu_tl.circuit.intervention import Patching
 from mansu_tl.circuit.selection import greedy_mask, top_mask
 from mansu_tl.errors import MansuError
 from mansu_tl.results.files import read_packed, write_packed
@@ -92,6 +102,31 @@ def test_discovered_circuit_is_faithful_on_its_own_measure(model, scores) -> Non
     assert measured >= 0.7
     assert measured == pytest.approx(circuit.faithfulness, abs=1e-5)
     assert circuit.n_edges < int(scores.exists.sum())
+
+
+def test_the_search_measures_few_circuits_and_finds_what_measuring_every_size_finds(model, scores, monkeypatch) -> None:
+    """Against every size of every grid, on a curve that goes up and down."""
+    pairs, total = random_pairs(), int(scores.exists.sum())
+    curve = [0.0, *mtl.circuit.faithfulness_curve(model, scores, pairs, [*range(1, total + 1)]).faithfulness.tolist()]
+    assert any(b < a - 0.01 for a, b in pairwise(curve))
+    measured, values = [], Patching.values
+    one_by_one = lambda self, masks: (self.values(mask[None]) for mask in masks)  # noqa: E731 (as with large models)
+    monkeypatch.setattr(Patching, "in_turn", one_by_one)
+    monkeypatch.setattr(
+        Patching, "values", lambda self, masks, *rest: measured.append(len(masks)) or values(self, masks, *rest)
+    )
+    for target in (0.5, 0.9):
+        grid, below, at, tried = sorted({round(total ** (i / 15)) for i in range(16)}), 0, None, 0
+        while at is None or at - below > 1:
+            tried += len(grid)
+            first = next(i for i, n in enumerate(grid) if curve[n] >= target)
+            at, below = grid[first], grid[first - 1] if first else below
+            grid = sorted({below + max(1, round((at - below) * i / 16)) for i in range(1, 17)})
+        measured.clear()
+        circuit = mtl.discover_circuit(model, pairs, scores=scores, faithfulness=target)
+        assert circuit.edges == Circuit.top(scores, at).edges
+        assert circuit.faithfulness == pytest.approx(curve[at], abs=1e-5)
+        assert sum(measured) < tried
 
 
 def test_full_circuit_is_faithful_and_the_empty_mask_is_not(model, scores) -> None:

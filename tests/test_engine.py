@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import subprocess
 import sys
 import weakref
@@ -13,15 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mansu_tl as mtl
-from mansu_tl.circuit import Graph, attribution
+from mansu_tl.circuit import Graph, attribution, memory
 from mansu_tl.circuit.graph import layer_of, reader_kind
-from mansu_tl.circuit.intervention import normed
+from mansu_tl.circuit.masked_run import normed
 from mansu_tl.circuit.memory import Plan, plan
 from mansu_tl.data.forced import forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, attention_weights, norm_weights
 from mansu_tl.runs.ablation import ablation
-from mansu_tl.runs.passes import record, run
+from mansu_tl.runs.passes import by_length, record, run
 from tests.test_attribution import oracle_case, random_pairs
 from tests.tiny import FAMILIES, tiny
 
@@ -191,6 +193,40 @@ def test_work_stays_within_its_memory_budget_and_the_scores_do_not_change(family
     assert peak.most > 0.2 * 8e6
 
 
+def test_batches_by_length_cost_least() -> None:
+    """Against every way to cut a sorted list; padding and passes are counted in tokens."""
+    lengths, rng = [], random.Random(0)
+    for most, pass_tokens in ((3, 0.0), (4, 2.5), (7, 9.0), (7, 1e9)):
+        lengths = [rng.randint(1, 9) for _ in range(7)]
+
+        def cost(batches: list[list[int]], pass_tokens: float = pass_tokens) -> float:
+            return sum(len(batch) * max(batch) + pass_tokens for batch in batches)
+
+        found = by_length(torch.tensor(lengths), most, pass_tokens)
+        assert sorted(torch.cat(found).tolist()) == list(range(7)) and max(map(len, found)) <= most
+        ordered, every = sorted(lengths), []
+        for cuts in itertools.product((False, True), repeat=6):
+            at = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 7]
+            batches = [ordered[a:b] for a, b in itertools.pairwise(at)]
+            if max(map(len, batches)) <= most:
+                every.append(cost(batches))
+        assert cost([[lengths[i] for i in batch.tolist()] for batch in found]) == min(every)
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e9])
+def test_pairs_of_unequal_length_get_the_scores_that_each_has_alone(padding: float, monkeypatch) -> None:
+    """In batches of their own length and in one, per pair and per position from either side."""
+    model, pairs = mtl.load(tiny("llama")), random_pairs(n=4, padded=True)
+    monkeypatch.setattr(memory, "_PASS_WORK", {False: padding, True: padding})
+    assert len(set(pairs.lengths.tolist())) > 1
+    for align in ("start", "end"):
+        scores = mtl.edge_attribution(model, pairs, steps=2, per_pair=True, per_position=align)
+        alone = [mtl.edge_attribution(model, pairs[[i]], steps=2, per_position=align) for i in range(4)]
+        torch.testing.assert_close(scores.per_pair, torch.stack([one.tensor for one in alone]), rtol=0, atol=2e-6)
+        by_position = sum(one.per_position for one in alone) / 4
+        torch.testing.assert_close(scores.per_position, by_position, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_the_cut_of_a_contraction_changes_nothing_but_its_rounding(family: str, monkeypatch) -> None:
     """As on a GPU: several layers a product, many tokens, products in pieces, operands of 16 bits with wide sums."""
@@ -199,7 +235,7 @@ def test_the_cut_of_a_contraction_changes_nothing_but_its_rounding(family: str, 
     one = mtl.edge_attribution(model, pairs, **options)
 
     def cut(tokens: int, layers: int, dtype: torch.dtype = torch.float32) -> mtl.circuit.EdgeScores:
-        monkeypatch.setattr(attribution, "plan", lambda *args, **kwargs: Plan(3, tokens, layers, dtype))
+        monkeypatch.setattr(attribution, "plan", lambda *args, **kwargs: Plan(3, tokens, 0.0, layers, dtype))
         return mtl.edge_attribution(model, pairs, **options)
 
     for tokens, layers in ((2, 2), (16, 3)):

@@ -27,12 +27,14 @@ from mansu_tl.circuit import (
 )
 from mansu_tl.circuit.curve import MIB_SHARES
 from mansu_tl.circuit.graph import layer_of
-from mansu_tl.circuit.intervention import normed
+from mansu_tl.circuit.intervention import Patching
+from mansu_tl.circuit.masked_run import normed
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, norm_weights
 from mansu_tl.results.files import read_packed, write_packed
-from mansu_tl.runs.ablation import ablation
-from mansu_tl.runs.metrics import answer_log_prob
+from mansu_tl.runs.ablation import Ablation, ablation
+from mansu_tl.runs.metrics import answer_log_prob, logit_difference
+from mansu_tl.runs.passes import prepared
 from tests.test_attribution import oracle_case, random_pairs, swapped
 from tests.test_circuit import one_path_model
 from tests.tiny import FAMILIES, tiny
@@ -193,6 +195,11 @@ def test_small_memory_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) ->
     whole = patch_edges(model, pairs, masks)
     monkeypatch.setattr(intervention, "_ROW_ELEMENTS", 30_000)
     torch.testing.assert_close(patch_edges(model, pairs, masks), whole, rtol=0, atol=1e-5)
+    patching = Patching(model, prepared(model, pairs, 2), Ablation(), logit_difference, 64)
+    masks, whole = masks[:5], whole[:5]
+    in_turn = list(patching.in_turn(masks))
+    assert len(in_turn) > 1
+    torch.testing.assert_close(torch.cat(in_turn), whole, rtol=0, atol=1e-5)
 
 
 def test_what_masks_have_in_common_is_computed_once() -> None:

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from transformers import PreTrainedModel
 
 import mansu_tl as mtl
-from mansu_tl.circuit import intervention
+from mansu_tl.circuit import masked_run
 from mansu_tl.errors import MansuError
 from mansu_tl.models import cache
 from mansu_tl.patching import patterns
@@ -113,8 +113,8 @@ def test_edge_patching_that_does_not_give_the_clean_run_is_an_error(monkeypatch:
     model, pairs = mtl.load(tiny("llama")), random_pairs(n=2)
     scores = mtl.edge_attribution(model, pairs, steps=1)
     circuit = mtl.circuit.Circuit.top(scores, 10)
-    plain = intervention.normed
-    monkeypatch.setattr(intervention, "normed", lambda x, norm: 1.1 * plain(x, norm))
+    plain = masked_run.normed
+    monkeypatch.setattr(masked_run, "normed", lambda x, norm: 1.1 * plain(x, norm))
     with pytest.raises(MansuError, match="edge patching against corrupt: .* differs from the plain run"):
         mtl.circuit.faithfulness(model, circuit, pairs)
 

@@ -45,7 +45,7 @@ from mansu_tl.models import Anatomy, NormWeights, attention_weights, fingerprint
 from mansu_tl.runs import distributed
 from mansu_tl.runs.ablation import Ablation
 from mansu_tl.runs.metrics import Metric, logit_difference, measured, metric_name, options_read
-from mansu_tl.runs.passes import chunks, heads_last, prepared, require_finite
+from mansu_tl.runs.passes import by_length, heads_last, prepared, require_finite
 from mansu_tl.runs.points import CLEAN, CORRUPT, End, Path, Point, between
 
 # steps="auto" starts here and doubles at most this often (320 steps).
@@ -165,10 +165,12 @@ class _Job:
         if share.stop > share.start:
             cut = plan(model, pairs[share], len(alphas), max_memory=self.max_memory, batch_size=self.batch_size)
             contraction = Contraction(model, graph, cut.tokens, cut.layers, cut.dtype)
-            batches = list(chunks(pairs[share], cut.pairs))
+            batches = by_length(pairs.longest[share], cut.pairs, cut.pass_tokens)
             count = len(batches) * len(alphas)
             with tqdm(total=count, desc=f"{method} edges", unit="pass", disable=not self.progress) as bar:
-                for piece, batch in batches:
+                for piece in batches:
+                    of = share.start + piece
+                    batch = pairs[of].trimmed()
                     path, slopes = _gathered(
                         model, batch, self.metric, self.ablation.kind == "corrupt", alphas, cut.dtype, bar
                     )
@@ -176,13 +178,12 @@ class _Job:
                     ends += torch.stack([clean.metric.double().sum(), other.metric.double().sum()]).cpu()
                     changes = _changes(Anatomy.of(model), batch, clean, other)
                     del path, clean, other
-                    of = slice(share.start + piece.start, share.start + piece.stop)
-                    index = None if self.where is None else self.where.of(of)
+                    index = None if self.where is None else self.where.of(of)[:, : batch.clean.shape[1]]
                     groups, rows = self._groups(batch, index)
                     parts = contraction.scores(changes, slopes, groups, len(rows)).cpu()
                     total += parts.double().sum(0)
                     if by_pair is not None:
-                        by_pair[piece].index_add_(0, rows[:, 0], parts)
+                        by_pair.index_add_(0, piece[rows[:, 0]], parts)
                     if by_position is not None:
                         by_position.index_add_(0, rows[:, 1], parts.double())
         if self.data_parallel:

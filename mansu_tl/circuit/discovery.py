@@ -7,7 +7,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.attribution import edge_attribution
 from mansu_tl.circuit.circuit import Circuit
-from mansu_tl.circuit.evaluation import relative
+from mansu_tl.circuit.evaluation import Judge
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.circuit.selection import pruned_masks
 from mansu_tl.data import PromptPairs
@@ -39,7 +39,8 @@ def discover_circuit(
     """The smallest top-n circuit by |EAP-IG score| whose edge-patched faithfulness reaches a target.
 
     The size is found on a geometric grid of 16 sizes, then by refining the interval in which the target is first
-    reached until neighbouring sizes are tried; sizes that the grid passes over below that interval are not tried.
+    reached until neighbouring sizes are tried; sizes that the grid passes over below that interval are not tried. Sizes of
+    a grid are measured from the smallest up, and none past the first that reaches the target.
 
     Args:
         faithfulness: the target share of the clean-corrupt difference, in (0, 1].
@@ -67,21 +68,22 @@ def discover_circuit(
         )
     total = int(scores.exists.sum())
     grid = sorted({round(total ** (i / (_GRID - 1))) for i in range(_GRID)})
-    below, at = 0, None
-    while at is None or at - below > 1:
+    judge = Judge(model, pairs, ablation, metric, batch_size)
+    below = at = 0
+    value = float("nan")
+    while not at or at - below > 1:
         masks = torch.stack(pruned_masks(scores, grid, select, by)).float()
-        values = relative(model, masks, pairs, ablation, metric, batch_size, bars(progress))
-        reached = [i for i, v in enumerate(values) if v >= faithfulness]
-        if not reached:
-            if at is None:
-                raise MansuError(
-                    f"circuit: no top-n circuit reaches faithfulness {faithfulness}; the best of sizes {grid} has "
-                    f"{max(values):.3f}; lower the target or use another metric"
-                )
-            break
-        first = reached[0]
-        at, value = grid[first], values[first]
-        below = grid[first - 1] if first else below
+        values = judge.until(masks, faithfulness, bars(progress))
+        first = next((i for i, v in enumerate(values) if v >= faithfulness), len(grid))
+        if first < len(grid):
+            at, value = grid[first], values[first]
+        elif not at:
+            raise MansuError(
+                f"circuit: no top-n circuit reaches faithfulness {faithfulness}; the best of sizes {grid} has "
+                f"{max(values):.3f}; lower the target or use another metric"
+            )
+        below = [below, *grid][first]
         width = at - below
-        grid = sorted({below + max(1, round(width * i / _GRID)) for i in range(1, _GRID + 1)})
+        # The last of the sizes is `at`, which is known to reach the target.
+        grid = sorted({below + max(1, round(width * i / _GRID)) for i in range(1, _GRID)} - {at})
     return (Circuit.top if select == "top" else Circuit.greedy)(scores, at, value, by=by)

@@ -21,11 +21,12 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.circuit import Circuit
 from mansu_tl.circuit.graph import Graph, OnGraph
-from mansu_tl.circuit.intervention import patched
+from mansu_tl.circuit.intervention import Patching
 from mansu_tl.circuit.selection import random_mask
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.forced import Forced
@@ -216,15 +217,52 @@ def relative(
     progress: bool = False,
 ) -> list[float]:
     """The faithfulness of many masks."""
-    ablation, rows = ablation or Ablation(), prepared(model, pairs, options_read(metric))
-    values, off = patched(model, rows, masks, ablation, metric, batch_size, progress)
-    clean, ablated = clean_metric(model, rows, metric, batch_size), off.double().mean().item()
-    if abs(clean - ablated) < 1e-6:
-        raise MansuError(
-            f"pairs: the metric is {clean:.3g} on the clean and {ablated:.3g} on the {_OFF[ablation.kind]}; the model "
-            "does not show this knowledge, so no circuit can be judged on it"
-        )
-    return ((values.double().mean(1) - ablated) / (clean - ablated)).tolist()
+    return Judge(model, pairs, ablation, metric, batch_size).of(masks, progress)
+
+
+class Judge:
+    """Measures the faithfulness of masks on some pairs; what no mask changes is run once.
+
+    Raises:
+        MansuError: as `faithfulness`, when asked.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        pairs: PromptPairs,
+        ablation: Ablation | None,
+        metric: Metric,
+        batch_size: int,
+    ) -> None:
+        self.ablation, rows = ablation or Ablation(), prepared(model, pairs, options_read(metric))
+        self.patching = Patching(model, rows, self.ablation, metric, batch_size)
+        self.clean = clean_metric(model, rows, metric, batch_size)
+
+    def of(self, masks: Float[Tensor, "mask writer reader"], progress: bool = False) -> list[float]:
+        """The faithfulness of each."""
+        return self._shares(self.patching.values(masks, progress))
+
+    def until(self, masks: Float[Tensor, "mask writer reader"], target: float, progress: bool = False) -> list[float]:
+        """The same in turn, as far as the first that reaches a target, and what is measured together with it."""
+        out: list[float] = []
+        with tqdm(total=len(masks), desc="faithfulness", unit="circuit", disable=not progress) as bar:
+            for values in self.patching.in_turn(masks):
+                shares = self._shares(values)
+                out += shares
+                bar.update(len(shares))
+                if max(shares) >= target:
+                    break
+        return out
+
+    def _shares(self, values: Float[Tensor, "mask pair"]) -> list[float]:
+        clean, ablated = self.clean, self.patching.off.double().mean().item()
+        if abs(clean - ablated) < 1e-6:
+            raise MansuError(
+                f"pairs: the metric is {clean:.3g} on the clean and {ablated:.3g} on the {_OFF[self.ablation.kind]}; the "
+                "model does not show this knowledge, so no circuit can be judged on it"
+            )
+        return ((values.double().mean(1) - ablated) / (clean - ablated)).tolist()
 
 
 _OFF = {

@@ -83,12 +83,17 @@ class OnGraph(Result):
         return out
 
     @torch_defaults()
-    def pruned(self, mask: Bool[Tensor, "writer reader"]) -> Bool[Tensor, "writer reader"]:
+    def pruned(
+        self, mask: Bool[Tensor, "writer reader"], feeds: Bool[Tensor, "reader writer"] | None = None
+    ) -> Bool[Tensor, "writer reader"]:
         """The edges of `mask` that lie on a path from `embed` to `logits`.
 
         A head is reached when any of its q, k, v inputs is, and passes on what reaches it.
+
+        Args:
+            feeds: this graph's, where it is at hand.
         """
-        feeds, kept = self.feeds(), mask.clone()
+        feeds, kept = self.feeds() if feeds is None else feeds, mask.clone()
         while True:
             reached = (feeds & kept.any(0)[:, None]).any(0)
             reached[self.writers.index("embed")] = True

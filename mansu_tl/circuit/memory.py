@@ -28,6 +28,9 @@ MOST_PAIRS = 64
 MOST_TOKENS, MOST_TOKENS_ON_GPU = 32, 256
 # Layers whose readers share a product, so that a GPU does not wait for what is written to be read again for each.
 _LAYERS_ON_GPU = 4
+# What a device could multiply while a layer's forward and backward are set up, per parameter of the layer and by whether it
+# is a GPU: some 3 ms at 50 GFLOP/s of a core, 300 TFLOP/s of a GPU.
+_PASS_WORK = {False: 4e7, True: 2e11}
 # Without a budget: this share of what is free. Allocators and temporary tensors need the rest.
 _SHARE_OF_FREE = 0.5
 # What passes through forward and backward beside what is counted: measured 1.4-1.55 of it (llama, gemma3, gpt2).
@@ -41,12 +44,14 @@ class Plan:
     Attributes:
         pairs: pairs in a batch.
         tokens: tokens in a contraction.
+        pass_tokens: how many tokens cost what a pass costs whatever is in it.
         layers: layers whose readers are contracted at one time.
         dtype: of the contraction's operands: bfloat16 where a model computes in it on a GPU, else float32.
     """
 
     pairs: int
     tokens: int
+    pass_tokens: float = 0.0
     layers: int = 1
     dtype: torch.dtype = torch.float32
 
@@ -70,12 +75,13 @@ def plan(
     most = min(MOST_PAIRS if batch_size is None else batch_size, len(pairs))
     if most < 1:
         raise MansuError(f"batch_size={batch_size}: at least one pair has to fit in a batch")
-    budget = _bytes(max_memory) if max_memory is not None else _SHARE_OF_FREE * _free(model)
+    budget = _bytes(max_memory) if max_memory is not None else _SHARE_OF_FREE * free_bytes(model)
     on_gpu, dtype = home(model).type == "cuda", computing_dtype(model)
     layers, most_tokens = (_LAYERS_ON_GPU, MOST_TOKENS_ON_GPU) if on_gpu else (1, MOST_TOKENS)
     operand = dtype if on_gpu and dtype is torch.bfloat16 else torch.float32
+    pass_tokens = _PASS_WORK[on_gpu] / _layer_parameters(anatomy)
     if max_memory is None and _rough(anatomy, width) * most < budget / 4:
-        return Plan(most, most_tokens, layers, operand)
+        return Plan(most, most_tokens, pass_tokens, layers, operand)
     fixed, per_pair = _graph_bytes(model, pairs)
     per_pair = _PASSING * (per_pair + width * _kept_bytes(anatomy, steps, dtype.itemsize, operand.itemsize))
     per_token = _contraction_bytes(anatomy, layers, operand.itemsize)
@@ -90,7 +96,7 @@ def plan(
     # The gathered sums stay while the contraction runs, the graph does not; taking both at once leaves a margin.
     tokens = max(1, min(most_tokens, int(budget / 4 / per_token)))
     count = max(1, int((budget - fixed - tokens * per_token) // per_pair))
-    return Plan(min(most, count), tokens, layers, operand)
+    return Plan(min(most, count), tokens, pass_tokens, layers, operand)
 
 
 def _kept_bytes(anatomy: Anatomy, steps: int, wide: int = 4, operand: int = 4) -> float:
@@ -113,6 +119,11 @@ def _kept_bytes(anatomy: Anatomy, steps: int, wide: int = 4, operand: int = 4) -
 def _contraction_bytes(anatomy: Anatomy, layers: int = 1, operand: int = 4) -> float:
     """Per token: every writer's change, some layers' gradients, and as much again for the product's operands."""
     return 2.0 * operand * (len(anatomy.writers) + layers * (anatomy.n_attention_readers + 1) + 1) * anatomy.d_model
+
+
+def _layer_parameters(anatomy: Anatomy) -> int:
+    heads = anatomy.n_attention_readers + anatomy.n_heads
+    return anatomy.d_model * (heads * anatomy.d_head + 3 * anatomy.d_mlp)
 
 
 def _rough(anatomy: Anatomy, width: int) -> float:
@@ -147,7 +158,8 @@ def _saved(model: TransformerBridge, pairs: Forced[PromptPairs]) -> int:
     return sum(sizes.values())
 
 
-def _free(model: TransformerBridge) -> float:
+def free_bytes(model: TransformerBridge) -> float:
+    """What is free on the model's device."""
     device = next(model.original_model.parameters()).device
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])

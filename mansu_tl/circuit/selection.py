@@ -82,7 +82,8 @@ def pruned_masks(
     scores: EdgeScores, sizes: Sequence[int], select: str = "top", by: str = "absolute"
 ) -> list[Bool[Tensor, "writer reader"]]:
     """The circuits of several sizes: `selected_mask`, pruned."""
-    return [scores.pruned(selected_mask(scores, n, select, by)) for n in sizes]
+    feeds = scores.feeds()
+    return [scores.pruned(selected_mask(scores, n, select, by), feeds) for n in sizes]
 
 
 @torch_defaults()

@@ -101,6 +101,11 @@ class Forced(Generic[G]):
         part = replace(part, lowered=self.lowered)
         return part.exchanged() if self.swapped else part
 
+    def trimmed(self) -> Forced[G]:
+        """The same without the columns that are padding in every row."""
+        width = int(self.lengths.max())
+        return replace(self, clean=self.clean[:, :width], corrupt=self.corrupt[:, :width])
+
     def exchanged(self) -> Forced[G]:
         """The same with clean and corrupt rows exchanged."""
         return replace(self, clean=self.corrupt, corrupt=self.clean, swapped=not self.swapped)
@@ -109,6 +114,12 @@ class Forced(Generic[G]):
     def told(self) -> G | Forced[G]:
         """What a metric is given: the pairs where all of their options are one token, else this."""
         return self.given if self.given.options.shape[2] == 1 else self
+
+    @property
+    def longest(self) -> Int[Tensor, " pair"]:
+        """The real tokens of each pair's longest row."""
+        longest = self.lengths.new_zeros(len(self))
+        return longest.scatter_reduce(0, self.owner, self.lengths, "amax")
 
     @property
     def real(self) -> Bool[Tensor, "row pos"]:

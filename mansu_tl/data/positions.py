@@ -28,9 +28,12 @@ class Positions:
     index: Int[Tensor, "run pos"]
     owner: Int[Tensor, " run"]
 
-    def of(self, piece: slice) -> Int[Tensor, "run pos"]:
-        """The index of the tokens that are run for some pairs."""
-        return self.index[(self.owner >= piece.start) & (self.owner < piece.stop)]
+    def of(self, pairs: slice | Int[Tensor, " pair"]) -> Int[Tensor, "run pos"]:
+        """The index of the tokens that are run for some pairs, pair by pair."""
+        chosen = range(pairs.start, pairs.stop) if isinstance(pairs, slice) else pairs.tolist()
+        first = torch.searchsorted(self.owner, torch.tensor([*chosen], device=self.owner.device))
+        count = torch.bincount(self.owner)
+        return torch.cat([self.index[i : i + count[pair]] for i, pair in zip(first.tolist(), chosen, strict=True)])
 
     def add(self, total: Tensor, piece: slice, values: Tensor) -> None:
         """Add the values [run, pos, ...] of some pairs to their rows of `total`, which is in float64 on the CPU."""

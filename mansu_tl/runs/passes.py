@@ -152,3 +152,26 @@ def chunks(pairs: P, batch_size: int) -> Iterator[tuple[slice, P]]:
     for start in range(0, len(pairs), batch_size):
         where = slice(start, min(start + batch_size, len(pairs)))
         yield where, pairs[where]
+
+
+def by_length(lengths: Int[Tensor, " item"], most: int, pass_tokens: float) -> list[Int[Tensor, " _"]]:
+    """Items in batches, the shortest first, cut so that padding and passes together cost least.
+
+    Args:
+        most: items in a batch.
+        pass_tokens: how many tokens cost what a pass costs whatever is in it.
+    """
+    order = lengths.cpu().argsort(stable=True)
+    ordered = lengths.cpu()[order].tolist()
+    # The least cost of the first n items, and where their last batch begins.
+    least, start = [0.0], [0]
+    for stop, width in enumerate(ordered, 1):
+        costs = [(least[i] + (stop - i) * width + pass_tokens, i) for i in range(max(0, stop - most), stop)]
+        cost, first = min(costs)
+        least.append(cost)
+        start.append(first)
+    batches, stop = [], len(ordered)
+    while stop:
+        batches.append(order[start[stop] : stop].sort().values)
+        stop = start[stop]
+    return batches[::-1]

@@ -20,7 +20,7 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 
 import mansu_tl as mtl
-from mansu_tl.circuit import Graph, attribution, evaluation, intervention, random_mask
+from mansu_tl.circuit import Graph, attribution, evaluation, intervention, masked_run, random_mask
 from mansu_tl.circuit.contraction import Contraction, Tokens
 from mansu_tl.models import fingerprint
 from mansu_tl.runs.points import Path
@@ -155,8 +155,8 @@ def searched(shape: str, edges: int, circuits: int, device: str) -> None:
     one, more = (seconds(lambda m=m: evaluation.relative(model, m, data, None, metric, 64)) for m in (masks[:1], masks))
     print(f"{shape} shape, float32, 24 x 12 tokens, {device}: EAP-IG {scored:.2f} s")
     print(f"    faithfulness of one circuit of {edges} edges {one:.3f} s, of {circuits} together {more:.3f} s")
-    with parts(((intervention, "plan", "numbering"), (intervention._Group, "_filled", "queries, keys, values"),
-                (intervention._Group, "_rebuilt", "  inputs rebuilt, MLPs' too"))) as table:  # fmt: skip
+    with parts(((intervention, "plan", "numbering"), (masked_run.MaskedRun, "_filled", "queries, keys, values"),
+                (masked_run.MaskedRun, "_rebuilt", "  inputs rebuilt, MLPs' too"))) as table:  # fmt: skip
         whole = seconds(lambda: evaluation.relative(model, masks, data, None, metric, 64))
     shown(table, whole)
 
