@@ -35,8 +35,6 @@ from mansu_tl.unlearning.masks import Masks
 from mansu_tl.unlearning.objectives import Objective
 from mansu_tl.unlearning.registry import Method, register
 
-_NEAR_SHARE = 0.25  # of the retain sequences of a step
-
 
 @dataclass(frozen=True)
 class TrainingSettings(Digested):
@@ -46,7 +44,8 @@ class TrainingSettings(Digested):
         learning_rate: peak of AdamW.
         max_steps: steps after which it stops whatever it reached.
         forget_batch: forget prompts a step.
-        retain_batch: retain sequences a step, a quarter of them near facts.
+        retain_batch: retain sequences a step.
+        near_share: share of them that is near text, where the task has some.
         warmup: steps of linear warm-up.
         weight_decay: of AdamW (decoupled).
         stop_over_chance: it stops once multiple-choice accuracy on the forget pairs is no more than so many percentage points
@@ -59,6 +58,7 @@ class TrainingSettings(Digested):
     max_steps: int = 400
     forget_batch: int = 32
     retain_batch: int = 32
+    near_share: float = 0.25
     warmup: int = 10
     weight_decay: float = 0.01
     stop_over_chance: float = 5.0
@@ -68,6 +68,8 @@ class TrainingSettings(Digested):
         for key in ("max_steps", "forget_batch", "retain_batch", "warmup", "check_every"):
             if getattr(self, key) < 1:
                 raise MansuError(f"training: {key}={getattr(self, key)}; choose at least 1")
+        if not 0 <= self.near_share < 1:
+            raise MansuError(f"training: near_share={self.near_share}; choose a share of the retain batch in [0, 1)")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise MansuError(f"training: learning_rate={self.learning_rate}; choose a finite number above 0")
 
@@ -192,7 +194,7 @@ class _Training(Solver):
         if recipe.only is not None and not self.free:
             raise MansuError(f"{method}: no weight may move; widen its mask")
         there = task.to(device)
-        self.near = round(settings.retain_batch * _NEAR_SHARE) if len(there.near_text) else 0
+        self.near = round(settings.retain_batch * settings.near_share) if len(there.near_text) else 0
         near_text = there.near_text if self.near else there.near_text[:0]
         self.source = Source(hf, self.original, there.forget_pairs, there.retain_text, near_text)
         self.asked = forced(there.forget_pairs)

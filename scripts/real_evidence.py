@@ -1,0 +1,311 @@
+"""Evidence on a pretrained model: MANSU against baselines of as many trials, chosen on other facts than they are judged on.
+
+    python scripts/real_evidence.py tasks OUT --relation landmark_in_country.json --relation person_native_language.json --far ...
+    python scripts/real_evidence.py run OUT --device cuda --workers 6      goes on where it stopped
+    python scripts/real_evidence.py tables OUT --figures figures
+
+Facts are split three ways. Those of the task "validation" choose each method's settings and are in no other task. Those of
+the tasks 0, 1, 2 (drawn from what is left, a seed each) are unlearned with the settings chosen and reported. Of the near
+facts of every task a part is trained on and a part is only asked. Relations are files as LRE has them (arXiv 2308.09124).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import replace
+from importlib import resources
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+import mansu_tl as mtl
+from mansu_tl.building import Relation, build_task
+from mansu_tl.circuit import Circuit
+from mansu_tl.data import Questions
+from mansu_tl.study.shipping import ship
+from mansu_tl.unlearning.registry import settings_of
+from mansu_tl.verification import ask
+
+PARTS = ("validation", "0", "1", "2")
+FORGET, NEAR, KEPT_BACK, FAR = 24, 60, 40, 20
+# Wordings that no method sees, beside those of the relation's file.
+OTHER = {
+    "landmark in country": "The country where {} is found is",
+    "person native language": "The mother tongue of {} is",
+}
+GRIDS = ("nf4", "gguf-q4_0", "int4-g64")
+TRIALS: dict[str, list[dict[str, Any]]] = {
+    "mansu-closed": [
+        {"quantizer": "+".join(("gguf", *GRIDS)), "null_space": 20.0},
+        {"quantizer": "+".join(("gguf", *GRIDS)), "null_space": 50.0},
+        {"quantizer": "+".join(("gguf", *GRIDS)), "null_space": 120.0},
+        {"quantizer": "gguf", "null_space": 50.0},
+    ],
+    **{
+        name: [
+            {"learning_rate": 1e-5, "retain_weight": 1.0, "near_share": 0.25},
+            {"learning_rate": 3e-5, "retain_weight": 1.0, "near_share": 0.25},
+            {"learning_rate": 3e-5, "retain_weight": 5.0, "near_share": 0.5},
+            {"learning_rate": 1e-5, "retain_weight": 30.0, "near_share": 0.5},
+        ]
+        for name in ("graddiff", "npo", "simnpo", "rmu")
+    },
+}  # fmt: skip
+# Where the settings are chosen, what the method leaves of what is to go and takes of what is to stay; in all these forms.
+CHOSEN_IN = ("stored", "shipped")
+
+
+def tasks(options: argparse.Namespace) -> None:
+    """Write the tasks of every relation."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = mtl.load(options.model, device=options.device)
+    openings = json.loads((resources.files("mansu_tl.data") / "facts" / "openings.json").read_text(encoding="utf-8"))
+    text = [f"{a} {b[0]}".rstrip() for a, b in zip(openings, ask(model, openings, new_tokens=48).answers, strict=True)]
+    far = [Relation.read(path) for path in options.far]
+    for path in options.relation:
+        relation, taken = Relation.read(path), frozenset[str]()
+        for part in PARTS:
+            left = replace(relation, facts=tuple(fact for fact in relation.facts if fact[0] not in taken))
+            built = build_task(
+                model, left, far, facts=FORGET, near=NEAR + KEPT_BACK, far_facts=FAR, text=text,
+                seed=0 if part == "validation" else int(part),
+            )  # fmt: skip
+            rows = built.rows()
+            near = list(dict.fromkeys(row["fact"] for row in rows if row["set"] == "near"))
+            back = set(near[NEAR:])
+            for row in rows:
+                # Held out are not only wordings: of these facts no wording is trained on.
+                row["held_out"] = row.get("held_out", False) or row.get("fact") in back
+            if part == "validation":
+                used = [i for i, kind in enumerate(built.used_as) if kind in ("forget", "near")]
+                taken = frozenset(built.subject[i] for i in used)
+            place = options.out / f"{path.stem}-{part}.json"
+            place.write_text(json.dumps({"rows": rows, "kept_back": sorted(back), "relation": relation.name}))
+            print(place, built, flush=True)
+
+
+def read(place: Path, model: Any, device: str) -> tuple[Any, dict[str, Questions]]:
+    """A task, and what is asked of it."""
+    found = json.loads(place.read_text())
+    rows = [{k: v for k, v in row.items() if k != "held_out" or row["set"] != "text"} for row in found["rows"]]
+    task = mtl.load_task(rows, tokenizer=model, name=place.stem)
+    back, asked = set(found["kept_back"]), {}
+    for kind, questions in task.questions.items():
+        for name, wanted in ((kind, False), ("near, kept back", True)):
+            at = [i for i, fact in enumerate(questions.facts) if (fact in back) == wanted]
+            if at and name not in asked:
+                asked[name] = questions[at]
+    wording = OTHER.get(found["relation"])
+    for kind in ("forget", "near") if wording else ():
+        own = [row for row in rows if row["set"] == kind and not row["held_out"]]
+        start = own[0]["clean"].index(own[0]["fact"].split(": ", 1)[1])
+        assert start == 0, own[0]
+        subjects = [row["fact"].split(": ", 1)[1] for row in own]
+        more = [
+            {**row, "clean": wording.format(name), "corrupt": None, "subject": name, "corruption": "zero"}
+            for row, name in zip(own, subjects, strict=True)
+        ]
+        asked[f"{kind}, other words"] = _asked(model, more)
+    return task, asked
+
+
+def _asked(model: Any, rows: list[dict[str, Any]]) -> Questions:
+    pairs = mtl.data.PromptPairs.from_text(
+        model, [row["clean"] for row in rows], None, [row["answer"] for row in rows], [row["distractors"] for row in rows],
+        subjects=[row["subject"] for row in rows], corruption="zero", facts=[row["fact"] for row in rows],
+    )  # fmt: skip
+    return Questions.of_pairs(pairs)
+
+
+_HERE: dict[str, Any] = {}
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """One circuit, or one edit in every form, in a process of its own."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(job["threads"])
+    start, out, device = time.monotonic(), Path(job["out"]), job["device"]
+    if "model" not in _HERE:
+        _HERE["model"] = mtl.load(job["model"], device=device)
+    model, name = _HERE["model"], job["task"]
+    task, asked = read(out / f"{name}.json", model, device)
+    place = out / f"{name}.circuit.safetensors"
+    if job["method"] == "circuit":
+        circuit = mtl.discover_circuit(model, task.forget_pairs, faithfulness=0.85)
+        circuit.save(place)
+        return {**job, "edges": circuit.n_edges, "seconds": time.monotonic() - start}
+    facts: dict[str, Any] = {}
+    edited = model
+    if job["method"] != "original":
+        short = {} if job["method"] == "mansu-closed" else {"max_steps": 60, "check_every": 2, "retain_batch": 16}
+        settings = settings_of(job["method"], {**short, **job["settings"]})
+        more = {"circuit": Circuit.load(place)} if job["method"] == "mansu-closed" else {}
+        edit = mtl.unlearn(model, task, job["method"], settings=settings, seed=job["seed"], **more)
+        facts = {"edit seconds": time.monotonic() - start, "weights": edit.n_weights}
+        edited = edit.apply(model)
+    forms = {"stored": edited}
+    scores = {}
+    if job["method"] != "original":
+        with tempfile.TemporaryDirectory() as folder:
+            file = ship(edit, model, Path(folder, "model.gguf"))
+            forms["shipped"] = mtl.load(file, tokenizer=model.tokenizer, device=device)
+    for form in job["forms"]:
+        if form not in forms and form != "shipped":
+            forms[form] = mtl.quantize(edited, form)
+    for form, one in forms.items():
+        found = {kind: mtl.accuracy(one, questions) for kind, questions in asked.items()}
+        scores[form] = {
+            kind: {
+                "mc": each.multiple_choice.int().tolist(),
+                "cloze": each.cloze.int().tolist(),
+                "log_odds": [round(x, 4) for x in each.log_odds.tolist()],
+            }
+            for kind, each in found.items()
+        }
+    return {**job, **facts, "scores": scores, "seconds": time.monotonic() - start}
+
+
+def mean(scores: dict[str, Any], form: str, kind: str, what: str) -> float:
+    """The mean of one score."""
+    values = scores[form][kind][what]
+    return sum(values) / len(values)
+
+
+def regret(found: dict[str, Any], original: dict[str, Any]) -> float:
+    """What is left of what is to go plus what is lost of what is to stay, as shares of the original's, over forms."""
+    total = 0.0
+    for form in CHOSEN_IN:
+        for kinds, keep in (
+            (("forget", "forget_paraphrase"), False),
+            (("near, kept back", "near"), True),
+            (("retain",), True),
+        ):
+            for kind, what in ((kind, what) for kind in kinds for what in ("mc", "cloze")):
+                chance = 0.25 if what == "mc" else 0.0
+                before = mean(original["scores"], "stored", kind, what) - chance
+                share = max(0.0, mean(found["scores"], form, kind, what) - chance) / max(before, 1e-9)
+                total += (max(0.0, 1 - share) if keep else share) / (2 * len(kinds) * len(CHOSEN_IN))
+    return total
+
+
+def run(options: argparse.Namespace) -> None:
+    """Circuits, trials on validation, then what was chosen on every test task; each result is one line of results.jsonl."""
+    results = options.out / "results.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    names = sorted(place.stem for place in options.out.glob("*.json") if place.stem.rsplit("-", 1)[-1] in PARTS)
+    if options.relations:
+        names = [name for name in names if name.rsplit("-", 1)[0] in options.relations]
+    end = time.monotonic() + options.seconds
+    common = {
+        "out": str(options.out), "device": options.device, "threads": options.threads, "model": options.model, "settings": {},
+    }  # fmt: skip
+    keys = ("task", "method", "settings", "seed")
+    started = {json.dumps([one[key] for key in keys], sort_keys=True) for one in done}
+
+    def jobs() -> list[dict[str, Any]]:
+        """What can be started, the most wanted first."""
+        found = []
+        circuits = {one["task"] for one in done if one["method"] == "circuit"}
+        for name in sorted(names, key=lambda name: PARTS.index(name.rsplit("-", 1)[-1])):
+            relation, part = name.rsplit("-", 1)
+            found.append({**common, "task": name, "method": "circuit", "seed": 0, "forms": []})
+            found.append({**common, "task": name, "method": "original", "seed": 0, "forms": GRIDS})
+            for method, trials in TRIALS.items():
+                if method == "mansu-closed" and name not in circuits:
+                    continue
+                seed, forms = (0, ()) if part == "validation" else (int(part), GRIDS)
+                if part == "validation":
+                    chosen = trials
+                else:
+                    best = choose(done, relation, method)
+                    chosen = [] if best is None else [best]
+                found += [
+                    {**common, "task": name, "method": method, "settings": one, "seed": seed, "forms": forms}
+                    for one in chosen
+                ]
+        order = ("circuit", "original", *TRIALS)
+        found.sort(
+            key=lambda job: (job["method"] not in order[:2], PARTS.index(job["task"].rsplit("-", 1)[-1]) == 0 and -1)
+        )
+        return [job for job in found if json.dumps([job[key] for key in keys], sort_keys=True) not in started]
+
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool, results.open("a") as file:
+        running: dict[Any, dict[str, Any]] = {}
+        while True:
+            waiting = jobs() if time.monotonic() < end else []
+            for job in waiting[: options.workers - len(running)]:
+                started.add(json.dumps([job[key] for key in keys], sort_keys=True))
+                running[pool.submit(work, job)] = job
+            if not running:
+                break
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = running.pop(future)
+                try:
+                    found = future.result()
+                except Exception as error:
+                    print("failed", job["task"], job["method"], job["settings"], repr(error)[:300], flush=True)
+                    traceback.print_exception(error, limit=-3)
+                    continue
+                done.append(found)
+                file.write(json.dumps(found) + "\n")
+                file.flush()
+                line = {
+                    k: v
+                    for k, v in found.items()
+                    if k in ("task", "method", "settings", "edges", "weights", "edit seconds", "seconds")
+                }
+                scores = found.get("scores", {})
+                if scores:
+                    line |= {
+                        f"{kind} {form}": "/".join(f"{100 * mean(scores, form, kind, what):.0f}" for what in ("mc", "cloze"))
+                        for form in scores
+                        for kind in ("forget", "forget, other words", "near, kept back")
+                        if kind in scores[form]
+                    }  # fmt: skip
+                print(f"{time.monotonic() - end + options.seconds:6.1f}", json.dumps(line), flush=True)
+
+
+def choose(done: list[dict[str, Any]], relation: str, method: str) -> dict[str, Any] | None:
+    """The trial of least regret on a relation's validation task, once all its trials are there."""
+    name = f"{relation}-validation"
+    trials = [one for one in done if one["task"] == name and one["method"] == method]
+    original = [one for one in done if one["task"] == name and one["method"] == "original"]
+    if len(trials) < len(TRIALS[method]) or not original:
+        return None
+    best: dict[str, Any] = min(trials, key=lambda one: regret(one, original[0]))
+    return dict(best["settings"])
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("tasks", "run"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--relation", type=Path, action="append", default=[])
+    parser.add_argument("--far", type=Path, action="append", default=[])
+    parser.add_argument("--relations", action="append", default=[], help="only these, by file name without .json")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start nothing after so many")
+    options = parser.parse_args()
+    {"tasks": tasks, "run": run}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
