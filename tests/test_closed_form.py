@@ -19,8 +19,9 @@ from mansu_tl.quantization.calibration import inputs_of
 from mansu_tl.runs.values import watched
 from mansu_tl.unlearning import MansuSettings, unlearn
 from mansu_tl.unlearning.mansu import closed
+from mansu_tl.unlearning.mansu.memory import mansu_memory
 from mansu_tl.unlearning.mansu.moves import best_moves
-from mansu_tl.unlearning.mansu.plan import closed_layers, plan
+from mansu_tl.unlearning.mansu.plan import closed_layers, mansu_needs, plan
 from tests.tiny import FAMILIES, sliced_task, tiny, tiny_tokenizer
 
 QUICK = {"null_space": 0.1, "near_weight": 1.0, "steps": 12, "fisher_sequences": 8, "until": 0.99}
@@ -323,3 +324,53 @@ def test_pairs_of_one_prompt_have_no_subject() -> None:
     pairs = PromptPairs.from_tokens(tokens, tokens, torch.tensor([6]), torch.tensor([7]))
     with pytest.raises(MansuError, match=r"pair 0: clean and corrupt prompt are the same"):
         subject_tokens(pairs)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [MansuSettings.closed(**QUICK), MansuSettings.light(quantizer="nf4+int4-g64")])
+def test_the_memory_that_is_said_before_is_what_is_held(model, task, circuit, settings) -> None:
+    said = mansu_memory(model, task, settings, circuit)
+    fixed = plan(model, task, settings, circuit, 0, progress=False)
+    if settings.solver == "closed":
+        # It counts as many matrices as could be edited; on this model the layers that are read leave one.
+        said = mansu_memory(model, task, dataclasses.replace(settings, layers=len(fixed.moments)), circuit)
+    floor = fixed.floor
+    held = [*floor.where.values(), floor.value, floor.width, *floor.scales, *floor.codes]
+    updates = (4 * settings.fisher + 5 * (settings.solver == "closed")) * floor.size
+    found = updates + sum(each.numel() * each.element_size() for each in held)
+    # One weight in 64, and more under two grids, carries a scale and is no candidate.
+    assert 0.9 * said.candidates < found < said.candidates
+    assert said.moments == sum(4 * moment.numel() for moment in fixed.moments.values())
+    half = mtl.load(plain(model), tokenizer=model.tokenizer, dtype=torch.bfloat16)
+    wide = mansu_memory(half, task, settings, circuit).embeddings
+    assert said.embeddings == 0 and wide == 4 * sum(
+        value.numel() for name, value in parameters(model).items() if name not in linear_weights(model)
+    )
+    assert said.work > 4 * floor.size
+
+
+@pytest.mark.parametrize("solver", ["closed", "gradient"])
+def test_too_little_memory_is_said_before_anything_is_made(model, task, circuit, monkeypatch, solver: str) -> None:
+    settings = MansuSettings.closed(**QUICK) if solver == "closed" else MansuSettings.light()
+    need = mansu_memory(model, task, settings, circuit).total
+
+    def begin(*args, **kwargs):
+        raise InterruptedError
+
+    monkeypatch.setattr("mansu_tl.unlearning.mansu.solver.plan", begin)
+    monkeypatch.setattr("mansu_tl.models.limits.free_memory", lambda device: need)
+    with pytest.raises(InterruptedError):
+        unlearn(model, task, "mansu", circuit=circuit, settings=settings)
+    monkeypatch.setattr("mansu_tl.models.limits.free_memory", lambda device: need - 1)
+    way_out = {"closed": r"or layers \(now 8\), or make room", "gradient": 'or choose solver="closed", or make room'}[
+        solver
+    ]
+    said = rf"mansu: beside the model it needs {need / 1e9:.3g} GB on cpu \(work .*\), .* GB are free; lower neuron_share .*"
+    with pytest.raises(MansuError, match=said + way_out):
+        unlearn(model, task, "mansu", circuit=circuit, settings=settings)
+    # Before a circuit is known, a check says what one of everything would need.
+    assert mansu_memory(model, task, settings).total >= need
+    (warning,) = [said for state, said in mansu_needs(model, task, settings) if state == "warning"]
+    assert "mansu: beside the model it needs" in warning and warning.endswith("a circuit of few parts needs less")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import psutil
@@ -65,13 +64,26 @@ def require_memory(
     Raises:
         MansuError: they alone need more than is free; it says how much.
     """
-    need: Counter[torch.device] = Counter()
+    need: dict[torch.device, float] = {}
     for weight in weights:
-        need[device or weight.device] += weight.numel() * (dtype or weight.dtype).itemsize
+        place = device or weight.device
+        need[place] = need.get(place, 0.0) + weight.numel() * (dtype or weight.dtype).itemsize
+    require_room(f"{what}: its weights need", need, "make room, or take another device or a smaller model")
+
+
+def require_room(what: str, need: Mapping[torch.device, float], way_out: str, parts: str = "") -> None:
+    """Refuse what finds no room.
+
+    Args:
+        what: what errors call it, up to "need".
+        need: bytes, by device.
+        way_out: what errors tell to do.
+        parts: what they say of the number.
+
+    Raises:
+        MansuError: more is needed than is free; it says how much.
+    """
     for place, size in need.items():
         free = free_memory(place) if place.type != "meta" else math.inf
         if size > free:
-            raise MansuError(
-                f"{what}: its weights need {size / 1e9:.3g} GB on {place}, {free / 1e9:.3g} GB are free; make room, or take "
-                "another device or a smaller model"
-            )
+            raise MansuError(f"{what} {size / 1e9:.3g} GB on {place}{parts}, {free / 1e9:.3g} GB are free; {way_out}")

@@ -22,7 +22,7 @@ from mansu_tl.runs.values import Values, predicted, watched
 # Sequences in a pass of the Fisher information, and numbers of their gradients of one matrix that are held at once.
 _FISHER_ROWS, _MOST_NUMBERS = 32, 2**26
 # Logits of a text that exist at one time: a gibibyte.
-_MOST_LOGITS = 2**28
+MOST_LOGITS = 2**28
 
 
 def input_moments(
@@ -155,7 +155,7 @@ def spread_out(text: Sequences, most: int) -> Sequences:
 def sequence_loss(model: PreTrainedModel, values: Values, batch: Sequences) -> Float[Tensor, ""]:
     """Mean next-token cross-entropy over the real tokens."""
     vocab = model.get_output_embeddings().weight.shape[0]
-    rows, count = max(1, _MOST_LOGITS // (batch.tokens.shape[1] * vocab)), int((batch.lengths - 1).sum())
+    rows, count = max(1, MOST_LOGITS // (batch.tokens.shape[1] * vocab)), int((batch.lengths - 1).sum())
     parts = []
     for start in range(0, len(batch), rows):
         part = predicted(model, values, batch[slice(start, start + rows)])

@@ -1,6 +1,7 @@
 """MANSU in closed form on a random model of Llama-3.1-8B's shape in bf16: seconds and peak memory of every stage.
 
-`python -m tests.benchmarks.mansu8b` needs a GPU with 80 GB; `--tiny` runs the same code on a small shape on any device.
+`python -m tests.benchmarks.mansu8b` needs a GPU with 80 GB; `--small` takes SmolLM2-135M's shape in float32, `--tiny` a shape
+that runs anywhere.
 Facts, text and weights are random, so nothing is said about forgetting, and the eight layers that take turns are given;
 at the end bitsandbytes' codes of all edited matrices are compared with the original's.
 """
@@ -22,8 +23,10 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Questions, Sequences, Task
 from mansu_tl.models import linear_weights, parameters
+from mansu_tl.unlearning import MansuSettings
 from mansu_tl.unlearning.mansu import closed, plan, solver
 from mansu_tl.unlearning.mansu.floor import Floor
+from mansu_tl.unlearning.mansu.memory import mansu_memory
 from mansu_tl.verification.library_codes import library_codes, library_quantizer
 from tests.benchmarks.common import random_pairs
 
@@ -37,14 +40,14 @@ LAYERS = tuple(range(6, 14))
 def main(args: argparse.Namespace) -> None:
     """Print a line a stage."""
     device = "cuda" if GPU else "cpu"
-    if not args.tiny and not GPU:
+    if not (args.tiny or args.small or GPU):
         raise SystemExit("no GPU here; use --tiny to try the script")
     print(
         f"# {torch.cuda.get_device_name() if GPU else 'CPU'}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     started = time.perf_counter()
     with stage("load"):
-        model, vocab = random_model(args.tiny, device)
+        model, vocab = random_model(args, device)
     task = random_task(vocab, args.facts, args.tokens, args.near)
     with stage("circuit"):
         if args.discover:
@@ -67,7 +70,14 @@ def main(args: argparse.Namespace) -> None:
         timed(module, name, label)
     if not args.tiny:
         plan.closed_layers = lambda share, settings: LAYERS  # type: ignore[assignment]
-    settings: dict[str, Any] = {"null_space": args.null_space, "least_gain": args.least_gain, "steps": args.steps}
+    settings: dict[str, Any] = {
+        "null_space": args.null_space, "least_gain": args.least_gain, "steps": args.steps,
+        "fisher_sequences": args.sequences,
+    }  # fmt: skip
+    held = torch.cuda.memory_allocated() / 1e9 if GPU else 0.0
+    needs = mansu_memory(model, task, MansuSettings.closed(neuron_share=args.neuron_share, **settings), circuit)
+    parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in vars(needs).items())
+    print(f"# said before: {needs.total / 1e9:.2f} GB beside the model ({parts}); held now: {held:.2f} GB", flush=True)
     with stage("unlearn in all"):
         edit = mtl.unlearn(
             model, task, "mansu-closed", circuit=circuit, neuron_share=args.neuron_share, quantizer=args.quantizer,
@@ -85,16 +95,18 @@ def main(args: argparse.Namespace) -> None:
     print(f"# {time.perf_counter() - started:.0f} s in all, most memory {max(row[1] for row in SEEN.values()):.1f} GB")
 
 
-def random_model(tiny: bool, device: str) -> tuple[Any, int]:
+def random_model(args: argparse.Namespace, device: str) -> tuple[Any, int]:
     """The bridge and its vocabulary."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    sizes, vocab = ((128, 384, 6, 8, 2), 2000) if tiny else ((4096, 14336, 32, 32, 8), 128256)
+    sizes, vocab = (4096, 14336, 32, 32, 8), 128256
+    if args.tiny or args.small:
+        sizes, vocab = ((128, 384, 6, 8, 2), 2000) if args.tiny else ((576, 1536, 30, 9, 3), 49152)
     shape = dict(zip(names, sizes, strict=True)) | {"vocab_size": vocab}
     config = transformers.LlamaConfig(**shape, attn_implementation="eager", rope_theta=500000.0)
     config.architectures = ["LlamaForCausalLM"]
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch.float32 if args.small else torch.bfloat16)
     with torch.device(device):
         hf = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
     torch.set_default_dtype(before)
@@ -127,9 +139,9 @@ def check(model: Any, edited: Any, edit: Any, quantizer: str) -> None:
             assert torch.equal(value, after[name]), name
             continue
         (codes, scales), (new, grown) = (
-            library_codes(values[name].detach().cpu(), linear[name], library) for values in (before, after)
+            library_codes(values[name].detach(), linear[name], library) for values in (before, after)
         )
-        assert torch.equal((codes != new).flatten().nonzero()[:, 0], edit.indices[name]), name
+        assert torch.equal((codes != new).flatten().nonzero()[:, 0].cpu(), edit.indices[name]), name
         assert torch.equal(scales, grown), name
     print(f"# floor: {edit.n_weights} edited weights, {edit.n_weights} other codes of {quantizer}, 0 others, 0 scales")
 
@@ -148,8 +160,7 @@ def stage(label: str) -> Iterator[None]:
     SEEN[label][2] += 1
     _look()
     OPEN.remove(label)
-    if not OPEN:
-        print(f"# {label}: {SEEN[label][0]:.1f} s, peak {SEEN[label][1]:.1f} GB", flush=True)
+    print(f"#{'  ' * len(OPEN)} {label}: {SEEN[label][0]:.1f} s so far, peak {SEEN[label][1]:.1f} GB", flush=True)
 
 
 def _look() -> None:
@@ -175,6 +186,7 @@ def timed(owner: Any, name: str, label: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--small", action="store_true")
     parser.add_argument(
         "--discover", action="store_true", help="find the circuit at .85 instead of the strongest edges"
     )
@@ -183,6 +195,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=20480, help="of the retain text")
     parser.add_argument("--near", type=int, default=120, help="rows of near text")
     parser.add_argument("--neuron-share", type=float, default=0.25)
+    parser.add_argument("--sequences", type=int, default=256, help="on which the retain loss is taken in the end")
     parser.add_argument("--quantizer", default="nf4")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--null-space", type=float, default=1.0)

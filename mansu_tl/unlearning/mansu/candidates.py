@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -33,7 +33,11 @@ def circuit_weights(
     Raises:
         MansuError: the circuit has no head and no MLP, or a share outside (0, 1].
     """
-    heads, mlps, count = _parts(model, circuit, neuron_share)
+    heads, mlps, count = parts_of(model, circuit.nodes, neuron_share)
+    if names is not None:
+        # Naming the neurons of every MLP takes longer than scoring them.
+        slices = Anatomy.of(model).slices
+        mlps = [node for node in mlps if any(piece.parameter in names for piece in slices(node))]
     scores = mean_effects(model, pairs)[0] if mlps else torch.empty(0)
     neurons = [f"{node}.N{i}" for node in mlps for i in scores[int(node[3:])].topk(count).indices.tolist()]
     return _masks(model, heads, neurons, names)
@@ -50,7 +54,7 @@ def random_weights(
     Raises:
         MansuError: as `circuit_weights`.
     """
-    heads, mlps, count = _parts(model, circuit, neuron_share)
+    heads, mlps, count = parts_of(model, circuit.nodes, neuron_share)
     sizes, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
     every = [f"L{i}H{h}" for i in range(sizes.n_layers) for h in range(sizes.n_heads)]
     drawn = torch.randperm(len(every), generator=generator)[: len(heads)].tolist()
@@ -60,11 +64,11 @@ def random_weights(
     )
 
 
-def _parts(model: TransformerBridge, circuit: Circuit, neuron_share: float) -> tuple[list[str], list[str], int]:
-    """The circuit's heads and MLPs, and how many neurons an MLP brings."""
+def parts_of(model: TransformerBridge, nodes: Sequence[str], neuron_share: float) -> tuple[list[str], list[str], int]:
+    """A circuit's heads and MLPs, and how many neurons an MLP brings."""
     if not 0 < neuron_share <= 1:
         raise MansuError(f"mansu: neuron_share={neuron_share}; choose a share in (0, 1]")
-    nodes = [node for node in circuit.nodes if node != "embed"]
+    nodes = [node for node in nodes if node != "embed"]
     if not nodes:
         raise MansuError("circuit: it has no head and no MLP, so no weight can be edited; discover a larger one")
     heads, mlps = ([n for n in nodes if n.startswith("MLP") == mlp] for mlp in (False, True))

@@ -24,6 +24,7 @@ from mansu_tl.runs.values import Values, lent
 from mansu_tl.unlearning.batches import Batch, Source
 from mansu_tl.unlearning.mansu.candidates import circuit_weights, random_weights
 from mansu_tl.unlearning.mansu.floor import Floor
+from mansu_tl.unlearning.mansu.memory import require_fit_of_mansu
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.mansu.terms import Ignorance, ignorance, objective
 from mansu_tl.unlearning.masks import Masks, every_weight
@@ -224,6 +225,10 @@ def mansu_needs(model: TransformerBridge, task: Task, settings: MansuSettings) -
             require()
         except MansuError as error:
             yield "wrong", str(error)
+    try:
+        require_fit_of_mansu(model, task, settings)
+    except MansuError as error:
+        yield "warning", f"{error}; a circuit of few parts needs less"
     rows = zip(task.unseen.tokens.tolist(), task.unseen.lengths.tolist(), strict=True)
     if settings.representation_weight and len({tuple(row[:length]) for row, length in rows}) == 1:
         yield (

@@ -28,6 +28,7 @@ from mansu_tl.unlearning.loop import Solver, run
 from mansu_tl.unlearning.mansu.adversary import Attacked, attacked
 from mansu_tl.unlearning.mansu.closed import closed_form
 from mansu_tl.unlearning.mansu.floor import choose_support
+from mansu_tl.unlearning.mansu.memory import require_fit_of_mansu
 from mansu_tl.unlearning.mansu.plan import Plan, plan
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.mansu.terms import objective
@@ -53,12 +54,13 @@ def mansu(
         circuit: the forget circuit; discovered at faithfulness .85 where not given.
 
     Raises:
-        MansuError: a circuit of another architecture, or what `plan` refuses.
+        MansuError: a circuit of another architecture, too little memory, or what `plan` refuses.
         NoEditError: no weight left its bin, or the loss is not finite.
     """
     if circuit is None:
         circuit = discover_circuit(model, task.forget_pairs, progress=progress)
     require_graph(model, circuit)
+    require_fit_of_mansu(model, task, settings, circuit)
     fixed = plan(model, task, settings, circuit, seed, progress=progress)
     checkpoint = checkpoint or Checkpoint()
     if settings.solver == "closed":
