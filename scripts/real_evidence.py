@@ -1,8 +1,7 @@
 """Evidence on a pretrained model: MANSU against baselines of as many trials, chosen on other facts than they are judged on.
 
-    python scripts/real_evidence.py tasks OUT --relation landmark_in_country.json --relation person_native_language.json --far ...
+    python scripts/real_evidence.py tasks OUT --relation FILE --relation FILE --far FILE --far FILE
     python scripts/real_evidence.py run OUT --device cuda --workers 6      goes on where it stopped
-    python scripts/real_evidence.py tables OUT --figures figures
 
 Facts are split three ways. Those of the task "validation" choose each method's settings and are in no other task. Those of
 the tasks 0, 1, 2 (drawn from what is left, a seed each) are unlearned with the settings chosen and reported. Of the near

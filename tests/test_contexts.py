@@ -62,9 +62,19 @@ def test_the_subject_is_found_behind_other_words(tokenizer, wording: str) -> Non
         assert named.split()[0] in ("Kyoto", "Lyons")
 
 
+def test_a_subject_that_differs_inside_a_word_begins_with_the_word(tokenizer) -> None:
+    rows = [[tokenizer.encode(f"<s>{name} Tower is in the country of")] for name in ("Kyotops", "Kyotoxz")]
+    pairs = PromptPairs.from_tokens(*map(torch.tensor, rows), torch.tensor([5]), torch.tensor([[6]]))
+    assert tokenizer.decode(pairs.clean[pairs.changed]) == "ps"
+    found = behind_words(tokenizer, pairs, 2)
+    # "Kyotops" is cut otherwise behind a space, so "Kyoto" cannot stay in front of the subject.
+    named = [tokenizer.decode(row[changed]) for row, changed in zip(found.clean, found.changed, strict=True)]
+    assert named[0] == "ps" and named[1:] == [" Kyotops"] * 2 or named[1:] == ["ps"] * 2
+
+
 def test_prompts_that_no_words_can_stand_before_are_refused(tokenizer) -> None:
     chat = pairs_of(tokenizer, "<|chat|>{} is in the country of")
-    with pytest.raises(MansuError, match=r"pair 0: .*0 of 7 openings.*chat.*contexts=0 instead of 3"):
+    with pytest.raises(MansuError, match=r"none of 7 openings.*chat.*contexts=0 instead of 3"):
         behind_words(tokenizer, chat, 3)
     words = tiny_tokenizer()
     pairs = PromptPairs.from_tokens(*map(torch.tensor, ([[5, 6, 7]], [[8, 6, 7]], [9], [[10]])))

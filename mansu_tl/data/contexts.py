@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mansu_tl.data.corruption import EmbeddingCorruption
 from mansu_tl.data.pairs import SUBJECT, PromptPairs, Span
@@ -20,10 +21,10 @@ def behind_words(source: TextSource, pairs: PromptPairs, count: int) -> PromptPa
     name it, in the place of corrupt prompts. After MEMIT's prefixes (arXiv 2210.07229, section 4.2.2), with fixed ones.
 
     Args:
-        count: openings for each pair; of those that the tokenizer cannot write in front of a prompt none is taken.
+        count: openings for each pair, at most: a pair whose own words would get other tokens behind them has fewer or none.
 
     Raises:
-        MansuError: no tokenizer, or one that can put none of the openings in front of a pair (a chat template's own tokens
+        MansuError: no tokenizer, or one that can put none of the openings in front of any pair (a chat template's own tokens
             stand there, or the words are not in its vocabulary).
     """
     tokenizer, _ = text_source(source)
@@ -36,22 +37,29 @@ def behind_words(source: TextSource, pairs: PromptPairs, count: int) -> PromptPa
         first, left = subject[0], length - subject[-1] - 1
         rows.append((i, tokens, first, length - left))
         bos = tokens[:1] == [tokenizer.bos_token_id]
-        plain, taken = tokens[bos:], 0
-        text, lead = tokenizer.decode(plain), tokenizer.decode(plain[: first - bos])
-        writable = [] if special.intersection(plain) else known
-        for turn in range(len(writable)):
-            opening = known[(i * count + turn) % len(known)]
-            whole, before = encode(source, f"{opening} {text}"), encode(source, f"{opening} {lead}".rstrip())
-            # The words in front and those behind the subject keep their tokens; only the subject's may change.
-            kept = whole[: len(before)] == before and whole[len(whole) - left :] == tokens[length - left :]
-            if kept and taken < count:
-                behind.append((i, whole, len(before), len(whole) - left))
-                taken += 1
-        if taken < count:
-            raise MansuError(
-                f"pair {i}: the tokenizer can write {taken} of {len(OPENINGS)} openings ({OPENINGS[0]!r}, ...) in front of "
-                f"its prompt, which may be a chat's or in other words than these; choose contexts=0 instead of {count}"
-            )
+        plain = tokens[bos:]
+        writable = (
+            []
+            if special.intersection(plain)
+            else [known[(i * count + turn) % len(known)] for turn in range(len(known))]
+        )
+        # Where the first token that differs lies inside a word, the subject begins with the word.
+        for start in range(first, bos - 1, -1):
+            lead, text = (_text(tokenizer, ids) for ids in (plain[: start - bos], plain))
+            found = []
+            for opening in writable:
+                whole, before = encode(source, f"{opening} {text}"), encode(source, f"{opening} {lead}".rstrip())
+                # The words in front and those behind the subject keep their tokens; only the subject's may change.
+                if whole[: len(before)] == before and whole[len(whole) - left :] == tokens[length - left :]:
+                    found.append((i, whole, len(before), len(whole) - left))
+            if found:
+                behind += found[:count]
+                break
+    if not behind:
+        raise MansuError(
+            f"forget pairs: the tokenizer can write none of {len(OPENINGS)} openings ({OPENINGS[0]!r}, ...) in front of a "
+            f"prompt, which may be a chat's or in other words than these; choose contexts=0 instead of {count}"
+        )
     rows += behind
     at = [i for i, _, _, _ in rows]
     device = pairs.clean.device
@@ -67,3 +75,8 @@ def behind_words(source: TextSource, pairs: PromptPairs, count: int) -> PromptPa
         spans=(Span(SUBJECT, start, stop),),
         corruption=EmbeddingCorruption("zero", named),
     )
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """What the ids stand for, with every space."""
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

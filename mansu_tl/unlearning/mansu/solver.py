@@ -87,6 +87,7 @@ def mansu(
         "seed": seed,
         "settings": asdict(settings),
         "circuit_edges": circuit.n_edges,
+        "prompts": len(fixed.source.pairs),
         "candidates": fixed.floor.size,
         "edited": edited,
         "near_rows": fixed.near_rows,
