@@ -70,7 +70,10 @@ def main(args: argparse.Namespace) -> None:
         timed(module, name, label)
     if not args.tiny:
         plan.closed_layers = lambda share, settings: LAYERS  # type: ignore[assignment]
-    settings: dict[str, Any] = {"null_space": args.null_space, "least_gain": args.least_gain, "steps": args.steps}
+    settings: dict[str, Any] = {
+        "null_space": args.null_space, "least_gain": args.least_gain, "steps": args.steps,
+        "fisher_sequences": args.sequences,
+    }  # fmt: skip
     held = torch.cuda.memory_allocated() / 1e9 if GPU else 0.0
     needs = mansu_memory(model, task, MansuSettings.closed(neuron_share=args.neuron_share, **settings), circuit)
     parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in vars(needs).items())
@@ -192,6 +195,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=20480, help="of the retain text")
     parser.add_argument("--near", type=int, default=120, help="rows of near text")
     parser.add_argument("--neuron-share", type=float, default=0.25)
+    parser.add_argument("--sequences", type=int, default=256, help="on which the retain loss is taken in the end")
     parser.add_argument("--quantizer", default="nf4")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--null-space", type=float, default=1.0)

@@ -34,6 +34,10 @@ def circuit_weights(
         MansuError: the circuit has no head and no MLP, or a share outside (0, 1].
     """
     heads, mlps, count = parts_of(model, circuit.nodes, neuron_share)
+    if names is not None:
+        # Naming the neurons of every MLP takes longer than scoring them.
+        slices = Anatomy.of(model).slices
+        mlps = [node for node in mlps if any(piece.parameter in names for piece in slices(node))]
     scores = mean_effects(model, pairs)[0] if mlps else torch.empty(0)
     neurons = [f"{node}.N{i}" for node in mlps for i in scores[int(node[3:])].topk(count).indices.tolist()]
     return _masks(model, heads, neurons, names)
