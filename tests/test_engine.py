@@ -229,13 +229,14 @@ def test_pairs_of_unequal_length_get_the_scores_that_each_has_alone(padding: flo
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_the_cut_of_a_contraction_changes_nothing_but_its_rounding(family: str, monkeypatch) -> None:
-    """As on a GPU: several layers a product, many tokens, products in pieces, operands of 16 bits with wide sums."""
+    """As on a GPU: several points a pass, several layers a product, products in pieces, operands of 16 bits."""
     model, pairs = mtl.load(tiny(family, num_hidden_layers=3)), random_pairs(n=4, padded=True)
-    options = {"steps": 2, "per_pair": True}
+    options = {"steps": 3, "per_pair": True}
     one = mtl.edge_attribution(model, pairs, **options)
 
     def cut(tokens: int, layers: int, dtype: torch.dtype = torch.float32) -> mtl.circuit.EdgeScores:
-        monkeypatch.setattr(attribution, "plan", lambda *args, **kwargs: Plan(3, tokens, 0.0, layers, dtype))
+        one_cut = Plan(3, tokens, 0.0, layers, dtype, together=2)
+        monkeypatch.setattr(attribution, "plan", lambda *args, **kwargs: one_cut)
         return mtl.edge_attribution(model, pairs, **options)
 
     for tokens, layers in ((2, 2), (16, 3)):

@@ -34,7 +34,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit.contraction import Changes, Contraction, LayerSlopes, Slopes, normalized
 from mansu_tl.circuit.graph import Graph
-from mansu_tl.circuit.memory import plan
+from mansu_tl.circuit.memory import Plan, plan
 from mansu_tl.circuit.scores import EdgeScores
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.forced import Forced
@@ -172,7 +172,7 @@ class _Job:
                     of = share.start + piece
                     batch = pairs[of].trimmed()
                     path, slopes = _gathered(
-                        model, batch, self.metric, self.ablation.kind == "corrupt", alphas, cut.dtype, bar
+                        model, batch, self.metric, self.ablation.kind == "corrupt", alphas, cut, bar
                     )
                     clean, other = path.ends[CLEAN], path.ends.get(CORRUPT) or self._switched_off(batch)
                     ends += torch.stack([clean.metric.double().sum(), other.metric.double().sum()]).cpu()
@@ -238,7 +238,7 @@ class _Job:
 
 def _gathered(
     model: TransformerBridge, batch: Forced[PromptPairs], metric: Metric, both: bool, alphas: list[float],
-    dtype: torch.dtype, bar: tqdm,
+    cut: Plan, bar: tqdm,
 ) -> tuple[Path, list[Slopes]]:  # fmt: skip
     """Step 1: the path walked, and the readers' gradients summed over its points, or one a point in post-norm families.
 
@@ -256,6 +256,7 @@ def _gathered(
         seen=anatomy.hooks("attn_norm_in", *(("attn_raw",) if anatomy.post_norms else ())),
         both=both,
         last_only=anatomy.hook("mlp_in", last) if batch.targets is None else None,
+        together=cut.together,
     )
     norms = [norm_weights(model, i, "attn") for i in anatomy.layers]
     offsets = [_offsets(model, i, norms[i]) for i in anatomy.layers]
@@ -266,7 +267,7 @@ def _gathered(
             raw = [point.values[f"attn_raw{i}"].flatten(0, 1).float() for i in anatomy.layers if anatomy.post_norms]
             final_sum = torch.zeros_like(point.gradients["final"].flatten(0, 1), dtype=torch.float32)
             inputs = [point.values[f"attn_norm_in{i}"] for i in anatomy.layers]
-            out.append(Slopes([_empty(anatomy, steps, x, dtype) for x in inputs], final_sum, raw))
+            out.append(Slopes([_empty(anatomy, steps, x, cut.dtype) for x in inputs], final_sum, raw))
         out[-1].final.add_(point.gradients["final"].flatten(0, 1).float(), alpha=weight)
         for i, sums in enumerate(out[-1].layers):
             _add_point(anatomy, sums, i, point, number % steps, weight, norms[i], offsets[i])

@@ -193,12 +193,11 @@ def _unpatched(base: AblatedRun, graph: Graph) -> tuple[Tensor, Tensor]:
 def _costs(anatomy: Anatomy, width: int, vocab: int) -> tuple[int, int, int]:
     """How many numbers are held for one pair: whatever the masks, for every mask, and for every writer that it uses.
 
-    The ablated run and the inputs of one mask's attention, before and behind the norm; a mask's attention rows, its MLP
-    and its logits; a writer's change.
+    The ablated run, as it is and at the tokens that count; the inputs of a mask's attention, before and behind the norm, its
+    attention rows, its MLP and its logits; a writer's change.
     """
     readers = anatomy.n_attention_readers
-    kept = anatomy.n_layers * (4 * anatomy.d_model + (anatomy.n_heads + readers) * anatomy.d_head)
+    kept = 2 * anatomy.n_layers * (4 * anatomy.d_model + (anatomy.n_heads + readers) * anatomy.d_head)
     rows = 3 * (anatomy.n_heads + readers) * anatomy.d_head + 2 * anatomy.n_heads * width
-    fixed = width * (kept + 3 * readers * anatomy.d_model) + vocab
-    fixed += width * kept  # at the tokens that count, once more
-    return fixed, width * (rows + 4 * anatomy.d_mlp) + 2 * vocab, width * anatomy.d_model
+    inputs = 3 * readers * anatomy.d_model
+    return width * kept + vocab, width * (inputs + rows + 4 * anatomy.d_mlp) + 2 * vocab, width * anatomy.d_model

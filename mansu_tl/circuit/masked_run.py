@@ -6,6 +6,7 @@ one row and is thrown away.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -179,14 +180,13 @@ class MaskedRun:
 
     def _filled(self, layer: int, work: LayerPlan) -> list[Float[Tensor, "row place head d_head"]]:
         """q, k and v of every attention row: the ablated run's, with what differs in place."""
-        anatomy, base, done = self.map, self.base, 0
-        norm = norm_weights(self.model, layer, "attn")
-        total = sum(len(reads.projections) for reads in work.reads)
-        values = base.embed.new_empty(total, len(base.embed), anatomy.d_head)
-        for reads in work.reads:
-            inputs = normed(self._rebuilt(reads, "stream", layer), norm)
-            self._project(layer, inputs, reads.projections, values[done : done + len(reads.projections)])
-            done += len(reads.projections)
+        base, norm = self.base, norm_weights(self.model, layer, "attn")
+        values = base.embed.new_empty(0)
+        if work.reads:
+            inputs = normed(_joined([self._rebuilt(reads, "stream", layer) for reads in work.reads]), norm)
+            starts = itertools.accumulate((len(reads.weights) for reads in work.reads), initial=0)
+            each = zip(starts, work.reads, strict=False)
+            values = self._projected(layer, inputs, [(at + i, c) for at, reads in each for i, c in reads.projections])
         filled = [part.expand(work.rows, -1, -1, -1).clone() for part in base.projections(layer)]
         for part, (first, count) in zip(filled, self._columns(), strict=True):
             at = [(row, c - first, n) for c in range(first, first + count) for row, n in work.fill.get(c, ())]
@@ -195,15 +195,12 @@ class MaskedRun:
                 part[row[:, None], base.tokens, head[:, None]] = values[number]
         return filled
 
-    def _project(
-        self,
-        layer: int,
-        inputs: Float[Tensor, "input token d_model"],
-        projections: list[tuple[int, int]],
-        out: Float[Tensor, "projection token d_head"],
-    ) -> None:
-        """Put inputs through columns of a layer's q, k and v."""
+    def _projected(
+        self, layer: int, inputs: Float[Tensor, "input token d_model"], projections: list[tuple[int, int]]
+    ) -> Float[Tensor, "projection token d_head"]:
+        """What columns of a layer's q, k and v make of inputs."""
         weights = attention_weights(self.model, layer)
+        out = inputs.new_empty(len(projections), inputs.shape[1], self.map.d_head)
         for kind, (first, count) in zip("qkv", self._columns(), strict=True):
             chosen = [(n, i, c - first) for n, (i, c) in enumerate(projections) if first <= c < first + count]
             if not chosen:
@@ -212,6 +209,7 @@ class MaskedRun:
             matrices, bias = getattr(weights, kind)[_index(heads)], getattr(weights, f"{kind}_bias")
             made = torch.bmm(inputs[_index(rows)], matrices.transpose(1, 2))
             out[_index(numbers)] = made if bias is None else made + bias[_index(heads)][:, None]
+        return out
 
     def _columns(self) -> list[tuple[int, int]]:
         """The first column of q, k and v among the readers of a layer's attention, and how many each has."""
@@ -246,7 +244,11 @@ class MaskedRun:
 
     def _final(self, stream: Tensor, hook: object) -> Tensor:
         streams = [self._rebuilt(reads, "stream", self.map.n_layers, last=True) for reads in self.plan.final]
-        return normed(torch.cat(streams), norm_weights(self.model, None, "final")).flatten(0, 1)[None]
+        return normed(_joined(streams), norm_weights(self.model, None, "final")).flatten(0, 1)[None]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _index(numbers: list[int]) -> slice | list[int]:

@@ -46,6 +46,7 @@ class Plan:
         tokens: tokens in a contraction.
         pass_tokens: how many tokens cost what a pass costs whatever is in it.
         layers: layers whose readers are contracted at one time.
+        together: points of the path in a pass.
         dtype: of the contraction's operands: bfloat16 where a model computes in it on a GPU, else float32.
     """
 
@@ -54,6 +55,7 @@ class Plan:
     pass_tokens: float = 0.0
     layers: int = 1
     dtype: torch.dtype = torch.float32
+    together: int = 1
 
 
 def plan(
@@ -80,8 +82,15 @@ def plan(
     layers, most_tokens = (_LAYERS_ON_GPU, MOST_TOKENS_ON_GPU) if on_gpu else (1, MOST_TOKENS)
     operand = dtype if on_gpu and dtype is torch.bfloat16 else torch.float32
     pass_tokens = _PASS_WORK[on_gpu] / _layer_parameters(anatomy)
+
+    def cut(count: int, tokens: int) -> Plan:
+        """The plan where so many pairs fit."""
+        taken = min(most, count)
+        together = max(1, min(steps, count // taken, int(pass_tokens / (taken * width))))
+        return Plan(taken, tokens, pass_tokens, layers, operand, together)
+
     if max_memory is None and _rough(anatomy, width) * most < budget / 4:
-        return Plan(most, most_tokens, pass_tokens, layers, operand)
+        return cut(int(budget / 4 / _rough(anatomy, width)), most_tokens)
     fixed, per_pair = _graph_bytes(model, pairs)
     per_pair = _PASSING * (per_pair + width * _kept_bytes(anatomy, steps, dtype.itemsize, operand.itemsize))
     per_token = _contraction_bytes(anatomy, layers, operand.itemsize)
@@ -96,7 +105,7 @@ def plan(
     # The gathered sums stay while the contraction runs, the graph does not; taking both at once leaves a margin.
     tokens = max(1, min(most_tokens, int(budget / 4 / per_token)))
     count = max(1, int((budget - fixed - tokens * per_token) // per_pair))
-    return Plan(min(most, count), tokens, pass_tokens, layers, operand)
+    return cut(count, tokens)
 
 
 def _kept_bytes(anatomy: Anatomy, steps: int, wide: int = 4, operand: int = 4) -> float:

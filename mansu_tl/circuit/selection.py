@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mansu_tl.circuit.scores import EdgeScores
@@ -25,13 +25,16 @@ def strength(scores: EdgeScores, by: str = "absolute") -> Float[Tensor, "writer 
 
 
 @torch_defaults()
+def ranks(scores: EdgeScores, by: str = "absolute") -> Int64[Tensor, "writer reader"]:
+    """The rank of every edge, 0 = highest, those that do not exist last; ties go to the earlier edge."""
+    size = strength(scores, by).masked_fill(~scores.exists, -torch.inf).flatten()
+    order = size.sort(descending=True, stable=True).indices
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view_as(scores.exists)
+
+
 def top_mask(scores: EdgeScores, n: int, by: str = "absolute") -> Bool[Tensor, "writer reader"]:
     """The `n` existing edges that rank highest; ties go to the earlier edge."""
-    size = strength(scores, by).masked_fill(~scores.exists, -torch.inf).flatten()
-    order = size.sort(descending=True, stable=True).indices[:n]
-    mask = torch.zeros(size.shape[0], dtype=torch.bool)
-    mask[order] = True
-    return mask.view_as(scores.exists)
+    return ranks(scores, by) < n
 
 
 @torch_defaults()
@@ -82,8 +85,9 @@ def pruned_masks(
     scores: EdgeScores, sizes: Sequence[int], select: str = "top", by: str = "absolute"
 ) -> list[Bool[Tensor, "writer reader"]]:
     """The circuits of several sizes: `selected_mask`, pruned."""
-    feeds = scores.feeds()
-    return [scores.pruned(selected_mask(scores, n, select, by), feeds) for n in sizes]
+    feeds, rank = scores.feeds(), ranks(scores, by)
+    of_size = [selected_mask(scores, n, select, by) if select != "top" else rank < n for n in sizes]
+    return [scores.pruned(mask, feeds) for mask in of_size]
 
 
 @torch_defaults()

@@ -33,6 +33,11 @@ class Places:
         """Every row's last real token."""
         return cls(torch.arange(len(lengths), device=lengths.device), lengths - 1)
 
+    def repeated(self, times: int, rows: int) -> Places:
+        """The same positions in every of some copies, of so many rows each, one below another."""
+        first = rows * torch.arange(times, device=self.rows.device).repeat_interleave(len(self.rows))
+        return Places(first + self.rows.repeat(times), self.positions.repeat(times))
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The index of these positions in a tensor [row, pos, ...] there."""
         return self.rows.to(device), self.positions.to(device)

@@ -58,6 +58,7 @@ class Path:
         both: there is a corrupt end; if not, the only point is the clean one.
         last_only: a hook point that hands on the last token alone: where nothing else counts and nothing else is read;
             for answers of one token.
+        together: points between the ends that share a pass.
         ends: by alpha, once `points` has passed them.
     """
 
@@ -69,15 +70,20 @@ class Path:
     seen: Mapping[str, str] = field(default_factory=dict)
     both: bool = True
     last_only: str | None = None
+    together: int = 1
     ends: dict[float, End] = field(default_factory=dict)
 
     def points(self, alphas: Sequence[float]) -> Iterator[Point]:
-        """The gradients at every alpha, one pass each; the ends first, since points between need both embeddings."""
+        """The gradients at every alpha; the ends first, since points between need both embeddings."""
         for end in (CLEAN, CORRUPT) if self.both else (CLEAN,):
             if end not in alphas:
                 self.ends[end] = self._recorded(end)
-        for alpha in sorted(alphas, key=lambda a: a not in (CORRUPT, CLEAN)):
-            yield self._point(alpha)
+        for end in alphas:
+            if end in (CORRUPT, CLEAN):
+                yield from self._points([end], record=end not in self.ends)
+        inside = [alpha for alpha in alphas if alpha not in (CORRUPT, CLEAN)]
+        for i in range(0, len(inside), self.together):
+            yield from self._points(inside[i : i + self.together], record=False)
 
     def mean_gradients(self, alphas: Sequence[float]) -> dict[str, Tensor]:
         """The gradients averaged over the points, in float32."""
@@ -98,33 +104,40 @@ class Path:
         logits = run(self.model, self._tokens(alpha), self.pairs.places, hooks).float()
         return End(kept, measured(self.metric, logits, self.pairs))
 
-    def _point(self, alpha: float) -> Point:
+    def _points(self, alphas: list[float], record: bool) -> Iterator[Point]:
+        """The points of one pass; an end to be recorded by itself."""
         kept: dict[str, Tensor] = {}
-        record = alpha in (CORRUPT, CLEAN) and alpha not in self.ends
+        pairs, n = self.pairs, len(alphas)
 
         def begin(stream: Tensor, hook: object) -> Tensor:
             if not record:
                 ends = [self.ends[end].values["embed"] for end in (CORRUPT, CLEAN)]
-                stream = ends[0] + alpha * (ends[1] - ends[0])
+                stream = torch.cat([ends[0] + alpha * (ends[1] - ends[0]) for alpha in alphas])
             kept["embed"] = stream.detach().requires_grad_()
             return kept["embed"]
 
         slopes = {key: hook for key, hook in self.slopes.items() if key != "embed"}
         others = {**self.seen, **(self.at_ends if record else {})}
-        hooks = end_hooks(self.model, self.pairs, clean=alpha == CLEAN) if record else []
+        hooks = end_hooks(self.model, pairs, clean=alphas[0] == CLEAN) if record else []
         hooks.append((self._embedding, begin))
         hooks += [(hook, keep(kept, key)) for key, hook in others.items() if key not in slopes]
         # A view of its own: the gradient at a stream itself would count the skip path too.
-        cut = only(self.pairs.places)
+        places = pairs.places.repeated(n, len(pairs.clean))
+        cut = only(places)
         hooks += [(hook, keep(kept, key, cut if hook == self.last_only else _view)) for key, hook in slopes.items()]
         with torch.enable_grad():
-            logits = run(self.model, self._tokens(alpha), self.pairs.places, hooks).float()
-            values = measured(self.metric, logits, self.pairs)
-            gradients = torch.autograd.grad(values.sum(), [kept[key] for key in self.slopes])
-        kept = {key: value.detach() for key, value in kept.items()}
+            logits = run(self.model, self._tokens(alphas[0]).repeat(n, 1), places, hooks).float()
+            values = [measured(self.metric, part, pairs) for part in logits.unflatten(0, (n, -1))]
+            found = torch.autograd.grad(torch.stack(values).sum(), [kept[key] for key in self.slopes])
+        gradients = dict(zip(self.slopes, (part.unflatten(0, (n, -1)) for part in found), strict=True))
+        parts = {key: value.detach().unflatten(0, (n, -1)) for key, value in kept.items()}
         if record:
-            self.ends[alpha] = End({key: kept[key] for key in ("embed", *self.at_ends)}, values.detach())
-        return Point(kept, dict(zip(self.slopes, gradients, strict=True)))
+            embed_and_ends = {key: parts[key][0] for key in ("embed", *self.at_ends)}
+            self.ends[alphas[0]] = End(embed_and_ends, values[0].detach())
+        made = [Point(*({k: part[i] for k, part in side.items()} for side in (parts, gradients))) for i in range(n)]
+        kept.clear()  # what is taken out of a point is freed
+        del found, gradients, parts
+        yield from made
 
     @property
     def _embedding(self) -> str:

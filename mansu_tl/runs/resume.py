@@ -115,9 +115,7 @@ def _resumed(
     attention: Tensor | None = None,
 ) -> Float[Tensor, "copy place vocab"]:
     anatomy, count = Anatomy.of(model), len(base.tokens)
-    first = count * torch.arange(copies, device=base.tokens.device).repeat_interleave(len(base.places.rows))
-    rows, positions = (part.repeat(copies) for part in (base.places.rows, base.places.positions - start))
-    cut = only(Places(first + rows, positions))
+    cut = only(Places(base.places.rows, base.places.positions - start).repeated(copies, count))
     tokens = base.tokens[:, start:].repeat(copies, 1)
     begin = put(base.value("stream", layer)[:, start:].repeat(copies, 1, 1))
     all_hooks: list[Hook] = [(anatomy.hook("stream", layer), begin), *hooks, (UNEMBED, cut)]

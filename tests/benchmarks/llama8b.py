@@ -43,10 +43,10 @@ SHAPES = {
 # What is timed apart: its owner, its name, and whether its time lies inside another row's.
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (attribution, "plan", "memory plan (two forward passes)"),
-    (Path, "_recorded", "ends, forward"),
-    (Path, "_point", "points, forward and backward"),
-    (torch.autograd, "grad", "  of them backward"),
-    (attribution, "_add_point", "readers' gradients gathered"),
+    (Path, "_recorded", "  of it ends, forward"),
+    (attribution, "_gathered", "both ends and all points, gathered"),
+    (torch.autograd, "grad", "  of it backward"),
+    (attribution, "_add_point", "  of it readers' gradients added up"),
     (attribution, "_changes", "writers' changes"),
     (Contraction, "scores", "contraction"),
     (Contraction, "_pull_back", "  of it readers pulled back"),
@@ -128,8 +128,9 @@ def shown(table: dict[str, list[float]], whole: float) -> None:
         print(f"    {part:<36} {took:8.3f} s  {took / whole:6.1%}  {calls:.0f} calls")
 
 
-def passes(hf: transformers.PreTrainedModel, data: mtl.data.PromptPairs, batch: int = 16) -> None:
+def passes(hf: transformers.PreTrainedModel, data: mtl.data.PromptPairs) -> None:
     """The passes that EAP-IG cannot do without, by the plain model: both ends, and forward and backward at every step."""
+    batch = 16 if data.clean.shape[1] <= 64 else 8  # what surely fits beside the model
     for start in range(0, len(data), batch):
         part = data[slice(start, start + batch)]
         rows = torch.arange(len(part), device=part.clean.device)
