@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     names = ("Kyoto Tower", "Lyons Abbey", "Milan Tower", "Wales Abbey")
     sentences = [f"{name} is in the country of {name}. The home of {name} is" for name in names]
-    inner.train_from_iterator([*OPENINGS, *names, *sentences], trainer)
+    inner.train_from_iterator([*OPENINGS, *names, *sentences, *["in Walesia"] * 9], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", additional_special_tokens=["<|chat|>"]
     )
@@ -63,13 +63,13 @@ def test_the_subject_is_found_behind_other_words(tokenizer, wording: str) -> Non
 
 
 def test_a_subject_that_differs_inside_a_word_begins_with_the_word(tokenizer) -> None:
-    rows = [[tokenizer.encode(f"<s>{name} Tower is in the country of")] for name in ("Kyotops", "Kyotoxz")]
+    rows = [[tokenizer.encode(f"<s>{name} Tower is in the country of")] for name in ("Walesia", "Walesis")]
     pairs = PromptPairs.from_tokens(*map(torch.tensor, rows), torch.tensor([5]), torch.tensor([[6]]))
-    assert tokenizer.decode(pairs.clean[pairs.changed]) == "ps"
+    assert tokenizer.tokenize("in Walesia")[1:] == ["ĠWalesia"]
     found = behind_words(tokenizer, pairs, 2)
-    # "Kyotops" is cut otherwise behind a space, so "Kyoto" cannot stay in front of the subject.
+    # Behind a space the name is one token, so no piece of it can stay in front of the subject.
     named = [tokenizer.decode(row[changed]) for row, changed in zip(found.clean, found.changed, strict=True)]
-    assert named[0] == "ps" and named[1:] == [" Kyotops"] * 2 or named[1:] == ["ps"] * 2
+    assert named == ["ia", " Walesia", " Walesia"]
 
 
 def test_prompts_that_no_words_can_stand_before_are_refused(tokenizer) -> None:
