@@ -177,10 +177,14 @@ CLOSED = {
 }  # fmt: skip
 
 
-def _closed(c: Case) -> Numbers:
+def closed_task(task: mtl.data.Task) -> mtl.data.Task:
+    """With text enough for a null space."""
     drawn = torch.randint(3, 60, (12, 8), generator=torch.Generator().manual_seed(1))
-    text = c.task.retain_text.joined(mtl.data.Sequences(drawn, torch.full((12,), 8)))
-    edit = mtl.unlearn(c.model, replace(c.task, retain_text=text), "mansu-closed", circuit=c.circuit, **CLOSED)
+    return replace(task, retain_text=task.retain_text.joined(mtl.data.Sequences(drawn, torch.full((12,), 8))))
+
+
+def _closed(c: Case) -> Numbers:
+    edit = mtl.unlearn(c.model, closed_task(c.task), "mansu-closed", circuit=c.circuit, **CLOSED)
     assert edit.n_weights > 50
     shifts = [row["shift"] for row in edit.history if "shift" in row]
     facts = [float(edit.facts[key]) for key in ("retain_loss_before", "candidates")]

@@ -17,7 +17,7 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
 from mansu_tl.patching import node_attribution
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import FAMILIES, crossed, tiny
 
 ORACLE = Path(__file__).parent / "oracles" / "tiny_gpt2"
 
@@ -82,8 +82,7 @@ def test_circuits_evaluate_as_in_eap_ig_own_code() -> None:
         torch.testing.assert_close(got, torch.tensor(values), rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("at", ["clean", "corrupt"])
+@pytest.mark.parametrize(("family", "at"), crossed(FAMILIES, ["clean", "corrupt"]))
 def test_equals_central_differences_of_exact_patching(family: str, at: str) -> None:
     model = mtl.load(tiny(family))
     pairs = random_pairs(padded=family in ("llama", "gpt2"))

@@ -37,7 +37,7 @@ from mansu_tl.unlearning.recipes.sure import salient_weights
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector
 from mansu_tl.unlearning.search import Search, Trial, search
 from mansu_tl.unlearning.training import Start, train
-from tests.tiny import sliced_task
+from tests.tiny import embedded_task, sliced_task
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ LOG_P0 = 6.0 - math.log(math.exp(6.0) + 442)
     ],
 )
 def test_a_loss_by_hand(monkeypatch, model, task, method: str, settings: dict, expected: float) -> None:
-    whole = dataclasses.replace(task, retain_text=mtl.load_task("pocket").retain_text)
+    whole = dataclasses.replace(task, retain_text=embedded_task().retain_text)
     assert first_loss(monkeypatch, model, whole, method, **settings) == pytest.approx(expected, abs=2e-5)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from mansu_tl.unlearning.mansu import closed
 from mansu_tl.unlearning.mansu.memory import mansu_memory
 from mansu_tl.unlearning.mansu.moves import best_moves
 from mansu_tl.unlearning.mansu.plan import closed_layers, mansu_needs, plan
+from tests import road
 from tests.tiny import FAMILIES, sliced_task, tiny, tiny_tokenizer
 
 QUICK = {"null_space": 0.1, "near_weight": 1.0, "steps": 12, "fisher_sequences": 8, "until": 0.99}
@@ -374,3 +378,57 @@ def test_too_little_memory_is_said_before_anything_is_made(model, task, circuit,
     assert mansu_memory(model, task, settings).total >= need
     (warning,) = [said for state, said in mansu_needs(model, task, settings) if state == "warning"]
     assert "mansu: beside the model it needs" in warning and warning.endswith("a circuit of few parts needs less")
+
+
+# --- several processes ---------------------------------------------------------------------------------------------------
+
+_SHARED = """
+import sys, torch.distributed as dist
+import mansu_tl as mtl
+from tests.test_closed_form import tiny_edit
+dist.init_process_group("gloo")
+for pairs in (6, 1):
+    tiny_edit(pairs, data_parallel=True).save(f"{sys.argv[1]}/{pairs}-{dist.get_rank()}.safetensors")
+dist.destroy_process_group()
+"""
+
+
+def tiny_edit(pairs: int, **options) -> mtl.unlearning.Edit:
+    """The closed form on a random model, whatever the edit is worth."""
+    case = road.case("llama")
+    task = dataclasses.replace(case.task, forget_pairs=case.task.forget_pairs[:pairs])
+    settings = {**road.CLOSED, "forget_batch": 4}
+    return unlearn(case.model, road.closed_task(task), "mansu-closed", circuit=case.circuit, **settings, **options)
+
+
+def test_two_processes_share_prompts_and_text_and_give_the_edit_of_one(tmp_path) -> None:
+    script, root = tmp_path / "shared.py", Path(__file__).resolve().parents[1]
+    script.write_text(_SHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path)], cwd=root, env=path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for pairs in (6, 1):
+        first, second = (mtl.unlearning.Edit.load(tmp_path / f"{pairs}-{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(first.new[name], second.new[name]) for name in first.new | second.new)
+        alone = tiny_edit(pairs)
+        for found, wanted in zip(first.history, alone.history, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-2 if "layer" in wanted else 1e-4, abs=1e-6)
+        # A greedy search may turn off where two moves gain all but the same.
+        for name, indices in alone.indices.items():
+            same = torch.isin(indices, first.indices[name]).float().mean().item()
+            assert same > 0.97 and len(first.indices[name]) == pytest.approx(len(indices), rel=0.03)
+
+
+def test_what_cannot_be_shared_over_processes_is_refused(model, task, circuit, monkeypatch) -> None:
+    with pytest.raises(MansuError, match="data_parallel=True: no process group; start with torchrun"):
+        unlearn(model, task, "mansu-closed", circuit=circuit, data_parallel=True)
+    with pytest.raises(MansuError, match="npo: data_parallel=True, but its steps are not shared over processes"):
+        unlearn(model, task, "npo", data_parallel=True)
+    monkeypatch.setattr("mansu_tl.runs.distributed.require_group", lambda: None)
+    with pytest.raises(
+        MansuError, match='solver="gradient", whose steps are not shared; choose the method "mansu-closed"'
+    ):
+        unlearn(model, task, "mansu", circuit=circuit, data_parallel=True)

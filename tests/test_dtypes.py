@@ -85,8 +85,15 @@ def test_a_widened_model_computes_what_its_float32_copy_does_on_the_models_own_m
 # --- MANSU ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        ("gpt2", torch.float16),
+        pytest.param("llama", torch.float16, marks=pytest.mark.slow),
+        pytest.param("gpt2", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_mansu_in_16_bits_is_certified_by_bitsandbytes(tmp_path, family: str, dtype: torch.dtype) -> None:
     c = case(family, dtype=dtype)
     edit = mtl.unlearn(c.model, c.task, "mansu", circuit=c.circuit, **{**MANSU, "quantizer": "nf4+fp4"})
@@ -99,6 +106,7 @@ def test_mansu_in_16_bits_is_certified_by_bitsandbytes(tmp_path, family: str, dt
         assert found.dtype == str(dtype).removeprefix("torch.")
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], indirect=True)
 def test_mansu_in_16_bits_edits_what_it_edits_in_float32_and_to_the_same_codes(half) -> None:
     """Cells depend on the weights alone, and the loop runs in float32: the dtype decides where in its cell a weight lands."""
     narrow, same = (mtl.unlearn(c.model, c.task, "mansu", circuit=c.circuit, **EVERYWHERE) for c in (half, wide(half)))
@@ -152,7 +160,17 @@ def test_a_weight_whose_target_cell_holds_no_value_of_the_dtype_keeps_its_own() 
 # --- baselines -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize(
+    ("half", "method"),
+    [
+        pytest.param(
+            dtype, name, marks=[pytest.mark.slow] if dtype == torch.float16 and name not in ("ste", "npo") else []
+        )
+        for dtype in HALVES
+        for name in BASELINES
+    ],
+    indirect=["half"],
+)
 def test_a_baseline_in_16_bits_is_the_one_in_float32_rounded_once(half, method: str) -> None:
     """Twelve steps of 2e-5 each: in bfloat16 a single one would be lost on any weight above .01."""
     settings = {"max_steps": 12, "learning_rate": 2e-5, "stop_over_chance": -1e3, "warmup": 1}

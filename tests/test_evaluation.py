@@ -37,7 +37,7 @@ from mansu_tl.runs.metrics import answer_log_prob, logit_difference
 from mansu_tl.runs.passes import prepared
 from tests.test_attribution import oracle_case, random_pairs, swapped
 from tests.test_circuit import one_path_model
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import FAMILIES, crossed, tiny
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K"
 
@@ -169,8 +169,7 @@ def blank_scores(graph: Graph) -> EdgeScores:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["zero", "mean"])
+@pytest.mark.parametrize(("family", "kind"), crossed(FAMILIES, ["zero", "mean"]))
 def test_zero_and_mean_patching_agree_with_their_edge_scores(family: str, kind: str) -> None:
     model, pairs, step = mtl.load(tiny(family)), random_pairs(n=2, padded=family == "gemma3"), 0.005
     chosen = ablation(model, kind, **({"reference": random_pairs(n=5, seed=9)} if kind == "mean" else {}))

@@ -374,8 +374,13 @@ def test_no_switch_of_pytorch_changes_a_number(
     assert _switches() == before
 
 
+@pytest.fixture(scope="module")
+def scores_of_few() -> mtl.circuit.EdgeScores:
+    return mtl.edge_attribution(mtl.load("pocket"), mtl.load_task("pocket").forget_pairs[:6], steps=1)
+
+
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_what_is_made_under_a_switch_is_used_without_it(expected, switch: str) -> None:
+def test_what_is_made_under_a_switch_is_used_without_it(scores_of_few, switch: str) -> None:
     """Model, pairs, circuit and edit of one cell, used in the next."""
     with SWITCHES[switch]():
         made = mtl.load("pocket")
@@ -383,10 +388,7 @@ def test_what_is_made_under_a_switch_is_used_without_it(expected, switch: str) -
         pairs = task.forget_pairs[:6]
     assert {str(v.dtype) for v in parameters(made).values()} == {"torch.float32"}
     scores = mtl.edge_attribution(made, pairs, steps=1)
-    assert torch.equal(
-        scores.tensor,
-        mtl.edge_attribution(mtl.load("pocket"), mtl.load_task("pocket").forget_pairs[:6], steps=1).tensor,
-    )
+    assert torch.equal(scores.tensor, scores_of_few.tensor)
     with SWITCHES[switch]():
         circuit = mtl.circuit.Circuit.top(scores, 40)
         names = mtl.circuit.Graph.of(made).mask(circuit.edges)

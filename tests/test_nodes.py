@@ -13,7 +13,7 @@ from mansu_tl.models import Anatomy
 from mansu_tl.patching import NodeScores, node_attribution
 from mansu_tl.runs.passes import heads_last, run
 from tests.test_attribution import random_pairs
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import FAMILIES, crossed, tiny
 
 
 def sizes(model) -> dict[str, int]:
@@ -49,8 +49,7 @@ def metric_with(model, pairs, base: str, part: str, layer: int, head: int, amoun
     return mtl.runs.logit_difference(logits, pairs).mean().item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("at", ["clean", "corrupt"])
+@pytest.mark.parametrize(("family", "at"), crossed(FAMILIES, ["clean", "corrupt"]))
 def test_queries_keys_and_values_equal_the_slope_of_patching_them(family: str, at: str) -> None:
     model, pairs, step = mtl.load(tiny(family)), random_pairs(n=2, padded=True), 0.01
     scores = node_attribution(model, pairs, at=at, qkv=True)
@@ -99,8 +98,7 @@ def brute_force(model, pairs, at: str, part: str, layer: int, head: int, place=s
     return (change * gradient).sum().item() / len(pairs) * (-1 if at == "clean" else 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("at", ["clean", "corrupt"])
+@pytest.mark.parametrize(("family", "at"), crossed(FAMILIES, ["clean", "corrupt"]))
 def test_the_qk_fix_equals_brute_force(family: str, at: str) -> None:
     model, pairs = mtl.load(tiny(family)), random_pairs(n=2, padded=True)
     plain = node_attribution(model, pairs, at=at, qkv=True)

@@ -17,7 +17,7 @@ from mansu_tl.patching.neurons import NeuronScores, neuron_attribution
 from mansu_tl.runs.ablation import ablation
 from mansu_tl.runs.passes import heads_last, run
 from tests.test_attribution import random_pairs
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import FAMILIES, crossed, tiny
 
 
 def theirs(name: str) -> object:
@@ -135,8 +135,7 @@ def test_a_cell_of_every_sweep_equals_one_plain_hook(family: str, direction: str
         assert result.tensor.shape == (len(result.rows), len(result.columns))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["zero", "mean"])
+@pytest.mark.parametrize(("family", "kind"), crossed(FAMILIES, ["mean", "zero"]))
 def test_zero_and_mean_ablation_put_those_values_in(family: str, kind: str) -> None:
     model, pairs = mtl.load(tiny(family)), random_pairs(n=3)
     how = ablation(model, kind, reference=random_pairs(n=5, seed=9) if kind == "mean" else None)

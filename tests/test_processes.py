@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from multiprocessing import popen_fork
 from pathlib import Path
 
 import psutil
@@ -186,7 +187,15 @@ def test_one_process_does_many_cells_and_what_one_raises_is_raised_as_it_was(tmp
     assert not psutil.pid_exists(pids.pop())
 
 
-def test_a_killed_worker_loses_one_cell_and_a_cell_that_is_lost_twice_is_told(tmp_path: Path) -> None:
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers by fork, which begin with the libraries in memory: what is done when they die is the same."""
+    monkeypatch.setattr(engines._Worker, "_Popen", staticmethod(popen_fork.Popen))
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.skipif(os.name != "posix", reason="fork and SIGKILL")
+def test_a_killed_worker_loses_one_cell_and_a_cell_that_is_lost_twice_is_told(forked, tmp_path: Path) -> None:
     message = "^dies: the process was stopped from outside, twice.*goes on.*workers=1"
     with pytest.raises(MansuError, match=message):
         compute(LocalProcesses(2), partial(cell, tmp_path), ["dies once", "a", "dies", "b"])
@@ -194,7 +203,9 @@ def test_a_killed_worker_loses_one_cell_and_a_cell_that_is_lost_twice_is_told(tm
     assert begun == {"dies once": 2, "a": 1, "dies": 2, "b": 1}
 
 
-def test_a_refusal_stops_a_process_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.skipif(os.name != "posix", reason="fork")
+def test_a_refusal_stops_a_process_that_hangs(forked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engines, "_PATIENCE", 0.5)
     begun = time.monotonic()
     with pytest.raises(NoEditError, match="^not this one$"):

@@ -34,7 +34,7 @@ from mansu_tl.quantization import (
     update_statistics,
 )
 from mansu_tl.registry import Registry
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import FAMILIES, crossed, tiny
 
 module = importlib.import_module("mansu_tl.quantization.quantizer")  # the package has a function of that name
 
@@ -479,8 +479,7 @@ def test_calibration_sees_what_each_matrix_is_given(family):
         assert torch.allclose(found[name].magnitude, x.abs().mean(0), rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["gptq-int4-g64", "awq-int4-asym-g128"])
+@pytest.mark.parametrize(("family", "name"), crossed(FAMILIES, ["awq-int4-asym-g128", "gptq-int4-g64"]))
 def test_calibrated_twins_of_every_family(family, name):
     hf = tiny(family)
     bridge = load(hf)

@@ -17,7 +17,7 @@ from mansu_tl.runs.metrics import last_logits
 from mansu_tl.verification import attack_splits, damage, probe, relearn
 from mansu_tl.verification.attacks import answered
 from tests.test_attribution import random_pairs
-from tests.tiny import FAMILIES, tiny, tiny_tokenizer
+from tests.tiny import FAMILIES, crossed, tiny, tiny_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 LENGTHS = torch.tensor([4, 3])
@@ -189,8 +189,7 @@ def filled(tokens: torch.Tensor, lengths: torch.Tensor, value: int) -> torch.Ten
     return out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("value", [-1, -100, 64, 10**9])
+@pytest.mark.parametrize(("family", "value"), crossed(FAMILIES, [64, -1, -100, 10**9]))
 def test_what_stands_in_the_padding_changes_nothing(family: str, value: int) -> None:
     model, pairs = mtl.load(tiny(family)), random_pairs(padded=True)
     # Different padding in clean and corrupt prompts is no difference between them.

@@ -32,6 +32,15 @@ CASES += [
     ("gemma2", torch.float32, "MANSU, closed form"),
     ("gpt_neox", torch.float32, "node and neuron scores"),
 ]
+# What takes longest of the others.
+LONG = {
+    ("gpt2", "circuits"),
+    ("gpt2", "MANSU"),
+    ("gemma2", "circuits"),
+    ("gemma2", "patching sweeps"),
+    ("gpt_neox", "edge scores"),
+    ("gemma2", "MANSU, closed form"),
+}
 _KEPT: dict[tuple[str, torch.dtype, bool], Case] = {}
 
 
@@ -49,7 +58,9 @@ def _walked(family: str, dtype: torch.dtype, stage: str, second: SecondDevice | 
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "stage"), CASES, ids=[f"{family}-{str(dtype)[6:]}-{stage}" for family, dtype, stage in CASES]
+    ("family", "dtype", "stage"),
+    [pytest.param(*each, marks=[pytest.mark.slow] if (each[0], each[2]) in LONG else []) for each in CASES],
+    ids=[f"{family}-{str(dtype)[6:]}-{stage}" for family, dtype, stage in CASES],
 )
 def test_a_stage_on_the_second_device_is_the_same_stage(second, family: str, dtype: torch.dtype, stage: str) -> None:
     expected = _walked(family, dtype, stage, None)

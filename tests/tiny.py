@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -76,12 +81,31 @@ def tiny_tokenizer(vocab_size: int = 64) -> PreTrainedTokenizerFast:
     )
 
 
+@functools.cache
+def embedded_task() -> Task:
+    """The embedded task, read once a process."""
+    return load_task("pocket")
+
+
+def crossed(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    """Each of `first` with each of `second`: beyond the first of `second`, all but two of `first` in make slow."""
+    return [
+        pytest.param(a, b, marks=[] if j == 0 or i in (0, len(first) - 1) else pytest.mark.slow)
+        for (i, a), (j, b) in product(enumerate(first), enumerate(second))
+    ]
+
+
+def some(values: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
+    """All of them, those that are not kept in make slow."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def sliced_task(pairs: int, *, retain: int | None = None, questions: int = 24) -> Task:
     """The first rows of the embedded task: enough to run every line, not enough to judge a method by.
 
     `pairs` forget pairs and as many near sequences, `retain` retain sequences; without `retain` all text stays.
     """
-    full = load_task("pocket")
+    full = embedded_task()
     text = {} if retain is None else {"retain_text": full.retain_text[:retain], "near_text": full.near_text[:pairs]}
     return replace(
         full,

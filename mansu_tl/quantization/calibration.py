@@ -17,6 +17,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, linear_weights, orient
 from mansu_tl.models.tree import family
 from mansu_tl.quantization.quantizer import CalibratedQuantizer, Inputs
+from mansu_tl.runs import distributed
 from mansu_tl.runs.values import watched
 
 _MOST_BYTES = 2**30
@@ -28,8 +29,18 @@ class _Enough(Exception):  # noqa: N818 - no error
 
 @torch_defaults()
 @torch.no_grad()
-def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, batch_size: int = 32) -> dict[str, Inputs]:
+def inputs_of(
+    model: PreTrainedModel,
+    names: Iterable[str],
+    text: Sequences,
+    batch_size: int = 32,
+    *,
+    data_parallel: bool = False,
+) -> dict[str, Inputs]:
     """The inputs of each named matrix over the real tokens of a text, in one pass of the model.
+
+    Args:
+        data_parallel: share the batches out over the processes of `torch.distributed`, each of which gets the whole.
 
     Raises:
         MansuError: no text, or inputs that are not finite.
@@ -55,14 +66,23 @@ def inputs_of(model: PreTrainedModel, names: Iterable[str], text: Sequences, bat
 
     text = text.to(next(model.parameters()).device)
     order = text.lengths.cpu().argsort(stable=True)  # alike in length, so that little is padded
+    batches = order.split(batch_size)
+    if data_parallel:
+        batches = tuple(batches[i] for i in distributed.turns(len(batches)))
     with watched(model, names, add):
-        for rows in order.split(batch_size):
+        for rows in batches:
             batch = text[rows].trimmed()
             real, left_out = batch.real, set(names)
             count += int(real.sum())
             # Padding lies to the right of every real token, where causal attention does not look.
             with suppress(_Enough):
                 model.base_model(batch.tokens, use_cache=False)
+    if data_parallel:
+        count = int(distributed.summed(torch.tensor(count)))
+        for name in names:
+            on, width = model.get_parameter(name).device, linear_weights(model)[name].in_features
+            for kept, shape in ((moments, (width, width)), (magnitudes, (width,))):
+                kept[name] = distributed.summed(kept.get(name, torch.zeros(shape, device=on)))
     for name, moment in moments.items():
         if not torch.isfinite(moment).all():
             raise MansuError(f"calibration: inputs of {name} are not finite; check the weights and the text")

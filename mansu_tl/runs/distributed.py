@@ -1,9 +1,11 @@
-"""Sharing pairs out over processes that `torchrun` or `accelerate launch` started.
+"""Sharing pairs and text out over processes that `torchrun` or `accelerate launch` started.
 
 The process group is the caller's (`torch.distributed.init_process_group` or accelerate's): gloo on CPU, nccl on GPUs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,11 @@ def share(count: int) -> slice:
     return slice(rank * count // world, (rank + 1) * count // world)
 
 
+def turns(count: int) -> range:
+    """This process's items of `count` that are taken in turn: of a sorted list every process has short and long ones."""
+    return range(dist.get_rank(), count, dist.get_world_size())
+
+
 def summed(values: Tensor) -> Tensor:
     """The sum of every process's tensor, on every process."""
     on = values.to(_device())
@@ -39,6 +46,39 @@ def gathered(values: Tensor, count: int) -> Tensor:
     whole = values.new_zeros(count, *values.shape[1:])
     whole[share(count)] = values
     return summed(whole)
+
+
+def of_all(values: Tensor) -> Tensor:
+    """The values as they are; their gradient is the sum of what every process's part of a loss gives.
+
+    Every process has to take the gradient, those without an item too.
+    """
+    return _OfAll.apply(values)
+
+
+def over_all(loss: Tensor) -> Tensor:
+    """The sum of every process's part of a loss; each part's gradient is its own process's."""
+    return _OverAll.apply(loss)
+
+
+class _OfAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return summed(grads[0].clone())
+
+
+class _OverAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return summed(loss.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
 
 
 def _device() -> torch.device:

@@ -26,6 +26,7 @@ class Method:
         settings: the class of its settings, a frozen dataclass.
         run: (model, task, settings, *, seed, progress, checkpoint) -> edit; with `circuit` where it takes one.
         takes_circuit: it is restricted to a circuit; the others train every parameter.
+        shares: its batches can be shared out over processes; `run` takes `data_parallel` then.
         claims_floor: every edited weight changes its code, which a certificate can show.
         searched: its learning rate is searched for in comparisons, as those of published baselines are.
         preset: settings of its own that differ from the class's defaults.
@@ -39,6 +40,7 @@ class Method:
     settings: type
     run: Callable[..., Edit]
     takes_circuit: bool = False
+    shares: bool = False
     claims_floor: bool = False
     searched: bool = True
     preset: Mapping[str, Any] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights
 from mansu_tl.quantization import inputs_of
+from mansu_tl.runs import distributed
 from mansu_tl.runs.values import Values, predicted, watched
 
 # Sequences in a pass of the Fisher information, and numbers of their gradients of one matrix that are held at once.
@@ -26,11 +27,19 @@ MOST_LOGITS = 2**28
 
 
 def input_moments(
-    model: PreTrainedModel, names: Iterable[str], text: Sequences, batch_size: int = 128
+    model: PreTrainedModel,
+    names: Iterable[str],
+    text: Sequences,
+    batch_size: int = 128,
+    *,
+    data_parallel: bool = False,
 ) -> dict[str, Float[Tensor, "d_in d_in"]]:
     """C = E[x x^T] of the inputs of each named matrix, over the real tokens of the retain text.
 
     A change dW of the matrix moves its retain outputs by E |dW x|^2 = tr(dW C dW^T).
+
+    Args:
+        data_parallel: share the text out over the processes of `torch.distributed`.
 
     Raises:
         MansuError: no retain text.
@@ -39,13 +48,23 @@ def input_moments(
         raise MansuError(
             "retain text: none given, so it has no null space; give some text whose likelihood is to be kept"
         )
-    return {name: inputs.moment for name, inputs in inputs_of(model, names, text, batch_size).items()}
+    found = inputs_of(model, names, text, batch_size, data_parallel=data_parallel)
+    return {name: inputs.moment for name, inputs in found.items()}
 
 
 def mixed_moments(
-    model: PreTrainedModel, names: Collection[str], text: Sequences, near: Sequences, near_weight: float
+    model: PreTrainedModel,
+    names: Collection[str],
+    text: Sequences,
+    near: Sequences,
+    near_weight: float,
+    *,
+    data_parallel: bool = False,
 ) -> dict[str, Float[Tensor, "d_in d_in"]]:
     """`input_moments` of the retain text and, weighted, of near text where there is some.
+
+    Args:
+        data_parallel: as `input_moments`.
 
     Raises:
         MansuError: as `input_moments` and `require_null_space`.
@@ -53,10 +72,10 @@ def mixed_moments(
     if len(text):
         linear = linear_weights(model)
         require_null_space(text, (linear[name].in_features for name in names))
-    moments = input_moments(model, names, text)
+    moments = input_moments(model, names, text, data_parallel=data_parallel)
     if len(near):
         # In place: the moments of a large model's matrices take as much room as the model.
-        for name, moment in input_moments(model, names, near).items():
+        for name, moment in input_moments(model, names, near, data_parallel=data_parallel).items():
             moments[name].add_(moment.mul_(near_weight)).div_(1 + near_weight)
     return moments
 
@@ -96,13 +115,21 @@ def require_null_space(text: Sequences, widths: Iterable[int]) -> None:
 
 
 def diagonal_fisher(
-    model: PreTrainedModel, names: Iterable[str], text: Sequences, *, progress: bool = False
+    model: PreTrainedModel,
+    names: Iterable[str],
+    text: Sequences,
+    *,
+    data_parallel: bool = False,
+    progress: bool = False,
 ) -> dict[str, Float[Tensor, ...]]:
     """Empirical diagonal Fisher: mean over sequences of the squared gradient of the sequence's mean token loss.
 
     Half of sum F d^2 is the diagonal approximation of the retain loss's increase; it leaves out how changes add up.
     `retain_bound` does not. Sequences share a pass: a sequence's gradient of a matrix is the product of its own output
     gradients and inputs.
+
+    Args:
+        data_parallel: as `input_moments`.
     """
     chosen: dict[str, Any] = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
     totals = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in chosen.items()}
@@ -114,14 +141,17 @@ def diagonal_fisher(
         return passed[name][1]
 
     order = text.lengths.argsort(stable=True).tolist()  # alike in length, so that little is padded
+    starts: Sequence[int] = range(0, len(text), _FISHER_ROWS)
+    if data_parallel:
+        starts = [starts[i] for i in distributed.turns(len(starts))]
     with torch.enable_grad(), watched(model, chosen, keep):
-        for start in tqdm(range(0, len(text), _FISHER_ROWS), desc="Fisher", unit="pass", disable=not progress):
+        for start in tqdm(starts, desc="Fisher", unit="pass", disable=not progress):
             part = text[order[start : start + _FISHER_ROWS]].trimmed()
             summed = _mean_losses(model, part).sum()
             grads = torch.autograd.grad(summed, [passed[name][1] for name in chosen])
             for (name, module), grad in zip(chosen.items(), grads, strict=True):
                 _add_squares(totals[name], passed[name][0], grad, transposed=isinstance(module, Conv1D))
-    return {name: total / len(text) for name, total in totals.items()}
+    return {name: (distributed.summed(x) if data_parallel else x) / len(text) for name, x in totals.items()}
 
 
 def _mean_losses(model: PreTrainedModel, batch: Sequences) -> Float[Tensor, " row"]:

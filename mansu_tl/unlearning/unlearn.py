@@ -13,6 +13,7 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.data.fit import require_fit, require_task
 from mansu_tl.defaults import torch_defaults
+from mansu_tl.errors import MansuError
 from mansu_tl.models import fingerprint, require_copyable
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.results.digest import digest
@@ -33,6 +34,7 @@ def unlearn(
     seed: int = 0,
     progress: bool | None = None,
     checkpoint: str | PathLike[str] | None = None,
+    data_parallel: bool = False,
     **overrides: Any,
 ) -> Edit:
     """Unlearn the task's forget set and return the change as an edit; the model is untouched.
@@ -45,6 +47,8 @@ def unlearn(
         progress: show a progress bar; None = in notebooks.
         checkpoint: a file in which the state is kept every twenty seconds. The same call goes on from there after an
             interruption, to the same edit; the file is deleted at the end.
+        data_parallel: share the prompts and the text out over the processes of `torch.distributed` ("mansu-closed"). Every
+            process calls this with the same model and task and gets the same edit.
         overrides: single settings by name, e.g. `budget=0.01`; those of the shared training too.
 
     Raises:
@@ -63,7 +67,11 @@ def unlearn(
     for part in (task.forget_pairs, task.retain_text, task.near_text, task.unseen):
         require_fit(model, part)
     final = settings_of(method, overrides, settings)
-    extra = {"circuit": circuit} if chosen.takes_circuit else {}
+    extra: dict[str, Any] = {"circuit": circuit} if chosen.takes_circuit else {}
+    if data_parallel:
+        if not chosen.shares:
+            raise MansuError(f"{method}: data_parallel=True, but its steps are not shared over processes; leave it out")
+        extra["data_parallel"] = True
     key = ""
     if checkpoint is not None:
         read = {"model": fingerprint(model), "task": task, "settings": final, "circuit": extra.get("circuit")}

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from mansu_tl.data import PromptPairs
 from mansu_tl.models.tree import family, submodule
 from mansu_tl.patching.reading import subject_tokens
+from mansu_tl.runs import distributed
 from mansu_tl.runs.values import Values, last_token_logits, watched
 from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.checkpoint import Checkpoint
@@ -116,12 +117,19 @@ class _Shift(Solver):
         return self.learning_rate * float(self.size) / self.base.shape[1] ** 0.5
 
     def loss(self, step: int) -> Float[Tensor, ""]:
-        source, none = self.fixed.source, torch.empty(0, dtype=torch.long)
-        total, count = self.shift.new_zeros(()), len(source.pairs)
-        for rows in torch.arange(count, device=self.shift.device).split(self.settings.forget_batch):
+        source, none, shared = self.fixed.source, torch.empty(0, dtype=torch.long), self.fixed.data_parallel
+        every, shift = torch.arange(len(source.pairs), device=self.shift.device), self.shift
+        own, total, count = every, shift.new_zeros(()), len(source.places(every))
+        if shared:
+            # A process without a prompt takes part in the gradient too.
+            shift = distributed.of_all(shift)
+            own, total = every[distributed.share(len(every))], 0 * shift.sum()
+        for rows in own.split(self.settings.forget_batch) if len(own) else ():
             spot, row, place = self.spots.of(rows)
-            with _added(self.block, row, place, self.shift[spot]):
-                total = total + self.forget(Batch(source, source.original, rows, none, 0)) * len(rows) / count
+            with _added(self.block, row, place, shift[spot]):
+                part = self.forget(Batch(source, source.original, rows, none, 0))
+            total = total + part * len(source.places(rows)) / count
+        total = distributed.over_all(total) if shared else total
         norm = (self.shift.norm(dim=-1) / self.size).square().mean()
         if step % 10 == 0 or step == self.steps - 1:
             self.history.append({"step": float(step), "forget": total.item(), "shift": norm.sqrt().item()})

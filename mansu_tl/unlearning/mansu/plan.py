@@ -94,12 +94,23 @@ class Plan:
     projectors: dict[str, Float[Tensor, "_ _"]]  # onto the null spaces of those inputs
     importance: Float[Tensor, " weight"] | None  # diagonal Fisher information of each candidate
     layers: tuple[int, ...]  # whose MLPs take turns in the closed form
+    data_parallel: bool  # whether text and forget prompts are shared out over processes
 
 
 def plan(
-    model: TransformerBridge, task: Task, settings: MansuSettings, circuit: Circuit, seed: int, *, progress: bool
+    model: TransformerBridge,
+    task: Task,
+    settings: MansuSettings,
+    circuit: Circuit,
+    seed: int,
+    *,
+    data_parallel: bool = False,
+    progress: bool,
 ) -> Plan:
     """Everything that an optimisation of MANSU reads.
+
+    Args:
+        data_parallel: share what is taken on retain text out over the processes of `torch.distributed`.
 
     Raises:
         MansuError: a budget that leaves nothing to edit, a circuit with no editable weight, never-seen prompts without
@@ -153,12 +164,12 @@ def plan(
         masks = {name: orient(mask, linear[name]) for name, mask in chosen.items()}
     moments = {}
     if settings.null_space or settings.projector:
-        moments = mixed_moments(hf, masks, text, near, settings.near_weight)
+        moments = mixed_moments(hf, masks, text, near, settings.near_weight, data_parallel=data_parallel)
     projected = moments if settings.projector else {}
     projectors = {name: null_projector(each, settings.leak, name) for name, each in projected.items()}
     importance = None
     if settings.fisher:
-        fisher = diagonal_fisher(hf, masks, sample, progress=progress)
+        fisher = diagonal_fisher(hf, masks, sample, data_parallel=data_parallel, progress=progress)
         importance = floor.gathered({name: orient(value, linear[name]) for name, value in fisher.items()})
     return Plan(
         hf=hf,
@@ -174,6 +185,7 @@ def plan(
         projectors=projectors,
         importance=importance,
         layers=layers,
+        data_parallel=data_parallel,
     )
 
 

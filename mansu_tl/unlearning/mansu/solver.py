@@ -19,8 +19,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit, discover_circuit
 from mansu_tl.circuit.evaluation import require_graph
 from mansu_tl.data import Task
-from mansu_tl.errors import NoEditError
+from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.models import orient
+from mansu_tl.runs import distributed
 from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.edit import Edit
@@ -47,21 +48,30 @@ def mansu(
     seed: int = 0,
     progress: bool = False,
     checkpoint: Checkpoint | None = None,
+    data_parallel: bool = False,
 ) -> Edit:
     """Unlearn the task's forget set by moving circuit weights across code boundaries.
 
     Args:
         circuit: the forget circuit; discovered at faithfulness .85 where not given.
+        data_parallel: share the prompts and the text out over the processes of `torch.distributed`; the closed form only.
 
     Raises:
         MansuError: a circuit of another architecture, too little memory, or what `plan` refuses.
         NoEditError: no weight left its bin, or the loss is not finite.
     """
+    if data_parallel:
+        distributed.require_group()
+        if settings.solver != "closed":
+            raise MansuError(
+                'mansu: data_parallel=True with solver="gradient", whose steps are not shared; choose the method '
+                '"mansu-closed", or leave it out'
+            )
     if circuit is None:
         circuit = discover_circuit(model, task.forget_pairs, progress=progress)
     require_graph(model, circuit)
     require_fit_of_mansu(model, task, settings, circuit)
-    fixed = plan(model, task, settings, circuit, seed, progress=progress)
+    fixed = plan(model, task, settings, circuit, seed, data_parallel=data_parallel, progress=progress)
     checkpoint = checkpoint or Checkpoint()
     if settings.solver == "closed":
         latent, history = closed_form(fixed, settings, seed, checkpoint, progress=progress)

@@ -14,6 +14,7 @@ MANSU_CLOSED = register(
         MansuSettings,
         mansu,
         takes_circuit=True,
+        shares=True,
         claims_floor=True,
         searched=False,
         preset=CLOSED,
