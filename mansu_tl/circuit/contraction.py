@@ -90,8 +90,12 @@ class Contraction:
         size = max(1, min(self.tokens, len(order)))
         rows = (len(self.graph.writers), self.layers * (anatomy.n_attention_readers + 1) + 1)
         writers, readers = (torch.empty(n, size, anatomy.d_model, device=on, dtype=self.dtype) for n in rows)
-        for start in range(0, len(order), size):
-            token = order[start : start + size]
+        start = 0
+        while start < len(order):
+            # In whole pieces, as far as they go (see `Tokens.add`).
+            count = min(size, len(order) - start)
+            token = order[start : start + (count - count % _PIECES or count)]
+            start += len(token)
             cut, at = Tokens.of(groups[token]), token.to(on)
             for part in gradients:
                 self._add(out, at, cut, changes, part, writers[:, : len(at)], readers[:, : len(at)])

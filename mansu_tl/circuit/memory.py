@@ -1,7 +1,7 @@
 """How many pairs and tokens fit: batch sizes from a memory budget.
 
-What autograd keeps for the backward pass is counted, not guessed: a forward pass over one pair and one over two, with
-every saved tensor's storage added up. What this package keeps beside it is known from the shapes.
+What autograd keeps for the backward pass is counted, not guessed: a forward pass over one pair, with every saved tensor's
+storage added up. What this package keeps beside it is known from the shapes.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ MOST_TOKENS, MOST_TOKENS_ON_GPU = 32, 256
 # Layers whose readers share a product, so that a GPU does not wait for what is written to be read again for each.
 _LAYERS_ON_GPU = 4
 # What a device could multiply while a layer's forward and backward are set up, per parameter of the layer and by whether it
-# is a GPU: some 3 ms at 50 GFLOP/s of a core, 300 TFLOP/s of a GPU.
-_PASS_WORK = {False: 4e7, True: 2e11}
+# is a GPU (measured on a CPU: a pass through SmolLM2 costs what 45 of its tokens cost).
+_PASS_WORK = {False: 1.6e8, True: 2e11}
 # Without a budget: this share of what is free. Allocators and temporary tensors need the rest.
 _SHARE_OF_FREE = 0.5
-# What passes through forward and backward beside what is counted: measured 1.4-1.55 of it (llama, gemma3, gpt2).
-_PASSING = 1.6
+# What passes through forward and backward beside what is counted: measured 1.4-1.55 of it on CPUs (llama, gemma3, gpt2),
+# 1.15 on an H100 (llama of 8 B in bf16), where logits and norms' copies are small beside the rest; by whether it is a GPU.
+_PASSING = {False: 1.6, True: 1.25}
 
 
 @dataclass(frozen=True)
@@ -91,20 +92,23 @@ def plan(
 
     if max_memory is None and _rough(anatomy, width) * most < budget / 4:
         return cut(int(budget / 4 / _rough(anatomy, width)), most_tokens)
-    fixed, per_pair = _graph_bytes(model, pairs)
-    per_pair = _PASSING * (per_pair + width * _kept_bytes(anatomy, steps, dtype.itemsize, operand.itemsize))
+    kept = width * _kept_bytes(anatomy, steps, dtype.itemsize, operand.itemsize)
+    per_pair = _PASSING[on_gpu] * (_saved(model, pairs[:1]) + kept)
     per_token = _contraction_bytes(anatomy, layers, operand.itemsize)
     # One layer's projections, as float32 and once more laid out for a product.
-    fixed += 8.0 * (anatomy.n_heads + anatomy.n_attention_readers) * anatomy.d_head * anatomy.d_model
+    fixed = 8.0 * (anatomy.n_heads + anatomy.n_attention_readers) * anatomy.d_head * anatomy.d_model
     least = fixed + per_pair + per_token
     if least > budget:
         raise MansuError(
             f"max_memory={max_memory if max_memory is not None else _text(budget)}: one pair of {width} tokens needs "
             f"{_text(least)} beside the model; raise it to that, or shorten the prompts"
         )
-    # The gathered sums stay while the contraction runs, the graph does not; taking both at once leaves a margin.
+    # The gathered sums stay while the contraction runs, the graph does not; on a CPU taking both at once leaves a margin.
     tokens = max(1, min(most_tokens, int(budget / 4 / per_token)))
-    count = max(1, int((budget - fixed - tokens * per_token) // per_pair))
+    count = (budget - fixed - tokens * per_token) // per_pair
+    if on_gpu:
+        count = min((budget - fixed) // per_pair, (budget - fixed - tokens * per_token) // (_PASSING[True] * kept))
+    count = max(1, int(count))
     return cut(count, tokens)
 
 
@@ -139,12 +143,6 @@ def _rough(anatomy: Anatomy, width: int) -> float:
     """An upper estimate per pair, only to see when there is nothing to count."""
     layer = 60 * anatomy.d_model + 20 * anatomy.d_mlp + 8 * anatomy.n_heads * width
     return 4.0 * width * anatomy.n_layers * layer + width * (_kept_bytes(anatomy, 8) + _contraction_bytes(anatomy))
-
-
-def _graph_bytes(model: TransformerBridge, pairs: Forced[PromptPairs]) -> tuple[float, float]:
-    one, two = _saved(model, pairs[:1]), _saved(model, pairs[[0, min(1, len(pairs) - 1)]])
-    per_pair = max(two - one, 0)
-    return float(max(one - per_pair, 0)), float(per_pair)
 
 
 def _saved(model: TransformerBridge, pairs: Forced[PromptPairs]) -> int:

@@ -42,7 +42,7 @@ SHAPES = {
 }  # fmt: skip
 # What is timed apart: its owner, its name, and whether its time lies inside another row's.
 PARTS: tuple[tuple[Any, str, str], ...] = (
-    (attribution, "plan", "memory plan (two forward passes)"),
+    (attribution, "plan", "memory plan (a forward pass)"),
     (Path, "_recorded", "  of it ends, forward"),
     (attribution, "_gathered", "both ends and all points, gathered"),
     (torch.autograd, "grad", "  of it backward"),
