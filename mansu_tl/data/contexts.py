@@ -64,7 +64,7 @@ def behind_words(source: TextSource, pairs: PromptPairs, count: int) -> PromptPa
     at = [i for i, _, _, _ in rows]
     device = pairs.clean.device
     clean, lengths = (each.to(device) for each in pad([ids for _, ids, _, _ in rows], 0))
-    start, stop = (torch.tensor([row[k] for row in rows], device=device) for k in (2, 3))
+    first_of, stop_of = (torch.tensor([row[k] for row in rows], device=device) for k in (2, 3))
     named = tuple(sorted({ids[k] for _, ids, a, b in rows for k in range(a, b)}))
     return PromptPairs(
         clean=clean,
@@ -72,7 +72,7 @@ def behind_words(source: TextSource, pairs: PromptPairs, count: int) -> PromptPa
         options=pairs.options[at],
         lengths=lengths,
         facts=tuple(pairs.facts[i] for i in at),
-        spans=(Span(SUBJECT, start, stop),),
+        spans=(Span(SUBJECT, first_of, stop_of),),
         corruption=EmbeddingCorruption("zero", named),
     )
 
