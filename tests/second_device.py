@@ -126,6 +126,23 @@ class _Follow(TorchDispatchMode):
         return DEVICE if DEVICE in every | single else _CPU if every else _EITHER
 
 
+class _Moved(torch.autograd.Function):
+    """A copy on the other device, whose gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, places: _Places, place: torch.device | None) -> Tensor:
+        ctx.places, ctx.place = places, places[tensor]
+        out = tensor.clone()
+        places[out] = place
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        out = grads[0].clone()
+        ctx.places[out] = ctx.place
+        return out, None, None
+
+
 class SecondDevice(TorchFunctionMode):
     """The mode; see the module."""
 
@@ -173,8 +190,7 @@ class SecondDevice(TorchFunctionMode):
                 dtype = value
         out = torch.Tensor.to(tensor, dtype, copy=bool(kwargs.get("copy")))
         if place != self.places[tensor]:
-            out = tensor.clone() if _storage(out) == _storage(tensor) else out
-            self.places[out] = place
+            return _Moved.apply(out, self.places, place)
         return out
 
     def _made(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 
 import mansu_tl as mtl
+from mansu_tl.circuit import Graph
+from mansu_tl.errors import MansuError
+from mansu_tl.models import parameters, placement
+from mansu_tl.patching.reading import subject_share
 from mansu_tl.quantization import grid_of
 from mansu_tl.study import run_study
 from mansu_tl.unlearning import MansuSettings, TrainingSettings, method_flags
@@ -15,9 +21,10 @@ from mansu_tl.unlearning import checkpoint as checkpoint_module
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.unlearning.recipes.npo import NpoSettings
-from tests.road import MANSU, STAGES, Case, Numbers, case
+from tests.road import MANSU, STAGES, Case, Numbers, case, tiny_task
 from tests.second_device import DEVICE, MisplacedError, SecondDevice
 from tests.test_processes import CONFIG
+from tests.tiny import tiny, tiny_tokenizer
 
 # Every stage on a plain family; on the others (transposed matrices in 16 bits, post-norms, fused and parallel) what differs.
 CASES = [("llama", torch.float32, name) for name in STAGES]
@@ -113,6 +120,37 @@ def test_what_is_on_the_device_already_may_stay_there(second) -> None:
         )
         assert a == b
         assert mtl.circuit_divergence(here.model, there.edited, here.circuit, moved.forget_pairs, steps=1).value > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_layers_on_two_devices_are_the_layers_on_one(second, monkeypatch, family: str) -> None:
+    """As accelerate places them: attribution, patching, circuits and answers run there; what works on a copy is refused."""
+    # Beside a real second card it would take the CPU for a place to offload to.
+    split = functools.partial(accelerate.dispatch_model, main_device="cpu", force_hooks=True)
+    monkeypatch.setattr(placement, "dispatch_model", split)
+    names, task = ("model.norm", "model.layers.1", "lm_head"), tiny_task()
+    pairs = task.forget_pairs
+    with second:
+        hf = tiny(family)
+        hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.detach().clone())  # of its own place
+        hf.config.tie_word_embeddings = False
+        first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0")
+        places = {**dict.fromkeys(first, "cpu"), **dict.fromkeys(names, str(DEVICE))}
+        spread, whole = (mtl.load(hf, tokenizer=tiny_tokenizer(), device_map=each) for each in (places, None))
+        assert {value.device for value in parameters(spread).values()} == {torch.device("cpu"), DEVICE}
+        masks = torch.rand(2, *Graph.of(whole).exists.shape, generator=torch.Generator().manual_seed(0)).round()
+        for use in (
+            lambda model: mtl.accuracy(model, task.questions["forget"]).log_odds,
+            lambda model: mtl.edge_attribution(model, pairs, steps=2).tensor,
+            lambda model: mtl.circuit.patch_edges(model, pairs, masks),
+            lambda model: mtl.activation_patching(model, pairs).tensor,
+            lambda model: mtl.patching.node_attribution(model, pairs).tensor,
+            lambda model: mtl.patching.neuron_attribution(model, pairs).tensor,
+            lambda model: subject_share(model, pairs),
+        ):
+            assert torch.equal(use(spread), use(whole))
+        with pytest.raises(MansuError, match="spread over cpu, privateuseone:0, and training works on a copy in one"):
+            mtl.unlearn(spread, task, "mansu-closed")
 
 
 def test_the_fault_that_the_floor_had_is_found(second) -> None:

@@ -64,7 +64,7 @@ class AblatedRun:
         key = (role, layer, last)
         if key not in self.kept:
             # At the tokens that count, positions are one axis behind the pairs'; heads are one axis with their numbers.
-            value = self.run.value(role, layer).flatten(0, 1).flatten(1)
+            value = self.run.value(role, layer).flatten(0, 1).flatten(1).to(self.embed.device)
             self.kept[key] = value[self.tokens[self.last] if last else self.tokens]
         return self.kept[key]
 
@@ -75,7 +75,9 @@ class AblatedRun:
             x = normed(self.run.value("stream", layer).flatten(0, 1), norm)
             parts = ((weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias))
             self.projected[layer] = [
-                functional.linear(x, w.flatten(0, 1), None if b is None else b.flatten()).unflatten(-1, w.shape[:2])
+                functional.linear(x.to(w.device), w.flatten(0, 1), None if b is None else b.flatten())
+                .unflatten(-1, w.shape[:2])
+                .to(self.embed.device)
                 for w, b in parts
             ]
         return self.projected[layer]
@@ -154,21 +156,26 @@ class MaskedRun:
         def give(i: int) -> Callable[..., Tensor]:
             def hook_fn(value: Tensor, hook: object) -> Tensor:
                 out = filled[i].view(work.rows * self.place[0], self.place[1], counts[i], -1)
-                return out if value.ndim == 4 else out.flatten(2)
+                return (out if value.ndim == 4 else out.flatten(2)).to(value.device)
 
             return hook_fn
 
         def take(z: Tensor, hook: object) -> Tensor:
-            heads = heads_last(z, anatomy.n_heads).reshape(work.rows, -1, anatomy.n_heads, anatomy.d_head)
+            heads = heads_last(z.to(base.embed.device), anatomy.n_heads).reshape(
+                work.rows, -1, anatomy.n_heads, anatomy.d_head
+            )
             o, last = attention_weights(self.model, layer).o, layer == anatomy.n_layers - 1
             places = base.tokens[base.last] if last else base.tokens
             ablated = base.at("z", layer, last).unflatten(-1, (anatomy.n_heads, -1)).transpose(0, 1)
             instances = [(head, *where) for head, placed in work.heads.items() for where in placed]
-            index, (head, row, _) = _index([h for h, *_ in instances]), torch.tensor(instances, device=z.device).T
+            index, (head, row, _) = _index([h for h, *_ in instances]), torch.tensor(instances, device=heads.device).T
             change = heads[row[:, None], places, head[:, None]] - ablated[index]
 
             def pushed(out: Tensor | None = None) -> Tensor:
-                return torch.bmm(change, o[index].transpose(1, 2), out=out)
+                if o.device == change.device:
+                    return torch.bmm(change, o[index].transpose(1, 2), out=out)
+                made = torch.bmm(change.to(o.device), o[index].transpose(1, 2)).to(change.device)
+                return made if out is None else out.copy_(made)
 
             self._write([value for *_, value in instances], pushed, last)
             return z[:1]
@@ -207,8 +214,8 @@ class MaskedRun:
                 continue
             numbers, rows, heads = (list(part) for part in zip(*chosen, strict=True))
             matrices, bias = getattr(weights, kind)[_index(heads)], getattr(weights, f"{kind}_bias")
-            made = torch.bmm(inputs[_index(rows)], matrices.transpose(1, 2))
-            out[_index(numbers)] = made if bias is None else made + bias[_index(heads)][:, None]
+            made = torch.bmm(inputs[_index(rows)].to(matrices.device), matrices.transpose(1, 2))
+            out[_index(numbers)] = (made if bias is None else made + bias[_index(heads)][:, None]).to(out.device)
         return out
 
     def _columns(self) -> list[tuple[int, int]]:
@@ -222,9 +229,8 @@ class MaskedRun:
             if not work.mlp_reads:
                 return stream[:, :1]
             last = layer == self.map.n_layers - 1
-            return torch.cat([self._rebuilt(reads, "mlp_in", layer, last) for reads in work.mlp_reads]).flatten(0, 1)[
-                None
-            ]
+            inputs = torch.cat([self._rebuilt(reads, "mlp_in", layer, last) for reads in work.mlp_reads])
+            return inputs.flatten(0, 1)[None].to(stream.device)
 
         return hook_fn
 
@@ -232,7 +238,8 @@ class MaskedRun:
         def hook_fn(out: Tensor, hook: object) -> Tensor:
             if work.mlp_reads:
                 last = layer == self.map.n_layers - 1
-                ablated, parts = self.base.at("mlp_out", layer, last), out[0].unflatten(0, (len(work.mlp_reads), -1))
+                ablated = self.base.at("mlp_out", layer, last)
+                parts = out[0].unflatten(0, (len(work.mlp_reads), -1)).to(ablated.device)
 
                 def change(out: Tensor | None = None) -> Tensor:
                     return torch.sub(parts, ablated, out=out)
@@ -244,7 +251,7 @@ class MaskedRun:
 
     def _final(self, stream: Tensor, hook: object) -> Tensor:
         streams = [self._rebuilt(reads, "stream", self.map.n_layers, last=True) for reads in self.plan.final]
-        return normed(_joined(streams), norm_weights(self.model, None, "final")).flatten(0, 1)[None]
+        return normed(_joined(streams), norm_weights(self.model, None, "final")).flatten(0, 1)[None].to(stream.device)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -277,9 +284,9 @@ def _summed(
 
 
 def normed(x: Float[Tensor, "... d_model"], norm: NormWeights) -> Float[Tensor, "... d_model"]:
-    """A norm applied to a stream, in float32 inside and back in the stream's dtype."""
-    wide = x.float()
+    """A norm applied to a stream, in float32 where its weight lies, and back in the stream's dtype and place."""
+    wide = x.to(norm.weight)
     if norm.kind == "layer":
-        return functional.layer_norm(wide, wide.shape[-1:], norm.weight, norm.bias, norm.eps).to(x.dtype)
+        return functional.layer_norm(wide, wide.shape[-1:], norm.weight, norm.bias, norm.eps).to(x)
     scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1] + norm.eps)
-    return (wide * scale * norm.weight).to(x.dtype)
+    return (wide * scale * norm.weight).to(x)

@@ -162,7 +162,7 @@ def _scores(
 
     def effect(key: str, count: int = 1) -> Float[Tensor, "run pos node"]:
         change = ends[1][key].float() - ends[0][key].float()
-        return (heads_last(grads[key], count) * heads_last(change, count)).sum(-1)
+        return (heads_last(grads[key], count) * heads_last(change, count)).sum(-1).to(pairs.clean.device)
 
     parts = [effect("embed")]
     for i in anatomy.layers:

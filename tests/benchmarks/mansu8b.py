@@ -29,6 +29,7 @@ from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.unlearning.mansu.memory import mansu_memory
 from mansu_tl.verification.library_codes import library_codes, library_quantizer
 from tests.benchmarks.common import random_pairs
+from tests.tiny import tiny_tokenizer
 
 GPU = torch.cuda.is_available()
 SEEN: dict[str, list[float]] = {}  # seconds, most memory and calls of every stage
@@ -110,7 +111,7 @@ def random_model(args: argparse.Namespace, device: str) -> tuple[Any, int]:
     with torch.device(device):
         hf = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
     torch.set_default_dtype(before)
-    model = mtl.load(hf, device=device)
+    model = mtl.load(hf, tokenizer=tiny_tokenizer(vocab), device=device)
     del hf
     if GPU:
         torch.cuda.empty_cache()

@@ -14,6 +14,7 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import Sequences, Task
 from mansu_tl.models import Anatomy, home, linear_weights, parameters
 from mansu_tl.models.limits import require_room
+from mansu_tl.models.tree import family
 from mansu_tl.unlearning.mansu.candidates import parts_of
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.retain_statistics import MOST_LOGITS
@@ -73,7 +74,9 @@ def mansu_memory(
     sizes = {name: weight.in_features * weight.out_features for name, weight in linear.items()}
     counts = _candidates(model, circuit, settings)
     count, dense = sum(counts.values()), 4.0 * sum(sizes[name] for name in counts)
-    narrow = (value for name, value in live.items() if name not in linear and value.element_size() < 4)
+    # A head of its own is a matrix like the others; one that is the embedding too goes by the embedding's name.
+    shared = {*linear, f"{family(model).head}.weight"}
+    narrow = (value for name, value in live.items() if name not in shared and value.element_size() < 4)
     moments = 0.0
     if settings.null_space or settings.projector:
         moments = 4.0 * sum(linear[name].in_features ** 2 for name in counts)
