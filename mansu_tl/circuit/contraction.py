@@ -208,7 +208,7 @@ class Tokens:
         readers: Float[Tensor, "reader token d_model"],
     ) -> None:
         """Add <writer, reader>, summed over the tokens of a group, to each group's part."""
-        if len(self.counts) == 1 and writers.device.type == "cpu" and writers.dtype == torch.float32:
+        if len(self.counts) == 1 and writers.device.type != "cuda" and writers.dtype == torch.float32:
             out[int(self.names[0])].addmm_(writers.flatten(1), readers.flatten(1).T)
         elif len(set(self.counts)) == 1:
             # In pieces: a product of few rows and columns over many tokens keeps a GPU busy only as a batch.

@@ -122,9 +122,9 @@ class Forced(Generic[G]):
 
     @property
     def longest(self) -> Int[Tensor, " pair"]:
-        """The real tokens of each pair's longest row."""
-        longest = self.lengths.new_zeros(len(self))
-        return longest.scatter_reduce(0, self.owner, self.lengths, "amax")
+        """The real tokens of each pair's longest row, on the CPU."""
+        lengths = self.lengths.cpu()
+        return lengths.new_zeros(len(self)).scatter_reduce(0, self.owner.cpu(), lengths, "amax")
 
     @property
     def real(self) -> Bool[Tensor, "row pos"]:

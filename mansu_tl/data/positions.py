@@ -31,8 +31,8 @@ class Positions:
     def of(self, pairs: slice | Int[Tensor, " pair"]) -> Int[Tensor, "run pos"]:
         """The index of the tokens that are run for some pairs, pair by pair."""
         chosen = range(pairs.start, pairs.stop) if isinstance(pairs, slice) else pairs.tolist()
-        first = torch.searchsorted(self.owner, torch.tensor([*chosen], device=self.owner.device))
-        count = torch.bincount(self.owner)
+        owner = self.owner.cpu()
+        first, count = torch.searchsorted(owner, torch.tensor([*chosen])), torch.bincount(owner).tolist()
         return torch.cat([self.index[i : i + count[pair]] for i, pair in zip(first.tolist(), chosen, strict=True)])
 
     def add(self, total: Tensor, piece: slice, values: Tensor) -> None:
