@@ -2,6 +2,7 @@
 
     python scripts/real_evidence.py tasks OUT --relation FILE --relation FILE --far FILE --far FILE
     python scripts/real_evidence.py run OUT --device cuda --workers 6      goes on where it stopped
+    python scripts/real_evidence.py table OUT                              the trials on validation, as OUT/real_trials.csv
 
 Facts are split three ways. Those of the task "validation" choose each method's settings and are in no other task. Those of
 the tasks 0, 1, 2 (drawn from what is left, a seed each) are unlearned with the settings chosen and reported. Of the near
@@ -21,6 +22,7 @@ import warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
 from importlib import resources
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pandas as pd
 import torch
 
 import mansu_tl as mtl
@@ -289,10 +292,28 @@ def choose(done: list[dict[str, Any]], relation: str, method: str) -> dict[str, 
     return dict(best["settings"])
 
 
+def table(options: argparse.Namespace) -> None:
+    """The trials on validation as a tidy table, in percent."""
+    names = ("learning_rate", "retain_weight", "near_share", "quantizer", "null_space")
+    rows = []
+    for one in map(json.loads, (options.out / "results.jsonl").read_text().splitlines()):
+        relation, part = one["task"].rsplit("-", 1)
+        for form, kind in product(one.get("scores", {}), ("forget", "forget, other words", "near, kept back")):
+            if part == "validation" and form in CHOSEN_IN and kind in one["scores"][form]:
+                found = {what: f"{100 * mean(one['scores'], form, kind, what):.0f}" for what in ("mc", "cloze")}
+                settings = {name: one["settings"].get(name, "") for name in names}
+                rows.append(
+                    {"relation": relation, "method": one["method"], **settings, "form": form, "questions": kind,
+                     "mc_percent": found["mc"], "cloze_percent": found["cloze"], "weights": one.get("weights", ""),
+                     "edit_seconds": round(one["edit seconds"], 1) if "edit seconds" in one else ""}
+                )  # fmt: skip
+    pd.DataFrame(rows).to_csv(options.out / "real_trials.csv", index=False)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("tasks", "run"))
+    parser.add_argument("what", choices=("tasks", "run", "table"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--relation", type=Path, action="append", default=[])
@@ -303,7 +324,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing after so many")
     options = parser.parse_args()
-    {"tasks": tasks, "run": run}[options.what](options)
+    {"tasks": tasks, "run": run, "table": table}[options.what](options)
 
 
 if __name__ == "__main__":

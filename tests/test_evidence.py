@@ -9,7 +9,7 @@ import pytest
 
 from mansu_tl.study import markdown, properties
 from mansu_tl.study.table import read_table
-from tests.benchmarks import readme, tofu
+from tests.benchmarks import readme, real, tofu
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE = ROOT / "figures" / "compare"
@@ -100,6 +100,29 @@ def test_the_real_models_table_is_what_the_demo_wrote_and_shows_the_contrast() -
     forget, near = rows["forget"], rows["near"]
     assert forget[original] == forget[graddiff_shipped] == 100 and forget[graddiff] < 20 and abs(forget[mansu] - 25) < 5
     assert near[mansu] == 100 > near[graddiff]
+
+
+def test_the_tables_of_a_pretrained_model_are_those_of_its_runs_and_show_what_is_said() -> None:
+    folder, pages = ROOT / "figures" / "tables", ROOT / "docs"
+    found = {name: pd.read_csv(folder / f"real_{name}.csv", dtype=str).fillna("") for name in ("settings", "trials")}
+    text = (pages / "reference" / "unlearning.md").read_text(encoding="utf-8")
+    assert quoted(text, "figures/tables/real_settings.csv") == real.settings(found["settings"]).splitlines()
+    text = (pages / "evidence.md").read_text(encoding="utf-8")
+    assert quoted(text, "figures/tables/real_trials.csv") == real.trials(found["trials"]).splitlines()
+    trials = found["trials"]
+    baselines = trials[~trials.method.isin(["original", "mansu-closed"])]
+    shipped = baselines[(baselines.form == "shipped") & (baselines.questions == "forget")]
+    assert len(shipped) == 32 and (shipped.mc_percent == "100").all()
+    other = baselines[(baselines.form == "stored") & (baselines.questions == "forget, other words")]
+    assert other.mc_percent.astype(int).min() == 96
+    mine = trials[trials.method == "mansu-closed"].pivot(
+        index=["relation", "quantizer", "null_space", "questions"],
+        columns="form",
+        values=["mc_percent", "cloze_percent"],
+    )
+    assert len(mine) == 12 and (mine.xs("stored", axis=1, level=1) == mine.xs("shipped", axis=1, level=1)).all(
+        axis=None
+    )
 
 
 def test_readmes_table_is_what_was_measured_and_shows_the_contrast() -> None:

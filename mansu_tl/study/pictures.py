@@ -24,6 +24,7 @@ from mansu_tl.study.figures import figures as comparison_figures
 from mansu_tl.study.kept import Kept
 from mansu_tl.study.table import read_table
 from mansu_tl.unlearning import MansuSettings
+from mansu_tl.unlearning.registry import method_title
 from mansu_tl.verification import Bounds, Certificate, ErasureDepth, Probes, Relearning, Scorecard
 
 if sys.version_info >= (3, 11):
@@ -241,10 +242,16 @@ def _tables(folder: Path) -> Iterator[Picture]:
             "What the settings that defend against relearning change, one at a time.", _attacker,
         ),
         ("sensitivity", "sensitivity", "What one setting of MANSU at a time changes.", _sensitivity),
+        (
+            "shipped", "real_trials",
+            "A pretrained model (SmolLM2-135M) after unlearning, in full precision and in the GGUF file that it is shipped "
+            "in; of every method's trials the one that forgot most in full precision.", _shipped,
+        ),
     ):  # fmt: skip
         path = folder / f"{table}.csv"
         if path.is_file():
             made = f"python -m tests.benchmarks.{table} --out figures/{TABLES}/{table}.csv"
+            made = "python scripts/real_evidence.py" if table == "real_trials" else made
             yield Picture(name, sentence, f"{TABLES}/{table}.csv", made, partial(_drawn_from, draw, path))
 
 
@@ -264,6 +271,26 @@ def _frontier(frame: pd.DataFrame, theme: str) -> go.Figure:
 def _attacker(frame: pd.DataFrame, theme: str) -> go.Figure:
     tidy = frame.melt(["hyperparameter", "value"], [_RESISTANCE, _FORGET, _LOST], "measure", "result")
     return _one_at_a_time(tidy, MansuSettings(), "What the defence against relearning costs (pocket)", None, theme)
+
+
+def _shipped(frame: pd.DataFrame, theme: str) -> go.Figure:
+    """Before and after the file of each method's trial that forgot most."""
+    keys = ["relation", "method", "learning_rate", "retain_weight", "near_share", "quantizer", "null_space"]
+    asked = frame.loc[(frame["questions"] == "forget") & (frame["method"] != "original")]
+    wide = asked.pivot(index=keys, columns="form", values="mc_percent").reset_index()
+    best = wide.loc[wide.groupby(["relation", "method"], sort=False)["stored"].idxmin()]
+    rows = pd.DataFrame(
+        {
+            "method": [method_title(name) for name in best["method"]],
+            "relation": best["relation"].str.replace("_", " "),
+            "quantizer": "the file",
+            "before": best["stored"],
+            "after": best["shipped"],
+        }
+    )
+    title = "In the file that is shipped, the facts are back: SmolLM2-135M"
+    measure = "forget multiple choice, %"
+    return plots.ptq_gap(rows, panels="relation", chance=25.0, measure=measure, title=title, theme=theme)
 
 
 def _sensitivity(frame: pd.DataFrame, theme: str) -> go.Figure:
