@@ -98,8 +98,10 @@ def test_the_real_models_table_is_what_the_demo_wrote_and_shows_the_contrast() -
     for values in rows.values():
         assert values[mansu_shipped] == values[mansu]
     forget, near = rows["forget"], rows["near"]
-    assert forget[original] == forget[graddiff_shipped] == 100 and forget[graddiff] < 20 and abs(forget[mansu] - 25) < 5
+    assert forget[original] == forget[graddiff_shipped] == 100 and forget[graddiff] < 20 and forget[mansu] < 20
     assert near[mansu] == 100 > near[graddiff]
+    other = rows["forget_paraphrase"]
+    assert other[mansu] < 20 and other[graddiff] > 90 and other[graddiff_shipped] == 100
 
 
 def test_the_tables_of_a_pretrained_model_are_those_of_its_runs_and_show_what_is_said() -> None:
