@@ -17,7 +17,7 @@ from mansu_tl.runs.metrics import logit_difference
 from tests.test_attribution import random_pairs, swapped
 from tests.tiny import FAMILIES, tiny
 
-SETTINGS = settings(max_examples=8, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=12, deadline=None, derandomize=True)
 
 
 @functools.cache
