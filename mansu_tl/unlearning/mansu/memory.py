@@ -15,13 +15,16 @@ from mansu_tl.data import Sequences, Task
 from mansu_tl.models import Anatomy, home, linear_weights, parameters
 from mansu_tl.models.limits import require_room
 from mansu_tl.models.tree import family
+from mansu_tl.quantization import grid_of
 from mansu_tl.unlearning.mansu.candidates import parts_of
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.retain_statistics import MOST_LOGITS
 
 # Bytes a candidate: where it is, value and width; scale and code under a grid; the updates with gradient and Adam's memory,
-# and what their way to the weights keeps; levels and all that the search for moves holds of one matrix's candidates.
-_FLAT, _GRID, _TRAINED, _SEARCHED = 16, 5, 40, 104
+# and what their way to the weights keeps; all that the search for moves holds of one matrix's candidates, and in every view.
+_FLAT, _GRID, _TRAINED, _SEARCHED, _VIEWED = 16, 5, 40, 40, 68
+# Tokens of the longest opening that is put in front of a prompt, about.
+_OPENING = 6
 # Numbers that a layer keeps of a token for the pass back, in widths of the stream and of the MLP.
 _STREAMS, _MLPS = 16, 4
 
@@ -81,10 +84,12 @@ def mansu_memory(
     if settings.null_space or settings.projector:
         moments = 4.0 * sum(linear[name].in_features ** 2 for name in counts)
     text, vocab = task.retain_text, model.cfg.d_vocab
-    prompts, width = min(settings.forget_batch, len(task.forget_pairs)), task.forget_pairs.clean.shape[1]
+    prompts = min(settings.forget_batch, len(task.forget_pairs) * (1 + settings.contexts))
+    width = task.forget_pairs.clean.shape[1] + _OPENING * (settings.contexts > 0)
     logits = 12.0 * min(MOST_LOGITS, int(text.lengths.sum()) * vocab)
     if closed:
-        search = _SEARCHED * max(counts.values(), default=0) + dense
+        views = 1 + sum(not grid_of(name).given_scales for name in settings.quantizers)
+        search = (_SEARCHED + _VIEWED * views) * max(counts.values(), default=0) + dense
         stages = [_graph(anatomy, prompts, width) + 16.0 * prompts * vocab, search, logits]
         stages += [moments] * bool(len(task.near_text))
     else:
