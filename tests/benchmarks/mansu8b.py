@@ -72,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.tiny:
         plan.closed_layers = lambda share, settings: LAYERS  # type: ignore[assignment]
     settings: dict[str, Any] = {
+        "contexts": 0,  # random words have no openings
         "null_space": args.null_space, "least_gain": args.least_gain, "steps": args.steps,
         "fisher_sequences": args.sequences,
     }  # fmt: skip
