@@ -172,7 +172,8 @@ def _mansu(c: Case) -> Numbers:
 
 # The closed form of few steps, to which every gain is worth a move.
 CLOSED = {
-    "contexts": 0, "quantizer": "nf4+int4-g64", "null_space": 0.1, "steps": 4, "until": 0.99, "least_gain": 0.0, "neuron_share": 1.0,
+    "contexts": 0,
+    "quantizer": "nf4+int4-g64", "null_space": 0.1, "steps": 4, "until": 0.99, "least_gain": 0.0, "neuron_share": 1.0,
     "budget": 0.1, "fisher": True, "fisher_sequences": 3,
 }  # fmt: skip
 

@@ -122,7 +122,7 @@ def test_the_tables_of_a_pretrained_model_are_those_of_its_runs_and_show_what_is
         columns="form",
         values=["mc_percent", "cloze_percent"],
     )
-    assert len(mine) == 12 and (mine.xs("stored", axis=1, level=1) == mine.xs("shipped", axis=1, level=1)).all(
+    assert len(mine) == 15 and (mine.xs("stored", axis=1, level=1) == mine.xs("shipped", axis=1, level=1)).all(
         axis=None
     )
 
