@@ -288,7 +288,7 @@ def _shipped(frame: pd.DataFrame, theme: str) -> go.Figure:
             "after": best["shipped"],
         }
     )
-    title = "In the file that is shipped, the facts are back: SmolLM2-135M"
+    title = "In the file that is shipped, every baseline's facts are back: SmolLM2-135M"
     measure = "forget multiple choice, %"
     return plots.ptq_gap(rows, panels="relation", chance=25.0, measure=measure, title=title, theme=theme)
 
