@@ -2,7 +2,8 @@
 
     python scripts/real_evidence.py tasks OUT --relation FILE --relation FILE --far FILE --far FILE
     python scripts/real_evidence.py run OUT --device cuda --workers 6      goes on where it stopped
-    python scripts/real_evidence.py table OUT                              the trials on validation, as OUT/real_trials.csv
+    python scripts/real_evidence.py run OUT --trials figures/tables/real_trials.csv   chooses from trials that were run
+    python scripts/real_evidence.py table OUT                              OUT/real_trials.csv and OUT/real_test.csv
 
 Facts are split three ways. Those of the task "validation" choose each method's settings and are in no other task. Those of
 the tasks 0, 1, 2 (drawn from what is left, a seed each) are unlearned with the settings chosen and reported. Of the near
@@ -66,8 +67,10 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
         for name in ("graddiff", "npo", "simnpo", "rmu")
     },
 }  # fmt: skip
-# Where the settings are chosen, what the method leaves of what is to go and takes of what is to stay; in all these forms.
+# By what the settings are chosen: what the method leaves of what is to go and takes of what is to stay, in both forms.
 CHOSEN_IN = ("stored", "shipped")
+TO_GO, TO_STAY = ("forget", "forget, other words"), ("near, kept back",)
+SETTINGS = ("learning_rate", "retain_weight", "near_share", "quantizer", "null_space")
 
 
 def tasks(options: argparse.Namespace) -> None:
@@ -87,7 +90,8 @@ def tasks(options: argparse.Namespace) -> None:
             )  # fmt: skip
             rows = built.rows()
             near = list(dict.fromkeys(row["fact"] for row in rows if row["set"] == "near"))
-            back = set(near[NEAR:])
+            # A relation of which fewer near facts are known keeps the same share of them back.
+            back = set(near[round(len(near) * NEAR / (NEAR + KEPT_BACK)) :])
             for row in rows:
                 # Held out are not only wordings: of these facts no wording is trained on.
                 row["held_out"] = row.get("held_out", False) or row.get("fact") in back
@@ -168,7 +172,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         if form not in forms and form != "shipped":
             forms[form] = mtl.quantize(edited, form)
     for form, one in forms.items():
-        found = {kind: mtl.accuracy(one, questions) for kind, questions in asked.items()}
+        kinds = asked if form in CHOSEN_IN else (*TO_GO, *TO_STAY)
+        found = {kind: mtl.accuracy(one, asked[kind]) for kind in kinds if kind in asked}
         scores[form] = {
             kind: {
                 "mc": each.multiple_choice.int().tolist(),
@@ -186,27 +191,28 @@ def mean(scores: dict[str, Any], form: str, kind: str, what: str) -> float:
     return sum(values) / len(values)
 
 
-def regret(found: dict[str, Any], original: dict[str, Any]) -> float:
-    """What is left of what is to go plus what is lost of what is to stay, as shares of the original's, over forms."""
-    total = 0.0
-    for form in CHOSEN_IN:
-        for kinds, keep in (
-            (("forget", "forget_paraphrase"), False),
-            (("near, kept back", "near"), True),
-            (("retain",), True),
-        ):
-            for kind, what in ((kind, what) for kind in kinds for what in ("mc", "cloze")):
-                chance = 0.25 if what == "mc" else 0.0
-                before = mean(original["scores"], "stored", kind, what) - chance
-                share = max(0.0, mean(found["scores"], form, kind, what) - chance) / max(before, 1e-9)
-                total += (max(0.0, 1 - share) if keep else share) / (2 * len(kinds) * len(CHOSEN_IN))
-    return total
+def regret(trial: pd.DataFrame, original: pd.DataFrame) -> float:
+    """The mean share left of what is to go plus the mean share lost of what is to stay, over forms and scores.
+
+    Shares of what the original has above chance; a score of which it has nothing is left out.
+    """
+    before, left, lost = original[original.form == "stored"].set_index("questions"), [], []
+    for one in trial.itertuples():
+        for what, chance in (("mc_percent", 25.0), ("cloze_percent", 0.0)):
+            known = float(before.loc[one.questions, what]) - chance
+            if known > 0:
+                share = max(0.0, float(getattr(one, what)) - chance) / known
+                (lost if one.questions in TO_STAY else left).append(
+                    max(0.0, 1 - share) if one.questions in TO_STAY else share
+                )
+    return sum(left) / len(left) + sum(lost) / len(lost)
 
 
 def run(options: argparse.Namespace) -> None:
     """Circuits, trials on validation, then what was chosen on every test task; each result is one line of results.jsonl."""
     results = options.out / "results.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = pd.read_csv(options.trials, dtype=str).fillna("") if options.trials else pd.DataFrame()
     names = sorted(place.stem for place in options.out.glob("*.json") if place.stem.rsplit("-", 1)[-1] in PARTS)
     if options.relations:
         names = [name for name in names if name.rsplit("-", 1)[0] in options.relations]
@@ -216,11 +222,16 @@ def run(options: argparse.Namespace) -> None:
     }  # fmt: skip
     keys = ("task", "method", "settings", "seed")
     started = {json.dumps([one[key] for key in keys], sort_keys=True) for one in done}
+    for one in known.to_dict("records"):
+        if one["method"] in ("original", *TRIALS):
+            job = [f"{one['relation']}-validation", one["method"], settings_in(one), 0]
+            started.add(json.dumps(job, sort_keys=True))
 
     def jobs() -> list[dict[str, Any]]:
         """What can be started, the most wanted first."""
         found = []
-        circuits = {one["task"] for one in done if one["method"] == "circuit"}
+        circuits = {place.name.split(".")[0] for place in options.out.glob("*.circuit.safetensors")}
+        table = pd.concat([known, validation(done)])
         for name in sorted(names, key=lambda name: PARTS.index(name.rsplit("-", 1)[-1])):
             relation, part = name.rsplit("-", 1)
             found.append({**common, "task": name, "method": "circuit", "seed": 0, "forms": []})
@@ -232,17 +243,16 @@ def run(options: argparse.Namespace) -> None:
                 if part == "validation":
                     chosen = trials
                 else:
-                    best = choose(done, relation, method)
+                    best = choose(table, relation, method)
                     chosen = [] if best is None else [best]
                 found += [
                     {**common, "task": name, "method": method, "settings": one, "seed": seed, "forms": forms}
                     for one in chosen
                 ]
-        order = ("circuit", "original", *TRIALS)
-        found.sort(
-            key=lambda job: (job["method"] not in order[:2], PARTS.index(job["task"].rsplit("-", 1)[-1]) == 0 and -1)
-        )
-        return [job for job in found if json.dumps([job[key] for key in keys], sort_keys=True) not in started]
+        # What others wait for comes first, then one test task after another.
+        found.sort(key=lambda job: (job["method"] != "circuit", PARTS.index(job["task"].rsplit("-", 1)[-1])))
+        wanted = [job for job in found if not options.methods or job["method"] in options.methods]
+        return [job for job in wanted if json.dumps([job[key] for key in keys], sort_keys=True) not in started]
 
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool, results.open("a") as file:
         running: dict[Any, dict[str, Any]] = {}
@@ -281,33 +291,78 @@ def run(options: argparse.Namespace) -> None:
                 print(f"{time.monotonic() - end + options.seconds:6.1f}", json.dumps(line), flush=True)
 
 
-def choose(done: list[dict[str, Any]], relation: str, method: str) -> dict[str, Any] | None:
+def choose(trials: pd.DataFrame, relation: str, method: str) -> dict[str, Any] | None:
     """The trial of least regret on a relation's validation task, once all its trials are there."""
-    name = f"{relation}-validation"
-    trials = [one for one in done if one["task"] == name and one["method"] == method]
-    original = [one for one in done if one["task"] == name and one["method"] == "original"]
-    if len(trials) < len(TRIALS[method]) or not original:
+    here = trials[(trials.relation == relation) & trials.questions.isin([*TO_GO, *TO_STAY])]
+    original = here[here.method == "original"]
+    found = [
+        (settings_in(one.iloc[0].to_dict()), one) for _, one in here[here.method == method].groupby(list(SETTINGS))
+    ]
+    if len(found) < len(TRIALS[method]) or not len(original):
         return None
-    best: dict[str, Any] = min(trials, key=lambda one: regret(one, original[0]))
-    return dict(best["settings"])
+    return min(found, key=lambda each: regret(each[1], original))[0]
+
+
+def settings_in(row: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a row of the table of trials names."""
+    named = {name: row[name] for name in SETTINGS if row[name] != ""}
+    return {name: value if name == "quantizer" else float(value) for name, value in named.items()}
+
+
+def validation(done: list[dict[str, Any]]) -> pd.DataFrame:
+    """The trials on validation as a tidy table, in percent."""
+    rows = []
+    for one in done:
+        relation, part = one["task"].rsplit("-", 1)
+        for form, kind in product(one.get("scores", {}), (*TO_GO, *TO_STAY)):
+            if part == "validation" and form in CHOSEN_IN and kind in one["scores"][form]:
+                found = {what: f"{100 * mean(one['scores'], form, kind, what):.0f}" for what in ("mc", "cloze")}
+                settings = {name: str(one["settings"].get(name, "")) for name in SETTINGS}
+                rows.append(
+                    {"relation": relation, "method": one["method"], **settings, "form": form, "questions": kind,
+                     "mc_percent": found["mc"], "cloze_percent": found["cloze"], "weights": str(one.get("weights", "")),
+                     "edit_seconds": str(round(one["edit seconds"], 1)) if "edit seconds" in one else ""}
+                )  # fmt: skip
+    columns = (
+        "relation",
+        "method",
+        *SETTINGS,
+        "form",
+        "questions",
+        "mc_percent",
+        "cloze_percent",
+        "weights",
+        "edit_seconds",
+    )
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test(done: list[dict[str, Any]]) -> pd.DataFrame:
+    """What was chosen, on the test tasks: every score of every form by seed, in percent, log-odds as means in nats."""
+    rows = []
+    for one in done:
+        relation, part = one["task"].rsplit("-", 1)
+        if part == "validation":
+            continue
+        for form, kinds in one.get("scores", {}).items():
+            for kind in kinds:
+                settings = {name: str(one["settings"].get(name, "")) for name in SETTINGS}
+                found = {what: mean(one["scores"], form, kind, what) for what in ("mc", "cloze", "log_odds")}
+                rows.append(
+                    {"relation": relation, "seed": part, "method": one["method"], **settings, "form": form,
+                     "questions": kind, "asked": len(kinds[kind]["mc"]), "mc_percent": f"{100 * found['mc']:.1f}",
+                     "cloze_percent": f"{100 * found['cloze']:.1f}", "log_odds": f"{found['log_odds']:.3f}",
+                     "weights": str(one.get("weights", ""))}
+                )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def table(options: argparse.Namespace) -> None:
-    """The trials on validation as a tidy table, in percent."""
-    names = ("learning_rate", "retain_weight", "near_share", "quantizer", "null_space")
-    rows = []
-    for one in map(json.loads, (options.out / "results.jsonl").read_text().splitlines()):
-        relation, part = one["task"].rsplit("-", 1)
-        for form, kind in product(one.get("scores", {}), ("forget", "forget, other words", "near, kept back")):
-            if part == "validation" and form in CHOSEN_IN and kind in one["scores"][form]:
-                found = {what: f"{100 * mean(one['scores'], form, kind, what):.0f}" for what in ("mc", "cloze")}
-                settings = {name: one["settings"].get(name, "") for name in names}
-                rows.append(
-                    {"relation": relation, "method": one["method"], **settings, "form": form, "questions": kind,
-                     "mc_percent": found["mc"], "cloze_percent": found["cloze"], "weights": one.get("weights", ""),
-                     "edit_seconds": round(one["edit seconds"], 1) if "edit seconds" in one else ""}
-                )  # fmt: skip
-    pd.DataFrame(rows).to_csv(options.out / "real_trials.csv", index=False)
+    """Both tables, from what has been run."""
+    done = [json.loads(line) for line in (options.out / "results.jsonl").read_text().splitlines()]
+    known = pd.read_csv(options.trials, dtype=str).fillna("") if options.trials else None
+    pd.concat([known, validation(done)]).drop_duplicates().to_csv(options.out / "real_trials.csv", index=False)
+    test(done).to_csv(options.out / "real_test.csv", index=False)
 
 
 def main() -> None:
@@ -319,6 +374,10 @@ def main() -> None:
     parser.add_argument("--relation", type=Path, action="append", default=[])
     parser.add_argument("--far", type=Path, action="append", default=[])
     parser.add_argument("--relations", action="append", default=[], help="only these, by file name without .json")
+    parser.add_argument(
+        "--methods", action="append", default=[], help="only these, and circuit and original as methods"
+    )
+    parser.add_argument("--trials", type=Path, help="a real_trials.csv of trials that were run before")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)

@@ -20,7 +20,8 @@ from mansu_tl.models.widened import widened
 from mansu_tl.patching.reading import read_layer, subject_share, subject_tokens
 from mansu_tl.quantization import grid_of
 from mansu_tl.quantization.calibration import inputs_of
-from mansu_tl.runs.values import watched
+from mansu_tl.runs.depth import above, known
+from mansu_tl.runs.values import last_token_logits, watched
 from mansu_tl.unlearning import MansuSettings, unlearn
 from mansu_tl.unlearning.mansu import closed
 from mansu_tl.unlearning.mansu.memory import mansu_memory
@@ -312,6 +313,33 @@ def test_what_is_missing_reaches_the_stream(family: str) -> None:
     # Behind a norm to first order, and but for its length.
     tolerance = 0.35 if kind.mlp_post_norm else 2e-3
     assert ((moved - missing).norm() / missing.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_from_a_known_layer_on_is_the_rest_of_the_whole_pass(family: str) -> None:
+    """With a shift behind that layer too; and the layers below and above that are left out do not run."""
+    hf = plain(boot(tiny(family, num_hidden_layers=3), tiny_tokenizer(), family))
+    values = {key: value.detach() for key, value in hf.named_parameters()}
+    tokens, lengths = torch.randint(3, 64, (4, 7)), torch.tensor([7, 5, 7, 6])
+    path, ran = mtl.models.tree.family(hf).layers, list[int]()
+    blocks = [hf.get_submodule(f"{path}.{i}") for i in range(3)]
+    mlps = [name for name, _ in hf.named_modules() if name.endswith(mtl.models.tree.family(hf).down)]
+    for i, name in enumerate(mlps):
+        hf.get_submodule(name).register_forward_hook(lambda module, inputs, output, i=i: ran.append(i))
+    below = known(hf, values, tokens, 1)
+    assert ran == [0, 1]
+    torch.testing.assert_close(below.stream, hf(tokens, output_hidden_states=True).hidden_states[2])
+    rows, places, shift = torch.tensor([0, 3]), torch.tensor([2, 1]), torch.randn(2, below.stream.shape[-1])
+    for moved in (0 * shift, shift):
+        with closed._added(blocks[1], rows, places, moved):
+            whole = last_token_logits(hf, values, tokens, lengths)
+            ran.clear()
+            with above(hf, below):
+                rest = last_token_logits(hf, values, tokens, lengths)
+        assert ran == [2]
+        torch.testing.assert_close(rest, whole)
+    assert not any("forward" in block.__dict__ for block in blocks)
+    assert ran[-1:] == [2]
 
 
 def test_inputs_are_the_same_whatever_is_padded_or_left_out(model) -> None:

@@ -49,6 +49,7 @@ class Batch:
     rows: Int[Tensor, " row"]  # of the forget pairs
     retain_rows: Int[Tensor, " retain"]  # of the whole retain text, near ones behind the far ones
     n_far: int
+    cut: bool = False  # whether forget prompts are run without the columns that are padding in all of them
 
     @property
     def model(self) -> PreTrainedModel:
@@ -68,7 +69,8 @@ class Batch:
     @cached_property
     def forget(self) -> Forced[PromptPairs]:
         """The forget prompts as they are run for their answers."""
-        return forced(self.pairs, 1)
+        asked = forced(self.pairs, 1)
+        return asked.trimmed() if self.cut else asked
 
     @property
     def places(self) -> Int[Tensor, " place"]:

@@ -183,12 +183,12 @@ def spread_out(text: Sequences, most: int) -> Sequences:
 
 
 def sequence_loss(model: PreTrainedModel, values: Values, batch: Sequences) -> Float[Tensor, ""]:
-    """Mean next-token cross-entropy over the real tokens."""
+    """Mean next-token cross-entropy over the real tokens; sequences of like length are run together, to pad less."""
     vocab = model.get_output_embeddings().weight.shape[0]
     rows, count = max(1, MOST_LOGITS // (batch.tokens.shape[1] * vocab)), int((batch.lengths - 1).sum())
     parts = []
-    for start in range(0, len(batch), rows):
-        part = predicted(model, values, batch[slice(start, start + rows)])
+    for at in batch.lengths.argsort(stable=True).split(rows):
+        part = predicted(model, values, batch[at].trimmed())
         if len(part.targets):
             mean = torch.nn.functional.cross_entropy(part.logits, part.targets)
             parts.append(mean * (len(part.targets) / count))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.models.tree import family, submodule
 from mansu_tl.patching.reading import subject_tokens
 from mansu_tl.runs import distributed
-from mansu_tl.runs.values import Values, last_token_logits, watched
+from mansu_tl.runs.depth import Known, above, known
+from mansu_tl.runs.values import Values, by_length, watched
 from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.loop import Solver, run
@@ -99,8 +100,25 @@ class _Shift(Solver):
         self.block = submodule(fixed.hf, f"{family(fixed.hf).layers}.{layer}")
         self.forget = objective(settings, fixed.unknown).forget
         with torch.no_grad():
-            self.base = _stream(fixed.hf, fixed.source.original, fixed.source.pairs, spots, self.block)
+            self.base = _stream(fixed.hf, fixed.source.original, fixed.source.pairs, spots, layer)
+        self.own = torch.arange(len(fixed.source.pairs), device=self.base.device)
+        if fixed.data_parallel:
+            self.own = self.own[distributed.share(len(self.own))]
+        groups = by_length(fixed.source.pairs.lengths[self.own]) if len(self.own) else []
+        # The layers below see no shift: they are run once.
+        self.parts = [
+            self._begun(self.own[part], layer)
+            for group in groups
+            for part in group.to(self.own.device).split(settings.forget_batch)
+        ]
         self.size = self.base.norm(dim=-1).mean()
+
+    @torch.no_grad()
+    def _begun(self, rows: Int[Tensor, " row"], layer: int) -> tuple[Batch, Known]:
+        """Some prompts, and what the model makes of them below the shift."""
+        none, source = torch.empty(0, dtype=torch.long), self.fixed.source
+        batch = Batch(source, source.original, rows, none, 0, cut=True)
+        return batch, known(source.model, source.original, batch.forget.clean, layer)
 
     def restart(self) -> None:
         shift = torch.zeros_like(self.base, requires_grad=True)
@@ -117,18 +135,18 @@ class _Shift(Solver):
         return self.learning_rate * float(self.size) / self.base.shape[1] ** 0.5
 
     def loss(self, step: int) -> Float[Tensor, ""]:
-        source, none, shared = self.fixed.source, torch.empty(0, dtype=torch.long), self.fixed.data_parallel
-        every, shift = torch.arange(len(source.pairs), device=self.shift.device), self.shift
-        own, total, count = every, shift.new_zeros(()), len(source.places(every))
+        source, shared, shift = self.fixed.source, self.fixed.data_parallel, self.shift
+        total, count = shift.new_zeros(()), len(source.places(torch.arange(len(source.pairs))))
         if shared:
             # A process without a prompt takes part in the gradient too.
             shift = distributed.of_all(shift)
-            own, total = every[distributed.share(len(every))], 0 * shift.sum()
-        for rows in own.split(self.settings.forget_batch) if len(own) else ():
-            spot, row, place = self.spots.of(rows)
-            with _added(self.block, row, place, shift[spot]):
-                part = self.forget(Batch(source, source.original, rows, none, 0))
-            total = total + part * len(source.places(rows)) / count
+            total = 0 * shift.sum()
+        for batch, below in self.parts:
+            spot, row, place = self.spots.of(batch.rows)
+            with above(source.model, below), _added(self.block, row, place, shift[spot]):
+                # A batch keeps what it has found; this one is run again at every step.
+                part = self.forget(replace(batch))
+            total = total + part * len(source.places(batch.rows)) / count
         total = distributed.over_all(total) if shared else total
         norm = (self.shift.norm(dim=-1) / self.size).square().mean()
         if step % 10 == 0 or step == self.steps - 1:
@@ -161,18 +179,10 @@ def _added(
 
 
 def _stream(
-    hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots, block: nn.Module
+    hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots, layer: int
 ) -> Float[Tensor, "spot d_model"]:
-    """What a block gives out on the subject's tokens."""
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        stream = output[0] if isinstance(output, tuple) else output
-        kept.append(stream[spots.rows, spots.places].float())
-
-    with block.register_forward_hook(keep):
-        last_token_logits(hf, values, pairs.clean, pairs.lengths)
-    return kept[0]
+    """What a layer gives out on the subject's tokens."""
+    return known(hf, values, pairs.clean, layer).stream[spots.rows, spots.places].float()
 
 
 def _seen_in(
@@ -202,7 +212,7 @@ def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots
 
     norm = f"{layer}.{path}.weight" if path else None
     with watched(hf, [name, *([norm] if norm else [])], see):
-        stream = _stream(hf, values, pairs, spots, submodule(hf, f"{kind.layers}.{last}"))
+        stream = _stream(hf, values, pairs, spots, last)
     through = torch.ones_like(stream)
     if norm is not None:
         scale = values[norm].float() + kind.norm_offset

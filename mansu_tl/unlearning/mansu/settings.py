@@ -26,7 +26,7 @@ _NOT_CLOSED = (
 CLOSED: Mapping[str, Any] = MappingProxyType(
     {"solver": "closed", "steps": 20, "margin": 0.1, "band_weight": 0.05, "representation_weight": 0.0,
      "adversary_weight": 0.0, "null_space": 50.0, "near_weight": 5.0, "fisher": False, "contexts": 3,
-     "neuron_share": 1.0}
+     "neuron_share": 1.0, "fisher_sequences": 64}
 )  # fmt: skip
 _LIGHT: Mapping[str, Any] = MappingProxyType(
     {"steps": 200, "margin": 0.1, "band_weight": 0.05, "adversary_every": 10, "representation_weight": 0.0,
