@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,8 +40,9 @@ from mansu_tl.study import (
 )
 from mansu_tl.study import compare as run_comparison
 from mansu_tl.study.collect import config_in
+from mansu_tl.study.demos import DEMO, DEMO_REAL
 from mansu_tl.study.shipping import shipped_answers
-from mansu_tl.unlearning import MansuSettings, method_flags
+from mansu_tl.unlearning import method_flags
 from mansu_tl.unlearning import methods as method_names
 from mansu_tl.verification import ask as asked
 from mansu_tl.verification import judge_by_llama
@@ -51,24 +52,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Did this model really forget, and does it stay forgotten once it is quantized?",
-)
-
-# The light settings: a third of the time, no defence against relearning.
-_DEMO = StudyConfig(
-    model="pocket",
-    never="pocket-never",
-    also=("pocket-fp",),
-    settings={"mansu": asdict(MansuSettings.light())},
-)
-
-_DEMO_REAL = StudyConfig(
-    model="smollm2-135m",
-    methods=("mansu-closed", "graddiff"),
-    quantizers=("gguf", "nf4"),
-    settings={
-        "mansu-closed": {"quantizer": "gguf"},
-        "graddiff": {"learning_rate": 3e-5, "retain_batch": 12, "check_every": 1},
-    },
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Results folder; an interrupted run continues where it stopped.")]
@@ -118,7 +101,7 @@ def demo(
 ) -> None:
     """Run everything on the embedded models and write a report: three and a half minutes on two free CPU cores."""
     with _to_be_continued():
-        _finish(run_study(replace(_DEMO, seed=seed), out, progress=not quiet, workers=workers, on=on), png)
+        _finish(run_study(replace(DEMO, seed=seed), out, progress=not quiet, workers=workers, on=on), png)
 
 
 @app.command()
@@ -278,10 +261,10 @@ def demo_real(
     task = out / f"task_{seed}.jsonl"
     with _to_be_continued():
         if not task.is_file():
-            landmarks_task(load(_DEMO_REAL.model), seed).write(task)
-        study = run_study(replace(_DEMO_REAL, task=str(task), seed=seed), out, progress=not quiet)
+            landmarks_task(load(DEMO_REAL.model), seed).write(task)
+        study = run_study(replace(DEMO_REAL, task=str(task), seed=seed), out, progress=not quiet)
         _finish(study, png)
-        model, edits = load(_DEMO_REAL.model), {name: result.edit for name, result in study.results.items()}
+        model, edits = load(DEMO_REAL.model), {name: result.edit for name, result in study.results.items()}
         answers = shipped_answers(model, load_task(str(task), tokenizer=model), edits, out / "model").markdown() + "\n"
     typer.echo(f"{answers}answers: {write_text(out / 'answers.md', answers)}")
 

@@ -61,8 +61,8 @@ def test_it_forgets_ships_asks_and_goes_on_where_it_stopped(tmp_path: Path, fact
     monkeypatch.setattr(landmarks.resources, "files", lambda package: facts)
     monkeypatch.setattr(landmarks, "_WRITTEN", 6)
     monkeypatch.setattr(landmarks, "build_task", partial(mtl.build_task, facts=4, near=3, unseen=3))
-    small = replace(cli._DEMO_REAL, model=str(file), settings=QUICK, faithfulness=0.3, steps=1)
-    monkeypatch.setattr(cli, "_DEMO_REAL", small)
+    small = replace(cli.DEMO_REAL, model=str(file), settings=QUICK, faithfulness=0.3, steps=1)
+    monkeypatch.setattr(cli, "DEMO_REAL", small)
     words, out = ["demo-real", "--out", str(tmp_path / "out"), "--quiet"], tmp_path / "out"
 
     ends = cli._finish

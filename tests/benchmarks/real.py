@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from mansu_tl.results.intervals import interval_over_seeds
+
 # Of all linear weights of SmolLM2-135M and its embedding.
 _WEIGHTS = 134_515_008
 _TITLES = {
@@ -56,3 +58,89 @@ def trials(table: pd.DataFrame) -> str:
         )
     header = ["relation", "method", "trial", *(f"{kind}, {form}" for kind in kinds for form in ("stored", "shipped"))]
     return _lines(header, [cells for *_, cells in sorted(rows)])
+
+
+# What is asked on the test tasks, in the order of the page.
+_ASKED = {
+    "forget": "forget", "forget_paraphrase": "forget, second wording", "forget, other words": "forget, other words",
+    "near": "near", "near, kept back": "near, kept back", "retain": "far",
+}  # fmt: skip
+
+
+def test(table: pd.DataFrame) -> str:
+    """What was chosen, on facts that chose nothing: chosen among four / said, in percent, means over seeds."""
+    rows = []
+    for (relation, method), found in table.groupby(["relation", "method"], sort=False):
+        for form in ("stored", "shipped"):
+            part = found[found.form == form]
+            if len(part):
+                one = part.groupby("questions")[["mc_percent", "cloze_percent"]].agg(lambda x: x.astype(float).mean())
+                cells = [f"{one.mc_percent[kind]:.0f} / {one.cloze_percent[kind]:.0f}" for kind in _ASKED]
+                head = [relation.replace("_", " "), _TITLES[method], str(part.seed.nunique()), form]
+                rows.append((relation, list(_TITLES).index(method), [*head, *cells]))
+    header = ["relation", "method", "seeds", "form", *_ASKED.values()]
+    return _lines(header, [cells for *_, cells in sorted(rows, key=lambda row: row[:2])])
+
+
+def gaps(table: pd.DataFrame) -> str:
+    """What each quantized form gives back of the forget answers' log-odds, in nats; intervals over seeds where there are."""
+    rows = []
+    forget = table[(table.questions == "forget") & (table.method != "original")]
+    for (relation, method), found in forget.groupby(["relation", "method"], sort=False):
+        wide = found.assign(nats=found.log_odds.astype(float)).pivot(index="seed", columns="form", values="nats")
+        cells = []
+        for form in ("shipped", "nf4", "gguf-q4_0", "int4-g64"):
+            gap = (wide[form] - wide["stored"]).dropna()
+            low, high = interval_over_seeds(list(gap))
+            cells.append(f"{gap.mean():.2f} [{low:.2f}, {high:.2f}]" if len(gap) > 1 else f"{gap.mean():.2f}")
+        rows.append(
+            (
+                relation,
+                list(_TITLES).index(method),
+                [relation.replace("_", " "), _TITLES[method], str(len(wide)), *cells],
+            )
+        )
+    header = ["relation", "method", "seeds", "the file", "`nf4`", "`gguf-q4_0`", "`int4-g64`"]
+    return _lines(header, [cells for *_, cells in sorted(rows, key=lambda row: row[:2])])
+
+
+def circuits(table: pd.DataFrame) -> str:
+    """The circuits of a pretrained model's facts, means over draws of facts."""
+    rows, whole = [], table[table.layer == ""].assign(value=lambda frame: frame.value.astype(float))
+    for relation, found in whole.groupby("relation", sort=False):
+
+        def mean(measure: str, of: str, on: str, found: pd.DataFrame = found) -> str:
+            values = found[(found.measure == measure) & (found.of == of) & (found.on == on)].value
+            digits = 0 if measure in ("edges", "read layer") else 2
+            return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
+
+        name = relation.replace("_", " ")
+        rows += [
+            [name, "edges at .85", *(mean("edges", of, "") for of in ("forget", "near", "far"))],
+            [
+                name,
+                "faithfulness on the forget facts",
+                *(mean("faithfulness", of, "forget") for of in ("forget", "near", "far")),
+            ],
+            [
+                name,
+                "on them in the other wording",
+                *(mean("faithfulness", of, "forget, other wording") for of in ("forget", "near", "far")),
+            ],
+            [name, "on near facts", *(mean("faithfulness", of, "near") for of in ("forget", "near", "far"))],
+            [name, "on far facts", *(mean("faithfulness", of, "far") for of in ("forget", "near", "far"))],
+            [name, "Jaccard with the forget circuit", "1", *(mean("jaccard", of, "forget") for of in ("near", "far"))],
+            [
+                name,
+                "of random circuits of these sizes",
+                "",
+                *(mean("jaccard of random circuits of these sizes", of, "forget") for of in ("near", "far")),
+            ],
+            [name, "as many random edges, on the forget facts", mean("faithfulness", "random edges", "forget"), "", ""],
+            [
+                name,
+                "layer behind which the subject holds less than half",
+                *(mean("read layer", "model", on) for on in ("forget", "near", "far")),
+            ],
+        ]
+    return _lines(["relation", "", "forget circuit", "near circuit", "far circuit"], rows)
