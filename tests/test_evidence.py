@@ -122,9 +122,32 @@ def test_the_tables_of_a_pretrained_model_are_those_of_its_runs_and_show_what_is
         columns="form",
         values=["mc_percent", "cloze_percent"],
     )
-    assert len(mine) == 15 and (mine.xs("stored", axis=1, level=1) == mine.xs("shipped", axis=1, level=1)).all(
+    assert len(mine) == 24 and (mine.xs("stored", axis=1, level=1) == mine.xs("shipped", axis=1, level=1)).all(
         axis=None
     )
+
+
+def test_what_was_chosen_is_the_same_in_the_file_on_facts_that_chose_nothing() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "real_test.csv", dtype=str).fillna("")
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    lines = [*real.test(table).splitlines(), *real.gaps(table).splitlines()]
+    assert quoted(page, "figures/tables/real_test.csv") == lines
+    scores = ["mc_percent", "cloze_percent", "log_odds"]
+    by = table.set_index(["relation", "seed", "method", "form", "questions"])[scores].astype(float)
+    mine = by.xs("mansu-closed", level="method")
+    pd.testing.assert_frame_equal(mine.xs("stored", level="form"), mine.xs("shipped", level="form"))
+    others = by.drop(["mansu-closed", "original"], level="method").xs("forget", level="questions")
+    assert (others.xs("shipped", level="form").mc_percent >= 95).all()
+
+
+def test_the_circuits_of_a_pretrained_models_facts_are_those_of_the_run() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "real_circuit.csv", dtype=str).fillna("")
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert quoted(page, "figures/tables/real_circuit.csv") == real.circuits(table).splitlines()
+    faithful = table[table.measure == "faithfulness"].assign(value=lambda frame: frame.value.astype(float))
+    own, near = (faithful[faithful.of == of].groupby("on").value.min() for of in ("forget", "near"))
+    assert own["forget"] >= 0.85 and own["forget, other wording"] > 0.75 and own["near"] > 0.65
+    assert near["forget"] > 0.65 and (faithful[faithful.of == "random edges"].value < 0.05).all()
 
 
 def test_readmes_table_is_what_was_measured_and_shows_the_contrast() -> None:

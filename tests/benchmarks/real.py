@@ -83,16 +83,18 @@ def test(table: pd.DataFrame) -> str:
 
 
 def gaps(table: pd.DataFrame) -> str:
-    """What each quantized form gives back of the forget answers' log-odds, in nats; intervals over seeds where there are."""
+    """What each form gives back of the forget answers' log-odds (nats, intervals over seeds), and how many it chooses."""
     rows = []
     forget = table[(table.questions == "forget") & (table.method != "original")]
     for (relation, method), found in forget.groupby(["relation", "method"], sort=False):
         wide = found.assign(nats=found.log_odds.astype(float)).pivot(index="seed", columns="form", values="nats")
+        chosen = found.assign(mc=found.mc_percent.astype(float)).groupby("form").mc.mean()
         cells = []
         for form in ("shipped", "nf4", "gguf-q4_0", "int4-g64"):
             gap = (wide[form] - wide["stored"]).dropna()
-            low, high = interval_over_seeds(list(gap))
-            cells.append(f"{gap.mean():.2f} [{low:.2f}, {high:.2f}]" if len(gap) > 1 else f"{gap.mean():.2f}")
+            low, high = interval_over_seeds(list(gap)) if len(gap) > 1 else (None, None)
+            between = f" [{low:.2f}, {high:.2f}]" if len(gap) > 1 else ""
+            cells.append(f"{gap.mean():.2f}{between}, {chosen[form]:.0f} %")
         rows.append(
             (
                 relation,
@@ -112,6 +114,8 @@ def circuits(table: pd.DataFrame) -> str:
         def mean(measure: str, of: str, on: str, found: pd.DataFrame = found) -> str:
             values = found[(found.measure == measure) & (found.of == of) & (found.on == on)].value
             digits = 0 if measure in ("edges", "read layer") else 2
+            if len(values) == 1:
+                return f"{values.iloc[0]:.{digits}f}"
             return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
         name = relation.replace("_", " ")
