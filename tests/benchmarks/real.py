@@ -63,7 +63,8 @@ def trials(table: pd.DataFrame) -> str:
 # What is asked on the test tasks, in the order of the page.
 _ASKED = {
     "forget": "forget", "forget_paraphrase": "forget, second wording", "forget, other words": "forget, other words",
-    "near": "near", "near, kept back": "near, kept back", "retain": "far",
+    "near": "near", "near_paraphrase": "near, second wording", "near, other words": "near, other words",
+    "near, kept back": "near, kept back", "retain": "far",
 }  # fmt: skip
 
 
