@@ -26,7 +26,7 @@ from mansu_tl.circuit.evaluation import faithfulness, random_faithfulness
 from mansu_tl.data import PromptPairs
 from mansu_tl.patching.reading import read_layer, subject_share
 
-TARGET, DRAWS, SIZES = 0.85, 5, 24
+TARGET, DRAWS, MOST = 0.85, 5, 24
 
 
 def pairs_of(model: Any, rows: list[dict[str, Any]], kind: str, held_out: bool, most: int) -> PromptPairs:
@@ -43,10 +43,10 @@ def measured(model: Any, place: Path) -> list[dict[str, Any]]:
     rows = json.loads(place.read_text())["rows"]
     kept = place.with_suffix(".circuit.safetensors")
     asked = {
-        "forget": pairs_of(model, rows, "forget", False, SIZES),
-        "forget, other wording": pairs_of(model, rows, "forget", True, SIZES),
-        "near": pairs_of(model, rows, "near", False, SIZES),
-        "far": pairs_of(model, rows, "retain", False, SIZES),
+        "forget": pairs_of(model, rows, "forget", False, MOST),
+        "forget, other wording": pairs_of(model, rows, "forget", True, MOST),
+        "near": pairs_of(model, rows, "near", False, MOST),
+        "far": pairs_of(model, rows, "retain", False, MOST),
     }
     found = {kind: asked[kind] for kind in ("forget", "near", "far")}
     circuits = {
