@@ -501,6 +501,12 @@ def test_an_unseen_subject_is_an_invented_name() -> None:
         pairs.corrupt[:, 3], pairs.clean[:, 3]
     )
     assert pairs.distractors.tolist() == [[55, 56]] * len(pairs)
+    # A subject of five tokens takes an invented name of as many words.
+    long = "w30 w31 w32 w33 w34"
+    longer = [*rows[1:], rows[0] | {"clean": f"{long} w9", "subject": long}]
+    pairs = mtl.load_task(longer, tokenizer=TOKENIZER, corruption="unseen").forget_pairs
+    (pair,) = pairs.corrupt[pairs.lengths == 7].tolist()
+    assert pair[1:] == [TOKENIZER.unk_token_id] * 5 + [9]
 
 
 @pytest.mark.parametrize(

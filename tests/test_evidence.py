@@ -137,7 +137,11 @@ def test_what_was_chosen_is_the_same_in_the_file_on_facts_that_chose_nothing() -
     mine = by.xs("mansu-closed", level="method")
     pd.testing.assert_frame_equal(mine.xs("stored", level="form"), mine.xs("shipped", level="form"))
     others = by.drop(["mansu-closed", "original"], level="method").xs("forget", level="questions")
-    assert (others.xs("shipped", level="form").mc_percent >= 95).all()
+    shipped = others.xs("shipped", level="form").mc_percent
+    assert len(shipped) == 24 and (shipped >= 95).all()
+    unseen = by.drop(["mansu-closed", "original"], level="method").xs("stored", level="form")
+    unseen = unseen[unseen.index.isin(["forget_paraphrase", "forget, other words"], level="questions")]
+    assert (unseen.mc_percent >= 75).all()
 
 
 def test_the_circuits_of_a_pretrained_models_facts_are_those_of_the_run() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 from mansu_tl.errors import MansuError, unknown
 from mansu_tl.registry import Registry
@@ -58,6 +58,8 @@ INVENTED_WORDS = (*_STARTS, *(start + end for start, end in product(_STARTS, _EN
 
 # What is done to a subject's token embeddings instead of naming another subject.
 EMBEDDED = ("noise", "zero", "mean")
+# Of how many words invented names are made where one or two have too few tokens, and how many of each are tried.
+_LONGER, _TRIES = range(3, 9), 500
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def swap(subjects: Sequence[Subject], tokens: Callable[[str], int], rng: random.
 
 
 def unseen(subjects: Sequence[Subject], tokens: Callable[[str], int], rng: random.Random) -> list[Counterfactual]:
-    """Every prompt about an invented name, drawn until one has as many tokens.
+    """Every prompt about an invented name, drawn until one has as many tokens: of one word, of two, then of more.
 
     Raises:
         MansuError: none of some thousand names has.
@@ -152,7 +154,8 @@ def unseen(subjects: Sequence[Subject], tokens: Callable[[str], int], rng: rando
         wanted, (before, behind) = tokens(one.prompt), one.wording
         firsts = rng.sample(INVENTED_WORDS, len(INVENTED_WORDS))
         names = [*firsts, *(f"{first} {rng.choice(INVENTED_WORDS)}" for first in firsts for _ in range(8))]
-        prompts = (f"{before}{name}{behind}" for name in names)
+        longer = (" ".join(rng.choices(INVENTED_WORDS, k=words)) for words in _LONGER for _ in range(_TRIES))
+        prompts = (f"{before}{name}{behind}" for name in chain(names, longer))
         found = next((prompt for prompt in prompts if tokens(prompt) == wanted), None)
         if found is None:
             raise MansuError(
