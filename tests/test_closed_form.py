@@ -303,7 +303,7 @@ def test_what_is_missing_reaches_the_stream(family: str) -> None:
     values = {key: value.detach() for key, value in hf.named_parameters()}
     seen = closed._seen(hf, values, pairs, spots, name, 1)
     missing = 1e-2 * torch.randn(seen.stream.shape, generator=generator) * seen.stream.norm(dim=-1, keepdim=True) / 6
-    wish = missing / seen.through
+    wish = missing / (seen.scale * seen.share)
 
     def add(key, entered, left):
         return left.index_put((rows, places), wish, accumulate=True)
@@ -313,6 +313,22 @@ def test_what_is_missing_reaches_the_stream(family: str) -> None:
     # Behind a norm to first order, and but for its length.
     tolerance = 0.35 if kind.mlp_post_norm else 2e-3
     assert ((moved - missing).norm() / missing.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_an_output_that_a_norm_mutes_is_asked_for_nothing_and_spoils_nothing(family: str) -> None:
+    """As in Gemma 3 270M, where three of the edited layers' norms have channels of exactly zero."""
+    hf, task = tiny(family), road.tiny_task()
+    norm = hf.get_submodule("model.layers.0.post_feedforward_layernorm").weight
+    with torch.no_grad():
+        norm[3] = -1.0
+        norm[4] = -1.0 + 1e-6
+    bridge = mtl.load(hf, tokenizer=tiny_tokenizer())
+    edit = unlearn(bridge, task, "mansu-closed", **{**QUICK, "restrict": "none", "null_space": 0.0, "least_gain": 0.01})
+    (row,) = (row for row in edit.history if row.get("layer") == 0.0)
+    assert 0 <= row["missing"] < 1
+    rows = edit.indices["model.layers.0.mlp.down_proj.weight"] // hf.config.intermediate_size
+    assert len(rows) > 20 and not {3, 4} & set(rows.tolist())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

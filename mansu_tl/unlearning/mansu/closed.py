@@ -79,9 +79,9 @@ def closed_form(
         levels, most = _Levels.of(part), (fixed.budget - moved) // (len(layers) - i)
         seen = [_seen_in(fixed, view, latent, values, spots, name, layers[-1]) for view in levels.views]
         # Every view asks for what it still misses, so what rounding does to the weights that stay is made up for too.
-        missing = torch.stack([(wanted - each.stream) / (len(layers) - i) / each.through for each in seen])
-        inputs = torch.stack([each.inputs for each in seen])
-        levels_moved, row = _solved(fixed, settings, levels, name, inputs, missing, most)
+        missing = torch.stack([(wanted - each.stream) / (len(layers) - i) / each.share for each in seen])
+        inputs, scale = (torch.stack([getattr(each, key) for each in seen]) for key in ("inputs", "scale"))
+        levels_moved, row = _solved(fixed, settings, levels, name, inputs, scale, missing, most)
         latent[span] = levels.latents(levels_moved)
         change, _ = part.change(latent[span], torch.ones_like(latent[span], dtype=torch.bool), None)
         values[name], moved = fixed.view.moved(name, change), moved + int((latent[span] != 0).sum())
@@ -159,7 +159,9 @@ class _Seen:
     """What passes on the subject's tokens."""
 
     inputs: Float[Tensor, "spot d_in"]  # of the matrix
-    through: Float[Tensor, "spot d_model"]  # what a norm behind it multiplies its output by; 1 without one
+    # What a norm behind it multiplies its output by: typically, and this token's share of that; 1 without a norm.
+    scale: Float[Tensor, " d_model"]
+    share: Float[Tensor, "spot 1"]
     stream: Float[Tensor, "spot d_model"]  # behind the last edited layer
 
 
@@ -213,14 +215,14 @@ def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots
     norm = f"{layer}.{path}.weight" if path else None
     with watched(hf, [name, *([norm] if norm else [])], see):
         stream = _stream(hf, values, pairs, spots, last)
-    through = torch.ones_like(stream)
+    scale, share = torch.ones_like(stream[0]), torch.ones_like(stream[:, :1])
     if norm is not None:
         scale = values[norm].float() + kind.norm_offset
         bare = kept[f"{norm} in"] * scale
-        through = scale * kept[f"{norm} out"].norm(dim=-1, keepdim=True) / bare.norm(dim=-1, keepdim=True)
-        # An output that the norm all but mutes is not asked for what it cannot give.
-        through = through.sign() * through.abs().clamp_min(0.05 * through.abs().mean())
-    return _Seen(kept[f"{name} in"], through, stream)
+        share = kept[f"{norm} out"].norm(dim=-1, keepdim=True) / bare.norm(dim=-1, keepdim=True)
+        typical = share.square().mean().sqrt()
+        scale, share = scale * typical, share / typical
+    return _Seen(kept[f"{name} in"], scale, share, stream)
 
 
 @dataclass(frozen=True)
@@ -263,10 +265,15 @@ def _solved(
     levels: _Levels,
     name: str,
     inputs: Float[Tensor, "view spot d_in"],
+    scale: Float[Tensor, "view d_out"],
     missing: Float[Tensor, "view spot d_out"],
     most: int,
 ) -> tuple[Int[Tensor, " _"], dict[str, float]]:
-    """The levels of one matrix's candidates, and what they come to."""
+    """The levels of one matrix's candidates, and what they come to.
+
+    Gains are what the stream gets, so that an output which a norm behind the matrix mutes is not asked for what it cannot
+    give, and does not set what others must gain.
+    """
     floor, moment = fixed.floor, fixed.moments.get(name)
     (rows, width), where, span = floor.matrices[name].shape, floor.where[name], floor.spans[name]
     columns, column = (where % width).unique(return_inverse=True)
@@ -280,7 +287,7 @@ def _solved(
     curvature = x.mT @ x / x.shape[1]
     if moment is not None:
         curvature = curvature + settings.null_space * moment[columns][:, columns]
-    worth, steps = None, dense(levels.steps)
+    worth, steps = None, dense(levels.steps) * scale[:, None, :, None]
     if fixed.importance is not None:
         # A move costs half of F d^2; those that cost as much as is typical of the matrix are worth half.
         cost = (fixed.importance[span] * levels.steps[0, _LEVELS + 1].square()).sqrt()
@@ -294,6 +301,9 @@ def _solved(
     }
     if moment is not None:
         before = floor.matrices[name].float()
+        # The move itself, not what a norm makes of it.
+        reached = (moves.flatten()[at] + _LEVELS).expand(len(steps), 1, -1)
+        change = dense(levels.steps.gather(1, reached)[:, 0])
         leak = ((change @ moment[columns][:, columns]) * change).sum() / len(change)
         row["leak"] = float(leak / ((before @ moment) * before).sum())
     return moves.flatten()[at], row

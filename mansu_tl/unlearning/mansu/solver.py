@@ -228,7 +228,9 @@ class _Mansu(Solver):
 
 def _retain_increase(fixed: Plan, matrices: Mapping[str, Tensor]) -> dict[str, float]:
     """The retain loss's increase under the realised change: measured, its diagonal estimate and its bound."""
-    view, under = fixed.view, None if fixed.floor.rule == "none" else 0
+    # What a file's own grid gives is what is stored.
+    as_stored = fixed.floor.rule == "none" or fixed.floor.grids[0].given_scales
+    view, under = fixed.view, None if as_stored else 0
     change, losses = fixed.floor.felt(matrices, under), []
     for moved in (torch.zeros_like(change), change):
         with torch.no_grad(), nullcontext() if under is None else view.deployed(moved, under):
