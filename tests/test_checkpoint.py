@@ -16,7 +16,7 @@ from mansu_tl.unlearning.checkpoint import Checkpoint
 from mansu_tl.unlearning.mansu import terms
 from tests.tiny import sliced_task
 
-MANSU = {"steps": 24, "learning_rate": 0.5, "fisher_sequences": 4, "retain_batch": 8, "adversary_every": 4,
+MANSU = {"steps": 16, "learning_rate": 0.5, "fisher_sequences": 4, "retain_batch": 8, "adversary_every": 4,
          "adversary_steps": 2, "null_space": 0.0}  # fmt: skip
 CLOSED = {"solver": "closed", "steps": 14, "null_space": 0.1, "fisher": False, "adversary_weight": 0.0}
 NPO = {"max_steps": 14, "check_every": 5, "stop_over_chance": -100.0, "learning_rate": 1e-4}
@@ -50,7 +50,7 @@ def test_an_interrupted_edit_goes_on_to_the_same_edit(
     given = {"circuit": circuit} if method == "mansu" else {}
     # Something that every step calls, and the call in which Ctrl-C comes.
     where, call = {
-        "mansu": ((terms, "retain_loss"), 18), "closed": ((terms, "forget_loss"), 10), "npo": ((objectives, "softplus"), 9),
+        "mansu": ((terms, "retain_loss"), 12), "closed": ((terms, "forget_loss"), 10), "npo": ((objectives, "softplus"), 9),
     }[kind]  # fmt: skip
     whole = mtl.unlearn(model, task, method, seed=3, **given, **options)
     file = tmp_path / "state.safetensors"
@@ -70,7 +70,10 @@ def test_an_interrupted_edit_goes_on_to_the_same_edit(
 
     monkeypatch.setattr(Checkpoint, "read", noted)
     # Another seed, or other settings, are another edit.
-    mtl.unlearn(model, task, method, seed=4, checkpoint=file, **given, **options)
+    with monkeypatch.context() as inner:
+        interrupted_at(5, *where, inner)
+        with pytest.raises(KeyboardInterrupt):
+            mtl.unlearn(model, task, method, seed=4, checkpoint=file, **given, **options)
     with monkeypatch.context() as inner:
         interrupted_at(call, *where, inner)
         with pytest.raises(KeyboardInterrupt):

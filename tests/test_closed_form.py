@@ -303,7 +303,13 @@ def test_what_is_missing_reaches_the_stream(family: str) -> None:
     values = {key: value.detach() for key, value in hf.named_parameters()}
     seen = closed._seen(hf, values, pairs, spots, name, 1)
     missing = 1e-2 * torch.randn(seen.stream.shape, generator=generator) * seen.stream.norm(dim=-1, keepdim=True) / 6
-    wish = missing / (seen.scale * seen.share)
+    entered: list[torch.Tensor] = []
+    with watched(hf, [name], lambda key, x, y: entered.append(x[rows, places])), torch.no_grad():
+        hf(pairs.clean)
+    # `inputs` are by as much larger than what enters as the norm behind multiplies a token's output by.
+    share = (seen.inputs.norm(dim=-1) / entered[0].norm(dim=-1))[:, None]
+    assert kind.mlp_post_norm or (share == 1).all()
+    wish = missing / (seen.scale * share)
 
     def add(key, entered, left):
         return left.index_put((rows, places), wish, accumulate=True)

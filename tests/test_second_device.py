@@ -41,6 +41,8 @@ CASES += [
 ]
 # What takes longest of the others.
 LONG = {
+    ("llama", "quantizers"),
+    ("llama", "baselines"),
     ("gpt2", "circuits"),
     ("gpt2", "MANSU"),
     ("gemma2", "circuits"),

@@ -15,7 +15,7 @@ from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, fingerprint, linear_weights, parameters, plain
 from mansu_tl.quantization import quantizer
-from mansu_tl.runs.values import by_length, sequence_logits
+from mansu_tl.runs.values import by_length, sequence_logits, watched
 from mansu_tl.unlearning import Edit, MansuSettings, method_flags, methods, unlearn
 from mansu_tl.unlearning.batches import OriginalText
 from mansu_tl.unlearning.mansu.adversary import attacked
@@ -196,6 +196,35 @@ def test_input_moments_are_the_mean_outer_product_of_what_each_matrix_reads(mode
     rows = torch.cat([x[0] for x in seen])
     expected = rows.T @ rows / rows.shape[0]
     torch.testing.assert_close(input_moments(hf, [name], text)[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_moments_behind_a_norm_are_about_what_reaches_the_stream(family: str) -> None:
+    """E |what a change of the matrix makes the norm give out|^2 in all, by the norm itself: to first order, and but for
+    the part of the change along the output, which only moves its length."""
+    hf, name = plain(mtl.load(tiny(family))), "model.layers.0.mlp.down_proj.weight"
+    norm = hf.get_submodule("model.layers.0.post_feedforward_layernorm")
+    with torch.no_grad():
+        norm.weight.zero_()  # a factor of 1
+    text = Sequences(torch.randint(3, 60, (5, 6)), torch.tensor([6, 4, 6, 5, 6]))
+    kept: dict[str, torch.Tensor] = {}
+
+    def look(key, x, left):
+        kept["x"], kept["left"] = x[text.real], left[text.real]
+
+    with torch.no_grad(), watched(hf, [name], look):
+        hf(text.tokens)
+    change = 1e-4 * torch.randn(hf.get_parameter(name).shape)
+    moved = kept["x"] @ change.T
+    moved -= kept["left"] * (moved * kept["left"]).sum(1, keepdim=True) / kept["left"].square().sum(1, keepdim=True)
+    exact = (norm(kept["left"] + moved) - norm(kept["left"])).square().sum(1).mean()
+    moment = input_moments(hf, [name], text, behind_norms=True)[name]
+    # What lies along the output is no change of direction: it is taken out of the moment's prediction too.
+    length = kept["left"].square().mean(1).sqrt()[:, None]
+    along = ((kept["x"] @ change.T - moved) / length).square().sum(1).mean()
+    torch.testing.assert_close(((change @ moment) * change).sum() - along, exact, rtol=1e-2, atol=0.0)
+    plainly = input_moments(hf, [name], text)[name]
+    assert not torch.allclose(plainly / plainly.trace(), moment / moment.trace(), rtol=0.05)
 
 
 def test_fisher_is_the_mean_squared_gradient_of_each_sequence(task) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -35,11 +36,13 @@ def inputs_of(
     text: Sequences,
     batch_size: int = 32,
     *,
+    weights: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     data_parallel: bool = False,
 ) -> dict[str, Inputs]:
     """The inputs of each named matrix over the real tokens of a text, in one pass of the model.
 
     Args:
+        weights: by a matrix's name, what each token's input is multiplied by, [token, 1], made of what the matrix gives out.
         data_parallel: share the batches out over the processes of `torch.distributed`, each of which gets the whole.
 
     Raises:
@@ -57,7 +60,10 @@ def inputs_of(
     left_out: set[str] = set()
 
     def add(name: str, entered: Tensor, left: Tensor) -> None:
-        x = entered[real.to(entered.device)].float()
+        at = real.to(entered.device)
+        x = entered[at].float()
+        if name in weights:
+            x = x * weights[name](left[at])
         for kept, part in ((moments, x.T @ x), (magnitudes, x.abs().sum(0))):
             kept[name] = kept[name].add_(part) if name in kept else part
         left_out.discard(name)

@@ -18,6 +18,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights
 from mansu_tl.quantization import inputs_of
 from mansu_tl.runs import distributed
+from mansu_tl.runs.norms import norm_factor
 from mansu_tl.runs.values import Values, predicted, watched
 
 # Sequences in a pass of the Fisher information, and numbers of their gradients of one matrix that are held at once.
@@ -32,6 +33,7 @@ def input_moments(
     text: Sequences,
     batch_size: int = 128,
     *,
+    behind_norms: bool = False,
     data_parallel: bool = False,
 ) -> dict[str, Float[Tensor, "d_in d_in"]]:
     """C = E[x x^T] of the inputs of each named matrix, over the real tokens of the retain text.
@@ -39,6 +41,8 @@ def input_moments(
     A change dW of the matrix moves its retain outputs by E |dW x|^2 = tr(dW C dW^T).
 
     Args:
+        behind_norms: count each input as often as the square of what a norm behind the matrix makes of a unit there, so
+            that C is about what reaches the stream (`norm_factor`).
         data_parallel: share the text out over the processes of `torch.distributed`.
 
     Raises:
@@ -48,7 +52,10 @@ def input_moments(
         raise MansuError(
             "retain text: none given, so it has no null space; give some text whose likelihood is to be kept"
         )
-    found = inputs_of(model, names, text, batch_size, data_parallel=data_parallel)
+    names = list(names)
+    factors = {name: norm_factor(model, name) for name in names} if behind_norms else {}
+    weights = {name: factor for name, factor in factors.items() if factor is not None}
+    found = inputs_of(model, names, text, batch_size, weights=weights, data_parallel=data_parallel)
     return {name: inputs.moment for name, inputs in found.items()}
 
 
@@ -59,12 +66,13 @@ def mixed_moments(
     near: Sequences,
     near_weight: float,
     *,
+    behind_norms: bool = False,
     data_parallel: bool = False,
 ) -> dict[str, Float[Tensor, "d_in d_in"]]:
     """`input_moments` of the retain text and, weighted, of near text where there is some.
 
     Args:
-        data_parallel: as `input_moments`.
+        behind_norms, data_parallel: as `input_moments`.
 
     Raises:
         MansuError: as `input_moments` and `require_null_space`.
@@ -72,10 +80,11 @@ def mixed_moments(
     if len(text):
         linear = linear_weights(model)
         require_null_space(text, (linear[name].in_features for name in names))
-    moments = input_moments(model, names, text, data_parallel=data_parallel)
+    more = {"behind_norms": behind_norms, "data_parallel": data_parallel}
+    moments = input_moments(model, names, text, **more)
     if len(near):
         # In place: the moments of a large model's matrices take as much room as the model.
-        for name, moment in input_moments(model, names, near, data_parallel=data_parallel).items():
+        for name, moment in input_moments(model, names, near, **more).items():
             moments[name].add_(moment.mul_(near_weight)).div_(1 + near_weight)
     return moments
 

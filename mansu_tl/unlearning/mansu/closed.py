@@ -10,7 +10,7 @@ its place, on a quantizer's codes; our definition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,7 @@ from mansu_tl.models.tree import family, submodule
 from mansu_tl.patching.reading import subject_tokens
 from mansu_tl.runs import distributed
 from mansu_tl.runs.depth import Known, above, known
+from mansu_tl.runs.norms import norm_factor, norm_weight
 from mansu_tl.runs.values import Values, by_length, watched
 from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.checkpoint import Checkpoint
@@ -79,9 +80,8 @@ def closed_form(
         levels, most = _Levels.of(part), (fixed.budget - moved) // (len(layers) - i)
         seen = [_seen_in(fixed, view, latent, values, spots, name, layers[-1]) for view in levels.views]
         # Every view asks for what it still misses, so what rounding does to the weights that stay is made up for too.
-        missing = torch.stack([(wanted - each.stream) / (len(layers) - i) / each.share for each in seen])
-        inputs, scale = (torch.stack([getattr(each, key) for each in seen]) for key in ("inputs", "scale"))
-        levels_moved, row = _solved(fixed, settings, levels, name, inputs, scale, missing, most)
+        missing = torch.stack([(wanted - each.stream) / (len(layers) - i) for each in seen])
+        levels_moved, row = _solved(fixed, settings, levels, name, seen, missing, most)
         latent[span] = levels.latents(levels_moved)
         change, _ = part.change(latent[span], torch.ones_like(latent[span], dtype=torch.bool), None)
         values[name], moved = fixed.view.moved(name, change), moved + int((latent[span] != 0).sum())
@@ -158,10 +158,10 @@ class _Shift(Solver):
 class _Seen:
     """What passes on the subject's tokens."""
 
-    inputs: Float[Tensor, "spot d_in"]  # of the matrix
-    # What a norm behind it multiplies its output by: typically, and this token's share of that; 1 without a norm.
-    scale: Float[Tensor, " d_model"]
-    share: Float[Tensor, "spot 1"]
+    # Of the matrix, each multiplied by the share of `typical` that a norm behind the matrix multiplies its output by.
+    inputs: Float[Tensor, "spot d_in"]
+    typical: float  # that of these tokens; 1 without a norm
+    scale: Float[Tensor, " d_model"]  # what a unit of its output is in the stream at a typical token
     stream: Float[Tensor, "spot d_model"]  # behind the last edited layer
 
 
@@ -206,23 +206,19 @@ def _seen_in(
 
 @torch.no_grad()
 def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots, name: str, last: int) -> _Seen:
-    kind, kept = family(hf), dict[str, Tensor]()
-    layer, path = name.removesuffix(f".{kind.down}.weight"), kind.mlp_post_norm
+    kept, norm, factor = list[Tensor](), norm_weight(hf, name), norm_factor(hf, name)
 
     def see(key: str, entered: Tensor, left: Tensor) -> None:
-        kept[f"{key} in"], kept[f"{key} out"] = (each[spots.rows, spots.places].float() for each in (entered, left))
+        kept.extend(each[spots.rows, spots.places].float() for each in (entered, left))
 
-    norm = f"{layer}.{path}.weight" if path else None
-    with watched(hf, [name, *([norm] if norm else [])], see):
+    with watched(hf, [name], see):
         stream = _stream(hf, values, pairs, spots, last)
-    scale, share = torch.ones_like(stream[0]), torch.ones_like(stream[:, :1])
-    if norm is not None:
-        scale = values[norm].float() + kind.norm_offset
-        bare = kept[f"{norm} in"] * scale
-        share = kept[f"{norm} out"].norm(dim=-1, keepdim=True) / bare.norm(dim=-1, keepdim=True)
-        typical = share.square().mean().sqrt()
-        scale, share = scale * typical, share / typical
-    return _Seen(kept[f"{name} in"], scale, share, stream)
+    inputs, left = kept
+    if norm is None or factor is None:
+        return _Seen(inputs, 1.0, torch.ones_like(stream[0]), stream)
+    by = factor(left)
+    typical = float(by.square().mean().sqrt())
+    return _Seen(inputs * (by / typical), typical, (values[norm].float() + family(hf).norm_offset) * typical, stream)
 
 
 @dataclass(frozen=True)
@@ -264,15 +260,17 @@ def _solved(
     settings: MansuSettings,
     levels: _Levels,
     name: str,
-    inputs: Float[Tensor, "view spot d_in"],
-    scale: Float[Tensor, "view d_out"],
+    seen: Sequence[_Seen],
     missing: Float[Tensor, "view spot d_out"],
     most: int,
 ) -> tuple[Int[Tensor, " _"], dict[str, float]]:
     """The levels of one matrix's candidates, and what they come to.
 
-    Gains are what the stream gets, so that an output which a norm behind the matrix mutes is not asked for what it cannot
-    give, and does not set what others must gain.
+    Gains and what is held are counted in the stream: an output that a norm behind the matrix mutes is not asked for what it
+    cannot give, and a token whose output the norm multiplies by much is held by as much.
+
+    Args:
+        seen: what passes on the subject's tokens, in every view.
     """
     floor, moment = fixed.floor, fixed.moments.get(name)
     (rows, width), where, span = floor.matrices[name].shape, floor.where[name], floor.spans[name]
@@ -283,11 +281,14 @@ def _solved(
         out = flat.new_zeros((*flat.shape[:-1], rows * len(columns)))
         return out.index_copy(-1, at, flat).unflatten(-1, (rows, len(columns)))
 
-    x = inputs[..., columns]
+    x = torch.stack([each.inputs for each in seen])[..., columns]
     curvature = x.mT @ x / x.shape[1]
     if moment is not None:
-        curvature = curvature + settings.null_space * moment[columns][:, columns]
-    worth, steps = None, dense(levels.steps) * scale[:, None, :, None]
+        held = moment[columns][:, columns]
+        for own, each in zip(curvature, seen, strict=True):
+            own.add_(settings.null_space / each.typical**2 * held)
+    worth, steps = None, dense(levels.steps)
+    steps.mul_(torch.stack([each.scale for each in seen])[:, None, :, None])
     if fixed.importance is not None:
         # A move costs half of F d^2; those that cost as much as is typical of the matrix are worth half.
         cost = (fixed.importance[span] * levels.steps[0, _LEVELS + 1].square()).sqrt()

@@ -171,7 +171,9 @@ def plan(
         masks = {name: orient(mask, linear[name]) for name, mask in chosen.items()}
     moments = {}
     if settings.null_space or settings.projector:
-        moments = mixed_moments(hf, masks, text, near, settings.near_weight, data_parallel=data_parallel)
+        moments = mixed_moments(
+            hf, masks, text, near, settings.near_weight, behind_norms=bool(layers), data_parallel=data_parallel
+        )
     projected = moments if settings.projector else {}
     projectors = {name: null_projector(each, settings.leak, name) for name, each in projected.items()}
     importance = None
