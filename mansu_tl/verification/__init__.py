@@ -2,6 +2,7 @@
 
 from mansu_tl.verification.asking import SideBySide, ask
 from mansu_tl.verification.attacks import Attack, attack_splits, unrelated_attack
+from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
 from mansu_tl.verification.damage import Damage, damage
 from mansu_tl.verification.depth import ErasureDepth, erasure_depth
@@ -26,9 +27,11 @@ from mansu_tl.verification.verdicts import Bounds
 __all__ = [
     "Attack",
     "Bounds",
+    "CadByDepth",
     "Certificate",
     "CircuitScores",
     "Damage",
+    "DepthReader",
     "Divergence",
     "ErasureDepth",
     "JudgedFile",

@@ -1,0 +1,163 @@
+"""CAD by depth: evidence against finite differences and completeness, and models whose truth is known."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+import torch
+
+import mansu_tl as mtl
+from mansu_tl.data.forced import forced
+from mansu_tl.errors import MansuError
+from mansu_tl.models import Anatomy, linear_weights, parameters, rebuild
+from mansu_tl.runs import logit_difference
+from mansu_tl.runs.metrics import measured
+from mansu_tl.runs.passes import run
+from mansu_tl.verification import CadByDepth, DepthReader
+from tests.test_attribution import random_pairs
+from tests.tiny import FAMILIES, tiny
+
+
+def known(model, pairs: mtl.data.PromptPairs) -> mtl.data.PromptPairs:
+    """The same pairs, clean and corrupt turned round where the model prefers the other answer."""
+    told = forced(pairs, 2)
+    ends = [
+        measured(logit_difference, run(model, tokens, told.places).float(), told)
+        for tokens in (told.clean, told.corrupt)
+    ]
+    turned = (ends[0] < ends[1])[:, None]
+    clean, corrupt = torch.where(turned, pairs.corrupt, pairs.clean), torch.where(turned, pairs.clean, pairs.corrupt)
+    return mtl.data.PromptPairs.from_tokens(clean, corrupt, pairs.answers, pairs.distractors[:, 0], pairs.lengths)
+
+
+def difference(model, pairs: mtl.data.PromptPairs) -> torch.Tensor:
+    """m(clean) - m(corrupt), pair by pair."""
+    told = forced(pairs, 2)
+    with torch.no_grad():
+        ends = [
+            measured(logit_difference, run(model, t, told.places).float(), told) for t in (told.clean, told.corrupt)
+        ]
+    return ends[0] - ends[1]
+
+
+def without(model, *names: str):
+    """The model with some matrices at zero."""
+    return rebuild(model, {name: torch.zeros_like(parameters(model)[name]) for name in names})
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request):
+    model = mtl.load(tiny(request.param, num_hidden_layers=3))
+    # A random model's slope half-way may have the other sign: the first pairs on which it has the right one.
+    for seed in range(20):
+        pairs = known(model, random_pairs(n=6, seed=seed))
+        with suppress(MansuError):
+            return model, pairs, DepthReader(model, pairs, pairs[:3], steps=1)
+    raise AssertionError("no pairs")
+
+
+def test_evidence_at_the_embedding_is_the_whole_difference_and_writers_sum_to_it(case) -> None:
+    model, pairs, _ = case
+    fine = DepthReader(model, pairs, pairs[:3], steps=40)
+    found = fine.read(model)
+    torch.testing.assert_close(found.original[0].sum(), difference(model, pairs).sum(), rtol=0.03, atol=1e-4)
+    torch.testing.assert_close(found.terms_original.sum(0), found.original[-1], rtol=1e-3, atol=1e-4)
+    assert found.writers[:3] == ("embed", "A0", "MLP0") and len(found.writers) == 2 * len(found.layers) - 1
+
+
+def test_evidence_is_a_slope_of_the_metric_at_the_middle_of_the_way(case) -> None:
+    """With one step: moving a stream of the middle run along clean - corrupt, by central differences."""
+    model, pairs, reader = case
+    told, found, eps = forced(pairs, 2), reader.read(model), 1e-2
+    with torch.no_grad():
+        clean, corrupt = (reader._passed(model, told, clean=side) for side in (True, False))
+        middle = (clean["stream0"] + corrupt["stream0"]) / 2
+        for i, key in list(enumerate(reader.streams))[1:]:
+            change, ends = clean[key] - corrupt[key], []
+            for sign in (1, -1):
+                hooks = [
+                    (reader.streams["stream0"], lambda x, hook: middle),
+                    (reader.streams[key], lambda x, hook, s=sign, d=change: x + s * eps * d),
+                ]
+                ends.append(measured(logit_difference, run(model, told.clean, told.places, hooks).float(), told))
+            slope = (ends[0] - ends[1]) / (2 * eps)
+            torch.testing.assert_close(found.original[i], slope, rtol=2e-2, atol=2e-4)
+
+
+def test_the_original_reads_itself_whole(case) -> None:
+    model, pairs, reader = case
+    found = reader.read(model, label="itself")
+    assert torch.equal(found.original, found.other) and torch.equal(found.near_original, found.near_other)
+    assert found.cad.nan_to_num().abs().max() == 0 and found.cad[0] == 0 == found.opposition
+    right = mtl.accuracy(model, mtl.data.Questions.of_pairs(pairs)).multiple_choice
+    assert all(torch.equal(row, right) for row in found.grafted)
+
+
+def test_what_is_cut_at_a_layer_shows_from_there_on(case) -> None:
+    model, pairs, reader = case
+    layer = {name: info for name, info in linear_weights(model).items() if ".1." in name}
+    found = reader.read(without(model, *layer))
+    assert torch.equal(found.original[:2], found.other[:2])
+    assert (found.original[2:] != found.other[2:]).all()
+    assert found.layers == ("embed", "L0", "L1", "L2")
+    # The original's layers behind the cut see what they always saw; all of them put back from the embedding on too.
+    right = mtl.accuracy(model, mtl.data.Questions.of_pairs(pairs)).multiple_choice
+    assert torch.equal(found.grafted[0], right) and torch.equal(found.grafted[1], right)
+    answered = mtl.accuracy(without(model, *layer), mtl.data.Questions.of_pairs(pairs)).multiple_choice
+    assert torch.equal(found.grafted[-1], answered)
+
+
+@pytest.fixture(scope="module")
+def suppressed(model):
+    """`pocket` whose last MLP alone was trained against the forget answers: the knowledge below it is untouched."""
+    task, last = mtl.load_task("pocket"), f"model.layers.{Anatomy.of(model).n_layers - 1}.mlp.down_proj.weight"
+    pairs = task.forget_pairs
+    hf = mtl.models.plain(model)
+    weight = parameters(model)[last].detach().clone().requires_grad_()
+    adam = torch.optim.Adam([weight], lr=3e-3)
+    rows = torch.arange(len(pairs))
+    for _ in range(60):
+        out = torch.func.functional_call(hf, {last: weight}, (pairs.clean,))
+        logits = out.logits[rows, pairs.lengths - 1]
+        loss = logits.log_softmax(-1)[rows, pairs.answers].clamp_min(-12).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return rebuild(model, {last: weight.detach()})
+
+
+def test_a_suppressor_leaves_the_knowledge_where_it_was(model, suppressed) -> None:
+    task = mtl.load_task("pocket")
+    pairs = task.forget_pairs[:48]
+    assert mtl.accuracy(suppressed, task.questions["forget"]).mc_percent < 30
+    reader = DepthReader(model, pairs, task.retain_pairs[:48])
+    found = reader.read(suppressed, label="suppressor")
+    assert found.cad[:-1].abs().max() == 0 and found.cad[-1] > 0.9
+    assert found.opposition > 0.3 and found.opposition_interval[0] <= found.opposition <= found.opposition_interval[1]
+    # Today's CAD cannot tell: it is gone everywhere.
+    circuit = mtl.discover_circuit(model, pairs, faithfulness=0.8)
+    assert mtl.circuit_divergence(model, suppressed, circuit, pairs).value > 0.8
+    # Put back on the suppressor's streams, the original's last layer answers.
+    assert found.grafted[-2].double().mean() > 0.95 > 0.5 > found.grafted[-1].double().mean()
+    table = found.to_dataframe()
+    assert list(table.layer) == list(found.layers) and (table.cad_low <= table.cad).all()
+    assert "added opposition" in repr(found)
+
+
+def test_it_is_kept_and_read_again(case, tmp_path) -> None:
+    model, _, reader = case
+    found = reader.read(without(model, next(iter(linear_weights(model)))))
+    assert CadByDepth.load(found.save(tmp_path / "cad.safetensors")).digest() == found.digest()
+
+
+def test_what_cannot_be_read_is_refused(case) -> None:
+    model, pairs, reader = case
+    turned = mtl.data.PromptPairs.from_tokens(
+        pairs.corrupt, pairs.clean, pairs.answers, pairs.distractors[:, 0], pairs.lengths
+    )
+    with pytest.raises(MansuError, match=r"the original's evidence on the near pairs is -.* nats; use pairs"):
+        DepthReader(model, pairs, turned)
+    other = mtl.load(tiny("llama", num_hidden_layers=2))
+    with pytest.raises(MansuError, match="CAD by depth: the other model has 2 layers"):
+        reader.read(other)
