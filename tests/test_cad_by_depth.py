@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
 
+import pandas as pd
 import pytest
 import torch
 
@@ -161,3 +163,29 @@ def test_what_cannot_be_read_is_refused(case) -> None:
     other = mtl.load(tiny("llama", num_hidden_layers=2))
     with pytest.raises(MansuError, match="CAD by depth: the other model has 2 layers"):
         reader.read(other)
+
+
+def test_the_figure_shows_both_sides_and_where_the_fact_is_read(case) -> None:
+    model, _, reader = case
+    layer = {name: info for name, info in linear_weights(model).items() if ".1." in name}
+    found = [reader.read(model, label="itself"), reader.read(without(model, *layer), label="cut <b>")]
+    figure = mtl.plots.cad_by_depth(found)
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert [trace.name for trace in lines] == ["itself", "itself", "cut &lt;b&gt;", "cut &lt;b&gt;"]
+    tables = [each.to_dataframe() for each in found]
+    for trace, values in zip(lines, [t[c] for t in tables for c in ("cad", "near_cad")], strict=True):
+        torch.testing.assert_close(torch.tensor(trace.y).double(), torch.tensor(values.to_numpy()), equal_nan=True)
+    uprights = {shape.x0 for shape in figure.layout.shapes if shape.x0 == shape.x1}
+    assert uprights == {reader.read_at + 0.5}
+    named = mtl.plots.cad_by_depth({"a": found[0], "b": found[1]}, theme="dark")
+    assert {trace.name for trace in named.data if trace.mode == "lines+markers"} == {"a", "b"}
+    assert mtl.plots.cad_by_depth(pd.concat(tables)).to_json() == figure.to_json()
+    with pytest.raises(MansuError, match="CAD by depth: the table has no column before_reading"):
+        mtl.plots.cad_by_depth(tables[0].drop(columns="before_reading"))
+    with pytest.raises(MansuError, match="CAD by depth: none given"):
+        mtl.plots.cad_by_depth([])
+    with pytest.raises(MansuError, match="are not distinct"):
+        mtl.plots.cad_by_depth([found[0], found[0]])
+    other = dataclasses.replace(found[1], read=found[1].read + 1)
+    with pytest.raises(MansuError, match="'cut <b>' was read at other layers"):
+        mtl.plots.cad_by_depth([found[0], other])

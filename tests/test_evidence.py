@@ -144,6 +144,18 @@ def test_what_was_chosen_is_the_same_in_the_file_on_facts_that_chose_nothing() -
     assert (unseen.mc_percent >= 75).all()
 
 
+def test_a_second_model_comes_back_after_graddiff_and_not_after_mansu() -> None:
+    folder, page = ROOT / "figures" / "tables", (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    tried, table = (pd.read_csv(folder / f"real_gemma{end}.csv", dtype=str).fillna("") for end in ("_settings", ""))
+    assert quoted(page, "figures/tables/real_gemma_settings.csv") == real.plain(tried).splitlines()
+    assert quoted(page, "figures/tables/real_gemma.csv") == real.test(table).splitlines()
+    by = table.set_index(["method", "form", "relation", "seed", "questions"])[["mc_percent", "cloze_percent"]].astype(float)
+    mine = by.xs("mansu-closed")
+    pd.testing.assert_frame_equal(mine.xs("stored"), mine.xs("shipped"))
+    back = by.loc["graddiff", "shipped"].xs("forget", level="questions")
+    assert len(back) == 6 and (back.mc_percent == 100).all()
+
+
 def test_the_circuits_of_a_pretrained_models_facts_are_those_of_the_run() -> None:
     table = pd.read_csv(ROOT / "figures" / "tables" / "real_circuit.csv", dtype=str).fillna("")
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")

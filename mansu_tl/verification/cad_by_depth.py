@@ -98,8 +98,9 @@ class CadByDepth(Result):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a layer: CAD on forget and near pairs and their difference, each with its 95 % interval over facts, and the
-        forget answers chosen, in percent, when the original's layers behind this one are put on the other's stream."""
+        """One row a layer: CAD on forget and near pairs and their difference, each with its 95 % interval over facts, the
+        forget answers chosen, in percent, when the original's layers behind this one are put on the other's stream, and
+        whether the layer that reads the fact is still to come."""
         forget, near = (
             _draws(self.original, self.other, self.groups),
             _draws(self.near_original, self.near_other, self.near_groups),
@@ -115,6 +116,7 @@ class CadByDepth(Result):
                 low, high = middle(draws)
                 row |= {name: float(value), f"{name}_low": low, f"{name}_high": high}
             row["grafted_percent"] = 100 * self.grafted[i].double().mean().item()
+            row["before_reading"] = i <= self.read
             rows.append(row)
         return pd.DataFrame(rows)
 

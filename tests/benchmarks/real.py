@@ -19,6 +19,11 @@ def _lines(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
+def plain(table: pd.DataFrame) -> str:
+    """A table as it is in its file."""
+    return _lines(list(table.columns), table.to_numpy().tolist())
+
+
 def settings(table: pd.DataFrame) -> str:
     """What three settings do, as stored in the file's own codes: chosen among four / said, in percent."""
     kinds = [

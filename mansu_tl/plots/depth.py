@@ -1,0 +1,86 @@
+"""CAD against depth: where in the layers another model still holds what the original knew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from mansu_tl.errors import MansuError
+from mansu_tl.plots.panels import distinct, legend_below, new_panels, require_columns, series_styles
+from mansu_tl.plots.theme import plain, theme_named
+from mansu_tl.verification import CadByDepth
+
+_ROOM = 0.12  # above and below the largest and the least value
+_SAME = ["layer", "before_reading"]
+_TICKS = 11  # names of layers that fit side by side under a panel
+
+
+def cad_by_depth(
+    results: Sequence[CadByDepth] | Mapping[str, CadByDepth] | pd.DataFrame,
+    *,
+    title: str | None = None,
+    theme: str = "light",
+) -> go.Figure:
+    """Draw CAD by layer, on forget facts at the left and on near ones at the right, one line a model.
+
+    Erasure shows at the left before the fact is read (the upright line) and not at the right; suppression shows only
+    behind it; damage shows on both sides alike. Bands are 95 % intervals over facts.
+
+    Args:
+        results: those of `DepthReader.read`, or their tables, one below another.
+
+    Raises:
+        MansuError: none given, two of one label, or results of other layers.
+    """
+    look, tables = theme_named(theme), _tables(results)
+    first = next(iter(tables.values()))
+    for label, each in tables.items():
+        if not each[_SAME].equals(first[_SAME]):
+            raise MansuError(f"CAD by depth: {label!r} was read at other layers; compare models with one original")
+    how_to_read = (
+        "Evidence of the answer in each layer's stream, as the original reads it: 0 = still there, 1 = gone, above 1 = "
+        "inverted. Bands: 95 % intervals over facts."
+    )
+    panels = new_panels(
+        look, title or "Where in depth the knowledge is gone", how_to_read,
+        ["facts to be forgotten", "near facts, to be kept"], 2, (170, 360), 0, horizontal_spacing=0.07, shared_yaxes=True,
+    )  # fmt: skip
+    x, styles = list(range(len(first))), series_styles(list(tables), look)
+    every = max(1, round(len(x) / _TICKS))
+    low = high = 0.0
+    for label, table in tables.items():
+        style, name = styles[label], plain(label)
+        for panel, column in zip(panels, ("cad", "near_cad"), strict=True):
+            ends = table[[f"{column}_low", f"{column}_high"]]
+            low, high = min(low, float(np.nanmin(ends))), max(high, float(np.nanmax(ends)))
+            panel.band(x, ends[f"{column}_low"].tolist(), ends[f"{column}_high"].tolist(), style.colour, name)
+            panel.series(
+                x, table[column].tolist(), name, style, group=name,
+                data=table[["layer", f"{column}_low", f"{column}_high", "grafted_percent"]].to_numpy().tolist(),
+                hover=f"{name}, behind %{{customdata[0]}}<br>CAD %{{y:.2f}} [%{{customdata[1]:.2f}}, %{{customdata[2]:.2f}}]"
+                "<br>the original's layers from here on choose %{customdata[3]:.0f} % of the forget answers",
+            )  # fmt: skip
+    for panel in panels:
+        panel.level(1.0, "gone", width=1, dash="dot", position="top left")
+        panel.level(int(first["before_reading"].sum()) - 0.5, "read here", upright=True, width=1)
+        panel.x(
+            tickvals=x[::every], ticktext=[plain(name) for name in first["layer"][::every]], title_text="stream behind",
+            showgrid=False, zeroline=False,
+        )  # fmt: skip
+        panel.y(range=[low - _ROOM, max(1.0, high) + _ROOM])
+    panels[0].y(title_text="CAD")
+    legend_below(panels[0].figure, 100, 10)
+    return panels[0].figure
+
+
+def _tables(results: Sequence[CadByDepth] | Mapping[str, CadByDepth] | pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """A table a model, by label."""
+    if isinstance(results, pd.DataFrame):
+        require_columns("CAD by depth", results, ["label", *_SAME, "cad", "near_cad", "grafted_percent"])
+        return {str(label): table.reset_index(drop=True) for label, table in results.groupby("label", sort=False)}
+    found = list(results.items()) if isinstance(results, Mapping) else [(each.label, each) for each in results]
+    labels = distinct("CAD by depth", [label for label, _ in found])
+    return dict(zip(labels, [each.to_dataframe() for _, each in found], strict=True))
