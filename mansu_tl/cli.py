@@ -99,7 +99,7 @@ def demo(
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
-    """Run everything on the embedded models and write a report: three and a half minutes on two free CPU cores."""
+    """Run everything on the embedded models and write a report: four minutes on two free CPU cores."""
     with _to_be_continued():
         _finish(run_study(replace(DEMO, seed=seed), out, progress=not quiet, workers=workers, on=on), png)
 

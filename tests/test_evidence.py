@@ -144,15 +144,33 @@ def test_what_was_chosen_is_the_same_in_the_file_on_facts_that_chose_nothing() -
     assert (unseen.mc_percent >= 75).all()
 
 
+def test_mansu_takes_the_evidence_away_before_it_is_read_and_graddiff_where_it_is() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "real_cad.csv")
+    read = int(table[table.label == table.label.iloc[0]].before_reading.sum()) - 1
+    at = {label: rows.iloc[read] for label, rows in table.groupby("label")}
+    behind = {label: rows.iloc[read + 1] for label, rows in table.groupby("label")}
+    mine, theirs = at["MANSU, closed form"], at["GradDiff"]
+    assert mine.layer == "L22" and mine.cad_low > 0.7 and mine.near_cad_high < 0.15 and mine.specificity_low > 0.6
+    assert theirs.cad_high < 0.3 and behind["GradDiff"].cad_low > 0.9 and behind["GradDiff"].near_cad_low > 0.9
+    assert behind["GradDiff, shipped"].cad_high < 0.1
+    columns = [name for name in table.columns if name != "label"]
+    stored, shipped = (
+        table[table.label == f"MANSU, closed form{end}"][columns].reset_index(drop=True) for end in ("", ", shipped")
+    )
+    pd.testing.assert_frame_equal(stored, shipped)
+
+
 def test_a_second_model_comes_back_after_graddiff_and_not_after_mansu() -> None:
     folder, page = ROOT / "figures" / "tables", (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     tried, table = (pd.read_csv(folder / f"real_gemma{end}.csv", dtype=str).fillna("") for end in ("_settings", ""))
     assert quoted(page, "figures/tables/real_gemma_settings.csv") == real.plain(tried).splitlines()
     assert quoted(page, "figures/tables/real_gemma.csv") == real.test(table).splitlines()
-    by = table.set_index(["method", "form", "relation", "seed", "questions"])[["mc_percent", "cloze_percent"]].astype(float)
+    by = table.set_index(["method", "form", "relation", "seed", "questions"])[["mc_percent", "cloze_percent"]].astype(
+        float
+    )
     mine = by.xs("mansu-closed")
     pd.testing.assert_frame_equal(mine.xs("stored"), mine.xs("shipped"))
-    back = by.loc["graddiff", "shipped"].xs("forget", level="questions")
+    back = by.xs("graddiff").xs("shipped").xs("forget", level="questions")
     assert len(back) == 6 and (back.mc_percent == 100).all()
 
 

@@ -226,6 +226,11 @@ def _probes(kept: Kept, theme: str) -> go.Figure:
     return plots.probes(probes, reference=reference, theme=theme)
 
 
+# What made the tables that no benchmark made.
+_SCRIPTS = {
+    "real_trials": "python scripts/real_evidence.py",
+    "real_cad": "make demo-real && python scripts/real_cad.py runs/demo-real --out figures/tables/real_cad.csv",
+}
 _RESISTANCE = "relearning excess at lr 1e-3, points"
 _FORGET, _LOST = "forget MC, %", "kept sets, cloze points lost"
 
@@ -247,11 +252,16 @@ def _tables(folder: Path) -> Iterator[Picture]:
             "A pretrained model (SmolLM2-135M) after unlearning, in full precision and in the GGUF file that it is shipped "
             "in; of every method's trials the one that forgot most in full precision.", _shipped,
         ),
+        (
+            "cad_by_depth", "real_cad",
+            "How much of the answer's evidence each layer of SmolLM2-135M has lost after unlearning landmarks, as the "
+            "original reads it, in full precision and in the GGUF file.", _cad_by_depth,
+        ),
     ):  # fmt: skip
         path = folder / f"{table}.csv"
         if path.is_file():
             made = f"python -m tests.benchmarks.{table} --out figures/{TABLES}/{table}.csv"
-            made = "python scripts/real_evidence.py" if table == "real_trials" else made
+            made = _SCRIPTS.get(table, made)
             yield Picture(name, sentence, f"{TABLES}/{table}.csv", made, partial(_drawn_from, draw, path))
 
 
@@ -291,6 +301,11 @@ def _shipped(frame: pd.DataFrame, theme: str) -> go.Figure:
     title = "In the file that is shipped, every baseline's facts are back: SmolLM2-135M"
     measure = "forget multiple choice, %"
     return plots.ptq_gap(rows, panels="relation", chance=25.0, measure=measure, title=title, theme=theme)
+
+
+def _cad_by_depth(frame: pd.DataFrame, theme: str) -> go.Figure:
+    title = "MANSU erases before the fact is read, GradDiff cuts it off there, and the file gives it back: SmolLM2-135M"
+    return plots.cad_by_depth(frame, title=title, theme=theme)
 
 
 def _sensitivity(frame: pd.DataFrame, theme: str) -> go.Figure:
