@@ -14,9 +14,12 @@ from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.data.forced import forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models.tree import hf_of
+from mansu_tl.patching.reading import subject_tokens
 from mansu_tl.unlearning import objectives
 from mansu_tl.unlearning.batches import Batch, Source, choices
+from mansu_tl.unlearning.mansu import closed
 from mansu_tl.unlearning.mansu.adversary import attacked
+from mansu_tl.unlearning.mansu.plan import plan
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.mansu.terms import ignorance, objective
 from mansu_tl.unlearning.recipes.quail import QuailSettings, quail
@@ -210,6 +213,26 @@ def test_mansu_forgets_answers_of_two_tokens(model, two_tokens: Task) -> None:
     edit = mtl.unlearn(model, two_tokens, "mansu", circuit=circuit, steps=8, retain_batch=8, representation_weight=0.1)
     before, after = (mtl.accuracy(m, two_tokens.questions["forget"]) for m in (model, edit.apply(model)))
     assert after.log_odds.mean() < before.log_odds.mean() - 0.5
+
+
+def test_the_closed_form_forgets_answers_of_two_tokens(model, two_tokens: Task) -> None:
+    """And what its shift is moved by is the slope of its loss on them."""
+    circuit = mtl.circuit.Circuit.top(mtl.edge_attribution(model, two_tokens.forget_pairs[:6], steps=2), 200)
+    settings = MansuSettings.closed(
+        contexts=0, null_space=0.1, steps=12, fisher_sequences=8, until=0.99, near_weight=1.0
+    )
+    edit = mtl.unlearn(model, two_tokens, "mansu", circuit=circuit, settings=settings)
+    before, after = (mtl.accuracy(m, two_tokens.questions["forget"]) for m in (model, edit.apply(model)))
+    assert after.log_odds.mean() < before.log_odds.mean() - 0.5
+    fixed = plan(model, two_tokens, settings, circuit, 0, progress=False)
+    spots = closed._Spots(*subject_tokens(fixed.source.pairs).nonzero(as_tuple=True))
+    shift = closed._Shift(fixed, settings, 0, spots, fixed.layers[-1])
+    shift.restart()
+    (slope,) = torch.autograd.grad(shift.loss(1), shift.shift)
+    way, eps = slope / slope.norm(), 1e-2
+    with torch.no_grad():
+        ends = [float((shift.shift.copy_(sign * eps * way), shift.loss(1))[1]) for sign in (1, -1)]
+    assert (ends[0] - ends[1]) / (2 * eps) == pytest.approx(float(slope.norm()), rel=2e-2)
 
 
 def test_relearning_trains_on_every_token_of_an_answer_and_reads_the_prior_of_texts() -> None:
