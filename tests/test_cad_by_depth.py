@@ -163,6 +163,10 @@ def test_what_cannot_be_read_is_refused(case) -> None:
     other = mtl.load(tiny("llama", num_hidden_layers=2))
     with pytest.raises(MansuError, match="CAD by depth: the other model has 2 layers"):
         reader.read(other)
+    edited = rebuild(model, {})
+    edited.add_hook(reader.streams["stream1"], lambda x, hook: 0 * x)
+    with pytest.raises(MansuError, match="hook"):
+        reader.read(edited)
 
 
 def test_the_figure_shows_both_sides_and_where_the_fact_is_read(case) -> None:

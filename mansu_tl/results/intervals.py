@@ -38,6 +38,18 @@ def drawn_facts(count: int, seed: int = 0, resamples: int = _RESAMPLES) -> Int[T
     return torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
 
 
+def fact_weights(groups: Int[Tensor, " row"], seed: int = 0) -> Float[Tensor, "draw row"]:
+    """The share of every row in each of the bootstrap's draws of facts; a draw's shares sum to one.
+
+    Args:
+        groups: the fact behind each row, by number.
+    """
+    drawn = drawn_facts(int(groups.max()) + 1, seed)
+    times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+    weights = times[:, groups.cpu()]
+    return weights / weights.sum(1, keepdim=True)
+
+
 def middle(draws: Float[Tensor, " draw"]) -> tuple[float, float]:
     """The ends of the middle 95 % of a bootstrap's draws."""
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()

@@ -13,7 +13,7 @@ was trained from elsewhere has its streams turned, and no number here speaks of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -26,13 +26,13 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.data.forced import Forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import Anatomy
+from mansu_tl.models import Anatomy, home, require_ready
 from mansu_tl.patching.reading import read_layer, subject_share
-from mansu_tl.results.intervals import drawn_facts, middle
+from mansu_tl.results.intervals import fact_weights, middle
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.ends import end_hooks
 from mansu_tl.runs.metrics import Metric, logit_difference, options_read
-from mansu_tl.runs.passes import Hook, chunks, keep, prepared, put, run
+from mansu_tl.runs.passes import Hook, chunks, keep, prepared, run
 from mansu_tl.runs.points import Path, between
 from mansu_tl.runs.streams import require_one_shape, stream_hooks
 
@@ -92,7 +92,7 @@ class CadByDepth(Result):
     @property
     def opposition_interval(self) -> tuple[float, float]:
         """Its 95 % bootstrap interval over facts."""
-        weights = _weights(self.groups)
+        weights = fact_weights(self.groups)
         return middle(
             _opposition(*((terms.double() @ weights.T).T for terms in (self.terms_original, self.terms_other)))
         )
@@ -228,7 +228,7 @@ class DepthReader:
         hooks: list[Hook] = end_hooks(model, pairs, clean=clean)
         hooks += [(hook, keep(kept, key)) for key, hook in self.streams.items()]
         hooks += [(hook, keep(kept, f"writer {name}")) for name, hook in self.writers.items()]
-        run(model, pairs.clean if clean else pairs.corrupt, pairs.places, hooks)
+        run(model, (pairs.clean if clean else pairs.corrupt).to(home(model)), pairs.places, hooks)
         return kept
 
     @torch_defaults()
@@ -236,9 +236,10 @@ class DepthReader:
         """CAD by depth of another model of the same shape and basis.
 
         Raises:
-            MansuError: a model of another shape.
+            MansuError: a model of another shape, or one with hooks left on it.
         """
         require_one_shape("CAD by depth", self.model, other=other)
+        require_ready(other, self.pairs.clean)
         (evidence, terms), (near, _) = (self._evidence(other, parts) for parts in self.parts)
         (own, own_terms), (own_near, _) = self.own
         values = {"original": own, "other": evidence, "near_original": own_near, "near_other": near}
@@ -263,12 +264,15 @@ class DepthReader:
             streams = self._passed(other, chunk, clean=True)
             chosen = []
             for key, hook in self.streams.items():
-                logits = run(
-                    self.model, chunk.clean, chunk.places, [(hook, put(streams[key].to(self.model.cfg.device)))]
-                )
+                logits = run(self.model, chunk.clean, chunk.places, [(hook, _in_place(streams[key]))])
                 chosen.append((_margin(logits.float(), chunk) > 0).cpu())
             out.append(torch.stack(chosen))
         return torch.cat(out, 1)
+
+
+def _in_place(value: Tensor) -> Callable[..., Tensor]:
+    """A hook that hands on another model's stream, wherever its own lies."""
+    return lambda stream, hook: value.to(stream)
 
 
 def _margin(logits: Float[Tensor, "place vocab"], pairs: Forced[PromptPairs]) -> Float[Tensor, " pair"]:
@@ -283,16 +287,8 @@ def _cad(original: Tensor, other: Tensor) -> Float[Tensor, " layer"]:
     return torch.where(whole > _LEAST, 1 - other.double().sum(1) / whole, torch.nan).float()
 
 
-def _weights(groups: Int[Tensor, " pair"]) -> Float[Tensor, "draw pair"]:
-    """How often each pair is in each draw of facts, as a share."""
-    drawn = drawn_facts(int(groups.max()) + 1)
-    times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-    weights = times[:, groups.cpu()]
-    return weights / weights.sum(1, keepdim=True)
-
-
 def _draws(original: Tensor, other: Tensor, groups: Int[Tensor, " pair"]) -> Float[Tensor, "layer draw"]:
-    weights = _weights(groups)
+    weights = fact_weights(groups)
     whole = original.double() @ weights.T
     return torch.where(whole > _LEAST, 1 - (other.double() @ weights.T) / whole, torch.nan)
 

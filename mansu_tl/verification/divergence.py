@@ -26,7 +26,7 @@ from mansu_tl.data import PromptPairs
 from mansu_tl.data.forced import Forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.results.intervals import drawn_facts, middle
+from mansu_tl.results.intervals import fact_weights, middle
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import Metric, logit_difference, options_read, reads
 
@@ -198,7 +198,7 @@ def circuit_divergence(
         raise MansuError(
             "circuit: all its scores on the original are zero; use pairs on which the model shows the knowledge"
         )
-    weights = _fact_weights(found[0].groups, seed)
+    weights = fact_weights(found[0].groups, seed)
     a, b = (weights @ scores.tensor.double() for scores in found)
     return Divergence(
         value=(1 - (mean_a @ mean_b) / (mean_a @ mean_a)).item(),
@@ -230,11 +230,3 @@ def output_suppressor(metric: Metric, penalty: float) -> Metric:
         return metric(logits - lowered, pairs)
 
     return suppressed
-
-
-def _fact_weights(groups: Int[Tensor, " pair"], seed: int) -> Float[Tensor, "draw pair"]:
-    """The share of every pair in each draw of facts; rows sum to one."""
-    drawn = drawn_facts(int(groups.max()) + 1, seed)
-    times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-    weights = times[:, groups]
-    return weights / weights.sum(1, keepdim=True)
