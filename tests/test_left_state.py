@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import mansu_tl as mtl
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.models import fingerprint, parameters, plain, require_copyable, require_ready
+from mansu_tl.models import fingerprint, parameters, require_ready
 from mansu_tl.models.copies import boot
 from tests.road import FUNCTIONS, OF_WEIGHTS, STAGES, TOLERANCE, Case, case, largest_difference
 from tests.tiny import tiny, tiny_tokenizer
@@ -311,13 +311,6 @@ def test_weights_made_under_inference_mode_are_refused_or_copied(usual) -> None:
     task = dataclasses.replace(usual.task, forget_pairs=pairs)
     assert pairs.clean.is_inference()
     assert mtl.unlearn(usual.model, task, "npo", max_steps=1, stop_over_chance=-1e3).n_weights
-
-
-def test_a_model_over_several_devices_is_not_trained(usual) -> None:
-    spread = plain(usual.model)
-    spread.lm_head.weight = torch.nn.Parameter(spread.lm_head.weight.to("meta"), requires_grad=False)
-    with pytest.raises(MansuError, match=r"spread over cpu, meta, .*load it with device= instead of device_map="):
-        require_copyable(spread)
 
 
 # --- PyTorch's switches --------------------------------------------------------------------------------------------------

@@ -8,20 +8,21 @@ from dataclasses import replace
 import accelerate
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import mansu_tl as mtl
-from mansu_tl.circuit import Graph
-from mansu_tl.errors import MansuError
-from mansu_tl.models import parameters, placement
-from mansu_tl.patching.reading import subject_share
+from mansu_tl.models import linear_weights, parameters, placement, plain
+from mansu_tl.models.tree import family
 from mansu_tl.quantization import grid_of
 from mansu_tl.study import run_study
 from mansu_tl.unlearning import MansuSettings, TrainingSettings, method_flags
 from mansu_tl.unlearning import checkpoint as checkpoint_module
 from mansu_tl.unlearning.checkpoint import Checkpoint
+from mansu_tl.unlearning.mansu import memory
 from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.unlearning.recipes.npo import NpoSettings
-from tests.road import MANSU, STAGES, Case, Numbers, case, tiny_task
+from mansu_tl.unlearning.registry import settings_of
+from tests.road import MANSU, STAGES, Case, Numbers, case
 from tests.second_device import DEVICE, MisplacedError, SecondDevice
 from tests.test_processes import CONFIG
 from tests.tiny import tiny, tiny_tokenizer
@@ -124,35 +125,80 @@ def test_what_is_on_the_device_already_may_stay_there(second) -> None:
         assert mtl.circuit_divergence(here.model, there.edited, here.circuit, moved.forget_pairs, steps=1).value > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_layers_on_two_devices_are_the_layers_on_one(second, monkeypatch, family: str) -> None:
-    """As accelerate places them: attribution, patching, circuits and answers run there; what works on a copy is refused."""
+def _spread(hf: PreTrainedModel) -> dict[str, str]:
+    """The upper layers, the last norm and, where it is the head's own, the head on the second device."""
+    kind = family(hf)
+    base, tied = kind.layers.rsplit(".", 1)[0], hf.get_input_embeddings().weight is hf.get_output_embeddings().weight
+    upper = {f"{kind.layers}.1", *([] if tied else [kind.head])}
+    parts = [f"{base}.{name}" for name, _ in hf.get_submodule(base).named_children()]
+    upper |= {part for part in parts if part.endswith(("norm", "ln_f"))}
+    below = [part for part in parts if part != kind.layers] + [f"{kind.layers}.0", kind.head]
+    return {part: str(DEVICE) if part in upper else "cpu" for part in (*below, *upper)}
+
+
+@pytest.fixture(scope="module")
+def over_two(second):
+    """A case by family whose models lie on two devices, as accelerate places them."""
+    kept: dict[str, Case] = {}
+
+    def made(family: str) -> Case:
+        if family not in kept:
+            whole, tokenizer = case(family), tiny_tokenizer()
+            with second:
+                model, never = (
+                    mtl.load(hf, tokenizer=tokenizer, device_map=_spread(hf))
+                    for hf in (plain(whole.model), tiny(family, seed=1))
+                )
+                kept[family] = replace(whole, model=model, edited=whole.edit.apply(model), never=never)
+            _KEPT[family, torch.float32, False] = whole
+        return kept[family]
+
     # Beside a real second card it would take the CPU for a place to offload to.
     split = functools.partial(accelerate.dispatch_model, main_device="cpu", force_hooks=True)
-    monkeypatch.setattr(placement, "dispatch_model", split)
-    names, task = ("model.norm", "model.layers.1", "lm_head"), tiny_task()
-    pairs = task.forget_pairs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "dispatch_model", split)
+        yield made
+
+
+# What works on copies of the weights, on every kind of family; the rest once.
+SPREAD = [
+    (family, name) for family in ("llama", "gpt2", "gemma2", "gpt_neox") for name in ("MANSU, closed form", "MANSU")
+]
+SPREAD += [("llama", name) for name in STAGES if not name.startswith("MANSU")]
+AT_ONCE = {("llama", "MANSU, closed form"), ("llama", "node and neuron scores"), ("llama", "edge scores"),
+           ("llama", "patching sweeps"), ("gpt2", "MANSU, closed form"), ("llama", "certificate")}  # fmt: skip
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Attempting to save a model with offloaded modules"
+)  # what lies on the CPU beside a card
+@pytest.mark.parametrize(
+    ("family", "stage"),
+    [pytest.param(*each, marks=[] if each in AT_ONCE else pytest.mark.slow) for each in SPREAD],
+)
+def test_a_stage_over_two_devices_is_the_same_stage(second, over_two, family: str, stage: str) -> None:
+    """Scores, patching, circuits, every method's training, quantizing and what is measured of it."""
+    spread = over_two(family)
+    expected = _walked(family, torch.float32, stage, None)
     with second:
-        hf = tiny(family)
-        hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.detach().clone())  # of its own place
-        hf.config.tie_word_embeddings = False
-        first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0")
-        places = {**dict.fromkeys(first, "cpu"), **dict.fromkeys(names, str(DEVICE))}
-        spread, whole = (mtl.load(hf, tokenizer=tiny_tokenizer(), device_map=each) for each in (places, None))
-        assert {value.device for value in parameters(spread).values()} == {torch.device("cpu"), DEVICE}
-        masks = torch.rand(2, *Graph.of(whole).exists.shape, generator=torch.Generator().manual_seed(0)).round()
-        for use in (
-            lambda model: mtl.accuracy(model, task.questions["forget"]).log_odds,
-            lambda model: mtl.edge_attribution(model, pairs, steps=2).tensor,
-            lambda model: mtl.circuit.patch_edges(model, pairs, masks),
-            lambda model: mtl.activation_patching(model, pairs).tensor,
-            lambda model: mtl.patching.node_attribution(model, pairs).tensor,
-            lambda model: mtl.patching.neuron_attribution(model, pairs).tensor,
-            lambda model: subject_share(model, pairs),
-        ):
-            assert torch.equal(use(spread), use(whole))
-        with pytest.raises(MansuError, match="spread over cpu, privateuseone:0, and training works on a copy in one"):
-            mtl.unlearn(spread, task, "mansu-closed")
+        assert {value.device for value in parameters(spread.edited).values()} == {torch.device("cpu"), DEVICE}
+        found = STAGES[stage](spread)
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert torch.equal(value.nan_to_num(), expected[key].nan_to_num()), key
+
+
+def test_memory_is_asked_for_where_it_will_be_used(second, over_two, monkeypatch) -> None:
+    """A matrix's moments on its own device, the rest where tokens go in."""
+    spread, asked = over_two("llama"), {}
+    monkeypatch.setattr(memory, "require_room", lambda what, need, *more: asked.update(need))
+    settings = settings_of("mansu", {"restrict": "none"})
+    with second:
+        memory.require_fit_of_mansu(spread.model, spread.task, settings)
+        needs = memory.mansu_memory(spread.model, spread.task, settings)
+    linear = linear_weights(spread.model)
+    assert asked[DEVICE] == sum(4 * linear[name].in_features ** 2 for name in linear if ".layers.1." in name)
+    assert sum(asked.values()) == pytest.approx(needs.total, abs=1)
 
 
 def test_the_fault_that_the_floor_had_is_found(second) -> None:

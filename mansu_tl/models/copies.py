@@ -22,6 +22,7 @@ from mansu_tl.models.families import family_of
 from mansu_tl.models.four_bit import compute_from_codes, packed, repack, require_dense, splitter
 from mansu_tl.models.gguf import gguf_weights, remember
 from mansu_tl.models.limits import require_memory
+from mansu_tl.models.placement import placed_as
 from mansu_tl.models.tree import Model, blank, buffers, hf_of, parameters, require_in_step, tied_names
 
 
@@ -154,7 +155,7 @@ def duplicate(model: Model, values: Mapping[str, Tensor] = MappingProxyType({}))
     def value(names: list[str], old: Tensor) -> Tensor:
         return old.clone() if names[0] not in values else _fitting(names[0], values[names[0]], old)
 
-    return filled(fresh, model, value)
+    return placed_as(filled(fresh, model, value), hf_of(model))
 
 
 def filled(fresh: PreTrainedModel, model: Model, value: Callable[[list[str], Tensor], Tensor]) -> PreTrainedModel:

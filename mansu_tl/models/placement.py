@@ -73,8 +73,18 @@ def place(name: str, hf: PreTrainedModel, device_map: DeviceMap) -> PreTrainedMo
     else:
         where = dict(device_map)
     _require_resident(name, where)
-    placed: Any = dispatch_model(hf, device_map=where)
-    placed.hf_device_map = where
+    return _dispatched(hf, where)
+
+
+def placed_as(hf: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose weights lie where its source's do, made to run there; a source in one place asks for nothing."""
+    where = getattr(source, "hf_device_map", {})
+    return _dispatched(hf, where) if len({str(device) for device in where.values()}) > 1 else hf
+
+
+def _dispatched(hf: PreTrainedModel, where: Mapping[str, Any]) -> PreTrainedModel:
+    placed: Any = dispatch_model(hf, device_map=dict(where))
+    placed.hf_device_map = dict(where)
     return placed
 
 

@@ -63,14 +63,9 @@ def require_copyable(model: Model, tokens: Int[Tensor, "row pos"] | None = None)
     """`require_ready` of a model whose weights are going to be run in a copy, where no hook is: none may be there.
 
     Raises:
-        MansuError: as `require_ready`, it is no model or one that cannot be copied, or it is spread over several devices.
+        MansuError: as `require_ready`, or it is no model or one that cannot be copied.
     """
-    places = sorted({str(parameter.device) for parameter in parameters(model).values()})
-    if len(places) > 1:
-        raise MansuError(
-            f"model: it is spread over {', '.join(places)}, and training works on a copy in one place; load it with "
-            "device= instead of device_map="
-        )
+    parameters(model)
     if isinstance(model, TransformerBridge):
         _require_no_hooks(model, -1)
     require_ready(model, tokens)

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.models.copies import filled
 from mansu_tl.models.four_bit import require_dense
-from mansu_tl.models.tree import Model, blank
+from mansu_tl.models.placement import placed_as
+from mansu_tl.models.tree import Model, blank, hf_of
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -46,7 +47,7 @@ def widened(model: Model) -> PreTrainedModel:
         if isinstance(module, nn.Linear | Conv1D):
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
     fresh.config.dtype = torch.float32
-    return fresh.eval().requires_grad_(False)
+    return placed_as(fresh, hf_of(model)).eval().requires_grad_(False)
 
 
 def _forward(module: nn.Linear | Conv1D, x: Float[Tensor, "*any d_in"]) -> Float[Tensor, "*any d_out"]:

@@ -177,14 +177,15 @@ def _scores(
         tokens = pairs.clean if end else pairs.corrupt
         for r in "qk":
             for i, fixed in enumerate(pattern_effects(model, tokens, base, other, grads, r, [slice(None)])):
-                joint[f"{r}{i}"] = sign * fixed[0].sum(1)
+                every = sign * fixed[0].to(pairs.clean.device)
+                joint[f"{r}{i}"] = every.sum(1)
                 if r == "q":
-                    per_layer[f"q{i}"] = sign * fixed[0]
+                    per_layer[f"q{i}"] = every
         for start in range(0, tokens.shape[1] if by_token else 0, _COPIES):
             stop = min(start + _COPIES, tokens.shape[1])
             places = [slice(place, place + 1) for place in range(start, stop)]
             for i, fixed in enumerate(pattern_effects(model, tokens, base, other, grads, "k", places)):
-                per_layer[f"k{i}"][:, start:stop] = sign * fixed.sum(2).transpose(0, 1)
+                per_layer[f"k{i}"][:, start:stop] = sign * fixed.sum(2).transpose(0, 1).to(pairs.clean.device)
     order = [f"{r}{i}" for i in anatomy.layers for r in "qkv"] if qkv else []
     token = torch.cat([*parts, *(per_layer[key] for key in order)], -1)
     return token, torch.cat([*(p.sum(1) for p in parts), *(joint[key] for key in order)], -1)

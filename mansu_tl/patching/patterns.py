@@ -59,7 +59,9 @@ def _patterns(
 ) -> list[Float[Tensor, "row head query key"]]:
     def unpatched() -> tuple[Tensor, Tensor]:
         again = _run(model, tokens, base, [], 1)
-        return torch.cat(again), torch.cat([base[f"pattern{i}"] for i in Anatomy.of(model).layers])
+        kept = [base[f"pattern{i}"] for i in Anatomy.of(model).layers]
+        # They may live on several devices.
+        return torch.cat([each.cpu() for each in again]), torch.cat([each.cpu() for each in kept])
 
     require_exact(model, "attention patterns", unpatched)
     return _run(model, tokens, base, hooks, copies)

@@ -190,7 +190,8 @@ class _Training(Solver):
         hf = self.stored if set(self.dtypes.values()) == {torch.float32} else float32_copy(model)
         self.original = {name: value.detach() for name, value in hf.named_parameters()}
         device = home(hf)
-        self.free = {name: mask.to(device) for name, mask in (recipe.only or {}).items() if bool(mask.any())}
+        only = {name: mask for name, mask in (recipe.only or {}).items() if bool(mask.any())}
+        self.free = {name: mask.to(self.original[name].device) for name, mask in only.items()}
         if recipe.only is not None and not self.free:
             raise MansuError(f"{method}: no weight may move; widen its mask")
         there = task.to(device)

@@ -53,6 +53,11 @@ class _Spots:
         spot, row = (self.rows[:, None] == rows[None]).nonzero(as_tuple=True)
         return spot, row, self.places[spot]
 
+    def on(self, values: Float[Tensor, "row pos _"]) -> Float[Tensor, "spot _"]:
+        """What stands there, in float32 and where the tokens live, wherever the layer does."""
+        at = self.rows.to(values.device), self.places.to(values.device)
+        return values[at].float().to(self.rows.device)
+
 
 def closed_form(
     fixed: Plan, settings: MansuSettings, seed: int, checkpoint: Checkpoint, *, progress: bool = False
@@ -173,7 +178,8 @@ def _added(
 
     def add(module: nn.Module, inputs: Any, output: Any) -> Any:
         stream = output[0] if isinstance(output, tuple) else output
-        stream = stream.index_put((rows, places), shift.to(stream.dtype), accumulate=True)
+        at = rows.to(stream.device), places.to(stream.device)
+        stream = stream.index_put(at, shift.to(stream), accumulate=True)
         return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
     with block.register_forward_hook(add):
@@ -184,7 +190,7 @@ def _stream(
     hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots, layer: int
 ) -> Float[Tensor, "spot d_model"]:
     """What a layer gives out on the subject's tokens."""
-    return known(hf, values, pairs.clean, layer).stream[spots.rows, spots.places].float()
+    return spots.on(known(hf, values, pairs.clean, layer).stream)
 
 
 def _seen_in(
@@ -209,7 +215,7 @@ def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots
     kept, norm, factor = list[Tensor](), norm_weight(hf, name), norm_factor(hf, name)
 
     def see(key: str, entered: Tensor, left: Tensor) -> None:
-        kept.extend(each[spots.rows, spots.places].float() for each in (entered, left))
+        kept.extend(spots.on(each) for each in (entered, left))
 
     with watched(hf, [name], see):
         stream = _stream(hf, values, pairs, spots, last)
@@ -218,7 +224,8 @@ def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots
         return _Seen(inputs, 1.0, torch.ones_like(stream[0]), stream)
     by = factor(left)
     typical = float(by.square().mean().sqrt())
-    return _Seen(inputs * (by / typical), typical, (values[norm].float() + family(hf).norm_offset) * typical, stream)
+    scale = (values[norm].float().to(stream.device) + family(hf).norm_offset) * typical
+    return _Seen(inputs * (by / typical), typical, scale, stream)
 
 
 @dataclass(frozen=True)
@@ -273,7 +280,11 @@ def _solved(
         seen: what passes on the subject's tokens, in every view.
     """
     floor, moment = fixed.floor, fixed.moments.get(name)
-    (rows, width), where, span = floor.matrices[name].shape, floor.where[name], floor.spans[name]
+    before, span = floor.matrices[name], floor.spans[name]
+    rows, width = before.shape
+    # Solved where the flat vectors live, whatever layer it is.
+    where = floor.where[name].to(floor.device)
+    moment = None if moment is None else moment.to(floor.device)
     columns, column = (where % width).unique(return_inverse=True)
     at = (where // width) * len(columns) + column
 
@@ -301,7 +312,7 @@ def _solved(
         "missing": float((x @ change.mT - missing).square().sum() / missing.square().sum()),
     }
     if moment is not None:
-        before = floor.matrices[name].float()
+        before = before.float().to(floor.device)
         # The move itself, not what a norm makes of it.
         reached = (moves.flatten()[at] + _LEVELS).expand(len(steps), 1, -1)
         change = dense(levels.steps.gather(1, reached)[:, 0])

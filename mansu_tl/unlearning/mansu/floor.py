@@ -33,6 +33,7 @@ class Floor:
         masks: per parameter, which of its weights may be edited, in the same orientation.
         rule: "loop" = the grids are in the optimisation; "after" = plain updates, each pushed across a boundary in the
             end; "none" = plain updates, stored as they are.
+        device: where the flat vectors live, wherever the matrices do; None = where the first matrix does.
 
     Raises:
         MansuError: nothing is left to edit once the entries that carry a block's absmax are taken out, or rule "after"
@@ -45,6 +46,7 @@ class Floor:
         matrices: Mapping[str, Float[Tensor, "_ _"]],
         masks: Mapping[str, Bool[Tensor, "_ _"]],
         rule: str = "loop",
+        device: torch.device | None = None,
     ) -> None:
         if rule == "after" and grids[0].given_scales:
             raise MansuError(
@@ -59,6 +61,7 @@ class Floor:
         scales: list[list[Tensor]] = [[] for _ in grids]
         codes: list[list[Tensor]] = [[] for _ in grids]
         start = 0
+        self.device = device or next((matrix.device for matrix in matrices.values()), None)
         for name, mask in masks.items():
             matrix, own = self.matrices[name], [grid.of(name) for grid in grids]
             free_mask = mask.to(matrix.device, copy=True)
@@ -70,12 +73,12 @@ class Floor:
             free = free[widths[free] > 0]
             self.where[name], self.spans[name] = free, slice(start, start + free.numel())
             start += free.numel()
-            value.append(matrix.flatten()[free].float())
-            width.append(widths[free])
+            value.append(matrix.flatten()[free].float().to(self.device))
+            width.append(widths[free].to(self.device))
             for i, grid in enumerate(own):
                 encoded = grid.encode(matrix)
-                scales[i].append(encoded.scales().flatten(0, 1)[free])
-                codes[i].append(encoded.codes.flatten()[free])
+                scales[i].append(encoded.scales().flatten(0, 1)[free].to(self.device))
+                codes[i].append(encoded.codes.flatten()[free].to(self.device))
         if start == 0:
             raise MansuError(
                 "mansu: no weight is left to edit (all candidates carry their block's absmax); use a larger circuit"
@@ -214,10 +217,10 @@ class Floor:
         return dict(zip(self.spans, change.split(sizes), strict=True))
 
     def spread(self, piece: Float[Tensor, " weight"], name: str) -> Float[Tensor, "out in"]:
-        """One matrix's piece of a change, as a dense matrix."""
+        """One matrix's piece of a change, as a dense matrix where that matrix lives."""
         matrix = self.matrices[name]
-        dense = torch.zeros(matrix.numel(), device=piece.device, dtype=piece.dtype)
-        return dense.index_put((self.where[name],), piece).view(matrix.shape)
+        dense = torch.zeros(matrix.numel(), device=matrix.device, dtype=piece.dtype)
+        return dense.index_put((self.where[name],), piece.to(matrix.device)).view(matrix.shape)
 
     def final(self, name: str, latent: Float[Tensor, " weight"], allowed: Bool[Tensor, " weight"]) -> Tensor:
         """The edited matrix in its storage dtype, every edited weight strictly inside its target cell.
@@ -227,7 +230,8 @@ class Floor:
         matrix, own = self.matrices[name], [grid.of(name) for grid in self.grids]
         encoded = own[0].encode(matrix)
         codes = encoded.codes.flatten().clone()
-        codes[self.where[name]] = torch.where(allowed, self.target(latent), self.code)[self.spans[name]]
+        reached = torch.where(allowed, self.target(latent), self.code)[self.spans[name]]
+        codes[self.where[name]] = reached.to(codes.device)
         wanted = codes.view_as(encoded.codes)
         result = own[0].floor_target(matrix, wanted, encoded.absmax, leave_unreachable=True)
         moved = result != matrix
@@ -248,7 +252,7 @@ class Floor:
 
     def gathered(self, matrices: Mapping[str, Float[Tensor, "_ _"]]) -> Float[Tensor, " weight"]:
         """The candidates' entries of some matrices, as one vector."""
-        return torch.cat([matrices[name].flatten()[self.where[name]] for name in self.spans])
+        return torch.cat([matrices[name].flatten()[self.where[name]].to(self.device) for name in self.spans])
 
 
 def choose_support(

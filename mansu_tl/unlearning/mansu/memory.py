@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
@@ -59,9 +60,10 @@ def require_fit_of_mansu(
     parts = ", ".join(f"{what} {size / 1e9:.3g}" for what, size in sorted(vars(needs).items(), key=lambda kv: -kv[1]))
     lower = f"lower neuron_share (now {settings.neuron_share})"
     lower += f" or layers (now {settings.layers})" if settings.solver == "closed" else ', or choose solver="closed"'
-    require_room(
-        "mansu: beside the model it needs", {home(model): needs.total}, f"{lower}, or make room", f" ({parts})"
-    )
+    # A matrix's moments live where it does, the rest where tokens go in.
+    need = Counter({home(model): int(needs.total - needs.moments)}) + _moments(model, circuit, settings)
+    bytes_at = {place: float(size) for place, size in need.items()}
+    require_room("mansu: beside the model it needs", bytes_at, f"{lower}, or make room", f" ({parts})")
 
 
 def mansu_memory(
@@ -80,9 +82,7 @@ def mansu_memory(
     # A head of its own is a matrix like the others; one that is the embedding too goes by the embedding's name.
     shared = {*linear, f"{family(model).head}.weight"}
     narrow = (value for name, value in live.items() if name not in shared and value.element_size() < 4)
-    moments = 0.0
-    if settings.null_space or settings.projector:
-        moments = 4.0 * sum(linear[name].in_features ** 2 for name in counts)
+    moments = float(_moments(model, circuit, settings).total())
     text, vocab = task.retain_text, model.cfg.d_vocab
     prompts = min(settings.forget_batch, len(task.forget_pairs) * (1 + settings.contexts))
     width = task.forget_pairs.clean.shape[1] + _OPENING * (settings.contexts > 0)
@@ -100,6 +100,15 @@ def mansu_memory(
         stages = [step + 4.0 * grids * sum(sizes.values()) * (settings.floor == "loop"), logits]
     per_weight = _FLAT + _GRID * grids + 4 * settings.fisher + 5 * closed
     return Needs(4.0 * sum(value.numel() for value in narrow), float(per_weight * count), moments, max(stages))
+
+
+def _moments(model: TransformerBridge, circuit: Circuit | None, settings: MansuSettings) -> Counter[torch.device]:
+    """What the second moments of the candidates' matrices' inputs take, by device."""
+    linear, live, sizes = linear_weights(model), parameters(model), Counter[torch.device]()
+    if settings.null_space or settings.projector:
+        for name in _candidates(model, circuit, settings):
+            sizes[live[name].device] += 4 * linear[name].in_features ** 2
+    return sizes
 
 
 def _candidates(model: TransformerBridge, circuit: Circuit | None, settings: MansuSettings) -> Counter[str]:

@@ -141,7 +141,8 @@ def plan(
     # Cells and codes are those of the weights as stored; the loop itself runs in float32.
     grids = [grid_of(name).bound(model) for name in settings.quantizers]
     matrices = {name: orient(stored[name].detach(), linear[name]).contiguous() for name in masks}
-    floor = Floor(grids, matrices, {name: orient(mask, linear[name]) for name, mask in masks.items()}, settings.floor)
+    oriented = {name: orient(mask, linear[name]) for name, mask in masks.items()}
+    floor = Floor(grids, matrices, oriented, settings.floor, home(hf))
     budget = budget_of(linear, settings)
     # Without never-seen prompts the corrupt ones stand in, which are no longer there behind other words.
     corrupt = Sequences(pairs.corrupt, pairs.lengths) if pairs.corruption is None else task.unseen
@@ -167,7 +168,7 @@ def plan(
         chosen = _most_wanted(
             View(hf, values, linear, floor), source, unknown, settings, round(settings.candidates * budget)
         )
-        floor = Floor(grids, matrices, chosen, settings.floor)
+        floor = Floor(grids, matrices, chosen, settings.floor, home(hf))
         masks = {name: orient(mask, linear[name]) for name, mask in chosen.items()}
     moments = {}
     if settings.null_space or settings.projector:
@@ -227,10 +228,11 @@ def _most_wanted(
     kept[slope.abs().topk(count).indices] = True
     masks = {}
     for name, piece in floor.pieces(kept).items():
-        flags = torch.zeros(floor.matrices[name].numel(), dtype=torch.bool, device=piece.device)
-        flags[floor.where[name][piece]] = True
+        matrix = floor.matrices[name]
+        flags = torch.zeros(matrix.numel(), dtype=torch.bool, device=matrix.device)
+        flags[floor.where[name][piece.to(matrix.device)]] = True
         if piece.any():
-            masks[name] = flags.view(floor.matrices[name].shape)
+            masks[name] = flags.view(matrix.shape)
     return masks
 
 

@@ -171,7 +171,7 @@ class _Mansu(Solver):
         pieces = floor.pieces(self.latent * floor.width * self.allowed)
         for name, projector in projectors.items():
             span, free = floor.spans[name], floor.spread(pieces[name], name) @ projector
-            self.latent[span] = free.flatten()[floor.where[name]] / floor.width[span]
+            self.latent[span] = free.flatten()[floor.where[name]].to(self.latent.device) / floor.width[span]
 
     def _most(self, step: int) -> int | None:
         """How many weights may have crossed at a step; None = as many as will."""
@@ -222,7 +222,7 @@ class _Mansu(Solver):
         for name, moment in self.fixed.moments.items():
             moved = self.fixed.floor.spread(pieces[name], name)
             leak = ((moved @ moment) * moved).sum()
-            total = total + leak * moment.shape[0] / (moved.shape[0] * moment.trace())
+            total = total + (leak * moment.shape[0] / (moved.shape[0] * moment.trace())).to(total.device)
         return total
 
 

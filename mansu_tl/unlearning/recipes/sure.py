@@ -67,7 +67,7 @@ def salient_weights(model: TransformerBridge, task: Task, share: float) -> Masks
     scores = []
     for slices in pieces:
         grown = [grads[piece.parameter].narrow(piece.dim, piece.start, piece.stop - piece.start) for piece in slices]
-        square = torch.stack([g.float().square().sum() for g in grown]).sum()
+        square = torch.stack([g.float().square().sum().to(loss.device) for g in grown]).sum()
         scores.append(square / sum(g.numel() for g in grown))
     top = torch.stack(scores).topk(max(1, round(share * len(names)))).indices.tolist()
     return component_masks(model, [names[i] for i in top])
