@@ -18,10 +18,12 @@ from mansu_tl.verification import (
     Scorecard,
     circuit_divergence,
     circuit_scores,
+    measurement,
     output_suppressor,
     scorecard,
 )
 from tests.tiny import sliced_task
+from tests.tiny_study import tiny_case
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,27 @@ def test_results_survive_a_round_trip(model, task, circuit, tmp_path: Path) -> N
     assert again.value == cad.value
     assert again.interval == cad.interval
     assert again.edges.equals(cad.edges)
+
+
+def test_a_model_that_rests_on_a_grid_is_measured_once(monkeypatch) -> None:
+    """Under that quantizer it is itself; under another it is not, and numbers are those of the twin."""
+    model, task = tiny_case()
+    resting = mtl.quantize(model, "nf4")
+    circuit = mtl.circuit.Circuit.top(mtl.edge_attribution(resting, task.forget_pairs, steps=1), 20)
+    asked: list[object] = []
+
+    def counted(one, questions):
+        asked.append(one)
+        return mtl.accuracy(one, questions)
+
+    monkeypatch.setattr(measurement, "accuracy", counted)
+    subject = measurement.Subject(resting, task, circuit, steps=1)
+    assert subject.under("nf4") is resting
+    assert subject.under("int4-g64") is not resting
+    for name in ("", "nf4", "int4-g64"):
+        found, twin = subject.answers(name), mtl.quantize(resting, name) if name else resting
+        assert all(torch.equal(found[key].log_odds, mtl.accuracy(twin, task.questions[key]).log_odds) for key in found)
+        expected = mtl.verification.circuit_scores(twin, circuit, task.forget_pairs, steps=1)
+        assert torch.equal(subject.scores(name).tensor, expected.tensor)
+    assert len(asked) == 2 * len(task.questions)
+    assert subject.divergence(subject, "nf4").value == subject.divergence(subject).value == 0

@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.defaults import torch_defaults
+from mansu_tl.models import parameters
 from mansu_tl.quantization import quantize
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.runs.metrics import Accuracy, accuracy
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 class Subject:
     """A model as it is ("") and under quantizers: what it answers and how its circuit scores, each measured once.
+
+    A model that rests on a quantizer's grid is under it what it is, bit for bit, and is not measured again.
 
     Args:
         model: it must stay as it is.
@@ -56,44 +59,51 @@ class Subject:
         self.steps = steps if scores is None else scores.steps
         self._kept: dict[Any, Any] = {} if scores is None else {("scores", ""): scores}
         self._twin: tuple[str, TransformerBridge] = ("", model)
+        self._rests_on: set[str] = {""}
 
     def under(self, quantizer: str) -> TransformerBridge:
         """The model under a quantizer, calibrated on the retain text where it has to be; the latest one is kept."""
-        if not quantizer:
-            return self.model
-        if self._twin[0] != quantizer:
-            self._twin = (quantizer, quantize(self.model, quantizer, self.task.retain_text))
-        return self._twin[1]
+        if quantizer not in self._rests_on and self._twin[0] != quantizer:
+            twin = quantize(self.model, quantizer, self.task.retain_text)
+            own = parameters(self.model)
+            if all(torch.equal(value, own[name]) for name, value in parameters(twin).items()):
+                self._rests_on.add(quantizer)
+            else:
+                self._twin = (quantizer, twin)
+        return self.model if quantizer in self._rests_on else self._twin[1]
 
     def answers(self, quantizer: str = "") -> dict[str, Accuracy]:
         """Its answers to every set of questions that is reported."""
         asked = {name: self.task.questions[name] for name in SETS if name in self.task.questions}
         return self._once(
-            ("answers", quantizer),
-            lambda: {name: accuracy(self.under(quantizer), questions) for name, questions in asked.items()},
+            "answers",
+            quantizer,
+            lambda model: {name: accuracy(model, questions) for name, questions in asked.items()},
         )
 
     def scores(self, quantizer: str = "") -> CircuitScores:
         """Its scores on the circuit's edges, all with the same steps."""
         pairs = self.task.forget_pairs
         return self._once(
-            ("scores", quantizer),
-            lambda: circuit_scores(self.under(quantizer), self.circuit, pairs, steps=self.steps),
+            "scores", quantizer, lambda model: circuit_scores(model, self.circuit, pairs, steps=self.steps)
         )
 
     def divergence(self, original: Subject, quantizer: str = "", *, label: str = "edited", seed: int = 0) -> Divergence:
         """CAD of this model under a quantizer against the original as it is."""
 
-        def make() -> Divergence:
-            pair = original.scores(), self.scores(quantizer)
-            return circuit_divergence(*pair, self.circuit, self.task.forget_pairs, seed=seed)
-
-        return replace(self._once(("divergence", original, quantizer, seed), make), label=label)
-
-    def _once(self, key: Any, make: Callable[[], T]) -> T:
+        key = "divergence", original, quantizer, seed
         if key not in self._kept:
-            self._kept[key] = make()
-        kept: T = self._kept[key]
+            pair = original.scores(), self.scores(quantizer)
+            self._kept[key] = circuit_divergence(*pair, self.circuit, self.task.forget_pairs, seed=seed)
+        return replace(self._kept[key], label=label)
+
+    def _once(self, what: str, quantizer: str, make: Callable[[TransformerBridge], T]) -> T:
+        """What is made of the model under a quantizer; of the model itself where it rests on that one's grid."""
+        if (what, quantizer) not in self._kept:
+            same = quantizer and self.under(quantizer) is self.model
+            made = self._once(what, "", make) if same else make(self.under(quantizer))
+            self._kept[what, quantizer] = made
+        kept: T = self._kept[what, quantizer]
         return kept
 
 

@@ -11,7 +11,7 @@ its place, on a quantizer's codes; our definition.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,12 +78,14 @@ def closed_form(
     history = list(shift.history)
     latent, values, moved = torch.zeros_like(fixed.floor.value), dict(fixed.source.original), 0
     wanted = shift.base + shift.shift.detach()
+    # What enters the layer whose turn it is, in every view: no later turn changes it, so layers below are not run again.
+    below: dict[int | None, Known] = {}
     for i, layer in enumerate(tqdm(layers, "moves", unit="layer", disable=not progress)):
         name = names[layer]
         # One matrix at a time: what is known of all candidates' levels is many times the model.
         part, span = fixed.floor.part(name), fixed.floor.spans[name]
         levels, most = _Levels.of(part), (fixed.budget - moved) // (len(layers) - i)
-        seen = [_seen_in(fixed, view, latent, values, spots, name, layers[-1]) for view in levels.views]
+        seen = [_seen_in(fixed, view, latent, values, spots, name, (layer, layers[-1]), below) for view in levels.views]
         # Every view asks for what it still misses, so what rounding does to the weights that stay is made up for too.
         missing = torch.stack([(wanted - each.stream) / (len(layers) - i) for each in seen])
         levels_moved, row = _solved(fixed, settings, levels, name, seen, missing, most)
@@ -200,17 +202,28 @@ def _seen_in(
     values: Values,
     spots: _Spots,
     name: str,
-    last: int,
+    layers: tuple[int, int],
+    below: dict[int | None, Known],
 ) -> _Seen:
-    """What passes as stored (None) or under one grid, where some candidates have moved."""
-    if view is None:
-        return _seen(fixed.hf, values, fixed.source.pairs, spots, name, last)
-    change, _ = fixed.floor.change(latent, torch.ones_like(latent, dtype=torch.bool), view)
-    with fixed.view.deployed(change, view):
-        return _seen(fixed.hf, fixed.source.original, fixed.source.pairs, spots, name, last)
+    """What passes as stored (None) or under one grid, where some candidates have moved.
+
+    Args:
+        layers: the one whose turn it is, and the last.
+        below: what enters the layer of the turn before, by view; brought up to this one.
+    """
+    hf, pairs = fixed.hf, fixed.source.pairs
+    with ExitStack() as inside, torch.no_grad():
+        if view is not None:
+            change, _ = fixed.floor.change(latent, torch.ones_like(latent, dtype=torch.bool), view)
+            inside.enter_context(fixed.view.deployed(change, view))
+            values = fixed.source.original
+        if layers[0]:
+            with above(hf, below[view]) if view in below else nullcontext():
+                below[view] = known(hf, values, pairs.clean, layers[0] - 1)
+            inside.enter_context(above(hf, below[view]))
+        return _seen(hf, values, pairs, spots, name, layers[1])
 
 
-@torch.no_grad()
 def _seen(hf: PreTrainedModel, values: Values, pairs: PromptPairs, spots: _Spots, name: str, last: int) -> _Seen:
     kept, norm, factor = list[Tensor](), norm_weight(hf, name), norm_factor(hf, name)
 
