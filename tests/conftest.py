@@ -50,6 +50,17 @@ def model(pocket: TransformerBridge) -> TransformerBridge:
     return pocket
 
 
+@pytest.fixture(scope="module")
+def certified_here() -> Iterator[None]:
+    """Certificates by this process: test_certificate.py has that a fresh one says the same, after ten seconds of imports."""
+    import mansu_tl.study.study as study_module
+    from mansu_tl.verification import certify
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "certify_in_fresh_process", certify)
+        yield
+
+
 @pytest.fixture(scope="session")
 def task() -> Task:
     """The embedded task, where a file has no part of it."""

@@ -41,7 +41,7 @@ def interrupted_at(call: int, module: Any, name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, name, counted)
 
 
-@pytest.mark.parametrize("kind", ["mansu", "closed", "npo"])
+@pytest.mark.parametrize("kind", [pytest.param("mansu", marks=pytest.mark.slow), "closed", "npo"])
 def test_an_interrupted_edit_goes_on_to_the_same_edit(
     kind: str, model, circuit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -488,6 +488,7 @@ def tiny_edit(pairs: int, **options) -> mtl.unlearning.Edit:
     return unlearn(case.model, road.closed_task(task), "mansu-closed", circuit=case.circuit, **settings, **options)
 
 
+@pytest.mark.slow
 def test_two_processes_share_prompts_and_text_and_give_the_edit_of_one(tmp_path) -> None:
     script, root = tmp_path / "shared.py", Path(__file__).resolve().parents[1]
     script.write_text(_SHARED)

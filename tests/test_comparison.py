@@ -181,6 +181,7 @@ def test_another_run_into_the_folder_is_refused(tmp_path) -> None:
     assert not (tmp_path / "plan.json").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
     from mansu_tl.study import bench
 

@@ -106,7 +106,8 @@ def test_mansu_in_16_bits_is_certified_by_bitsandbytes(tmp_path, family: str, dt
         assert found.dtype == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], indirect=True)
 def test_mansu_in_16_bits_edits_what_it_edits_in_float32_and_to_the_same_codes(half) -> None:
     """Cells depend on the weights alone, and the loop runs in float32: the dtype decides where in its cell a weight lands."""
     narrow, same = (mtl.unlearn(c.model, c.task, "mansu", circuit=c.circuit, **EVERYWHERE) for c in (half, wide(half)))

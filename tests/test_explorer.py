@@ -275,7 +275,10 @@ def test_a_click_on_an_edge_or_node_chooses_it(widget) -> None:
     figure = widget.figures["graph"]
     for wanted in (lambda d: isinstance(d[1], str), lambda d: d[0] == "MLP0" and not isinstance(d[1], str)):
         at, i = next(
-            (k, i) for k, t in enumerate(figure.data) for i, d in enumerate(t.customdata or ()) if wanted(list(d))
+            (k, i)
+            for k, t in enumerate(figure.data)
+            for i, d in enumerate(() if t.customdata is None else t.customdata)
+            if wanted(list(d))
         )
         trace = figure.data[at]
         trace._dispatch_on_click(Points(point_inds=[i], trace_index=at), InputDeviceState())

@@ -47,6 +47,7 @@ from tests.test_plots import (
     cells,
     circuit_of,
     divergence_of,
+    gaps,
     needs_browser,
     scores_of,
     shades,
@@ -777,9 +778,9 @@ def test_a_large_circuit_keeps_its_strongest_edges_in_front_and_bundles_the_rest
         figure = plots.circuit(circuit, **options)
         lines = [t for t in figure.data if t.mode == "lines" and t.legendgroup in ("q", "k", "v", "mlp", "logits")]
         lines = [t for t in lines if len(t.x) > 1]
-        front = sum(list(t.x).count(None) for t in lines if t.line.width > FAINT)
+        front = sum(gaps(t) for t in lines if t.line.width > FAINT)
         assert front == min(most, len(frame))
-        assert sum(list(t.x).count(None) for t in lines) == len(frame)
+        assert sum(gaps(t) for t in lines) == len(frame)
         weaker = [t.name for t in figure.data if t.legendgroup == "faint"]
         if front == len(frame):
             assert not weaker

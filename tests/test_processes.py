@@ -221,6 +221,7 @@ def after(folder: Path, first: str, name: str) -> str:
     return cell(folder, name)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_caller_is_killed_ends(tmp_path: Path) -> None:
     code = (
         "import sys; from functools import partial; from pathlib import Path; from tests.test_processes import cell\n"

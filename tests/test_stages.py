@@ -26,18 +26,12 @@ from mansu_tl.starter import write_starter
 from mansu_tl.study import run_study
 from mansu_tl.study.config import StudyConfig
 from mansu_tl.study.names import short_names
-from mansu_tl.verification import certify
 from tests.tiny import some
 
 Rows = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def certified_here():
-    """Certificates by this process: test_certificate.py has that a fresh one says the same, after ten seconds of imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_module, "certify_in_fresh_process", certify)
-        yield
+pytestmark = pytest.mark.usefixtures("certified_here")
 
 
 def small_rows() -> Rows:
@@ -126,7 +120,7 @@ def stamps(folder: Path) -> dict[str, str]:
 
 
 # The others read and leave what one of these does: make slow.
-@pytest.mark.parametrize("what", some(list(CHANGES), ["corrupt", "unseen", "steps", "quantizers"]))
+@pytest.mark.parametrize("what", some(list(CHANGES), ["corrupt", "unseen"]))
 def test_whatever_a_stage_reads_makes_it_anew(finished, what: str, tmp_path: Path) -> None:
     folder, config, rows = finished
     shutil.copytree(folder / "out", tmp_path / "out")
@@ -243,6 +237,7 @@ def test_another_thread_is_refused_and_the_same_one_let_in(tmp_path: Path) -> No
     assert "is writing there" in said[0] and said[1] == "in"
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_a_folder_make_a_stage_once(tmp_path: Path) -> None:
     code = """
 import sys, time
@@ -283,6 +278,7 @@ def test_a_waiting_writer_waits(tmp_path: Path) -> None:
     assert order == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_a_run_that_cuts_in_between_saving_and_certifying_leaves_nothing_mixed(
     finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ CONFIG = StudyConfig(
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, certified_here):
     return run_study(CONFIG, tmp_path_factory.mktemp("study"), progress=False, workers=1)
 
 
@@ -140,6 +140,7 @@ def test_a_finished_study_can_be_explored(study) -> None:
     assert found.value == pytest.approx(study.results["mansu"].divergences["nf4"].value, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_study_runs_on_a_table(tmp_path, monkeypatch) -> None:
     """The same rows as CSV are the same task, and run as well."""
     rows = [json.loads(line) for line in Path(SMALL_TASK).read_text(encoding="utf-8").splitlines()]

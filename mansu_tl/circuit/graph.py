@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 
 import pandas as pd
@@ -173,6 +174,7 @@ class Graph(OnGraph):
         return out
 
 
+@cache
 def layer_of(name: str) -> int:
     """The layer of a writer or reader; -1 for `embed`, a number past every layer for `logits`."""
     layer = re.match(r"(?:MLP|L)(\d+)", name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import plotly.graph_objects as go
 import torch
 from plotly.basedatatypes import BaseFigure
@@ -70,7 +71,7 @@ def ring_places(figure: BaseFigure, item: Item) -> list[tuple[list[float], list[
 
 def clicked(data: object) -> Item | None:
     """The item that a mark of `graph` stands for, from what the mark carries."""
-    if not isinstance(data, list | tuple):
+    if not isinstance(data, list | tuple | np.ndarray):
         return None
     if isinstance(data[0], str) and isinstance(data[1], str):
         return (data[0], data[1])

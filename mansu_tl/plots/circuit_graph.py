@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -32,6 +33,7 @@ _LABELLED_HEADS = 16
 _FAINT_OPACITIES = (0.22, 0.5)  # of many and of few
 _OPACITIES = (0.75, 0.8, 0.85, 0.9, 0.95)
 _BUNDLED = -1  # the class of edges that do not stand out
+Way = tuple[Sequence[float], Sequence[float]]
 
 
 def circuit(
@@ -83,7 +85,7 @@ def circuit(
     )
     top = float(frame["score"].abs().max())
     if reference is not None:
-        xs, ys = segments([path(placement, *pair) for pair in pairs_of(missing)])
+        xs, ys = _lines([path(placement, *pair) for pair in pairs_of(missing)])
         line = {"width": 1, "color": look.neutral}
         panel.mark(xs, ys, "only in the reference", line=line, opacity=0.5, group="reference", legend=False)
     draw_panel(panel, frame, placement, circuit.kv_groups, top, beside=reference, emphasis=emphasis)
@@ -145,53 +147,79 @@ def draw_panel(
     strong = emphasised(frame, emphasis).tolist()
     sizes = [size if front else _BUNDLED for size, front in zip(width_classes(frame, top)[0], strong, strict=True)]
     _bands(panel, placement)
-    _edges(panel, frame, sizes, placement)
-    _middles(panel, frame, sizes, placement, beside)
+    ways = [
+        (bundled if size == _BUNDLED else path)(placement, *pair)
+        for pair, size in zip(pairs_of(frame), sizes, strict=True)
+    ]
+    _edges(panel, frame, sizes, ways)
+    _middles(panel, frame, sizes, ways, beside)
     _bars(panel, frame, placement, kv_groups)
     _nodes(panel, frame, placement, kv_groups, panels, labels or {})
     _axes(panel, placement, panels)
 
 
-def _edges(panel: Panel, frame: pd.DataFrame, sizes: list[int], placement: Placement) -> None:
+def _edges(panel: Panel, frame: pd.DataFrame, sizes: list[int], drawn: Sequence[Way]) -> None:
     """One trace for each width class, sign and kind: the bundled ones below, the widest on top."""
-    groups = defaultdict(list)
-    for (writer, reader), score, size in zip(pairs_of(frame), frame["score"], sizes, strict=True):
-        way = bundled if size == _BUNDLED else path
-        groups[size, reader_kind(reader), score >= 0].append(way(placement, writer, reader))
+    groups: dict[tuple[int, str, bool], list[Way]] = defaultdict(list)
+    for (_, reader), score, size, way in zip(pairs_of(frame), frame["score"], sizes, drawn, strict=True):
+        groups[size, reader_kind(reader), score >= 0].append(way)
     many, few = _FAINT_OPACITIES
     faint = max(many, min(few, 60 / max(1, sizes.count(_BUNDLED))))
     for (size, kind, positive), ways in sorted(groups.items()):
         width, opacity = (FAINT, faint) if size == _BUNDLED else (WIDTHS[size], _OPACITIES[size])
         line = {"width": width, "color": edge_colour(panel.look, kind, positive), "dash": DASHES[kind]}
-        panel.mark(*segments(ways), KINDS[kind], line=line, opacity=opacity, group=kind, legend=False)
+        panel.mark(*_lines(ways), KINDS[kind], line=line, opacity=opacity, group=kind, legend=False)
+
+
+def _lines(ways: Sequence[Way]) -> tuple[np.ndarray, np.ndarray]:
+    """`segments` of thousands of edges, as arrays: plotly looks at every entry of a list."""
+    xs, ys = (np.full(sum(len(way[0]) + 1 for way in ways), np.nan, np.float32) for _ in range(2))
+    start = 0
+    for x, y in ways:
+        end = start + len(x)
+        xs[start:end], ys[start:end], start = x, y, end + 1
+    return xs, ys
 
 
 def _middles(
-    panel: Panel, frame: pd.DataFrame, sizes: list[int], placement: Placement, reference: Circuit | None
+    panel: Panel, frame: pd.DataFrame, sizes: list[int], drawn: Sequence[Way], reference: Circuit | None
 ) -> None:
     """Hover points on every edge, carrying the numbers; rings where a strong one's score is negative."""
     table = frame.iloc[:0] if reference is None else reference.to_dataframe()
     others = dict(zip(pairs_of(table), table["score"].astype(float), strict=True))
     parts: dict[str, list[tuple[float, float, int, list[Any]]]] = defaultdict(list)
-    for (writer, reader), score, size in zip(pairs_of(frame), frame["score"].astype(float), sizes, strict=True):
+    rows = zip(pairs_of(frame), frame["score"].astype(float), sizes, drawn, strict=True)
+    for (writer, reader), score, size, (xs, ys) in rows:
         verb = "supports" if score >= 0 else "opposes"
         text = f"{plain(writer)} → {plain(reader)}<br>score {number(score)} ({verb} the answer)"
         if reference is not None:
             text += f"<br>in the reference: {number(others.get((writer, reader), math.nan))}"
-        xs, ys = (bundled if size == _BUNDLED else path)(placement, writer, reader)
         at = len(xs) // (5 if size == _BUNDLED else 2)  # where a bundled edge is still on its own
         ring = size + 4 if score < 0 and size != _BUNDLED else 0
         parts[reader_kind(reader)].append((xs[at], ys[at], ring, [writer, reader, score, text]))
     for kind, points in parts.items():
-        xs, ys, rings, data = (list(each) for each in zip(*points, strict=True))
+        x, y, rings, told = zip(*points, strict=True)
+        data = np.empty((len(told), 4), object)
+        data[:] = told
         circles = {
-            "size": [ring or 9 for ring in rings],
+            "size": np.array([ring or 9 for ring in rings]),
             "color": [panel.look.paper if ring else "rgba(0,0,0,0)" for ring in rings],
-            "line": {"width": [1.5 if ring else 0 for ring in rings], "color": edge_colour(panel.look, kind, False)},
+            "line": {
+                "width": np.array([1.5 if ring else 0 for ring in rings]),
+                "color": edge_colour(panel.look, kind, False),
+            },
         }
         name = f"edges into {KINDS[kind]}"
         panel.mark(
-            xs, ys, name, "markers", hover="%{customdata[3]}", data=data, marker=circles, group=kind, legend=False
+            np.array(x),
+            np.array(y),
+            name,
+            "markers",
+            hover="%{customdata[3]}",
+            data=data,
+            marker=circles,
+            group=kind,
+            legend=False,
         )
 
 

@@ -19,6 +19,8 @@ _POINTS = 24
 _TURN, _MERGE = 0.62, 0.3  # how far bundled edges rise before they are in their gutter, and out of it again
 
 Point = tuple[float, float]
+_T = np.linspace(0.0, 1.0, _POINTS)
+_WEIGHTS = np.stack([(1 - _T) ** 3, 3 * (1 - _T) ** 2 * _T, 3 * (1 - _T) * _T**2, _T**3])
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,7 @@ def bundled(placement: Placement, writer: str, reader: str) -> tuple[list[float]
 
 
 def _bezier(a: Point, b: Point, c: Point, d: Point) -> tuple[list[float], list[float]]:
-    t = np.linspace(0.0, 1.0, _POINTS)
-    weights = np.stack([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3])
-    xs, ys = np.array([a, b, c, d]).T @ weights
+    xs, ys = np.array([a, b, c, d]).T @ _WEIGHTS
     return xs.round(4).tolist(), ys.round(4).tolist()  # four decimals: half the size on disk
 
 
