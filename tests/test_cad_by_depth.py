@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import suppress
 
 import pandas as pd
@@ -10,13 +11,15 @@ import pytest
 import torch
 
 import mansu_tl as mtl
+from mansu_tl.circuit.attribution import EdgeReader
 from mansu_tl.data.forced import forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, linear_weights, parameters, rebuild
 from mansu_tl.runs import logit_difference
 from mansu_tl.runs.metrics import measured
 from mansu_tl.runs.passes import run
-from mansu_tl.verification import CadByDepth, DepthReader
+from mansu_tl.verification import CadByDepth, DepthBounds, DepthReader
+from mansu_tl.verification.depth_verdict import depth_verdict
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, some, tiny
 
@@ -129,7 +132,7 @@ def suppressed(model):
     return rebuild(model, {last: weight.detach()})
 
 
-def test_a_suppressor_leaves_the_knowledge_where_it_was(model, suppressed) -> None:
+def test_a_suppressor_leaves_the_knowledge_where_it_was(model, suppressed, tmp_path) -> None:
     task = mtl.load_task("pocket")
     pairs = task.forget_pairs[:48]
     assert mtl.accuracy(suppressed, task.questions["forget"]).mc_percent < 30
@@ -139,12 +142,28 @@ def test_a_suppressor_leaves_the_knowledge_where_it_was(model, suppressed) -> No
     assert found.opposition > 0.3 and found.opposition_interval[0] <= found.opposition <= found.opposition_interval[1]
     # Today's CAD cannot tell: it is gone everywhere.
     circuit = mtl.discover_circuit(model, pairs, faithfulness=0.8)
-    assert mtl.circuit_divergence(model, suppressed, circuit, pairs).value > 0.8
+    whole = mtl.circuit_divergence(model, suppressed, circuit, pairs, near=task.retain_pairs[:48])
+    assert (
+        whole.value > 0.8
+        and whole.verdict.name == "suppressed"
+        and "suppressed: CAD at L1 0.00 to 0.00, " in repr(whole)
+    )
+    assert whole.by_depth.edge_cad < 0.5
+    without_near = mtl.circuit_divergence(model, suppressed, circuit, pairs)
+    assert without_near.value == whole.value
+    with pytest.raises(MansuError, match="near=..."):
+        without_near.verdict  # noqa: B018
+    with pytest.raises(MansuError, match="near pairs beside circuit_scores"):
+        scores = mtl.verification.circuit_scores(model, circuit, pairs)
+        mtl.circuit_divergence(scores, suppressed, circuit, pairs, near=task.retain_pairs[:48])
+    assert type(whole).load(whole.save(tmp_path / "cad.safetensors")).digest() == whole.digest()
     # Put back on the suppressor's streams, the original's last layer answers.
     assert found.grafted[-2].double().mean() > 0.95 > 0.5 > found.grafted[-1].double().mean()
     table = found.to_dataframe()
     assert list(table.layer) == list(found.layers) and (table.cad_low <= table.cad).all()
-    assert "added opposition" in repr(found)
+    assert "suppressed" in repr(found) and found.verdict().name == "suppressed"
+    assert found.facts_gone == 0 and found.answered < 0.4 and math.isnan(found.edge_cad)
+    assert reader.read(model).verdict().name == "intact"
 
 
 def test_it_is_kept_and_read_again(case, tmp_path) -> None:
@@ -193,3 +212,69 @@ def test_the_figure_shows_both_sides_and_where_the_fact_is_read(case) -> None:
     other = dataclasses.replace(found[1], read=found[1].read + 1)
     with pytest.raises(MansuError, match="'cut <b>' was read at other layers"):
         mtl.plots.cad_by_depth([found[0], other])
+
+
+def test_edges_of_the_same_model_are_its_edge_scores(case) -> None:
+    """And what every writer puts into the logits is its term, whatever model wrote it; both by another way."""
+    model, pairs, _ = case
+    scores = mtl.edge_attribution(model, pairs, steps=2, per_pair=True)
+    reader = EdgeReader(model, pairs, steps=2)
+    torch.testing.assert_close(reader.read(model), scores.per_pair, rtol=1e-5, atol=1e-6)
+    layer = {name: info for name, info in linear_weights(model).items() if ".1." in name}
+    other = rebuild(model, {name: parameters(model)[name] * 0.5 for name in layer})
+    found = DepthReader(model, pairs, pairs[:3], steps=2).read(other)
+    into = reader.read(other)[..., -1]
+    for i, name in enumerate(found.writers):
+        at = [
+            j for j, w in enumerate(scores.writers) if w == name or (name[0] == "A" and w.startswith(f"L{name[1:]}H"))
+        ]
+        # A projection's bias has no edge, and neither has a norm behind the heads that looks at all of them at once.
+        if name[0] == "A" and Anatomy.of(model).post_norms:
+            continue
+        torch.testing.assert_close(into[:, at].sum(1), found.terms_other[i], rtol=1e-4, atol=1e-5)
+
+
+def test_edges_by_hand_and_a_circuits_cad(case) -> None:
+    """One edge: the writer's change in the other model against the slope at the reader, by moving the reader's input."""
+    model, pairs, _ = case
+    layer = {name: info for name, info in linear_weights(model).items() if ".1." in name}
+    other = rebuild(model, {name: parameters(model)[name] * 0.5 for name in layer})
+    circuit = mtl.circuit.Circuit.top(mtl.edge_attribution(model, pairs, steps=2), 25)
+    reader = DepthReader(model, pairs, pairs[:3], circuit=circuit, steps=2)
+    found, same = reader.read(other), reader.read(model)
+    assert (
+        same.edge_cad == 0 == same.edge_interval[0]
+        and len(found.edges) == circuit.n_edges == found.edges_other.shape[1]
+    )
+    every = EdgeReader(model, pairs, steps=2).read(other)
+    for i, (writer, target) in enumerate(found.edges[:6]):
+        at = circuit.writers.index(writer), circuit.readers.index(target)
+        assert torch.equal(found.edges_other[:, i], every[:, at[0], at[1]])
+    a, b = found.edges_original.mean(0), found.edges_other.mean(0)
+    assert found.edge_cad == pytest.approx(float(1 - (a @ b) / (a @ a)), abs=1e-5)
+    low, high = found.edge_interval
+    assert low <= found.edge_cad + 1e-6 and found.edge_cad <= high + 1e-6
+    # A writer below the cut sends what it always sent.
+    below = [i for i, (writer, _) in enumerate(found.edges) if writer == "embed" or writer.startswith(("L0", "MLP0"))]
+    torch.testing.assert_close(found.edges_other[:, below], found.edges_original[:, below], rtol=1e-5, atol=1e-7)
+    with pytest.raises(MansuError, match="circuit"):
+        DepthReader(model, pairs, pairs[:3], circuit=dataclasses.replace(circuit, writers=circuit.writers[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("before", "specificity", "opposition", "answered", "verdict"),
+    [
+        ((0.7, 1.1), (0.6, 1.0), (0.0, 0.02), 0.1, "erased"),
+        ((0.7, 1.1), (0.6, 1.0), (0.2, 0.4), 0.1, "suppressed"),
+        ((0.7, 1.1), (-0.1, 0.2), (0.2, 0.4), 0.1, "damaged"),
+        ((0.7, 1.1), (0.1, 0.4), (0.0, 0.02), 0.1, "undecided"),
+        ((0.7, 1.1), (0.6, 1.0), (0.05, 0.2), 0.1, "undecided"),
+        ((0.1, 0.3), (0.0, 0.2), (0.0, 0.02), 0.1, "suppressed"),
+        ((0.1, 0.3), (0.0, 0.2), (0.0, 0.02), 0.9, "intact"),
+        ((0.4, 0.6), (0.0, 0.2), (0.0, 0.02), 0.5, "undecided"),
+    ],
+)
+def test_verdicts(before, specificity, opposition, answered: float, verdict: str) -> None:
+    found = depth_verdict("L22", before, specificity, opposition, answered, DepthBounds())
+    assert found.name == verdict
+    assert f"CAD at L22 {before[0]:.2f} to {before[1]:.2f}" in repr(found)

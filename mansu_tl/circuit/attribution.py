@@ -138,6 +138,63 @@ def edge_attribution(
     )
 
 
+class EdgeReader:
+    """A model's gradients at every reader of its graph, kept, so that other models' writers can be met with them.
+
+    Takes EAP-IG's passes once; every other model is two forward passes. What is kept are the readers' gradients of all pairs.
+
+    Args:
+        model: whose gradients.
+        pairs: facts that it knows.
+        steps: of EAP-IG.
+        batch_size: pairs in a pass, at most.
+
+    Raises:
+        MansuError: pairs or a metric that do not fit.
+    """
+
+    @torch_defaults()
+    def __init__(
+        self,
+        model: TransformerBridge,
+        pairs: PromptPairs,
+        *,
+        steps: int = 5,
+        metric: Metric = logit_difference,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model, self.graph, self.metric = model, Graph.of(model), metric
+        self.pairs = prepared(model, pairs, options_read(metric))
+        self.job = _Job(model, self.pairs, metric, Ablation(), True, None, None, batch_size, False, False)
+        self.cut = plan(model, self.pairs, steps, max_memory=None, batch_size=batch_size)
+        self.parts = []
+        for piece in by_length(self.pairs.longest, self.cut.pairs, self.cut.pass_tokens):
+            batch = self.pairs[piece].trimmed()
+            with tqdm(disable=True) as bar:
+                _, slopes = _gathered(model, batch, metric, True, between(steps), self.cut, bar)
+            self.parts.append((piece, batch, slopes))
+
+    @torch_defaults()
+    def read(self, other: TransformerBridge) -> Float[Tensor, "pair writer reader"]:
+        """<change of u in another model, gradient at v in this one> for every edge and pair."""
+        anatomy, out = Anatomy.of(other), torch.zeros(len(self.pairs), *self.graph.exists.shape)
+        contraction = Contraction(self.model, self.graph, self.cut.tokens, self.cut.layers, self.cut.dtype, other)
+        for piece, batch, slopes in self.parts:
+            path = Path(
+                other, batch, self.metric, anatomy.hooks("z", "mlp_out"), {}, last_only=_last_only(anatomy, batch)
+            )
+            clean, corrupt = (path.recorded(end) for end in (CLEAN, CORRUPT))
+            groups, rows = self.job._groups(batch, None)
+            changes = _changes(anatomy, batch, clean, corrupt)
+            out.index_add_(0, piece[rows[:, 0]], contraction.scores(changes, slopes, groups, len(rows)).cpu())
+        return out * self.graph.exists
+
+
+def _last_only(anatomy: Anatomy, batch: Forced[PromptPairs]) -> str | None:
+    """Where the last block's MLP runs at the asked position alone: nothing else of it is measured."""
+    return anatomy.hook("mlp_in", anatomy.n_layers - 1) if batch.targets is None else None
+
+
 @dataclass(frozen=True)
 class _Job:
     """What stays the same when the steps are doubled."""
@@ -255,7 +312,7 @@ def _gathered(
         slopes={**anatomy.hooks("q", "k", "v", "mlp_in"), "final": final},
         seen=anatomy.hooks("attn_norm_in", *(("attn_raw",) if anatomy.post_norms else ())),
         both=both,
-        last_only=anatomy.hook("mlp_in", last) if batch.targets is None else None,
+        last_only=_last_only(anatomy, batch),
         together=cut.together,
     )
     norms = [norm_weights(model, i, "attn") for i in anatomy.layers]

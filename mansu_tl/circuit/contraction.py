@@ -68,6 +68,7 @@ class Contraction:
         tokens: tokens whose vectors of d_model numbers exist at one time.
         layers: layers whose readers share a product.
         dtype: of the products' operands; their sums are float32.
+        wrote: the model whose writers changed, where that is another one than whose readers' gradients are met.
     """
 
     model: TransformerBridge
@@ -75,6 +76,7 @@ class Contraction:
     tokens: int
     layers: int = 1
     dtype: torch.dtype = torch.float32
+    wrote: TransformerBridge | None = None
 
     def scores(
         self, changes: Changes, gradients: list[Slopes], groups: Int[Tensor, " token"], n_groups: int
@@ -159,7 +161,10 @@ class Contraction:
         out: Float[Tensor, "head token d_model"],
     ) -> None:
         """The heads' changes as they arrive in the stream: through W_O, and the post-norm's Jacobian where there is one."""
-        change, o = z.transpose(0, 1).to(self.dtype), attention_weights(self.model, layer).o.to(self.dtype)
+        change, o = (
+            z.transpose(0, 1).to(self.dtype),
+            attention_weights(self.wrote or self.model, layer).o.to(self.dtype),
+        )
         if not gradients.raw and out.device == change.device:
             torch.bmm(change, o.transpose(1, 2), out=out)
             self._centre(out)

@@ -77,7 +77,7 @@ class Path:
         """The gradients at every alpha; the ends first, since points between need both embeddings."""
         for end in (CLEAN, CORRUPT) if self.both else (CLEAN,):
             if end not in alphas:
-                self.ends[end] = self._recorded(end)
+                self.ends[end] = self.recorded(end)
         for end in alphas:
             if end in (CORRUPT, CLEAN):
                 yield from self._points([end], record=end not in self.ends)
@@ -95,7 +95,8 @@ class Path:
         return total
 
     @torch.no_grad()
-    def _recorded(self, alpha: float) -> End:
+    def recorded(self, alpha: float) -> End:
+        """An end, run without gradients."""
         kept: dict[str, Tensor] = {}
         hooks = end_hooks(self.model, self.pairs, clean=alpha == CLEAN)
         hooks += [(hook, keep(kept, key)) for key, hook in {"embed": self._embedding, **self.at_ends}.items()]

@@ -6,6 +6,7 @@ from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
 from mansu_tl.verification.damage import Damage, damage
 from mansu_tl.verification.depth import ErasureDepth, erasure_depth
+from mansu_tl.verification.depth_verdict import DepthBounds, DepthVerdict
 from mansu_tl.verification.divergence import (
     CircuitScores,
     Divergence,
@@ -31,7 +32,9 @@ __all__ = [
     "Certificate",
     "CircuitScores",
     "Damage",
+    "DepthBounds",
     "DepthReader",
+    "DepthVerdict",
     "Divergence",
     "ErasureDepth",
     "JudgedFile",

@@ -5,10 +5,11 @@ there (EAP-IG's path, arXiv 2403.17806), the evidence at l is <dh_l, G_l>, summe
 
     CAD_l = 1 - <dh_l(other), G_l> / <dh_l(original), G_l>
 
-which is 0 where the knowledge still stands, 1 where it is gone and above 1 where it is inverted. The total-derivative CAD of
-`divergence` follows the answer: an edited model's scores sum to its own change of the metric, so once that is gone they are
-gone everywhere. Here only the other model's states count, as the original reads them. It needs a shared basis: a model that
-was trained from elsewhere has its streams turned, and no number here speaks of it. Our definitions.
+which is 0 where the knowledge still stands, 1 where it is gone and above 1 where it is inverted. The same edge by edge on a
+circuit: what a writer writes in the other model, read by the original's gradient at the edge's reader. The total-derivative
+CAD of `divergence` follows the answer: an edited model's scores sum to its own change of the metric, so once that is gone
+they are gone everywhere. Here only the other model's states count, as the original reads them. It needs a shared basis: a
+model that was trained from elsewhere has its streams turned, and no number here speaks of it. Our definitions.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from mansu_tl.circuit import Circuit
+from mansu_tl.circuit.attribution import EdgeReader
+from mansu_tl.circuit.evaluation import require_graph
 from mansu_tl.data import PromptPairs
 from mansu_tl.data.forced import Forced
 from mansu_tl.defaults import torch_defaults
@@ -35,6 +39,7 @@ from mansu_tl.runs.metrics import Metric, logit_difference, options_read
 from mansu_tl.runs.passes import Hook, chunks, keep, prepared, run
 from mansu_tl.runs.points import Path, between
 from mansu_tl.runs.streams import require_one_shape, stream_hooks
+from mansu_tl.verification.depth_verdict import DepthBounds, DepthVerdict, depth_verdict
 
 _LEAST = 1e-6  # nats: less evidence than this in the original cannot be divided by
 
@@ -51,8 +56,11 @@ class CadByDepth(Result):
         original, other: evidence by layer and forget pair, in nats.
         near_original, near_other: by layer and near pair.
         terms_original, terms_other: what each writer puts into the read-out on each forget pair, in nats.
-        grafted: whether a forget answer is chosen when the original's layers behind this one are put on the other's stream.
+        grafted: whether a forget answer is chosen when the original's layers behind this one are put on the other's stream:
+            behind the last, what the other model itself chooses.
         groups, near_groups: the fact behind each pair.
+        edges: writer and reader of each edge of the circuit, where one was given.
+        edges_original, edges_other: evidence by forget pair and edge, in nats.
     """
 
     label: str
@@ -68,6 +76,15 @@ class CadByDepth(Result):
     grafted: Bool[Tensor, "layer pair"]
     groups: Int[Tensor, " pair"]
     near_groups: Int[Tensor, " near"]
+    edges: tuple[tuple[str, str], ...]
+    edges_original: Float[Tensor, "pair edge"]
+    edges_other: Float[Tensor, "pair edge"]
+
+    @property
+    def judged(self) -> int:
+        """The index in `layers` of the stream that the verdict is about: before the fact is read, but not in front of half
+        depth, since where a name is moved early the fact is looked up behind; and before the last block."""
+        return min(max(self.read, len(self.layers) // 2), len(self.layers) - 2)
 
     @property
     def cad(self) -> Float[Tensor, " layer"]:
@@ -83,6 +100,38 @@ class CadByDepth(Result):
     def specificity(self) -> Float[Tensor, " layer"]:
         """CAD on forget pairs minus CAD on near pairs."""
         return self.cad - self.near_cad
+
+    @property
+    def edge_cad(self) -> float:
+        """CAD over the circuit's edges, 1 - <a, b> / <a, a> of their mean evidence; NaN without a circuit."""
+        return float(_edge_cad(*(values.double().mean(0) for values in (self.edges_original, self.edges_other))))
+
+    @property
+    def edge_interval(self) -> tuple[float, float]:
+        """Its 95 % bootstrap interval over facts."""
+        weights = fact_weights(self.groups)
+        return middle(_edge_cad(*(weights @ values.double() for values in (self.edges_original, self.edges_other))))
+
+    @property
+    def answered(self) -> float:
+        """Forget answers that the other model chooses, as a share of those that the original does."""
+        right = self.grafted.double().mean(1)
+        return float(right[-1] / right[0])
+
+    @property
+    def facts_gone(self) -> float:
+        """Share of the forget facts of which at least half the evidence is gone at the layer that is judged."""
+        facts = torch.zeros(int(self.groups.max()) + 1, 2, dtype=torch.float64)
+        both = torch.stack([self.original[self.judged], self.other[self.judged]], 1).double()
+        own, left = facts.index_add_(0, self.groups, both).T
+        return float((left < 0.5 * own).double().mean())
+
+    def verdict(self, bounds: DepthBounds | None = None) -> DepthVerdict:
+        """Erased, suppressed, damaged or intact; see `depth_verdict`."""
+        forget = _draws(self.original, self.other, self.groups)[self.judged]
+        near = _draws(self.near_original, self.near_other, self.near_groups)[self.judged]
+        numbers = middle(forget), middle(forget - near), self.opposition_interval, self.answered
+        return depth_verdict(self.layers[self.judged], *numbers, bounds or DepthBounds())
 
     @property
     def opposition(self) -> float:
@@ -121,11 +170,11 @@ class CadByDepth(Result):
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        at = self.read
+        at = self.judged
         return (
-            f"CadByDepth({self.label}: at {self.layers[at]}, before the fact is read, CAD {self.cad[at]:.2f}, near "
-            f"{self.near_cad[at]:.2f}; at {self.layers[-1]} {self.cad[-1]:.2f}, near {self.near_cad[-1]:.2f}; added "
-            f"opposition {100 * self.opposition:.0f} %)"
+            f"CadByDepth({self.label}, {self.verdict().name}: at {self.layers[at]} CAD "
+            f"{self.cad[at]:.2f}, near {self.near_cad[at]:.2f}; at {self.layers[-1]} {self.cad[-1]:.2f}, near "
+            f"{self.near_cad[-1]:.2f}; added opposition {100 * self.opposition:.0f} %)"
         )
 
     def _tables(self) -> Sequence[Table]:
@@ -147,6 +196,7 @@ class DepthReader:
         original: the model before the edit.
         pairs: facts that were to be forgotten.
         near: facts of the same kind that were to stay.
+        circuit: edges of the original to be read too.
         steps: points of EAP-IG's path.
         metric: what the gradients are of.
 
@@ -167,6 +217,7 @@ class DepthReader:
         pairs: PromptPairs,
         near: PromptPairs,
         *,
+        circuit: Circuit | None = None,
         steps: int = 5,
         metric: Metric = logit_difference,
         batch_size: int = 64,
@@ -181,6 +232,14 @@ class DepthReader:
         ]
         hooks = anatomy.hooks("attn_out", "mlp_out")
         self.writers = {"embed": self.streams["stream0"], **{name: hooks[key] for name, key in roles}}
+        self.circuit, self.edge_names = circuit, tuple[tuple[str, str], ...]()
+        if circuit is not None:
+            require_graph(original, circuit)
+            self.edges = EdgeReader(original, pairs, steps=steps, metric=metric, batch_size=batch_size)
+            self.edge_names = tuple(
+                (circuit.writers[i], circuit.readers[j]) for i, j in circuit.mask.nonzero().tolist()
+            )
+        self.own_edges = self._on_circuit(original)
         self.read_at = read_layer(subject_share(original, pairs, metric=metric, batch_size=batch_size))
         self.parts = [self._parts(each, steps) for each in (pairs, near)]
         self.own = [self._evidence(original, parts) for parts in self.parts]
@@ -191,6 +250,10 @@ class DepthReader:
                     f"CAD by depth: the original's evidence on the {name} pairs is {whole:.3g} nats; use pairs on which it "
                     "shows the knowledge"
                 )
+
+    def _on_circuit(self, model: TransformerBridge) -> Float[Tensor, "pair edge"]:
+        """The evidence on the circuit's edges; none without a circuit."""
+        return torch.zeros(len(self.pairs), 0) if self.circuit is None else self.edges.read(model)[:, self.circuit.mask]
 
     def _parts(self, pairs: PromptPairs, steps: int) -> list[_Part]:
         out = []
@@ -254,6 +317,9 @@ class DepthReader:
             grafted=self._grafted(other),
             groups=self.pairs.fact_numbers(),
             near_groups=self.near.fact_numbers(),
+            edges=self.edge_names,
+            edges_original=self.own_edges,
+            edges_other=self._on_circuit(other),
         )
 
     @torch.no_grad()
@@ -291,6 +357,10 @@ def _draws(original: Tensor, other: Tensor, groups: Int[Tensor, " pair"]) -> Flo
     weights = fact_weights(groups)
     whole = original.double() @ weights.T
     return torch.where(whole > _LEAST, 1 - (other.double() @ weights.T) / whole, torch.nan)
+
+
+def _edge_cad(original: Float[Tensor, "*draw edge"], other: Float[Tensor, "*draw edge"]) -> Float[Tensor, "*draw"]:
+    return 1 - (original * other).sum(-1) / original.square().sum(-1)
 
 
 def _opposition(

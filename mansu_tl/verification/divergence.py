@@ -5,7 +5,8 @@ For a circuit C and its edge scores a (original model) and b (another model), sa
     CAD = 1 - <a, b> / <a, a>        0 = intact, 1 = gone, above 1 = inverted
 
 with the mass loss 1 - sum|b| / sum|a| beside it, and an interval from resampling facts. Our definition: it is stable
-where a cosine is not (b may be close to zero).
+where a cosine is not (b may be close to zero). By completeness it follows the answer, so it is about behaviour: an output
+suppressor that was trained in brings it to 1. With near pairs, CAD by depth (`cad_by_depth`) says which of the two it is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from mansu_tl.errors import MansuError
 from mansu_tl.results.intervals import fact_weights, middle
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import Metric, logit_difference, options_read, reads
+from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader
+from mansu_tl.verification.depth_verdict import DepthVerdict
 
 _STEPS = 5
 
@@ -70,6 +73,7 @@ class Divergence(Result):
         writers: the edges' writers.
         readers: the edges' readers.
         label: what the other model is.
+        by_depth: CAD by depth, where near pairs were given.
     """
 
     value: float
@@ -81,6 +85,20 @@ class Divergence(Result):
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     label: str
+    by_depth: CadByDepth | None = None
+
+    @property
+    def verdict(self) -> DepthVerdict:
+        """Erased, suppressed, damaged or intact.
+
+        Raises:
+            MansuError: no near pairs were given.
+        """
+        if self.by_depth is None:
+            raise MansuError(
+                "CAD: without near pairs it tells no erasure from suppression; call circuit_divergence(..., near=...)"
+            )
+        return self.by_depth.verdict()
 
     @property
     def edges(self) -> pd.DataFrame:
@@ -114,7 +132,9 @@ class Divergence(Result):
 
     def __repr__(self) -> str:
         low, high = self.interval
-        return f"Divergence({self.label}: CAD {self.value:.3f} [{low:.3f}, {high:.3f}], mass loss {self.mass_loss:.3f})"
+        verdict = "" if self.by_depth is None else f"; {self.verdict}"
+        cad = f"CAD {self.value:.3f} [{low:.3f}, {high:.3f}]"
+        return f"Divergence({self.label}: {cad}, mass loss {self.mass_loss:.3f}{verdict})"
 
     def _tables(self) -> Sequence[Table]:
         return (Table(self.edges, "scores before and after", "{:.4f}".format, rows=10),)
@@ -155,6 +175,7 @@ def circuit_divergence(
     circuit: Circuit,
     pairs: PromptPairs,
     *,
+    near: PromptPairs | None = None,
     label: str = "edited",
     steps: int | None = None,
     metric: Metric = logit_difference,
@@ -166,13 +187,16 @@ def circuit_divergence(
     Args:
         original: the model before, or its `circuit_scores`.
         other: the model after, or its `circuit_scores`.
+        near: facts of the same kind that were to stay: CAD by depth is taken too, from both models. To compare many models
+            with one original, keep a `DepthReader`.
         label: what `other` is, for tables and figures.
         steps: EAP-IG steps; those of the scores that are given, 5 where none are.
         seed: of the bootstrap.
         progress: show progress bars.
 
     Raises:
-        MansuError: the circuit has no edge, all its scores on the original are zero, or scores of other steps.
+        MansuError: the circuit has no edge, all its scores on the original are zero, scores of other steps, or near pairs
+            beside scores.
 
     Example:
         >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
@@ -183,6 +207,8 @@ def circuit_divergence(
     """
     if circuit.n_edges == 0:
         raise MansuError("circuit: it has no edge, so nothing can diverge; lower the threshold or the target")
+    if near is not None and not (isinstance(original, TransformerBridge) and isinstance(other, TransformerBridge)):
+        raise MansuError("CAD: near pairs beside circuit_scores; give both models, so that they can be read by depth")
     given = {m.steps for m in (original, other) if isinstance(m, CircuitScores)} | ({steps} if steps else set())
     if len(given) > 1:
         raise MansuError(
@@ -198,6 +224,10 @@ def circuit_divergence(
         raise MansuError(
             "circuit: all its scores on the original are zero; use pairs on which the model shows the knowledge"
         )
+    depth = None
+    if near is not None and isinstance(original, TransformerBridge) and isinstance(other, TransformerBridge):
+        reader = DepthReader(original, pairs, near, circuit=circuit, steps=options["steps"], metric=metric)
+        depth = reader.read(other, label=label)
     weights = fact_weights(found[0].groups, seed)
     a, b = (weights @ scores.tensor.double() for scores in found)
     return Divergence(
@@ -210,6 +240,7 @@ def circuit_divergence(
         writers=found[0].writers,
         readers=found[0].readers,
         label=label,
+        by_depth=depth,
     )
 
 

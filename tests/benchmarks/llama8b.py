@@ -43,7 +43,7 @@ SHAPES = {
 # What is timed apart: its owner, its name, and whether its time lies inside another row's.
 PARTS: tuple[tuple[Any, str, str], ...] = (
     (attribution, "plan", "memory plan (a forward pass)"),
-    (Path, "_recorded", "  of it ends, forward"),
+    (Path, "recorded", "  of it ends, forward"),
     (attribution, "_gathered", "both ends and all points, gathered"),
     (torch.autograd, "grad", "  of it backward"),
     (attribution, "_add_point", "  of it readers' gradients added up"),
