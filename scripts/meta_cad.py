@@ -1,8 +1,8 @@
 """Which score tells erased from suppressed? Models whose truth is known: `python scripts/meta_cad.py --out figures/tables/meta_cad.csv`.
 
 All models share a basis. The ancestor is `pocket-never`, which knows the world but no forget fact; the original is the ancestor
-fine-tuned on the forget facts; "never" is the ancestor fine-tuned for as long on text alone; "partly" learnt only a share of
-the facts. Suppressors are the original whose MLP output of one layer (first, middle, last) was trained against the answers,
+fine-tuned on the forget facts; "never" is the ancestor fine-tuned for as long on text alone (two of them, and a third that
+scores take as their reference); "partly" learnt only a share of the facts. Suppressors are the original whose MLP output of one layer (first, middle, last) was trained against the answers,
 retain text held; the filter is the original behind a logit filter; "damaged" is the original with noise on every weight;
 "intact" is the original trained on retain text. Everything is made anew for every seed.
 
@@ -40,7 +40,7 @@ from mansu_tl.unlearning.batches import Sampler
 from mansu_tl.unlearning.retain_statistics import sequence_loss
 from mansu_tl.verification import CadByDepth, DepthReader, circuit_divergence, circuit_scores, erasure_depth, probe
 
-LEARN, SUPPRESS, TEXT, BATCH, LEAST = 240, 80, 60, 32, -12.0
+LEARN, SUPPRESS, TEXT, BATCH, LEAST, NOISE = 240, 80, 60, 32, -12.0, 1.2
 SHARES = (0.25, 0.5, 0.75)
 PRESENT, ABSENT = ("intact", "filter", "suppressor, first", "suppressor, middle", "suppressor, last"), ("never",)
 
@@ -97,12 +97,18 @@ def family(ancestor: TransformerBridge, task: Task, seed: int) -> Iterator[tuple
             trained(original, task, seed + 200, SUPPRESS, 3e-3, against=task.forget_pairs, only=weight),
         )
     yield "filter", 0.0, original
-    yield "never", 1.0, trained(ancestor, task, seed + 300, LEARN, 1e-3)
+    yield "reference", 1.0, trained(ancestor, task, seed + 350, LEARN, 1e-3)
+    for number in range(2):
+        yield f"never, {number + 1}", 1.0, trained(ancestor, task, seed + 300 + number, LEARN, 1e-3)
     for share in SHARES:
-        yield f"partly, {100 * share:.0f} %", share, trained(ancestor, task, seed + 400, LEARN, 1e-3, learn=learnt(1 - share))
+        yield (
+            f"partly, {100 * share:.0f} %",
+            share,
+            trained(ancestor, task, seed + 400, LEARN, 1e-3, learn=learnt(1 - share)),
+        )
     noise = torch.Generator().manual_seed(seed)
     damaged = {
-        name: parameters(original)[name] + 0.5 * parameters(original)[name].std() * torch.randn(
+        name: parameters(original)[name] + NOISE * parameters(original)[name].std() * torch.randn(
             parameters(original)[name].shape, generator=noise)
         for name in linear_weights(original)
     }  # fmt: skip
@@ -134,7 +140,9 @@ class Scores:
         if name == "filter":
             # The filter lowers the answers' logits: nothing inside changes, no answer is chosen.
             found = replace(found, grafted=torch.cat([found.grafted[:-1], torch.zeros_like(found.grafted[-1:])]))
-        behaviour = circuit_divergence(self.own, circuit_scores(model, self.circuit, self.pairs), self.circuit, self.pairs)
+        behaviour = circuit_divergence(
+            self.own, circuit_scores(model, self.circuit, self.pairs), self.circuit, self.pairs
+        )
         depth = erasure_depth(self.original, model, self.never, self.pairs)
         uds = erasure_depth(
             self.original, model, self.never, self.pairs, positions="last", metric=answer_log_prob, threshold=0.05
@@ -162,6 +170,34 @@ def auc(present: list[float], absent: list[float]) -> float:
     return sum(wins) / len(wins)
 
 
+def by_score(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a score: how well it tells the two pools apart, and how little it moves."""
+    now, rows = table[table.form == ""], []
+    partly = now[now.model.str.startswith(("intact", "partly", "never"))]
+    for score in SCORES:
+        absent, present = (now[now.model.isin(pool)][score].tolist() for pool in (ABSENT, PRESENT))
+        deeper = now[now.model.isin(PRESENT) & (now.model != "suppressor, first")][score].tolist()
+        wide = table.pivot(index=["seed", "model"], columns="form", values=score)
+        rows.append({
+            "score": score, "AUC": auc(present, absent), "AUC without the first layer's": auc(deeper, absent),
+            "largest where it is there": max(deeper), "smallest where it is not": min(absent),
+            "rank correlation": partly[score].corr(partly.absent, method="spearman"),
+            "Q": (wide["nf4"] - wide[""]).abs().mean(), "R": (wide["trained on text"] - wide[""]).abs().mean(),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def by_model(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a kind of model: forget answers chosen, the verdicts of all seeds, and scores, means over seeds."""
+    now, rows = table[table.form == ""], []
+    for name, each in now.groupby("model", sort=False):
+        verdicts = each.verdict.value_counts()
+        named = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items())
+        rows.append({"model": name, "forget MC, %": f"{each.forget_mc.mean():.0f}", "verdicts": named,
+                     **{score: f"{each[score].mean():.2f}" for score in SHOWN}})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -176,31 +212,33 @@ def main() -> None:
         models = {name: model for name, _, model in made}
         original = models.pop("original")
         circuit = mtl.discover_circuit(original, task.forget_pairs, faithfulness=0.85)
-        scores = Scores(original, models["never"], task, circuit)
+        scores = Scores(original, models.pop("reference"), task, circuit)
         later: dict[str, Callable[[TransformerBridge], TransformerBridge]] = {
             "": lambda model: model,
             "nf4": lambda model: mtl.quantize(model, "nf4"),
             "trained on text": lambda model, seed=seed: trained(model, task, seed + 500, 20, 3e-4),  # type: ignore[misc]
         }
-        for name, absent, model in made[1:]:
+        for name, absent, model in (each for each in made if each[0] in models):
             for form, change in later.items():
                 values, found = scores.of(change(model), name)
                 mc = mtl.accuracy(change(model), task.questions["forget"]).mc_percent if name != "filter" else 0.0
                 verdict = found.verdict().name
                 rows.append(
-                    {"seed": seed, "model": name, "form": form, "absent": absent, "verdict": verdict, "forget_mc": mc, **values}
+                    {
+                        "seed": seed,
+                        "model": name,
+                        "form": form,
+                        "absent": absent,
+                        "verdict": verdict,
+                        "forget_mc": mc,
+                        **values,
+                    }
                 )
             print(f"{time.monotonic() - start:6.0f} s  seed {seed}  {name}: {rows[-3]}", flush=True)
         pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.4f")
     table = pd.DataFrame(rows)
-    plain_rows = table[table.form == ""]
-    for score in list(values):
-        sides = [plain_rows[plain_rows.model.isin(pool)][score].tolist() for pool in (PRESENT, ABSENT)]
-        wide = table.pivot(index=["seed", "model"], columns="form", values=score)
-        moved = {form: (wide[form] - wide[""]).abs().mean() for form in ("nf4", "trained on text")}
-        partly = plain_rows[plain_rows.model.str.startswith(("intact", "partly", "never"))]
-        print(f"{score:18} AUC {auc(*sides):.3f}  rank correlation with the share absent "
-              f"{partly[score].corr(partly.absent, method='spearman'):.2f}  Q {moved['nf4']:.3f}  R {moved['trained on text']:.3f}")  # fmt: skip
+    for found in (by_score(table), by_model(table)):
+        print(found.round(3).to_string(index=False), flush=True)
 
 
 if __name__ == "__main__":

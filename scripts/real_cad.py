@@ -1,7 +1,7 @@
-"""CAD by depth on a pretrained model, as stored and in the file: `python scripts/real_cad.py RUN --out figures/tables/real_cad.csv`.
+"""CAD by depth on a pretrained model: `python scripts/real_cad.py RUN --out figures/tables/real_cad.csv`.
 
 RUN is the folder of `make demo-real` (or of any study of a GGUF model): every method's edit in it is read by the original's
-gradients, applied and from the file that was written. Near pairs are the task's near facts in the wording that is trained on.
+gradients, applied and from the file that was written, by layer and edge by edge on the run's circuit. Near pairs are the task's near facts in the wording that is trained on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pandas as pd
 
 import mansu_tl as mtl
+from mansu_tl.circuit import Circuit
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import DepthReader
 from scripts.real_circuit import pairs_of
@@ -40,7 +41,8 @@ def main() -> None:
     model = mtl.load(options.model, device=options.device)
     rows = [{"held_out": False, **json.loads(line)} for line in file.read_text(encoding="utf-8").splitlines()]
     task = mtl.load_task(file, tokenizer=model)
-    reader = DepthReader(model, task.forget_pairs, pairs_of(model, rows, "near", False, len(rows)))
+    circuit = Circuit.load(options.run / "circuit" / "circuit.safetensors")
+    reader = DepthReader(model, task.forget_pairs, pairs_of(model, rows, "near", False, len(rows)), circuit=circuit)
     tables = []
     for place in sorted(options.run.glob("edits/*/edit.safetensors")):
         method = place.parent.name
@@ -48,11 +50,14 @@ def main() -> None:
         shipped = mtl.load(options.run / "model" / f"{method}.gguf", tokenizer=model.tokenizer, device=options.device)
         for label, one in ((title, Edit.load(place).apply(model)), (f"{title}, shipped", shipped)):
             found = reader.read(one, label=label)
-            low, high = found.opposition_interval
-            tables.append(
-                found.to_dataframe().assign(opposition=found.opposition, opposition_low=low, opposition_high=high)
-            )
-            print(f"{time.monotonic() - start:6.0f} s  {found}", flush=True)
+            whole = {"opposition": (found.opposition, found.opposition_interval), "edge_cad": (found.edge_cad, found.edge_interval)}
+            columns = {"verdict": found.verdict().name, "facts_gone": found.facts_gone}
+            for name, (value, (low, high)) in whole.items():
+                columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
+            tables.append(found.to_dataframe().assign(**columns))
+            edge = f"edge by edge {found.edge_cad:.2f} [{found.edge_interval[0]:.2f}, {found.edge_interval[1]:.2f}]"
+            print(f"{time.monotonic() - start:6.0f} s  {found}\n  {found.verdict()}; {edge}; {100 * found.facts_gone:.0f} % of facts gone",
+                  flush=True)  # fmt: skip
     pd.concat(tables).to_csv(options.out, index=False, float_format="%.4f")
 
 

@@ -10,6 +10,7 @@ from mansu_tl.verification.depth_verdict import DepthBounds, DepthVerdict
 from mansu_tl.verification.divergence import (
     CircuitScores,
     Divergence,
+    JudgedDivergence,
     circuit_divergence,
     circuit_scores,
     output_suppressor,
@@ -37,6 +38,7 @@ __all__ = [
     "DepthVerdict",
     "Divergence",
     "ErasureDepth",
+    "JudgedDivergence",
     "JudgedFile",
     "LlamaJudgement",
     "Probes",

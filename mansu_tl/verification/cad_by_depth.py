@@ -128,7 +128,11 @@ class CadByDepth(Result):
 
     def verdict(self, bounds: DepthBounds | None = None) -> DepthVerdict:
         """Erased, suppressed, damaged or intact; see `depth_verdict`."""
-        forget = _draws(self.original, self.other, self.groups)[self.judged]
+        lost = self.grafted[0] & ~self.grafted[-1]
+        if not lost.any():
+            lost = self.grafted[0]
+        groups = self.groups[lost].unique(return_inverse=True)[1]
+        forget = _draws(self.original[:, lost], self.other[:, lost], groups)[self.judged]
         near = _draws(self.near_original, self.near_other, self.near_groups)[self.judged]
         numbers = middle(forget), middle(forget - near), self.opposition_interval, self.answered
         return depth_verdict(self.layers[self.judged], *numbers, bounds or DepthBounds())

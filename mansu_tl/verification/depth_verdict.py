@@ -1,13 +1,13 @@
 """Erased, suppressed, damaged or intact: what CAD by depth comes to.
 
-Our definition, in this order, at one layer (`CadByDepth.judged`: before the fact is read, at half depth at the earliest) and
-each number by its 95 % interval over facts:
+Our definition, in this order. Numbers are of one layer (`CadByDepth.judged`: before the fact is read, at half depth at the
+earliest), of the facts that the model no longer answers, and are taken by their 95 % interval over facts:
 
-1. CAD lies above `gone`, and what is gone is specific: **erased**. If near facts fell alike, the model is **damaged**. If
+1. Nearly all answers are given: **intact**.
+2. CAD lies above `gone`, and what is gone is specific: **erased**. If near facts fell alike, the model is **damaged**. If
    writers now speak against the answer, what is left may be hidden: **suppressed**.
-2. CAD lies below `gone`: the knowledge stands. If its answers are given it is **intact**, else **suppressed**, whatever
-   happens behind.
-3. Anything else is **undecided**: an interval that reaches over a bound.
+3. CAD lies below `gone`: the knowledge stands and is not said, whatever happens behind: **suppressed**.
+4. Anything else is **undecided**: an interval that reaches over a bound.
 """
 
 from __future__ import annotations
@@ -58,26 +58,27 @@ def depth_verdict(
 
     Args:
         layer: what the stream is called that is judged.
-        cad: CAD there, on forget pairs.
+        cad: CAD there, on the forget pairs that are no longer answered.
         specificity: that minus CAD on near pairs.
         opposition: added opposition.
         answered: forget answers chosen, as a share of those that the original chooses.
     """
-    here = f"CAD at {layer} {_shown(cad)}"
+    if answered >= bounds.answered:
+        return DepthVerdict("intact", f"{100 * answered:.0f} % of the answers are given")
+    here = f"of the {100 * (1 - answered):.0f} % that it no longer answers, CAD at {layer} is {_shown(cad)}"
     near = f"{_shown(specificity)} above that of near facts"
     against = f"added opposition {_shown(opposition)}"
+    every = f"{here}, {near}, {against}"
     if cad[0] >= bounds.gone:
         if specificity[1] < bounds.specific:
             return DepthVerdict("damaged", f"{here}, {near}")
         if opposition[0] > bounds.opposed:
             return DepthVerdict("suppressed", f"{here}, but {against}")
         if specificity[0] >= bounds.specific and opposition[1] <= bounds.opposed:
-            return DepthVerdict("erased", f"{here}, {near}, {against}")
-        return DepthVerdict("undecided", f"{here}, {near}, {against}")
-    if cad[1] < bounds.gone:
-        given = f"{100 * answered:.0f} % of its answers are given"
-        return DepthVerdict("intact" if answered >= bounds.answered else "suppressed", f"{here}, {given}")
-    return DepthVerdict("undecided", here)
+            return DepthVerdict("erased", every)
+    elif cad[1] < bounds.gone:
+        return DepthVerdict("suppressed", here)
+    return DepthVerdict("undecided", every)
 
 
 def _shown(interval: Interval) -> str:

@@ -73,7 +73,6 @@ class Divergence(Result):
         writers: the edges' writers.
         readers: the edges' readers.
         label: what the other model is.
-        by_depth: CAD by depth, where near pairs were given.
     """
 
     value: float
@@ -85,20 +84,6 @@ class Divergence(Result):
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     label: str
-    by_depth: CadByDepth | None = None
-
-    @property
-    def verdict(self) -> DepthVerdict:
-        """Erased, suppressed, damaged or intact.
-
-        Raises:
-            MansuError: no near pairs were given.
-        """
-        if self.by_depth is None:
-            raise MansuError(
-                "CAD: without near pairs it tells no erasure from suppression; call circuit_divergence(..., near=...)"
-            )
-        return self.by_depth.verdict()
 
     @property
     def edges(self) -> pd.DataFrame:
@@ -132,12 +117,33 @@ class Divergence(Result):
 
     def __repr__(self) -> str:
         low, high = self.interval
-        verdict = "" if self.by_depth is None else f"; {self.verdict}"
         cad = f"CAD {self.value:.3f} [{low:.3f}, {high:.3f}]"
-        return f"Divergence({self.label}: {cad}, mass loss {self.mass_loss:.3f}{verdict})"
+        return f"Divergence({self.label}: {cad}, mass loss {self.mass_loss:.3f})"
 
     def _tables(self) -> Sequence[Table]:
         return (Table(self.edges, "scores before and after", "{:.4f}".format, rows=10),)
+
+
+@dataclass(frozen=True)
+class JudgedDivergence(Divergence):
+    """CAD with what tells erasure from suppression.
+
+    Attributes:
+        by_depth: CAD by depth, on forget and on near pairs.
+    """
+
+    by_depth: CadByDepth
+
+    @property
+    def verdict(self) -> DepthVerdict:
+        """Erased, suppressed, damaged, intact or undecided."""
+        return self.by_depth.verdict()
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__().removesuffix(')')}; {self.verdict})"
+
+    def _tables(self) -> Sequence[Table]:
+        return (*super()._tables(), *self.by_depth._tables())
 
 
 @torch_defaults()
@@ -187,8 +193,8 @@ def circuit_divergence(
     Args:
         original: the model before, or its `circuit_scores`.
         other: the model after, or its `circuit_scores`.
-        near: facts of the same kind that were to stay: CAD by depth is taken too, from both models. To compare many models
-            with one original, keep a `DepthReader`.
+        near: facts of the same kind that were to stay: CAD by depth is taken too, from both models, and a `JudgedDivergence`
+            given. To compare many models with one original, keep a `DepthReader`.
         label: what `other` is, for tables and figures.
         steps: EAP-IG steps; those of the scores that are given, 5 where none are.
         seed: of the bootstrap.
@@ -224,13 +230,9 @@ def circuit_divergence(
         raise MansuError(
             "circuit: all its scores on the original are zero; use pairs on which the model shows the knowledge"
         )
-    depth = None
-    if near is not None and isinstance(original, TransformerBridge) and isinstance(other, TransformerBridge):
-        reader = DepthReader(original, pairs, near, circuit=circuit, steps=options["steps"], metric=metric)
-        depth = reader.read(other, label=label)
     weights = fact_weights(found[0].groups, seed)
     a, b = (weights @ scores.tensor.double() for scores in found)
-    return Divergence(
+    divergence = Divergence(
         value=(1 - (mean_a @ mean_b) / (mean_a @ mean_a)).item(),
         interval=middle(1 - (a * b).sum(1) / a.square().sum(1)),
         mass_loss=(1 - mean_b.abs().sum() / mean_a.abs().sum()).item(),
@@ -240,8 +242,11 @@ def circuit_divergence(
         writers=found[0].writers,
         readers=found[0].readers,
         label=label,
-        by_depth=depth,
     )
+    if near is None or not (isinstance(original, TransformerBridge) and isinstance(other, TransformerBridge)):
+        return divergence
+    reader = DepthReader(original, pairs, near, circuit=circuit, steps=options["steps"], metric=metric)
+    return JudgedDivergence(**vars(divergence), by_depth=reader.read(other, label=label))
 
 
 def output_suppressor(metric: Metric, penalty: float) -> Metric:
