@@ -42,7 +42,20 @@ from mansu_tl.verification import CadByDepth, DepthReader, circuit_divergence, c
 
 LEARN, SUPPRESS, TEXT, BATCH, LEAST, NOISE = 240, 80, 60, 32, -12.0, 1.2
 SHARES = (0.25, 0.5, 0.75)
-PRESENT, ABSENT = ("intact", "filter", "suppressor, first", "suppressor, middle", "suppressor, last"), ("never",)
+PRESENT = ("intact", "filter", "suppressor, first", "suppressor, middle", "suppressor, last")
+ABSENT = ("never, 1", "never, 2")
+SCORES = (
+    "CAD by depth",
+    "specificity",
+    "edge by edge",
+    "behavioural CAD",
+    "depth",
+    "UDS",
+    "logit lens",
+    "probe",
+    "answers",
+)
+SHOWN = ("CAD by depth", "specificity", "added opposition", "behavioural CAD", "depth", "UDS")
 
 
 def trained(

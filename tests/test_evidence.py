@@ -9,6 +9,7 @@ import pytest
 
 from mansu_tl.study import markdown, properties
 from mansu_tl.study.table import read_table
+from scripts import meta_cad
 from tests.benchmarks import readme, real, tofu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,3 +229,25 @@ def test_what_is_said_of_stories260k_is_in_its_scorecards() -> None:
         f"{span('retain cloze drop, points')} points of retain and {span('near cloze drop, points')} of near cloze",
     ):
         assert said in text, said
+
+
+def test_specificity_tells_suppressors_from_models_that_never_knew() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "meta_cad.csv", keep_default_na=False)
+    page = (ROOT / "docs" / "erasure.md").read_text(encoding="utf-8")
+    scores, models = meta_cad.by_score(table), meta_cad.by_model(table)
+    lines = [*real.plain(models).splitlines(), *real.plain(scores.round(3)).splitlines()]
+    assert quoted(page, "figures/tables/meta_cad.csv") == [line for line in lines if line]
+    found = scores.set_index("score")
+    assert found.AUC["specificity"] == 1 > found.AUC["UDS"]
+    right = {"intact": "intact", "filter": "suppressed", "suppressor, middle": "suppressed", "damaged": "damaged",
+             "suppressor, last": "suppressed", "never, 1": "erased", "never, 2": "erased"}  # fmt: skip
+    plain = table[table.form == ""].set_index("model")
+    for name, verdict in right.items():
+        assert (plain.verdict[name] == verdict).all(), name
+    # What it does not tell, and the page says so.
+    assert (plain.verdict["suppressor, first"] == "erased").any()
+
+
+def test_auc_by_hand() -> None:
+    assert meta_cad.auc([0.0, 0.5], [0.5, 1.0]) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+    assert meta_cad.auc([1.0], [0.0]) == 0
