@@ -235,7 +235,7 @@ def test_specificity_tells_suppressors_from_models_that_never_knew() -> None:
     table = pd.read_csv(ROOT / "figures" / "tables" / "meta_cad.csv", keep_default_na=False)
     page = (ROOT / "docs" / "erasure.md").read_text(encoding="utf-8")
     scores, models = meta_cad.by_score(table), meta_cad.by_model(table)
-    lines = [*real.plain(models).splitlines(), *real.plain(scores.round(3)).splitlines()]
+    lines = [*real.plain(models).splitlines(), *real.plain(scores.round(3).astype(str)).splitlines()]
     assert quoted(page, "figures/tables/meta_cad.csv") == [line for line in lines if line]
     found = scores.set_index("score")
     assert found.AUC["specificity"] == 1 > found.AUC["UDS"]
