@@ -1,14 +1,15 @@
-"""Which score tells erased from suppressed? Models whose truth is known: `python scripts/meta_cad.py --out figures/tables/meta_cad.csv`.
+"""Which score tells erased from suppressed? `python scripts/meta_cad.py --out figures/tables/meta_cad.csv`
 
-All models share a basis. The ancestor is `pocket-never`, which knows the world but no forget fact; the original is the ancestor
-fine-tuned on the forget facts; "never" is the ancestor fine-tuned for as long on text alone (two of them, and a third that
-scores take as their reference); "partly" learnt only a share of the facts. Suppressors are the original whose MLP output of one layer (first, middle, last) was trained against the answers,
-retain text held; the filter is the original behind a logit filter; "damaged" is the original with noise on every weight;
-"intact" is the original trained on retain text. Everything is made anew for every seed.
+Models whose truth is known, all on one basis. The ancestor is `pocket-never`, which knows the world but no forget fact; the
+original is the ancestor fine-tuned on the forget facts; "never" is the ancestor fine-tuned for as long on text alone (two of
+them, and a third that scores take as their reference); "partly" learnt only a share of the facts. Suppressors are the
+original whose MLP output of one layer (first, middle, last) was trained against the answers, retain text held; the filter is
+the original behind a logit filter; "damaged" is the original with noise on every weight; "intact" is the original trained on
+retain text. Everything is made anew for every seed.
 
 A score is to be 0 where the knowledge is there and 1 where it is not. AUC is of the pool where it is there (intact, filter,
-suppressors) against the pool where it is not (never), over all seeds. After UDS (arXiv 2605.24614): Q is how far a score moves
-under NF4, R how far it moves when a model is trained on unrelated text, both as a mean over models.
+suppressors) against the pool where it is not (never), over all seeds. After UDS (arXiv 2605.24614): Q is how far a score
+moves under NF4, R how far it moves when a model is trained on unrelated text, both as a mean over models.
 """
 
 from __future__ import annotations
@@ -233,8 +234,10 @@ def main() -> None:
         }
         for name, absent, model in (each for each in made if each[0] in models):
             for form, change in later.items():
-                values, found = scores.of(change(model), name)
-                mc = mtl.accuracy(change(model), task.questions["forget"]).mc_percent if name != "filter" else 0.0
+                changed = change(model)
+                values, found = scores.of(changed, name)
+                # Behind the filter no answer is chosen.
+                mc = mtl.accuracy(changed, task.questions["forget"]).mc_percent if name != "filter" else 0.0
                 verdict = found.verdict().name
                 rows.append(
                     {

@@ -1,7 +1,8 @@
 """CAD by depth on a pretrained model: `python scripts/real_cad.py RUN --out figures/tables/real_cad.csv`.
 
 RUN is the folder of `make demo-real` (or of any study of a GGUF model): every method's edit in it is read by the original's
-gradients, applied and from the file that was written, by layer and edge by edge on the run's circuit. Near pairs are the task's near facts in the wording that is trained on.
+gradients, applied and from the file that was written, by layer and edge by edge on the run's circuit. Near pairs are the
+task's near facts in the wording that is trained on.
 """
 
 from __future__ import annotations
@@ -50,14 +51,18 @@ def main() -> None:
         shipped = mtl.load(options.run / "model" / f"{method}.gguf", tokenizer=model.tokenizer, device=options.device)
         for label, one in ((title, Edit.load(place).apply(model)), (f"{title}, shipped", shipped)):
             found = reader.read(one, label=label)
-            whole = {"opposition": (found.opposition, found.opposition_interval), "edge_cad": (found.edge_cad, found.edge_interval)}
+            whole = {
+                "opposition": (found.opposition, found.opposition_interval),
+                "edge_cad": (found.edge_cad, found.edge_interval),
+            }
             columns = {"verdict": found.verdict().name, "facts_gone": found.facts_gone}
             for name, (value, (low, high)) in whole.items():
                 columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
             tables.append(found.to_dataframe().assign(**columns))
-            edge = f"edge by edge {found.edge_cad:.2f} [{found.edge_interval[0]:.2f}, {found.edge_interval[1]:.2f}]"
-            print(f"{time.monotonic() - start:6.0f} s  {found}\n  {found.verdict()}; {edge}; {100 * found.facts_gone:.0f} % of facts gone",
-                  flush=True)  # fmt: skip
+            low, high = found.edge_interval
+            print(f"{time.monotonic() - start:6.0f} s  {found}\n  {found.verdict()}", flush=True)
+            gone = f"{100 * found.facts_gone:.0f} % of facts gone"
+            print(f"  edge by edge {found.edge_cad:.2f} [{low:.2f}, {high:.2f}], {gone}", flush=True)
     pd.concat(tables).to_csv(options.out, index=False, float_format="%.4f")
 
 

@@ -1,4 +1,4 @@
-"""CAD by depth on the test draws of the evidence: `python scripts/real_cad_draws.py OUT --jobs landmark_in_country-0:mansu-closed ...`.
+"""CAD by depth on the test draws: `python scripts/real_cad_draws.py OUT --jobs landmark_in_country-0:mansu-closed ...`.
 
 OUT is the folder of `scripts/real_evidence.py`: its tasks and circuits. Every method runs with the settings chosen from the
 trials, as there; its edit is read as stored and in the file. Near facts are those kept back: no method was trained on them.

@@ -171,7 +171,11 @@ SPREAD = [
     (family, name) for family in ("llama", "gpt2", "gemma2", "gpt_neox") for name in ("MANSU, closed form", "MANSU")
 ]
 SPREAD += [("llama", name) for name in STAGES if not name.startswith("MANSU")]
+SPREAD += [("gemma2", name) for name in ("accuracy", "edge scores", "patching sweeps", "circuits")]
 AT_ONCE = {
+    ("llama", "accuracy"),
+    ("llama", "patching sweeps"),
+    ("gemma2", "edge scores"),
     ("llama", "MANSU, closed form"),
     ("llama", "node and neuron scores"),
     ("llama", "edge scores"),
@@ -179,9 +183,8 @@ AT_ONCE = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Attempting to save a model with offloaded modules"
-)  # what lies on the CPU beside a card
+# What lies on the CPU beside a card counts as offloaded there.
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 @pytest.mark.parametrize(
     ("family", "stage"),
     [pytest.param(*each, marks=[] if each in AT_ONCE else pytest.mark.slow) for each in SPREAD],

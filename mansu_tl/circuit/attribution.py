@@ -142,6 +142,7 @@ class EdgeReader:
     """A model's gradients at every reader of its graph, kept, so that other models' writers can be met with them.
 
     Takes EAP-IG's passes once; every other model is two forward passes. What is kept are the readers' gradients of all pairs.
+    A norm behind the heads (gemma2, gemma3) counts as it is in this model.
 
     Args:
         model: whose gradients.

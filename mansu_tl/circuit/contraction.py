@@ -161,10 +161,8 @@ class Contraction:
         out: Float[Tensor, "head token d_model"],
     ) -> None:
         """The heads' changes as they arrive in the stream: through W_O, and the post-norm's Jacobian where there is one."""
-        change, o = (
-            z.transpose(0, 1).to(self.dtype),
-            attention_weights(self.wrote or self.model, layer).o.to(self.dtype),
-        )
+        change = z.transpose(0, 1).to(self.dtype)
+        o = attention_weights(self.wrote or self.model, layer).o.to(self.dtype)
         if not gradients.raw and out.device == change.device:
             torch.bmm(change, o.transpose(1, 2), out=out)
             self._centre(out)

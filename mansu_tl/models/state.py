@@ -65,7 +65,7 @@ def require_copyable(model: Model, tokens: Int[Tensor, "row pos"] | None = None)
     Raises:
         MansuError: as `require_ready`, or it is no model or one that cannot be copied.
     """
-    parameters(model)
+    parameters(model)  # refuses what cannot be copied
     if isinstance(model, TransformerBridge):
         _require_no_hooks(model, -1)
     require_ready(model, tokens)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Interval = tuple[float, float]
-NAMES = ("erased", "suppressed", "damaged", "intact", "undecided")
 
 
 @dataclass(frozen=True)

@@ -243,8 +243,10 @@ def circuit_divergence(
         readers=found[0].readers,
         label=label,
     )
-    if near is None or not (isinstance(original, TransformerBridge) and isinstance(other, TransformerBridge)):
+    if near is None:
         return divergence
+    assert isinstance(original, TransformerBridge)
+    assert isinstance(other, TransformerBridge)
     reader = DepthReader(original, pairs, near, circuit=circuit, steps=options["steps"], metric=metric)
     return JudgedDivergence(**vars(divergence), by_depth=reader.read(other, label=label))
 

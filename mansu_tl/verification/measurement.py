@@ -90,7 +90,6 @@ class Subject:
 
     def divergence(self, original: Subject, quantizer: str = "", *, label: str = "edited", seed: int = 0) -> Divergence:
         """CAD of this model under a quantizer against the original as it is."""
-
         key = "divergence", original, quantizer, seed
         if key not in self._kept:
             pair = original.scores(), self.scores(quantizer)
