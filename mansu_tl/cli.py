@@ -339,13 +339,28 @@ def _say(found: Check, *, warnings_only: bool = False) -> None:
 def _finish(study: Study, png: bool) -> None:
     path = write_study_report(study, png=png)
     frame = study.summary()[
-        ["model", "method", "quantizer", "forget_MC", *_after(study), "CAD", "codes_changed", "passed"]
+        [
+            "model",
+            "method",
+            "quantizer",
+            "forget_MC",
+            *_after(study),
+            *_structure(study),
+            "CAD",
+            "codes_changed",
+            "passed",
+        ]
     ]
     typer.echo(frame.to_string(index=False, float_format=lambda v: f"{v:.2f}"))
     for line in _failing(study):
         typer.echo(line)
     typer.echo(f"{study.environment['seconds']} s, peak memory {study.environment['peak_memory_gb']} GB")
     typer.echo(f"report: {path}")
+
+
+def _structure(study: Study) -> list[str]:
+    names = ["structure", *(f"structure_{name}" for name in study.config.quantizers)]
+    return [name for name in names if name in study.summary()]
 
 
 def _after(study: Study) -> list[str]:

@@ -245,7 +245,7 @@ def test_representation_loss_is_one_at_a_never_seen_prompt_on_average(model) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"restrict": "heads"}, "restrict='heads'; choose one of circuit, random, none"),
+        ({"restrict": "heads"}, "restrict='heads'; choose one of circuit, random, matched, none"),
         ({"floor": "half"}, "floor='half'; choose one of loop, after, none"),
         ({"discover_near": 1.0}, "discover_near=1.0"),
         ({"fisher_budget": -1.0}, "fisher_budget=-1.0 nats"),

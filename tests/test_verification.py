@@ -99,7 +99,9 @@ def test_an_unedited_model_fails_where_it_should(model, task, circuit) -> None:
     frame = card.to_dataframe()
     assert (frame.loc[frame["property"] == "retention", "value"] == 0).all()
     assert card.value("forget MC, %") == 100.0
-    assert card.value("CAD", "nf4") == pytest.approx(0, abs=1e-4)
+    assert card.value("CAD by depth, at L1", "nf4") == pytest.approx(0, abs=1e-4)
+    verdicts = frame.loc[frame["property"] == "structural erasure", "verdict"]
+    assert set(verdicts) == {"fail: intact: 100 % of the answers are given"}
     with pytest.raises(MansuError, match="no row 'luck'"):
         card.value("luck")
 
@@ -133,14 +135,17 @@ def test_nothing_is_judged_where_the_quantizer_alone_breaks_the_model(model, tas
     assert f"{len(unjudged)} not judgeable" in repr(card)
 
 
-def test_a_model_that_never_learnt_passes_forgetting_and_erasure(model, task, circuit) -> None:
+def test_a_model_that_never_learnt_passes_forgetting_and_cannot_be_read(model, task, circuit) -> None:
     card = scorecard(model, mtl.load("pocket-never"), task, circuit, quantizers=["nf4"], title="never")
     frame = card.to_dataframe()
     mc = frame[(frame["measure"] == "forget MC, %") & (frame["quantizer"] == "")].iloc[0]
     assert mc["value"] < 50
     assert mc["control"] == 100.0
     assert mc["interval_low"] <= mc["value"] <= mc["interval_high"]
-    assert frame[frame["measure"] == "CAD"]["passed"].all()
+    # It was trained from elsewhere: what near facts it has, the original's gradients do not find.
+    structure = frame[frame["property"] == "structural erasure"]
+    assert structure["verdict"].str.startswith("not judgeable: near facts are answered as before").all()
+    assert not structure["passed"].any()
 
 
 def test_results_survive_a_round_trip(model, task, circuit, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,22 @@ def resume(
     """
     require_exact(model, "resumed run", lambda: _unpatched(model, base))
     return _resumed(model, base, layer, start, copies, hooks, attention)
+
+
+@torch.no_grad()
+def grafted(
+    model: TransformerBridge, base: Base, stream: Float[Tensor, "row pos d_model"], layer: int
+) -> Float[Tensor, "place vocab"]:
+    """Logits of the model's own layers from one on, put on the stream that another model has there.
+
+    Args:
+        base: this model's run on the same tokens.
+        layer: the first block that is run; the number of blocks = only the final norm and the unembedding.
+    """
+    require_exact(model, "resumed run", lambda: _unpatched(model, base))
+    key = f"stream{layer}"
+    other = replace(base, values={**base.values, key: stream.to(base.values[key])})
+    return _resumed(model, other, layer, 0, 1, [])[0]
 
 
 def _unpatched(model: TransformerBridge, base: Base) -> tuple[Tensor, Tensor]:

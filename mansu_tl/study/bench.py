@@ -20,6 +20,7 @@ from mansu_tl.study.plan import NEVER, ORIGINAL, Cell, Plan
 from mansu_tl.unlearning import Edit, method_flags, settings_of, unlearn
 from mansu_tl.unlearning.search import Search, search
 from mansu_tl.verification import Subject, require_known
+from mansu_tl.verification.cad_by_depth import CAD
 
 
 class Bench:
@@ -147,7 +148,14 @@ class Bench:
             mark: what the rows depend on beside model, task and circuit.
         """
         plan, names, further = self.plan, self.plan.quantizers_of(cell.method), self.plan.looks_further(cell)
-        key: dict[str, Any] = {**self.marks, **mark, "steps": plan.steps, "seed": cell.seed, "quantizers": names}
+        key: dict[str, Any] = {
+            **self.marks,
+            **mark,
+            "steps": plan.steps,
+            "seed": cell.seed,
+            "quantizers": names,
+            "structure": CAD,
+        }
         if cell.method == NEVER or (plan.attack_rates and plan.never):
             key["never"] = fingerprint(self.never)
         key["attack"] = [plan.attack_rates, plan.attack_steps, plan.attack_splits, plan.attack_seed, further]

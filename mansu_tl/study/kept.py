@@ -20,7 +20,7 @@ from mansu_tl.results.files import read_packed, write_packed, write_text
 from mansu_tl.results.result import Result
 from mansu_tl.study.study import MethodResult, Study
 from mansu_tl.unlearning import headline, method_title
-from mansu_tl.verification import Divergence
+from mansu_tl.verification import CadByDepth, Divergence
 from mansu_tl.verification.saved_model import SavedModel
 
 R = TypeVar("R", bound=Result)
@@ -73,6 +73,15 @@ class Kept:
         """CAD of a method in full precision ("") or under a quantizer."""
         return self.load(Divergence, f"methods/{method}/cad_{name or 'full'}.safetensors")
 
+    def depths(self) -> dict[str, CadByDepth]:
+        """CAD by depth of every method, in full precision and under the first quantizer."""
+        files = {
+            f"{title}, {name or 'full precision'}": f"methods/{method}/depth_{name or 'full'}.safetensors"
+            for method, title in self.titles.items()
+            for name in ("", self.first)
+        }
+        return {label: self.load(CadByDepth, file) for label, file in files.items() if self.has(file)}
+
     def divergences(self) -> dict[str, Divergence]:
         """CAD of every method, in full precision and under every quantizer."""
         return {
@@ -116,6 +125,7 @@ def kept_of(study: Study) -> dict[str, Any]:
 def _of_method(result: MethodResult) -> dict[str, Result]:
     out: dict[str, Result] = {"scorecard.safetensors": result.card, "updates.safetensors": result.statistics}
     out |= {f"cad_{name or 'full'}.safetensors": each for name, each in result.divergences.items()}
+    out |= {f"depth_{name or 'full'}.safetensors": each for name, each in result.depths.items()}
     return out | ({"certificate.json": result.certificate} if result.certificate is not None else {})
 
 

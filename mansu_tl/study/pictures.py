@@ -25,7 +25,7 @@ from mansu_tl.study.kept import Kept
 from mansu_tl.study.table import read_table
 from mansu_tl.unlearning import MansuSettings
 from mansu_tl.unlearning.registry import method_title
-from mansu_tl.verification import Bounds, Certificate, ErasureDepth, Probes, Relearning, Scorecard
+from mansu_tl.verification import Certificate, ErasureDepth, Probes, Relearning, Scorecard
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -130,9 +130,8 @@ def _draws(kept: Kept) -> dict[str, tuple[str, dict[str, str], Draw]]:
         "bins_mansu": partial(_bins, kept, f"methods/{main}/updates.safetensors", title),
     }
     erasure: dict[str, Draw] = {
-        "divergence": lambda t: plots.circuit_divergence(
-            kept.divergences(), kept.references(), bound=Bounds().divergence, theme=t
-        ),
+        "depths": lambda t: plots.cad_by_depth(kept.depths(), theme=t),
+        "divergence": lambda t: plots.circuit_divergence(kept.divergences(), kept.references(), theme=t),
         "edges_before_after": lambda t: plots.divergence_scatter(
             cad(main, kept.first), title=f"Every edge of the circuit: {cad(main, kept.first).label}", theme=t
         ),

@@ -25,6 +25,7 @@ from mansu_tl.study.config import StudyConfig
 from mansu_tl.study.plan import NEVER, ORIGINAL, Cell
 from mansu_tl.unlearning import Edit, method_flags, method_title
 from mansu_tl.verification import (
+    CadByDepth,
     Certificate,
     CircuitScores,
     Divergence,
@@ -36,6 +37,7 @@ from mansu_tl.verification import (
     judge,
     output_suppressor,
 )
+from mansu_tl.verification.cad_by_depth import CAD
 from mansu_tl.verification.saved_model import SavedModel
 
 _PENALTY = 20.0
@@ -53,6 +55,7 @@ class MethodResult(Result):
         table: its tidy rows.
         card: its scorecard.
         divergences: CAD in full precision ("" ) and under every quantizer.
+        depths: CAD by depth, likewise; none where the task's near questions do not allow it.
         statistics: what the edit does to the codes of the first quantizer.
         certificate: of the saved model, for methods whose edits claim the floor; else None.
         folder: where the edited model was saved, or None.
@@ -62,6 +65,7 @@ class MethodResult(Result):
     table: pd.DataFrame
     card: Scorecard
     divergences: Mapping[str, Divergence]
+    depths: Mapping[str, CadByDepth]
     statistics: UpdateStatistics
     certificate: Certificate | None
     folder: Path | None
@@ -118,7 +122,8 @@ class Study(Result):
         return forget_chance(next(iter(self.results.values())).card)
 
     def summary(self) -> pd.DataFrame:
-        """One row a model, method and quantizer: forget accuracy before and after quantization, retention, CAD."""
+        """One row a model, method and quantizer: forget accuracy before and after quantization, retention, CAD, and the
+        verdict of CAD by depth before and after."""
         return pd.DataFrame(
             [
                 _summary_row(name, method, quantizer, result)
@@ -155,6 +160,11 @@ def _summary_row(model: str, method: str, quantizer: str, result: MethodResult) 
         if (measure := f"{name} cloze drop, points") in measured:
             row[f"{name}_drop"] = card.value(measure)
     row |= {"CAD": cad.value, "CAD_low": cad.interval[0], "CAD_high": cad.interval[1]}
+    if result.depths:
+        row |= {
+            "structure": result.depths[""].verdict().name,
+            f"structure_{quantizer}": result.depths[quantizer].verdict().name,
+        }
     return row | {
         "weights_changed": int(total.changed), "codes_changed": int(total.codes_changed), "passed": card.passed,
     }  # fmt: skip
@@ -267,6 +277,7 @@ def _method(bench: Bench, cell: Cell) -> MethodResult:
             {**mark, "quantizer": name, "steps": bench.plan.steps, "label": label},
             lambda name=name, label=label: edited().divergence(bench.original, name, label=label, seed=cell.seed),  # type: ignore[misc]
         )
+    depths = _by_depth(bench, cell, edited, mark) if CAD in set(table["measure"]) else {}
     statistics = store.result(
         f"scores/{cell.place}/updates",
         UpdateStatistics,
@@ -282,7 +293,29 @@ def _method(bench: Bench, cell: Cell) -> MethodResult:
     if store.making:
         for name, frame in (("scorecard", card.to_dataframe()), ("updates", statistics.to_dataframe())):
             write_text(store.folder / f"scores/{cell.place}/{name}.csv", frame.to_csv(index=False))
-    return MethodResult(edit, table, card, divergences, statistics, certificate, saved)
+    return MethodResult(edit, table, card, divergences, depths, statistics, certificate, saved)
+
+
+def _by_depth(
+    bench: Bench, cell: Cell, edited: Callable[[], Subject], mark: Mapping[str, Any]
+) -> dict[str, CadByDepth]:
+    """CAD by depth in full precision and under every quantizer."""
+
+    def read(name: str, label: str) -> CadByDepth:
+        found = edited().depth(bench.original, name, label=label)
+        assert found is not None
+        return found
+
+    out = {}
+    for name in ("", *bench.plan.quantizers_of(cell.method)):
+        label = f"{method_title(cell.method)}, {name or 'full precision'}"
+        out[name] = bench.store.result(
+            f"scores/{cell.place}/depth_{name or 'full'}",
+            CadByDepth,
+            {**mark, "quantizer": name, "steps": bench.plan.steps, "label": label},
+            partial(read, name, label),
+        )
+    return out
 
 
 def _certified(bench: Bench, edited: Subject, edit: Edit, saved: Path) -> Certificate:

@@ -14,7 +14,7 @@ model that was trained from elsewhere has its streams turned, and no number here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -38,10 +38,17 @@ from mansu_tl.runs.ends import end_hooks
 from mansu_tl.runs.metrics import Metric, logit_difference, options_read
 from mansu_tl.runs.passes import Hook, chunks, keep, prepared, run
 from mansu_tl.runs.points import Path, between
+from mansu_tl.runs.resume import grafted, record_base
 from mansu_tl.runs.streams import require_one_shape, stream_hooks
 from mansu_tl.verification.depth_verdict import DepthBounds, DepthVerdict, depth_verdict
 
+# The numbers behind a verdict, as tables call them.
+CAD, SPECIFICITY, OPPOSITION = "CAD by depth", "specificity by depth", "added opposition"
 _LEAST = 1e-6  # nats: less evidence than this in the original cannot be divided by
+
+
+class NoEvidenceError(MansuError):
+    """The original shows no knowledge on some pairs, so nothing can be gone."""
 
 
 @dataclass(frozen=True)
@@ -126,16 +133,29 @@ class CadByDepth(Result):
         own, left = facts.index_add_(0, self.groups, both).T
         return float((left < 0.5 * own).double().mean())
 
-    def verdict(self, bounds: DepthBounds | None = None) -> DepthVerdict:
-        """Erased, suppressed, damaged or intact; see `depth_verdict`."""
+    @property
+    def decisive(self) -> dict[str, tuple[float, float, float]]:
+        """What a verdict is made of, each with its 95 % interval over facts: CAD and specificity at the judged layer, on the
+        facts that are no longer answered (all, where none was lost), and added opposition."""
         lost = self.grafted[0] & ~self.grafted[-1]
         if not lost.any():
-            lost = self.grafted[0]
-        groups = self.groups[lost].unique(return_inverse=True)[1]
-        forget = _draws(self.original[:, lost], self.other[:, lost], groups)[self.judged]
-        near = _draws(self.near_original, self.near_other, self.near_groups)[self.judged]
-        numbers = middle(forget), middle(forget - near), self.opposition_interval, self.answered
-        return depth_verdict(self.layers[self.judged], *numbers, bounds or DepthBounds())
+            lost = torch.ones_like(lost)
+        at, groups = self.judged, self.groups[lost].unique(return_inverse=True)[1]
+        own, other = self.original[:, lost], self.other[:, lost]
+        forget, near = _draws(own, other, groups)[at], _draws(self.near_original, self.near_other, self.near_groups)[at]
+        cad = float(_cad(own, other)[at])
+        return {
+            CAD: (cad, *middle(forget)),
+            SPECIFICITY: (cad - float(self.near_cad[at]), *middle(forget - near)),
+            OPPOSITION: (self.opposition, *self.opposition_interval),
+        }
+
+    def verdict(self, bounds: DepthBounds | None = None) -> DepthVerdict:
+        """Erased, suppressed, damaged or intact; see `depth_verdict`."""
+        intervals = [ends for _, *ends in self.decisive.values()]
+        cad, specificity, opposition = ((low, high) for low, high in intervals)
+        layer = self.layers[self.judged]
+        return depth_verdict(layer, cad, specificity, opposition, self.answered, bounds or DepthBounds())
 
     @property
     def opposition(self) -> float:
@@ -250,7 +270,7 @@ class DepthReader:
         for name, (evidence, _) in zip(("forget", "near"), self.own, strict=True):
             whole = float(evidence[0].sum())
             if whole <= _LEAST:
-                raise MansuError(
+                raise NoEvidenceError(
                     f"CAD by depth: the original's evidence on the {name} pairs is {whole:.3g} nats; use pairs on which it "
                     "shows the knowledge"
                 )
@@ -332,17 +352,10 @@ class DepthReader:
         out = []
         for _, chunk in chunks(prepared(self.model, self.pairs, None), self.batch_size):
             streams = self._passed(other, chunk, clean=True)
-            chosen = []
-            for key, hook in self.streams.items():
-                logits = run(self.model, chunk.clean, chunk.places, [(hook, _in_place(streams[key]))])
-                chosen.append((_margin(logits.float(), chunk) > 0).cpu())
-            out.append(torch.stack(chosen))
+            base = record_base(self.model, chunk.clean.to(home(self.model)), chunk.places, ())
+            logits = [grafted(self.model, base, streams[key], i) for i, key in enumerate(self.streams)]
+            out.append(torch.stack([(_margin(each, chunk) > 0).cpu() for each in logits]))
         return torch.cat(out, 1)
-
-
-def _in_place(value: Tensor) -> Callable[..., Tensor]:
-    """A hook that hands on another model's stream, wherever its own lies."""
-    return lambda stream, hook: value.to(stream)
 
 
 def _margin(logits: Float[Tensor, "place vocab"], pairs: Forced[PromptPairs]) -> Float[Tensor, " pair"]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Interval = tuple[float, float]
+ERASED = "erased"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def depth_verdict(
         if opposition[0] > bounds.opposed:
             return DepthVerdict("suppressed", f"{here}, but {against}")
         if specificity[0] >= bounds.specific and opposition[1] <= bounds.opposed:
-            return DepthVerdict("erased", every)
+            return DepthVerdict(ERASED, every)
     elif cad[1] < bounds.gone:
         return DepthVerdict("suppressed", here)
     return DepthVerdict("undecided", every)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -18,15 +19,20 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
+from mansu_tl.data.counterparts import counterparts, facts_first
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.models import parameters
 from mansu_tl.quantization import quantize
 from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.runs.metrics import Accuracy, accuracy
+from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader, NoEvidenceError
 from mansu_tl.verification.divergence import CircuitScores, Divergence, circuit_divergence, circuit_scores
 
 COLUMNS = ("quantizer", "question_set", "measure", "value", "low", "high", "control")
 SETS = ("forget", "forget_paraphrase", "retain", "retain_paraphrase", "near", "near_paraphrase")
+# Beside CAD by depth: the share of the forget answers that are still given, and the layer that is judged.
+ANSWERED, JUDGED_LAYER = "answers given, share", "judged layer"
+_DEPTH_ROWS = 64  # forget and near prompts that are read by depth at most: facts first, then their further wordings
 KINDS = ("MC", "cloze", "log-odds")
 NAN = float("nan")
 Measured = tuple[str, str, str, float, float, float, float]
@@ -96,6 +102,30 @@ class Subject:
             self._kept[key] = circuit_divergence(*pair, self.circuit, self.task.forget_pairs, seed=seed)
         return replace(self._kept[key], label=label)
 
+    @cached_property
+    def depth_reader(self) -> DepthReader | None:
+        """Reads other models as this one does, on forget and near facts; None where no near fact can be set beside."""
+        near = counterparts(self.task.questions["near"], _DEPTH_ROWS) if "near" in self.task.questions else None
+        pairs = self.task.forget_pairs
+        if near is None:
+            return None
+        rows = sorted(facts_first(pairs.facts)[:_DEPTH_ROWS])
+        try:
+            return DepthReader(self.model, pairs[rows], near, steps=self.steps)
+        except NoEvidenceError:
+            return None
+
+    def depth(self, original: Subject, quantizer: str = "", *, label: str = "edited") -> CadByDepth | None:
+        """CAD by depth of this model under a quantizer, as the original reads it; None where it has no near facts for it."""
+        reader = original.depth_reader
+        if reader is None:
+            return None
+        key = "depth", original, quantizer
+        if key not in self._kept:
+            same = quantizer and self.under(quantizer) is self.model
+            self._kept[key] = self.depth(original) if same else reader.read(self.under(quantizer))
+        return replace(self._kept[key], label=label)
+
     def _once(self, what: str, quantizer: str, make: Callable[[TransformerBridge], T]) -> T:
         """What is made of the model under a quantizer; of the model itself where it rests on that one's grid."""
         if (what, quantizer) not in self._kept:
@@ -134,6 +164,7 @@ def measure(
         cad, noise = (subject.divergence(original, name, seed=seed) for subject in (edited, original))
         rows.append((name, "", "CAD", cad.value, *cad.interval, noise.value))
         rows.append((name, "", "mass loss", cad.mass_loss, *cad.mass_interval, noise.mass_loss))
+        rows += _by_depth(original, edited, name)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -153,6 +184,17 @@ def _accuracies(original: Subject, edited: Subject, name: str, against: str, see
             for measure, values, reference in measures:
                 ends = interval_over_facts(values, after.facts, seed)
                 yield (name, asked, measure, values.mean().item(), *ends, reference.mean().item())
+
+
+def _by_depth(original: Subject, edited: Subject, name: str) -> Iterator[Measured]:
+    """What the structural verdict is made of."""
+    found, noise = (subject.depth(original, name) for subject in (edited, original))
+    if found is None or noise is None:
+        return
+    for measure, values in found.decisive.items():
+        yield (name, "", measure, *values, noise.decisive[measure][0])
+    yield (name, "", ANSWERED, found.answered, NAN, NAN, noise.answered)
+    yield (name, "", JUDGED_LAYER, found.judged - 1.0, NAN, NAN, NAN)
 
 
 def percent(answers: Accuracy, kind: str) -> Float[Tensor, " question"]:

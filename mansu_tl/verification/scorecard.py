@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import pandas as pd
@@ -18,13 +19,15 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.runs.metrics import Accuracy
+from mansu_tl.verification.cad_by_depth import CAD, OPPOSITION, SPECIFICITY
+from mansu_tl.verification.depth_verdict import ERASED, depth_verdict
 from mansu_tl.verification.divergence import CircuitScores
 from mansu_tl.verification.knowledge import few_facts, unknown_facts
-from mansu_tl.verification.measurement import Subject, measure
+from mansu_tl.verification.measurement import ANSWERED, JUDGED_LAYER, Subject, measure
 from mansu_tl.verification.verdicts import NOT_JUDGEABLE, Bounds
 
 _ORDER = ("forgetting", "retention", "PTQ gap", "structural erasure")
-_UNITS = {"forgetting": ", %", "retention": ", points", "PTQ gap": ", points", "structural erasure": ""}
+_UNITS = {"forgetting": ", %", "retention": ", points", "PTQ gap": ", points"}
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,9 @@ def scorecard(
     """Measure an edited model against its original, in full precision and under every quantizer named.
 
     The control of every row is the un-edited model under the same quantizer. Where quantization alone breaks that model,
-    or it knows nothing of a set to begin with, the row is not judgeable, and no pass. Intervals are 95 % bootstrap
-    intervals over facts, so several wordings of one fact count once.
+    or it knows nothing of a set to begin with, the row is not judgeable, and no pass. Structural erasure passes where CAD
+    by depth calls the model erased (`depth_verdict`); another verdict is the reason why it fails. Intervals are 95 %
+    bootstrap intervals over facts, so several wordings of one fact count once.
 
     Args:
         original_scores: the original's `circuit_scores` on the task's forget pairs, to reuse them.
@@ -186,6 +190,7 @@ def judge(
         )
     }
     rows = [row for line in table.to_dict("records") if (row := _row(line, task, limits, right)) is not None]
+    rows += [_structure(part, str(name), limits) for name, part in table.groupby("quantizer", sort=False)]
     notes = [note for set_, asked in task.questions.items() if (note := few_facts(asked, _words(set_)))]
     if missing := unknown_facts(known):
         notes.append(f"not known before the edit: {', '.join(missing)}")
@@ -202,32 +207,58 @@ def _row(
     """
     quantizer, asked, measured = (line[key] for key in ("quantizer", "question_set", "measure"))
     found = limits.of(asked, measured)
-    if found is None or (not asked and not quantizer):
+    if found is None:
         return None
     property_, bound = found
     value, low, high, control = (line[key] for key in ("value", "low", "high", "control"))
     kind = "MC" if "MC" in measured else "cloze"
-    guessing = task.questions[asked].chance if asked and kind == "MC" else float("nan")
+    guessing = task.questions[asked].chance if kind == "MC" else nan
     chance = guessing if property_ == "forgetting" and kind == "MC" else None
-    text = bound.verdict(value, low, high, chance=guessing, control=control if not asked else 0.0, quantizer=quantizer)
+    text = bound.verdict(value, low, high, chance=guessing)
     name = "un-edited, quantized" if quantizer else "un-edited"
-    if asked:
-        least = {
-            "forgetting": bound.limits(guessing)[1],
-            "retention": guessing if kind == "MC" else 0.0,
-            "PTQ gap": 0.0,
-        }
-        before, deployed = right["", asked, kind], right[quantizer, asked, kind]
-        text = limits.control_fails(before, deployed, least[property_], quantizer) or text
-        if property_ == "retention":
-            control, name = deployed, name.replace("un-edited", "un-edited accuracy")
-        elif property_ == "PTQ gap":
-            name = "un-edited"
-    shown = f"{_words(asked)} {measured.removeprefix('PTQ gap, ')}" if asked else measured
+    least = {"forgetting": bound.limits(guessing)[1], "retention": guessing if kind == "MC" else 0.0, "PTQ gap": 0.0}
+    before, deployed = right["", asked, kind], right[quantizer, asked, kind]
+    text = limits.control_fails(before, deployed, least[property_], quantizer) or text
+    if property_ == "retention":
+        control, name = deployed, name.replace("un-edited", "un-edited accuracy")
+    elif property_ == "PTQ gap":
+        name = "un-edited"
     return Row(
-        property_, f"{shown}{_UNITS[property_]}", quantizer, value, low, high, control, name,
+        property_, f"{_words(asked)} {measured.removeprefix('PTQ gap, ')}{_UNITS[property_]}",
+        quantizer, value, low, high, control, name,
         bound.text(guessing), text == "pass", text.removeprefix("fail").removeprefix(": ") if text != "pass" else "", chance,
     )  # fmt: skip
+
+
+def _structure(table: pd.DataFrame, quantizer: str, limits: Bounds) -> Row:
+    """The verdict of CAD by depth, from what was measured under one quantizer."""
+    lines = {line["measure"]: line for line in table.to_dict("records") if not line["question_set"]}
+    name = "un-edited, quantized" if quantizer else "un-edited"
+    if CAD not in lines:
+        note = (
+            f"{NOT_JUDGEABLE}: no near question that the un-edited model knows has a counterpart, which is one of as many "
+            "tokens with another answer"
+        )
+        return Row("structural erasure", CAD, quantizer, nan, nan, nan, nan, name, ERASED, False, note)
+    value, low, high, control = (lines[CAD][key] for key in ("value", "low", "high", "control"))
+    layer = f"L{lines[JUDGED_LAYER]['value']:.0f}"
+    cad, specific, opposed = ((lines[key]["low"], lines[key]["high"]) for key in (CAD, SPECIFICITY, OPPOSITION))
+    found = depth_verdict(layer, cad, specific, opposed, lines[ANSWERED]["value"], limits.depth)
+    note = "" if found.name == ERASED else str(found)
+    near, dropped = value - lines[SPECIFICITY]["value"], table.loc[_asked_near(table), "value"]
+    if abs(control) > limits.control_divergence:
+        note = f"{NOT_JUDGEABLE}: {quantizer} alone gives {control:.2f}"
+    elif near >= limits.depth.gone and (dropped <= limits.near_drop).all():
+        note = (
+            f"{NOT_JUDGEABLE}: near facts are answered as before, and CAD is {near:.2f} on them too; the model has another "
+            "basis, which the original cannot read"
+        )
+    measure = f"{CAD}, at {layer}"
+    return Row("structural erasure", measure, quantizer, value, low, high, control, name, ERASED, not note, note)
+
+
+def _asked_near(table: pd.DataFrame) -> pd.Series:
+    return (table["question_set"] == "near") & (table["measure"] == "MC drop")
 
 
 def _words(name: str) -> str:

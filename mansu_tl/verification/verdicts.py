@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, isnan, nan
 from types import MappingProxyType
+
+from mansu_tl.verification.depth_verdict import DepthBounds
 
 NOT_JUDGEABLE = "not judgeable"
 # Means of percentages are sums of many terms: 1.0000000000000002 is 1.
@@ -20,14 +22,12 @@ class Bound:
         least, most: what the value may be.
         over_chance: for multiple choice in place of `most`, points above chance; as many below chance with the whole interval
             is inverted knowledge, which does not pass either.
-        lower_end: `least` is asked of the interval's lower end.
         control: how far the control may be from 0; where it is further, nothing can be judged.
     """
 
     least: float = -inf
     most: float = inf
     over_chance: float | None = None
-    lower_end: bool = False
     control: float = inf
 
     def limits(self, chance: float) -> tuple[float, float, float]:
@@ -41,7 +41,7 @@ class Bound:
         least, most, floor = self.limits(chance)
         if floor > 0 or max(-least, most) < inf:
             return f"{max(floor, least):g} to {most:g}"
-        return f">= {least:g}{' (lower end)' if self.lower_end else ''}" if most == inf else f"<= {most:g}"
+        return f">= {least:g}" if most == inf else f"<= {most:g}"
 
     def verdict(
         self, value: float, low: float, high: float, *, chance: float = nan, control: float = 0.0, quantizer: str = ""
@@ -60,8 +60,7 @@ class Bound:
             return f"{NOT_JUDGEABLE}: {quantizer} alone gives {control:.2f}"
         if high < floor:
             return f"fail: inverted, guessing gives {chance:.0f} %"
-        asked = low if self.lower_end else value
-        return "pass" if least <= round(asked, _ROUNDED) and round(value, _ROUNDED) <= most else "fail"
+        return "pass" if least <= round(value, _ROUNDED) and round(value, _ROUNDED) <= most else "fail"
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ class Bounds:
         retain_drop: drop on the retain questions.
         near_drop: drop on neighbouring facts, and on every held-out wording.
         ptq_gap: forget accuracy after quantization minus before.
-        divergence: lower end of the CAD interval after quantization.
+        depth: where the structural verdicts part.
         control_loss: what quantization alone may cost the un-edited model; where it costs more, nothing can be judged.
-        control_divergence: CAD of the un-edited model after quantization, likewise.
+        control_divergence: CAD by depth of the un-edited model after quantization, likewise.
     """
 
     forget_over_chance: float = 5.0
@@ -85,14 +84,12 @@ class Bounds:
     retain_drop: float = 1.0
     near_drop: float = 2.0
     ptq_gap: float = 0.0
-    divergence: float = 0.8
+    depth: DepthBounds = field(default_factory=DepthBounds)
     control_loss: float = 10.0
     control_divergence: float = 0.2
 
     def of(self, question_set: str, measure: str) -> tuple[str, Bound] | None:
         """The property that a measure belongs to and its bound; None where a scorecard does not judge it."""
-        if measure in ("CAD", "mass loss"):
-            return "structural erasure", Bound(least=self.divergence, lower_end=True, control=self.control_divergence)
         if measure in ("PTQ gap, MC", "PTQ gap, cloze"):
             return "PTQ gap", Bound(most=self.ptq_gap)
         if measure in ("MC drop", "cloze drop"):

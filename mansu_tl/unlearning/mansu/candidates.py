@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
@@ -62,6 +63,28 @@ def random_weights(
     return _masks(
         model, [every[i] for i in drawn], [f"MLP{i // sizes.d_mlp}.N{i % sizes.d_mlp}" for i in neurons], names
     )
+
+
+def matched_weights(
+    model: TransformerBridge, circuit: Circuit, neuron_share: float, seed: int, names: Collection[str] | None = None
+) -> Masks:
+    """As many heads and neurons of every layer as `circuit_weights` takes, drawn at random: only the choice differs.
+
+    Args:
+        names: as `circuit_weights`.
+
+    Raises:
+        MansuError: as `circuit_weights`.
+    """
+    heads, mlps, count = parts_of(model, circuit.nodes, neuron_share)
+    sizes, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
+
+    def drawn(node: str, whole: int, of: int) -> list[str]:
+        return [f"{node}{i}" for i in torch.randperm(whole, generator=generator)[:of].tolist()]
+
+    per_layer = Counter(node.partition("H")[0] for node in heads)
+    chosen = [node for layer, of in per_layer.items() for node in drawn(f"{layer}H", sizes.n_heads, of)]
+    return _masks(model, chosen, [n for node in mlps for n in drawn(f"{node}.N", sizes.d_mlp, count)], names)
 
 
 def parts_of(model: TransformerBridge, nodes: Sequence[str], neuron_share: float) -> tuple[list[str], list[str], int]:

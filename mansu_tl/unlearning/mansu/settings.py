@@ -11,7 +11,7 @@ from typing import Any
 from mansu_tl.errors import MansuError
 from mansu_tl.results.digest import Digested
 
-RESTRICTIONS = ("circuit", "random", "none")
+RESTRICTIONS = ("circuit", "random", "matched", "none")
 FLOORS = ("loop", "after", "none")
 SOLVERS = ("gradient", "closed")
 _COUNTS = (
@@ -43,8 +43,8 @@ class MansuSettings(Digested):
             which every edited weight must satisfy, e.g. "nf4+int4-g64".
         solver: "gradient" = Adam on every candidate's update, through the whole model; "closed" = the closed form (see
             `closed.py`), which edits the output matrices of MLPs below the layer that reads the subject.
-        restrict: which weights may be edited: those of the "circuit", as many of "random" heads and neurons, or "none"
-            = every linear weight.
+        restrict: which weights may be edited: those of the "circuit", as many of "random" heads and neurons, "matched" = as
+            many drawn in every layer of the circuit, or "none" = every linear weight.
         floor: "loop" = the grid is in the optimisation; "after" = a plain one, each weight of its support pushed across
             a boundary at the end; "none" = a plain one, stored as it is.
         budget: edited weights as a share of all linear weights.
