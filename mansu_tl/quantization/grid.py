@@ -323,6 +323,17 @@ def grid_of(name: str | AnyQuantizer) -> Grid:
     return found
 
 
+def whole_blocks(name: str, w: Float[Tensor, "*rows in"], block: int) -> int:
+    """The block size of a format whose blocks do not cross rows.
+
+    Raises:
+        MansuError: rows that it does not divide.
+    """
+    if w.shape[-1] % block:
+        raise MansuError(f"{name}: rows of {w.shape[-1]} weights; its blocks hold {block}, choose another quantizer")
+    return block
+
+
 def _spread(absmax: Float[Tensor, " block *ends"], n: int, block_size: int) -> Float[Tensor, " weight *ends"]:
     """Each of `n` weights' block value."""
     return absmax.repeat_interleave(block_size, 0)[:n]
