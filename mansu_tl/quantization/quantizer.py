@@ -49,6 +49,10 @@ class Quantizer(ABC):
     def roundtrip(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Q(w): what the deployed model uses in place of `w`, in the dtype of `w`."""
 
+    def first_rows(self, w: Float[Tensor, "out in"], rows: int) -> Float[Tensor, "rows in"]:
+        """Q(w) of a matrix's first rows."""
+        return self.roundtrip(w[:rows].contiguous())
+
     def bound(self: Q, model: Model) -> Q:
         """Itself; for a quantizer that belongs to the file a model came from, the one of this model's file."""
         return self

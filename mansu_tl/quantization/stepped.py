@@ -28,6 +28,14 @@ class SteppedGrid(Grid):
     # Whether the scales hang on the whole matrix, so that some of its rows alone do not tell them.
     of_matrix: ClassVar[bool] = False
 
+    def first_rows(self, w: Float[Tensor, "out in"], rows: int) -> Float[Tensor, "rows in"]:
+        """As in `Quantizer`, under the scales of the whole matrix."""
+        if not self.of_matrix:
+            return super().first_rows(w, rows)
+        part = w[:rows].contiguous()
+        scales = self._block_max(w)[: part.numel() // self._block(part)]
+        return self.centre(self.codes(part, scales), scales).to(w.dtype)
+
     @cached_property
     def _zero(self) -> int:
         return int(self.levels.abs().argmin())

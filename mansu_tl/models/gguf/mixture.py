@@ -11,6 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from mansu_tl.errors import MansuError
 from mansu_tl.models.gguf.config import ARCHITECTURES
 from mansu_tl.models.tree import Model, hf_of, parameters
+from mansu_tl.models.weights import linear_weights
 
 # What a tensor is stored as whose rows the blocks of 256 do not divide; F16 where blocks of 32 do not either.
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -29,9 +30,9 @@ def fallback(kind: str, columns: int) -> str:
 def q4_k_m(model: Model) -> dict[str, str]:
     """The number format of every matrix in a Q4_K_M file of this model, by HF parameter name; others stay as they are.
 
-    Q6_K for the output embedding (the token embedding where the two are tied), and for the value and down projections of the
-    first and the last eighth of the layers and every third in between; Q5_K for fused q, k and v; Q4_K for the rest; and
-    `fallback` of these where the rows are no multiple of 256.
+    Q6_K for the output embedding (the token embedding where the two are tied), and for the value (or fused q, k and v) and
+    down projections of the first and the last eighth of the layers and every third in between; Q4_K for the rest; and
+    `fallback` of these where the rows are no multiple of 256. llama.cpp's rule as of 2026 (llama-cpp-python 0.3.36).
 
     Raises:
         MansuError: a model of an architecture whose GGUF names are not known here.
@@ -50,8 +51,12 @@ def q4_k_m(model: Model) -> dict[str, str]:
         if value.ndim == 2
     }
     many = layers == 80 and config.model_type == "llama" and config.num_key_value_heads < config.num_attention_heads
+    linear, live = linear_weights(model), parameters(model)
     return {
-        name: fallback(_wanted(tensor, theirs, layers, many), parameters(model)[name].shape[_columns(model, name)])
+        # Blocks run along the input features.
+        name: fallback(
+            _wanted(tensor, theirs, layers, many), linear[name].in_features if name in linear else live[name].shape[1]
+        )
         for name, tensor in theirs.items()
         if tensor.endswith(".weight") and tensor not in _NEVER
     }
@@ -65,19 +70,10 @@ def _wanted(tensor: str, all_tensors: Mapping[str, str], layers: int, many: bool
     if match is None:
         return "Q4_K"
     layer, what = int(match[1]), match[2]
-    if what == "attn_qkv":
-        return "Q5_K"
     eighth = layers // 8
     more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
-    if what in ("attn_v", "ffn_down") and more:
+    if what in ("attn_v", "attn_qkv", "ffn_down") and more:
         return "Q6_K"
-    # The eight query heads of Llama 70B share a value head, so that it costs little.
+    # Eight query heads of Llama 70B share a value head, so that it costs little.
     return "Q5_K" if what == "attn_v" and many else "Q4_K"
 
-
-def _columns(model: Model, name: str) -> int:
-    """Which axis of a parameter a block runs along: the input features."""
-    from mansu_tl.models.weights import linear_weights
-
-    linear = linear_weights(model)
-    return 0 if name in linear and linear[name].transposed else 1

@@ -35,6 +35,10 @@ class SearchedQuantizer(Quantizer):
     name: str
     kind: str
 
+    def fits(self, columns: int) -> bool:
+        """Whether rows of so many weights are stored in this format, not in another."""
+        return fallback(self.kind, columns) == self.kind
+
     def roundtrip(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Q(w), in the dtype of `w`."""
         return stored_as(fallback(self.kind, w.shape[1]), w)
