@@ -315,7 +315,9 @@ def quantizers(plugin: Plugin = None) -> None:
     kinds |= {"file": "the file's codes: can be floored and counted"}
     table = quantizer_table()
     absent = table["package"].ne("") & ~table["quantizer"].isin(quantizer_names())
-    table["kind"] = table["kind"].map(kinds).where(~absent, "not installed: pip install mansu-tl[" + table["package"] + "]")
+    table["kind"] = (
+        table["kind"].map(kinds).where(~absent, "not installed: pip install mansu-tl[" + table["package"] + "]")
+    )
     lines = [list(table.columns.drop("package").str.replace("_", " ")), *table.drop(columns="package").values.tolist()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

@@ -7,7 +7,9 @@ compared too.
 from __future__ import annotations
 
 import ctypes
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import mansu_tl as mtl
 from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, parameters
 from mansu_tl.models.gguf import decode, encode, fallback, gguf_weights, q4_k_m
-from mansu_tl.quantization import find_grid, grid_of, gptq, quantized_values, quantizer, quantizer_table, quantizers
+from mansu_tl.models.stored import dense_state, stored_formats
+from mansu_tl.quantization import find_grid, gptq, grid_of, quantized_values, quantizer, quantizer_table, quantizers
 from tests.gguf_files import write_gguf
 from tests.oracles.formats import make
 from tests.tiny import tiny
@@ -44,7 +48,12 @@ def matrices(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     w = torch.randn(12, 256, generator=generator) * 0.02
     zeros = w.clone()
     zeros[2:4] = 0
-    return {"plain": w.to(dtype), "shifted": (w + 0.01).to(dtype), "one sign": w.abs().to(dtype), "zeros": zeros.to(dtype)}
+    return {
+        "plain": w.to(dtype),
+        "shifted": (w + 0.01).to(dtype),
+        "one sign": w.abs().to(dtype),
+        "zeros": zeros.to(dtype),
+    }
 
 
 # --- against the libraries ---------------------------------------------------------------------------------------
@@ -267,7 +276,7 @@ def test_what_has_searched_scales_has_no_cells():
 # --- what a checkpoint rests on ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["w4a16-g128", "fp8-tensor", "nvfp4", "mxfp4-floor", "gguf-q6_k", "gguf-q4_k"])
+@pytest.mark.parametrize("name", ["fp8-tensor", "nvfp4", "mxfp4-floor", "gguf-q6_k", "gguf-q4_k"])
 def test_a_checkpoint_that_rests_on_a_new_grid_is_found(name: str):
     model = mtl.load(tiny("llama", hidden_size=256, intermediate_size=256, head_dim=64))
     resting = find_grid(mtl.quantize(model, name), rows_of=2**13)
@@ -276,6 +285,185 @@ def test_a_checkpoint_that_rests_on_a_new_grid_is_found(name: str):
     assert frame.loc[name, "share"] > 0.97
     assert frame.drop(index=[name, "mxfp4-even"] if name == "mxfp4-floor" else name)["share"].max() < 0.97
     assert find_grid(model).best == ""
+
+
+def test_symmetric_int4_does_not_give_itself_back():
+    """Its largest weight lies at 7.5 steps and is rounded to 7 (or -8): the next rounding has another step."""
+    grid = grid_of("w4a16-g128")
+    once = grid.roundtrip(matrices(torch.float32)["plain"])
+    assert not torch.equal(grid.roundtrip(once), once)
+    assert torch.equal(grid_of("nvfp4").roundtrip(grid_of("nvfp4").roundtrip(once)), grid_of("nvfp4").roundtrip(once))
+
+
+# --- checkpoints in codes ----------------------------------------------------------------------------------------
+
+
+def small_model() -> Any:
+    return tiny("llama", hidden_size=128, intermediate_size=128, head_dim=32)
+
+
+def folder_of(hf: Any, folder: Path, settings: dict[str, Any], packed: Callable[[torch.Tensor], dict]) -> Path:
+    """A checkpoint in which every linear layer but the output is stored by `packed`."""
+    state = {}
+    for name, value in hf.state_dict().items():
+        module = name.rpartition(".")[0]
+        if name in linear_weights(hf):
+            state |= {f"{module}.{key}": part.contiguous() for key, part in packed(value).items()}
+        else:
+            state[name] = value.clone()
+    hf.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def words(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """int32 words of rows of codes, written out bit by bit: the first code in the lowest bits."""
+    rows = []
+    for row in codes.tolist():
+        number = sum(code << bits * i for i, code in enumerate(row))
+        found = [number >> 32 * i & 0xFFFFFFFF for i in range(len(row) * bits // 32)]
+        rows.append([word - (1 << 32) if word >> 31 else word for word in found])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def affine(w: torch.Tensor, group: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes 0..15 [out, in], zero points and scales [out, group]."""
+    groups = w.view(len(w), -1, group)
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    scale = ((high - low) / 15).to(dtype)
+    zero = (-low / scale.float()).round().clamp(1, 15)
+    codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
+    return codes.view(w.shape).int(), zero.int(), scale
+
+
+def gptq_parts(w: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, zero, scale = affine(w, 32, torch.float16)
+    parts = {"qweight": words(codes).T, "qzeros": words(zero.T - 1), "scales": scale.T}
+    return parts | {"g_idx": torch.arange(w.shape[1], dtype=torch.int32) // 32}
+
+
+def awq_parts(w: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, zero, scale = affine(w, 32, torch.float16)
+    place = [0, 2, 4, 6, 1, 3, 5, 7]
+
+    def shuffled(x: torch.Tensor) -> torch.Tensor:
+        return words(x.reshape(len(x), -1, 8)[:, :, place].flatten(1))
+
+    return {"qweight": shuffled(codes.T), "qzeros": shuffled(zero.T), "scales": scale.T}
+
+
+def affine_values(w: torch.Tensor) -> torch.Tensor:
+    codes, zero, scale = affine(w, 32, torch.float16)
+    spread = [x.repeat_interleave(32, 1) for x in (zero, scale)]
+    return ((codes - spread[0]).half() * spread[1]).float()
+
+
+def blocks_of_fp8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """DeepSeek's: one scale for 64 x 64 weights here."""
+    blocks = w.view(len(w) // 64, 64, -1, 64)
+    scale = blocks.abs().amax((1, 3)) / 448
+    codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    return codes.view(w.shape), scale
+
+
+def block_values(w: torch.Tensor) -> torch.Tensor:
+    codes, scale = blocks_of_fp8(w)
+    return (codes.float().view(len(w) // 64, 64, -1, 64) * scale[:, None, :, None]).view(w.shape)
+
+
+CODES: dict[str, tuple[dict[str, Any], Callable, Callable, str]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, gptq_parts, affine_values, "gptq-int4-g32"),
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, awq_parts, affine_values, "awq-int4-asym-g32"),
+    "fp8": (
+        {"quant_method": "fp8", "weight_block_size": [64, 64]},
+        lambda w: dict(zip(("weight", "weight_scale_inv"), blocks_of_fp8(w), strict=True)),
+        block_values,
+        "fp8-block",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", CODES)
+def test_checkpoints_in_codes_become_dense_models(method: str, tmp_path: Path):
+    settings, packed, values, called = CODES[method]
+    hf = small_model()
+    model = mtl.load(folder_of(hf, tmp_path / "packed", settings, packed))
+    linear = linear_weights(hf)
+    for name, value in parameters(model).items():
+        original = dict(hf.named_parameters())[name].detach()
+        assert torch.equal(value, values(original) if name in linear else original), name
+    resting = find_grid(model, ["nf4"])
+    assert resting.types == {called: resting.weights} and resting.file == str(tmp_path / "packed")
+    assert "came from" in repr(resting)
+    # Saved, it is an ordinary folder; a copy remembers where it came from.
+    again = mtl.load(mtl.save(model, tmp_path / "dense"))
+    assert all(torch.equal(value, parameters(model)[name]) for name, value in parameters(again).items())
+    assert find_grid(again, ["nf4"]).file == ""
+    assert stored_formats(mtl.models.rebuild(model)) == stored_formats(model)
+
+
+@pytest.mark.parametrize("name", ["w4a16-g128", "w4a16-asym-g128", "fp8", "nvfp4", "mxfp4-even"])
+def test_what_compressed_tensors_stores_is_read_as_it_dequantizes_it(name: str, tmp_path: Path):
+    found = vectors()
+    parts = {key.rpartition("/")[2]: value for key, value in found.items() if key.startswith(f"stored/{name}/")}
+    settings = {"quant_method": "compressed-tensors"}
+    (tmp_path / "folder").mkdir()
+    state = {f"a.q_proj.{key}": value for key, value in parts.items()} | {"a.q_proj.input_scale": torch.ones(1)}
+    save_file({**state, "norm.weight": torch.ones(3)}, tmp_path / "folder/model.safetensors")
+    values, stored = dense_state(tmp_path / "folder", settings, torch.float32, "folder")
+    assert values.keys() == {"a.q_proj.weight", "norm.weight"}
+    assert torch.equal(values["a.q_proj.weight"], found[f"{name}/float32"])
+    assert stored.formats == {"a.q_proj.weight": "mxfp4" if name == "mxfp4-even" else name}
+
+
+def test_a_whole_folder_of_compressed_tensors_loads(tmp_path: Path):
+    grid = grid_of("w4a16-g128")
+
+    def packed(w: torch.Tensor) -> dict[str, torch.Tensor]:
+        encoded = grid.encode(w)
+        shape = torch.tensor(w.shape)
+        scale = encoded.absmax[:, 1].view(len(w), -1)
+        return {"weight_packed": words(encoded.codes.int()), "weight_scale": scale, "weight_shape": shape}
+
+    hf = small_model()
+    model = mtl.load(
+        folder_of(hf, tmp_path, {"quant_method": "compressed-tensors", "format": "pack-quantized"}, packed)
+    )
+    twin = mtl.quantize(hf, "w4a16-g128")
+    assert all(torch.equal(value, parameters(twin)[name]) for name, value in parameters(model).items())
+    tokens = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(tokens), twin(tokens))
+    assert next(mtl.load(tmp_path, dtype=torch.bfloat16).original_model.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "hqq"}, "quantized with hqq, whose codes are not read here; pass the dense checkpoint"),
+        ({"quant_method": "mxfp4"}, r"quantized with mxfp4, .*Mxfp4Config\(dequantize=True\)"),
+        ({"quant_method": "torchao"}, r"quantized with torchao, .*mansu_tl.quantize\(model, 'int4wo-g128'\)"),
+        ({"quant_method": "auto-round"}, "quantized with auto-round, .*export it with format='auto_gptq'"),
+        ({"quant_method": "aqlm"}, "quantized with aqlm, whose codes are not read here; pass the dense checkpoint"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            r"bitsandbytes in 8 bits, .*mansu_tl.quantize\(model, 'int8'",
+        ),
+        ({"quant_method": "ternary"}, "quantized with ternary, .*a method that is not known here"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ of 3 bits, whose codes cross words; pass the dense checkpoint"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ of 4 bits in layout 'gemv'; export it .*GEMM"),
+        ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}}, "with sparsity"),
+        ({"quant_method": "fp8"}, "says that it is quantized with fp8, and holds no matrix in codes"),
+    ],
+)
+def test_codes_that_are_not_read_are_refused_with_the_way_out(settings: dict, message: str, tmp_path: Path):
+    folder_of(small_model(), tmp_path, settings, lambda w: {"weight": w.clone()})
+    with pytest.raises(MansuError, match=message) as caught:
+        mtl.load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 # --- the list ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Shaped, UInt8
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
@@ -323,7 +323,7 @@ def grid_of(name: str | AnyQuantizer) -> Grid:
     return found
 
 
-def whole_blocks(name: str, w: Float[Tensor, "*rows in"], block: int) -> int:
+def whole_blocks(name: str, w: Shaped[Tensor, "*rows in"], block: int) -> int:
     """The block size of a format whose blocks do not cross rows.
 
     Raises:

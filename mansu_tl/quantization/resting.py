@@ -20,6 +20,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.models.four_bit import require_dense
 from mansu_tl.models.gguf import gguf_weights
+from mansu_tl.models.stored import stored_formats
 from mansu_tl.quantization.formats.gguf_k import SearchedQuantizer
 from mansu_tl.quantization.quantizer import Quantizer, quantizer, quantizers
 from mansu_tl.results.result import Result, Table
@@ -42,8 +43,8 @@ class RestingGrid(Result):
             2,048 weights a grid gives back less than half, those alone count.
         matrices: for each, the share of matrices that it gives back whole.
         weights: how many weights were looked at, at most.
-        file: the GGUF file that the model came from, or "".
-        types: number formats of that file's matrices, and how many weights each holds.
+        file: the GGUF file, or the folder of codes, that the model came from; "" for a dense one.
+        types: number formats of the matrices there, and how many weights each holds.
     """
 
     quantizers: tuple[str, ...]
@@ -98,7 +99,7 @@ def find_grid(
     if not chosen or not set(chosen) <= set(known):
         raise MansuError(f"grids: {', '.join(chosen) or 'none'}; choose from {', '.join(known)}")
     require_dense(model, "finding its grid")
-    live, linear, weights = parameters(model), linear_weights(model), gguf_weights(model)
+    live, linear, weights, stored = parameters(model), linear_weights(model), gguf_weights(model), stored_formats(model)
     kept, looked, whole = torch.zeros(3, len(chosen), dtype=torch.long)
     total = 0
     for name, shape in linear.items():
@@ -118,12 +119,16 @@ def find_grid(
     if weights is not None:
         for name in linear:
             types[weights.types[name]] = types.get(weights.types[name], 0) + live[name].numel()
+    if stored is not None:
+        for name in linear:
+            kind = stored.formats.get(name, "dense")
+            types[kind] = types.get(kind, 0) + live[name].numel()
     return RestingGrid(
         quantizers=chosen,
         shares=tuple((kept / looked).tolist()),
         matrices=tuple((whole / len(linear)).tolist()),
         weights=total,
-        file="" if weights is None else str(weights.file.path),
+        file=str(weights.file.path) if weights is not None else stored.folder if stored is not None else "",
         types=types,
     )
 

@@ -1,4 +1,4 @@
-"""Grids of levels times a step that is worked out from a block's absmax, as compressed-tensors, vLLM and the OCP write them."""
+"""Grids of levels times a step that is worked out from a block's absmax, as compressed-tensors and the OCP have them."""
 
 from __future__ import annotations
 

@@ -162,7 +162,9 @@ class Comparison(Plan):
     task: str = "pocket"
     never: str = "pocket-never"
     methods: tuple[str, ...] = field(default_factory=lambda: (*methods(), *ablations()))
-    quantizers: tuple[str, ...] = field(default_factory=lambda: tuple(name for name in _COMPARED if name in quantizers()))
+    quantizers: tuple[str, ...] = field(
+        default_factory=lambda: tuple(name for name in _COMPARED if name in quantizers())
+    )
     control_quantizers: tuple[str, ...] = ("nf4", "int4-g64", "gptq-int4-g64")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     control_seeds: tuple[int, ...] = (0, 1, 2)

@@ -1,4 +1,4 @@
-"""Which number format llama.cpp gives each tensor of a model: what "Q4_K_M" means (llama-quant.cpp, without an importance matrix)."""
+"""Which number format llama.cpp gives each tensor of a model: what "Q4_K_M" means (llama-quant.cpp, no importance matrix)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def q4_k_m(model: Model) -> dict[str, str]:
         MansuError: a model of an architecture whose GGUF names are not known here.
     """
     config = hf_of(model).config
-    known = {model_type: arch for model_type, arch in ARCHITECTURES.values()}
+    known = dict(ARCHITECTURES.values())
     if config.model_type not in known:
         raise MansuError(
             f"Q4_K_M: no GGUF names known for models of type {config.model_type!r}; those that are: {', '.join(known)}"
@@ -76,4 +76,3 @@ def _wanted(tensor: str, all_tensors: Mapping[str, str], layers: int, many: bool
         return "Q6_K"
     # Eight query heads of Llama 70B share a value head, so that it costs little.
     return "Q5_K" if what == "attn_v" and many else "Q4_K"
-

@@ -74,6 +74,13 @@ _OURS = "nobody: AWQ on a grid of ours"
 for _name, _make, *_about in (
     ("awq-int4-g64", awq, "4", "64", "float32 absmax, / 7", _OURS),
     ("awq-int4-g128", lambda: awq(int4(128)), "4", "128", "float32 absmax, / 7", _OURS),
-    ("awq-int4-asym-g128", lambda: awq(int4_asymmetric(128)), "4", "128", "range / 15, int4 zero point", "AutoAWQ's grid"),
+    (
+        "awq-int4-asym-g128",
+        lambda: awq(int4_asymmetric(128)),
+        "4",
+        "128",
+        "range / 15, int4 zero point",
+        "AutoAWQ's grid",
+    ),
 ):
     register_quantizer(_name, _make, "calibrated", about=About(*_about))

@@ -145,7 +145,10 @@ def _not_zero(scale: Tensor) -> Tensor:
 
 _LLM_COMPRESSOR = "vLLM, llm-compressor (compressed-tensors)"
 register_quantizer(
-    "w4a16-g128", w4a16, "grid", about=About("4", "128", "absmax / 7.5 in the model's dtype", f"{_LLM_COMPRESSOR}; GPTQ's")
+    "w4a16-g128",
+    w4a16,
+    "grid",
+    about=About("4", "128", "absmax / 7.5 in the model's dtype", f"{_LLM_COMPRESSOR}; GPTQ's"),
 )
 register_quantizer(
     "w4a16-asym-g128",

@@ -141,7 +141,14 @@ for _name, _make, *_about in (
     ("int4-g64", int4, "4", "64", "float32 absmax, / 7", _NOBODY),
     ("int4-g128", lambda: int4(128), "4", "128", "float32 absmax, / 7", _NOBODY),
     ("int4-asym-g64", int4_asymmetric, "4", "64", "float32 range / 15, int4 zero point", "torchao's affine int4"),
-    ("int4-asym-g128", lambda: int4_asymmetric(128), "4", "128", "float32 range / 15, int4 zero point", "torchao's affine int4"),
+    (
+        "int4-asym-g128",
+        lambda: int4_asymmetric(128),
+        "4",
+        "128",
+        "float32 range / 15, int4 zero point",
+        "torchao's affine int4",
+    ),
     ("int3-g64", int3, "3", "64", "float32 absmax, / 3", "nobody: ours"),
 ):
     register_quantizer(_name, _make, "grid", about=About(*_about))

@@ -59,5 +59,8 @@ def hqq(bits: int = 4, group_size: int = 64) -> Hqq:
 
 
 register_quantizer(
-    "hqq-int4-g64", hqq, package="hqq", about=About("4", "64", "float step and zero, optimised", "HQQ, transformers HqqConfig")
+    "hqq-int4-g64",
+    hqq,
+    package="hqq",
+    about=About("4", "64", "float step and zero, optimised", "HQQ, transformers HqqConfig"),
 )

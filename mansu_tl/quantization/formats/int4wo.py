@@ -21,7 +21,7 @@ _HALF = 8
 
 @dataclass(frozen=True, eq=False)
 class TinygemmGrid(AsymmetricGrid):
-    """step = (high - low) / 15, zero = low + 8 step; code = round((w - (zero - 8 step)) / step), value = (code - 8) step + zero.
+    """step = (high - low) / 15, zero = low + 8 step, code = round((w - zero + 8 step) / step), value = (code - 8) step + zero.
 
     The ends are the block's own smallest and largest weight, so that 0 need not be one of the values. A block's scale is
     [low, high, step, zero], each a bfloat16 number.
@@ -76,5 +76,7 @@ for _size in (128, 64):
         f"int4wo-g{_size}",
         partial(int4wo, _size),
         "grid",
-        about=About("4", str(_size), "bfloat16 step, and zero = least + 8 steps", "torchao Int4WeightOnlyConfig on GPUs"),
+        about=About(
+            "4", str(_size), "bfloat16 step, and zero = least + 8 steps", "torchao Int4WeightOnlyConfig on GPUs"
+        ),
     )

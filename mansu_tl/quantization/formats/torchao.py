@@ -58,7 +58,10 @@ def torchao(bits: int = 4, group_size: int | None = 64) -> Torchao:
 
 _USED_BY = "torchao IntxWeightOnlyConfig"
 register_quantizer(
-    "torchao-int4-g64", torchao, package="torchao", about=About("4", "64", "absmax / 7.5 in the model's dtype", _USED_BY)
+    "torchao-int4-g64",
+    torchao,
+    package="torchao",
+    about=About("4", "64", "absmax / 7.5 in the model's dtype", _USED_BY),
 )
 register_quantizer(
     "torchao-int8",

@@ -4,7 +4,8 @@
     python tests/oracles/formats/make.py
 
 writes vectors.safetensors beside it: the weights `w` [4, 256] in float32 (cast to the dtype first where a name says one), and
-for each format and dtype the library's dequantized values; for GGUF's formats the bytes that llama.cpp writes.
+for each format and dtype the library's dequantized values; `stored/...`, what compressed-tensors puts into a checkpoint for
+them; for GGUF's formats the bytes that llama.cpp writes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ import torch
 from safetensors.torch import save_file
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_COMPRESSORS = {
+    "w4a16-g128": "pack-quantized",
+    "w4a16-asym-g128": "pack-quantized",
+    "fp8": "float-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4-even": "mxfp4-pack-quantized",
+}
 _GGML = {"Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210), "IQ4_NL": (20, 32, 18)}
 
 
@@ -33,9 +41,10 @@ def weights() -> torch.Tensor:
 
 def compressed(w: torch.Tensor) -> dict[str, torch.Tensor]:
     """llm-compressor's round to nearest: scales by minimum and maximum, then compressed-tensors' own rounding."""
+    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     def args(**given):
@@ -64,6 +73,18 @@ def compressed(w: torch.Tensor) -> dict[str, torch.Tensor]:
                 of_matrix = generate_gparam(x.amin(), x.amax())
             scale, zero = calculate_qparams(low, high, arguments, global_scale=of_matrix)
             found[f"{name}/{dtype}"] = fake_quantize(x, scale, zero, arguments, global_scale=of_matrix).to(kind)
+            if dtype == "float32" and name in _COMPRESSORS:
+                parts = {
+                    "weight": x,
+                    "weight_scale": scale,
+                    "weight_zero_point": zero,
+                    "weight_global_scale": of_matrix,
+                }
+                scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+                stored = BaseCompressor.get_value_from_registry(_COMPRESSORS[name]).compress(
+                    {key: value for key, value in parts.items() if value is not None}, scheme
+                )
+                found |= {f"stored/{name}/{key}": value for key, value in stored.items()}
     return found
 
 
@@ -111,4 +132,8 @@ if __name__ == "__main__":
     w = weights()
     found = {"w": w, **compressed(w), **torchao(w), **llama(w)}
     versions = {name: version(name) for name in ("compressed-tensors", "torchao", "llama-cpp-python", "torch")}
-    save_file({key: value.contiguous() for key, value in found.items()}, Path(__file__).with_name("vectors.safetensors"), versions)
+    save_file(
+        {key: value.contiguous() for key, value in found.items()},
+        Path(__file__).with_name("vectors.safetensors"),
+        versions,
+    )
