@@ -21,10 +21,10 @@ _HALF = 8
 
 @dataclass(frozen=True, eq=False)
 class TinygemmGrid(AsymmetricGrid):
-    """step = (high - low) / 15, zero = low + 8 step, code = round((w - zero + 8 step) / step), value = (code - 8) step + zero.
+    """code = round((w - zero + 8 step) / step) with step = (high - low) / 15 and zero = low + 8 step.
 
-    The ends are the block's own smallest and largest weight, so that 0 need not be one of the values. A block's scale is
-    [low, high, step, zero], each a bfloat16 number.
+    The value is step (code - 8) + zero. The ends are the block's own smallest and largest weight, so that 0 need not be one
+    of the values. A block's scale is [low, high, step, zero], each a bfloat16 number.
     """
 
     def ends(self, scale: Float[Tensor, "*any_ends"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
