@@ -151,7 +151,7 @@ def test_q4_k_m_gives_each_matrix_llama_cpps_type():
     assert {kind for name, kind in found.items() if "q_proj" in name or "up_proj" in name} == {"Q4_K"}
     assert types_of("tied")["model.embed_tokens.weight"] == "Q6_K"
     mixed = types_of("mixed")
-    assert mixed["model.layers.0.mlp.down_proj.weight"] == "Q4_K"  # rows of 256
+    assert mixed["model.layers.1.mlp.down_proj.weight"] == "Q4_K"  # rows of 256
     assert mixed["model.layers.1.self_attn.v_proj.weight"] == "Q5_0"
     assert mixed["model.layers.8.self_attn.v_proj.weight"] == mixed["lm_head.weight"] == "Q8_0"
     assert types_of("narrow")["model.layers.0.mlp.down_proj.weight"] == "F16"
@@ -240,16 +240,16 @@ def test_cells_hold_their_weights_and_code_values(name: str):
 def test_the_lowest_code_of_w4a16_is_for_the_largest_weight_alone():
     grid = grid_of("w4a16-g128")
     w = matrices(torch.float32)["plain"]
-    w[0, 5] = -1.0
+    w[0, 5] = -7.5
     encoded = grid.encode(w)
     assert encoded.codes[0, 5] == 0 and bool(grid.absmax_mask(w)[0, 5])
     assert not (encoded.codes[~grid.absmax_mask(w)] == 0).any()
     codes = torch.tensor([[0, 1, 1, 15, 15]], dtype=torch.uint8)
     direction = torch.tensor([[1.0, -1.0, 1.0, 1.0, -1.0]])
     assert grid.neighbour(codes, direction).tolist() == [[1, 2, 2, 14, 14]]
-    # -8..7 between absmax / 7.5 steps, by hand.
-    row = torch.linspace(-1, 0.9, 128)[None]
-    assert torch.allclose(grid.roundtrip(row), (row * 7.5).round().clamp(-8, 7) / 7.5, atol=1e-7)
+    # -8..7 under a step of absmax / 7.5 = 1, by hand; -7.5 is a tie, which goes to the even code.
+    row = torch.linspace(-7.5, 7.4, 128)[None]
+    assert torch.equal(grid.roundtrip(row), row.round().clamp(-8, 7))
 
 
 def test_gptq_takes_the_grid_that_its_libraries_ship():

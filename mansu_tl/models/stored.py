@@ -175,7 +175,7 @@ def _four_bit_floats(packed: Tensor, scale: Tensor, of_matrix: Tensor | None) ->
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
     values = torch.tensor(_E2M1)[codes & 7] * torch.where(codes < 8, 1.0, -1.0)
     if of_matrix is None:
-        steps, name = torch.ldexp(torch.ones(()), scale.int() - 127), "mxfp4"
+        steps, name = torch.ldexp(torch.ones(scale.shape), scale.int() - 127), "mxfp4"
     else:
         steps, name = scale.float() / of_matrix.float(), "nvfp4"
     return values * steps.repeat_interleave(values.shape[1] // steps.shape[1], 1), name

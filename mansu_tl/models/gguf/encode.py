@@ -94,7 +94,7 @@ def _scale_and_minimum(
     best = _added(_weighted_square(scale * codes + least - x, weight))
     for i in range(tries + 1):
         # The range is that of the best minimum so far.
-        inverse = _over(_float32(first, 0.1, i, last), torch.where(flat, 1.0, most - least))
+        inverse = _over(_float32(first, 0.1, i, float(last)), torch.where(flat, 1.0, most - least))
         trial = (inverse * (x - least)).round().clamp(0, last)
         weighted = weight * trial
         sum_l, sum_l2, sum_xl = _added(weighted), _added(weighted * trial), _added(weighted * x)
@@ -156,7 +156,7 @@ def _one_scale(
     weighted = weight * x
     codes = scale = best = torch.empty(0)
     for i in (0, *range(-9, 0), *range(1, 10)):
-        trial = (_over(-_float32(half, 0.1, i), largest) * x).round().clamp(-half, half - 1)
+        trial = (_over(-_float32(float(half), 0.1, i), largest) * x).round().clamp(-half, half - 1)
         sum_lx, sum_l2 = _added(weighted * trial), _added(weight * trial * trial)
         fitted = torch.where(sum_l2 > 0, sum_lx / sum_l2, 0.0)
         if i == 0:

@@ -26,7 +26,7 @@ _NVFP4_SMALLEST = 0.125  # what compressed-tensors puts for a block scale of 0
 
 @dataclass(frozen=True, eq=False)
 class SymmetricGrid(SteppedGrid):
-    """codes -8..7, step = absmax / 7.5: the lowest code is for a weight at -absmax alone, so that no other can reach it."""
+    """codes -8..7, step = absmax / 7.5: none but a weight at -absmax can have the lowest code."""
 
     def neighbour(self, codes: UInt8[Tensor, "out in"], direction: Float[Tensor, "out in"]) -> UInt8[Tensor, "out in"]:
         """As in `Grid`; from -7 downward it goes inward."""
