@@ -22,7 +22,7 @@ from mansu_tl.data.sources import sources as source_names
 from mansu_tl.errors import MansuError
 from mansu_tl.landmarks import landmarks_task
 from mansu_tl.models import load
-from mansu_tl.quantization import find_grid
+from mansu_tl.quantization import find_grid, quantizer_table
 from mansu_tl.quantization import quantizers as quantizer_names
 from mansu_tl.registry import import_plugins
 from mansu_tl.results.files import write_text
@@ -309,10 +309,19 @@ def methods(plugin: Plugin = None) -> None:
 
 @app.command()
 def quantizers(plugin: Plugin = None) -> None:
-    """List the quantizers: name, and whether it has fixed cells, wants a calibration text, or is a library's."""
+    """List the quantizers: bits, weights a scale, how scales are kept, who uses it, and what it is for this package."""
     kinds = {"grid": "fixed cells: can be floored and counted", "calibrated": "calibrated on the retain text"}
-    kinds |= {"library": "a library's own codes", "file": "the GGUF file that a model came from, code by code"}
-    _list((name, text) for kind, text in kinds.items() for name in quantizer_names(kind))
+    kinds |= {"library": "a library's own codes", "searched": "scales searched, no cells"}
+    kinds |= {"file": "the file's codes: can be floored and counted"}
+    table = quantizer_table()
+    absent = table["package"].ne("") & ~table["quantizer"].isin(quantizer_names())
+    table["kind"] = (
+        table["kind"].map(kinds).where(~absent, "not installed: pip install mansu-tl[" + table["package"] + "]")
+    )
+    lines = [list(table.columns.drop("package").str.replace("_", " ")), *table.drop(columns="package").values.tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        typer.echo("  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 @app.command()

@@ -20,8 +20,8 @@ from mansu_tl.circuit import Circuit, Graph, random_mask
 from mansu_tl.data.sources.tofu import Tofu
 from mansu_tl.data.sources.tofu.files import Item
 from mansu_tl.explorer import Explorer
-from mansu_tl.models import fingerprint, float32_copy, linear_weights, orient, parameters, plain, rebuild
-from mansu_tl.quantization import grid_of, inputs_of, predicted_flips, quantized_values
+from mansu_tl.models import fingerprint, float32_copy, linear_weights, parameters, plain, rebuild
+from mansu_tl.quantization import inputs_of, predicted_flips, quantized_values, quantizer
 from mansu_tl.quantization.dither import dither
 from mansu_tl.unlearning import Edit, method_flags, methods
 from mansu_tl.unlearning.search import judge
@@ -207,19 +207,30 @@ def _baselines(c: Case) -> Numbers:
 def _quantizers(c: Case) -> Numbers:
     out, linear, live = {}, linear_weights(c.model), parameters(c.model)
     weights = torch.cat([live[name].detach().flatten().double().cpu() for name in linear])
-    for name in (name for name in mtl.quantization.quantizers() if not name.startswith("gguf")):
+    # Blocks that end with the row do not fit every matrix of a model this small.
+    rowwise = [name for name in mtl.quantization.quantizers("grid") if not _takes_any_row(name)]
+    rowwise += [name for name in mtl.quantization.quantizers("searched") if name != "gguf-q4_k_m"]
+    like = next(iter(live.values()))
+    wide = (torch.randn(4, 256, generator=torch.Generator().manual_seed(0)) / 50).to(like.device, like.dtype)
+    out |= {name: quantizer(name).roundtrip(wide).flatten().double().cpu() for name in rowwise}
+    others = (name for name in mtl.quantization.quantizers() if not name.startswith("gguf") and name not in rowwise)
+    for name in others:
         values = quantized_values(c.model, name, calibration=c.task.retain_text)
         found = torch.cat([value.flatten().double().cpu() for value in values.values()])
         # Codes of the others hang on sums over a text, on a library's own kernels, or on 8-bit scales of scales.
         exact = name in mtl.quantization.quantizers("grid") and not name.endswith("-dq")
         out[name if exact else f"{name}!"] = found
         out[f"{name} error"] = (found - weights).norm() / weights.norm()
-    for name in (name for name in mtl.quantization.quantizers("grid") if name.startswith("gguf")):
-        # Their blocks do not fit every matrix of a model this small.
-        fitting = [orient(live[n].detach(), w) for n, w in linear.items() if w.in_features % 32 == 0]
-        out[name] = torch.cat([grid_of(name).roundtrip(w).flatten().double().cpu() for w in fitting])
     twin = mtl.quantize(c.model, "nf4")
     return {**out, "twin": mtl.accuracy(twin, c.task.questions["forget"]).log_odds}
+
+
+def _takes_any_row(name: str) -> bool:
+    try:
+        quantizer(name).roundtrip(torch.zeros(2, 72))
+    except mtl.MansuError:
+        return False
+    return True
 
 
 def _updates(c: Case) -> Numbers:

@@ -191,7 +191,11 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(starter: Path, tmp_p
     ("command", "names", "line"),
     [
         ("methods", mtl.unlearning.methods(), r"mansu +MANSU, takes the circuit, claims the floor"),
-        ("quantizers", (*mtl.quantization.quantizers(), "gguf"), r"gptq-int4-g64 +calibrated on the retain text"),
+        (
+            "quantizers",
+            ("quantizer", *mtl.quantization.quantizer_table()["quantizer"]),
+            r"w4a16-g128 +4 +128 +absmax / 7.5.* +vLLM, .* +fixed cells: can be floored and counted",
+        ),
         ("sources", sources(), r"jsonl +\S.*"),
     ],
 )

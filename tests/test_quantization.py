@@ -23,7 +23,7 @@ from mansu_tl.quantization import (
 )
 from tests.tiny import tiny
 
-FOUR_BIT = {"nf4": ("nf4", 64), "nf4-128": ("nf4", 128), "fp4": ("fp4", 64)}
+FOUR_BIT = {"nf4": ("nf4", 64), "nf4-128": ("nf4", 128), "nf4-32": ("nf4", 32), "fp4": ("fp4", 64)}
 SYMMETRIC = ("nf4", "nf4-128", "fp4", "int8", "int4-g64", "int4-g128", "int3-g64")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

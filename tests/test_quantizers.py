@@ -70,7 +70,8 @@ def test_every_name_makes_the_quantizer_of_that_name_and_kinds_part_them():
     names = quantizers()
     assert len(set(names)) == len(names)
     assert [quantizer(name).name for name in names] == list(names)
-    assert [*quantizers("grid"), *quantizers("calibrated"), *quantizers("library")] == list(names)
+    kinds = ("grid", "calibrated", "library", "searched")
+    assert [name for kind in kinds for name in quantizers(kind)] == list(names)
     # Only for a model that came from a file, so in no list that is gone through for any model.
     assert quantizers("file") == ("gguf",)
     assert "gguf" not in names

@@ -23,6 +23,7 @@ from mansu_tl.models.four_bit import compute_from_codes, packed, repack, require
 from mansu_tl.models.gguf import gguf_weights, remember
 from mansu_tl.models.limits import require_memory
 from mansu_tl.models.placement import placed_as
+from mansu_tl.models.stored import remember_formats, stored_formats
 from mansu_tl.models.tree import Model, blank, buffers, hf_of, parameters, require_in_step, tied_names
 
 
@@ -182,6 +183,7 @@ def filled(fresh: PreTrainedModel, model: Model, value: Callable[[list[str], Ten
         _put(fresh, name, live_buffers[name].detach().clone(), "_buffers")
     fresh.generation_config = copy.deepcopy(hf_of(model).generation_config)
     remember(fresh, gguf_weights(model))
+    remember_formats(fresh, stored_formats(model))
     return fresh.eval()
 
 

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from mansu_tl.errors import MansuError
 from mansu_tl.models import library as bnb
 from mansu_tl.models.families import Family, family_of
+from mansu_tl.models.stored import is_read, quantization_settings, way_out
 from mansu_tl.models.tree import Model, modules, quantization_state
 
 KINDS = ("nf4", "fp4")
@@ -40,18 +41,19 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def stored_kind(config: PretrainedConfig, name: str) -> str | None:
-    """The 4-bit kind that a checkpoint's config says it is stored in; None for a dense one."""
-    asked: Any = getattr(config, "quantization_config", None)
-    if asked is None:
+    """The kind of real 4-bit layers that a checkpoint's config says it is stored in; None for one that becomes dense.
+
+    Raises:
+        MansuError: stored in codes that are not read.
+    """
+    settings = quantization_settings(config)
+    if settings is None or is_read(settings):
         return None
-    settings = asked if isinstance(asked, dict) else asked.to_dict()
-    method = settings.get("quant_method", "unknown")
-    method = str(getattr(method, "value", method))
+    method = settings["quant_method"]
     if method != "bitsandbytes" or not settings.get("load_in_4bit", settings.get("_load_in_4bit", False)):
         what = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
         raise MansuError(
-            f"{name}: this checkpoint is quantized with {what}; only 4-bit bitsandbytes ones can be hooked, pass such "
-            "a one or the dense checkpoint"
+            f"{name}: this checkpoint is quantized with {what}, whose codes are not read here; {way_out(what)}"
         )
     return str(settings.get("bnb_4bit_quant_type", "fp4"))
 

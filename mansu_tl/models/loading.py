@@ -32,6 +32,7 @@ from mansu_tl.models.limits import require_memory
 from mansu_tl.models.packages import PACKAGED, packaged_file
 from mansu_tl.models.placement import DeviceMap, one_line, place, require_device, require_map, require_placed
 from mansu_tl.models.quiet import quiet
+from mansu_tl.models.stored import dense_state, is_read, quantization_settings, remember_formats
 from mansu_tl.results.files import local, read_text
 
 EMBEDDED = ("pocket", "pocket-fp", "pocket-never")
@@ -73,6 +74,9 @@ def load(
     patched and attributed like any other, and computes what its dequantized twin (`mansu_tl.quantize`) computes. It
     cannot be edited, rebuilt or saved: that needs the dense checkpoint. It computes in the dtype of what is not packed
     (embedding and norms), whatever the checkpoint says; dtype= sets that.
+
+    A folder whose weights compressed-tensors, GPTQ, AWQ or "fp8" stored in codes gives a dense model with the values that
+    they stand for (`mansu_tl.models.stored`).
 
     Args:
         source: "pocket", "pocket-fp" or "pocket-never" (embedded in the package), "smollm2-135m" or "gemma3-270m" (real
@@ -243,6 +247,8 @@ def _reading(name: str, problem: str, way_out: str) -> Iterator[None]:
     try:
         with quiet():
             yield
+    except MansuError:
+        raise
     except _UNREADABLE as error:
         raise MansuError(f"{name}: {problem} ({one_line(error)}); {way_out}") from None
 
@@ -258,9 +264,21 @@ def _config(name: str, where: Path | str) -> PretrainedConfig:
 
 def _read(name: str, where: Path | str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     family = family_of(config, source=name)
+    settings, stored = quantization_settings(config), None
     with _reading(name, "the weights cannot be read", "copy or save the model again"):
+        if settings is not None and is_read(settings):
+            if not isinstance(where, Path):
+                raise MansuError(
+                    f"{name}: quantized with {settings['quant_method']}; download it (hf download {name} --local-dir DIR) "
+                    "and pass the folder"
+                )
+            asked = options["dtype"]
+            dtype = config.dtype or torch.float32 if asked == "auto" else asked
+            values, stored = dense_state(where, settings, dtype, name)
+            del config.quantization_config
+            options = {**options, "state_dict": values, "dtype": dtype}
         loaded: Any = family.model_class.from_pretrained(
-            where,
+            where if stored is None else None,
             config=config,
             use_safetensors=True,
             local_files_only=isinstance(where, Path),
@@ -274,6 +292,9 @@ def _read(name: str, where: Path | str, config: PretrainedConfig, options: dict[
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise MansuError(f"{name}: {problem} weight {keys[0]}{more}; config and weights belong to different models")
+    if stored is not None:
+        hf.config.name_or_path = name
+        remember_formats(hf, stored)
     return hf
 
 

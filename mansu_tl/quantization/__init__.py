@@ -8,10 +8,12 @@ from mansu_tl.quantization.formats.gptq import Gptq, gptq
 from mansu_tl.quantization.formats.grids import doubled
 from mansu_tl.quantization.grid import Encoded, Grid, grid_of
 from mansu_tl.quantization.quantizer import (
+    About,
     CalibratedQuantizer,
     Inputs,
     Quantizer,
     quantizer,
+    quantizer_table,
     quantizers,
     register_quantizer,
 )
@@ -20,6 +22,7 @@ from mansu_tl.quantization.statistics import UpdateStatistics, predicted_flips, 
 from mansu_tl.quantization.twin import quantize, quantized_values
 
 __all__ = [
+    "About",
     "AsymmetricGrid",
     "Awq",
     "CalibratedQuantizer",
@@ -42,6 +45,7 @@ __all__ = [
     "quantize",
     "quantized_values",
     "quantizer",
+    "quantizer_table",
     "quantizers",
     "register_quantizer",
     "update_statistics",

@@ -57,7 +57,7 @@ class AsymmetricGrid(Grid):
         return (index - zero).to(scale.dtype) * size.to(scale.dtype)
 
     def _cell(self, index: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = scale.unbind(-1)
+        low, high = self.ends(scale)
         lower, upper = self._boundaries(index, scale)
         # A zero point rounded on a tie may leave an outermost boundary beyond the end.
         return torch.maximum(lower, low).minimum(high), torch.minimum(upper, high).maximum(low)
@@ -73,13 +73,13 @@ class AsymmetricGrid(Grid):
         return torch.where(index == 0, -torch.inf, lower), torch.where(index == self._last, torch.inf, upper)
 
     def _at_end(self, values: Tensor, scale: Tensor) -> Tensor:
-        low, high = scale.unbind(-1)
+        low, high = self.ends(scale)
         # An end of 0 is given, not carried: no weight lies beyond it, and none may.
         below = torch.where(low < 0, values <= low, values < low)
         return below | torch.where(high > 0, values >= high, values > high)
 
     def _inside(self, centre: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        low, high = scale.unbind(-1)
+        low, high = self.ends(scale)
         value = torch.minimum(torch.maximum(centre, low), high).to(dtype)
         value = torch.where((value.double() >= high) & (high > 0), step(value, torch.full_like(high, -1)), value)
         return torch.where((value.double() <= low) & (low < 0), step(value, torch.ones_like(low)), value)

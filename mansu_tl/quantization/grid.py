@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Int, Shaped, UInt8
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
@@ -321,6 +321,17 @@ def grid_of(name: str | AnyQuantizer) -> Grid:
             f"cross; choose one of {', '.join(quantizers('grid'))}"
         )
     return found
+
+
+def whole_blocks(name: str, w: Shaped[Tensor, "*rows in"], block: int) -> int:
+    """The block size of a format whose blocks do not cross rows.
+
+    Raises:
+        MansuError: rows that it does not divide.
+    """
+    if w.shape[-1] % block:
+        raise MansuError(f"{name}: rows of {w.shape[-1]} weights; its blocks hold {block}, choose another quantizer")
+    return block
 
 
 def _spread(absmax: Float[Tensor, " block *ends"], n: int, block_size: int) -> Float[Tensor, " weight *ends"]:

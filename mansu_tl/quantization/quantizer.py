@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import TypeVar
 
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
@@ -48,6 +49,10 @@ class Quantizer(ABC):
     def roundtrip(self, w: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Q(w): what the deployed model uses in place of `w`, in the dtype of `w`."""
 
+    def first_rows(self, w: Float[Tensor, "out in"], rows: int) -> Float[Tensor, "rows in"]:
+        """Q(w) of a matrix's first rows."""
+        return self.roundtrip(w[:rows].contiguous())
+
     def bound(self: Q, model: Model) -> Q:
         """Itself; for a quantizer that belongs to the file a model came from, the one of this model's file."""
         return self
@@ -81,32 +86,56 @@ AnyQuantizer = Quantizer | CalibratedQuantizer
 
 
 @dataclass(frozen=True)
+class About:
+    """What a quantizer stores, and who ships it: a row of tables.
+
+    Attributes:
+        bits: of one code.
+        block: how many weights share a scale; "row" or "matrix".
+        scale: how scales are kept.
+        used_by: who writes or serves it.
+    """
+
+    bits: str = ""
+    block: str = ""
+    scale: str = ""
+    used_by: str = ""
+
+
+@dataclass(frozen=True)
 class _Entry:
     make: Callable[[], AnyQuantizer]
     kind: str
     package: str
+    about: About
 
 
-_KINDS = ("grid", "calibrated", "library", "file")
+_KINDS = ("grid", "calibrated", "library", "searched", "file")
 _QUANTIZERS = Registry[_Entry]("quantizer")
 
 
 def register_quantizer(
-    name: str, make: Callable[[], AnyQuantizer], kind: str = "library", *, package: str = ""
+    name: str,
+    make: Callable[[], AnyQuantizer],
+    kind: str = "library",
+    *,
+    package: str = "",
+    about: About | None = None,
 ) -> None:
     """Make a quantizer known by name to everything that takes one.
 
     Args:
         make: gives it; its `name` is this one.
         kind: "grid" = a `Grid`, "calibrated" = a `CalibratedQuantizer`, "file" = one that belongs to the file that a model
-            came from, "library" = any other.
+            came from, "searched" = one whose scales are searched, "library" = any other.
         package: what has to be installed for it; also the name of this package's extra.
+        about: what it stores, for tables.
 
     Raises:
         MansuError: a name that is taken, or another kind.
     """
     _require_kind(kind)
-    _QUANTIZERS.add(name, _Entry(make, kind, package))
+    _QUANTIZERS.add(name, _Entry(make, kind, package, about or About()))
 
 
 def quantizers(kind: str | None = None) -> tuple[str, ...]:
@@ -115,8 +144,9 @@ def quantizers(kind: str | None = None) -> tuple[str, ...]:
     Args:
         kind: "grid" = those with fixed cells, which the floor and `update_statistics` can work with; "calibrated" =
             those that need calibration text; "library" = those computed by a package that is optional, as far as it
-            is installed; "file" = the file that a model came from; None = the first three kinds, which take any
-            model.
+            is installed; "searched" = those whose scales are searched over all weights of a block, so that a code has
+            no cell of its own; "file" = the file that a model came from; None = all kinds but the last, which take
+            any model.
 
     Raises:
         MansuError: another kind.
@@ -129,6 +159,26 @@ def quantizers(kind: str | None = None) -> tuple[str, ...]:
         return tuple(name for each in _KINDS if each != "file" for name in quantizers(each))
     _require_kind(kind)
     return tuple(name for name, entry in _QUANTIZERS.items() if entry.kind == kind and _installed(entry.package))
+
+
+def quantizer_table() -> pd.DataFrame:
+    """What there is to choose from: one row a quantizer, those of packages that are not installed too.
+
+    Returns:
+        `quantizer`, `bits`, `block` (weights that share a scale), `scale` (how it is kept), `used_by`, `kind` (as
+        `quantizers`) and `package` (what it needs; "" = nothing).
+
+    Example:
+        >>> mtl.quantization.quantizer_table().set_index("quantizer").loc["nf4", "block"]
+        '64'
+    """
+    rows = [
+        {"quantizer": name, **asdict(entry.about), "kind": entry.kind, "package": entry.package}
+        for kind in _KINDS
+        for name, entry in _QUANTIZERS.items()
+        if entry.kind == kind
+    ]
+    return pd.DataFrame(rows)
 
 
 def quantizer(name: str | AnyQuantizer) -> AnyQuantizer:

@@ -20,11 +20,15 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, orient, parameters
 from mansu_tl.models.four_bit import require_dense
 from mansu_tl.models.gguf import gguf_weights
-from mansu_tl.quantization.quantizer import quantizer, quantizers
+from mansu_tl.models.stored import stored_formats
+from mansu_tl.quantization.formats.gguf_k import SearchedQuantizer
+from mansu_tl.quantization.quantizer import Quantizer, quantizer, quantizers
 from mansu_tl.results.result import Result, Table
 
 # Weights of each matrix that are looked at; whole rows from the top.
 _ROWS_OF = 2**17
+# Those that are looked at first: no more where fewer than half of them lie on the grid.
+_SAMPLE = 2**11
 # A grid that a matrix rests on gives back every weight; one that it does not, only those that carry a block's scale.
 _RESTS = 0.999
 
@@ -35,11 +39,12 @@ class RestingGrid(Result):
 
     Attributes:
         quantizers: the grids.
-        shares: for each, the share of the looked-at weights that it gives back bit for bit.
+        shares: for each, the share of the looked-at weights that it gives back bit for bit; of a matrix of whose first
+            2,048 weights a grid gives back less than half, those alone count.
         matrices: for each, the share of matrices that it gives back whole.
-        weights: how many weights were looked at.
-        file: the GGUF file that the model came from, or "".
-        types: number formats of that file's matrices, and how many weights each holds.
+        weights: how many weights were looked at, at most.
+        file: the GGUF file, or the folder of codes, that the model came from; "" for a dense one.
+        types: number formats of the matrices there, and how many weights each holds.
     """
 
     quantizers: tuple[str, ...]
@@ -77,7 +82,8 @@ def find_grid(
     What a model rests on decides which updates will come back when it is quantized again. Our own.
 
     Args:
-        names: the grids; `quantizers("grid")` where nothing is given.
+        names: the grids; where nothing is given `quantizers("grid")` and GGUF's formats of searched scales, which are
+            looked for in rows of multiples of 256 (llama.cpp finds the scales of about 99.9 % of real weights again).
         rows_of: look at no more weights of a matrix than these, whole rows from the top; 0 = all.
 
     Raises:
@@ -87,39 +93,53 @@ def find_grid(
         >>> mtl.find_grid(mtl.quantize(mtl.load("pocket"), "nf4"), ["nf4", "int8"]).best
         'nf4'
     """
-    chosen = tuple(quantizers("grid") if names is None else names)
-    if not chosen or not set(chosen) <= set(quantizers("grid")):
-        raise MansuError(f"grids: {', '.join(chosen) or 'none'}; choose from {', '.join(quantizers('grid'))}")
+    searched = (name for name in quantizers("searched") if isinstance(quantizer(name), SearchedQuantizer))
+    known = (*quantizers("grid"), *searched)
+    chosen = known if names is None else tuple(names)
+    if not chosen or not set(chosen) <= set(known):
+        raise MansuError(f"grids: {', '.join(chosen) or 'none'}; choose from {', '.join(known)}")
     require_dense(model, "finding its grid")
-    live, linear, weights = parameters(model), linear_weights(model), gguf_weights(model)
-    kept = torch.zeros(len(chosen), dtype=torch.long)
-    whole = torch.zeros(len(chosen), dtype=torch.long)
+    live, linear, weights, stored = parameters(model), linear_weights(model), gguf_weights(model), stored_formats(model)
+    kept, looked, whole = torch.zeros(3, len(chosen), dtype=torch.long)
     total = 0
     for name, shape in linear.items():
         matrix = orient(live[name].detach(), shape)
-        rows = matrix[: max(1, rows_of // matrix.shape[1])] if rows_of else matrix
-        total += rows.numel()
+        columns = matrix.shape[1]
+        rows = min(len(matrix), max(1, rows_of // columns)) if rows_of else len(matrix)
+        total += rows * columns
         for i, grid in enumerate(chosen):
-            same = _kept(rows.contiguous(), grid)
+            few = min(rows, max(1, _SAMPLE // columns))
+            same, of = _kept(matrix, few, grid), few * columns
+            if few < rows and 2 * same >= of:
+                same, of = _kept(matrix, rows, grid), rows * columns
             kept[i] += same
-            whole[i] += same == rows.numel()
+            looked[i] += of
+            whole[i] += same == rows * columns
     types: dict[str, int] = {}
     if weights is not None:
         for name in linear:
             types[weights.types[name]] = types.get(weights.types[name], 0) + live[name].numel()
+    if stored is not None:
+        for name in linear:
+            kind = stored.formats.get(name, "dense")
+            types[kind] = types.get(kind, 0) + live[name].numel()
     return RestingGrid(
         quantizers=chosen,
-        shares=tuple((kept / total).tolist()),
+        shares=tuple((kept / looked).tolist()),
         matrices=tuple((whole / len(linear)).tolist()),
         weights=total,
-        file="" if weights is None else str(weights.file.path),
+        file=str(weights.file.path) if weights is not None else stored.folder if stored is not None else "",
         types=types,
     )
 
 
-def _kept(rows: Tensor, name: str) -> int:
-    """How many weights a grid gives back; none where its blocks do not fit the rows."""
+def _kept(matrix: Tensor, rows: int, name: str) -> int:
+    """How many weights of the first rows a grid gives back; none where its blocks do not fit them."""
+    grid = quantizer(name)
+    assert isinstance(grid, Quantizer)
+    if isinstance(grid, SearchedQuantizer) and not grid.fits(matrix.shape[1]):
+        return 0
     try:
-        return int((quantizer(name).roundtrip(rows) == rows).sum())  # type: ignore[call-arg]
+        return int((grid.first_rows(matrix, rows) == matrix[:rows]).sum())
     except MansuError:
         return 0

@@ -19,6 +19,13 @@ from mansu_tl.unlearning.search import RATES
 ORIGINAL, NEVER = "original", "never"
 # What stands in the table beside the methods, and how it is written.
 CONTROLS: Mapping[str, str] = MappingProxyType({ORIGINAL: "un-edited", NEVER: "never trained"})
+# Those of `quantizers()` that a comparison is made under unless it names others: the ones that fit matrices of any width, or
+# of multiples of 32, so that the embedded models can show them.
+_COMPARED = (
+    "nf4", "nf4-128", "nf4-dq", "nf4-128-dq", "fp4", "int8", "int4-g64", "int4-g128", "int4-asym-g64", "int4-asym-g128",
+    "int3-g64", "gguf-q4_0", "gguf-q4_1", "gguf-q5_0", "gguf-q5_1", "gguf-q8_0", "gptq-int4-g64", "gptq-int4-g128",
+    "awq-int4-g64", "awq-int4-g128", "awq-int4-asym-g128", "hqq-int4-g64", "torchao-int4-g64", "torchao-int8",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,8 @@ class Comparison(Plan):
         task: an embedded name or a file.
         never: a model that never learnt the forget facts; "" = none, then relearning has no reference.
         methods: unlearning methods, and names of `ablations()`.
-        quantizers: what the models of methods that claim the floor (MANSU) are quantized with.
+        quantizers: what the models of methods that claim the floor (MANSU) are quantized with; by default those of
+            committed evidence, twenty-one and the libraries' three where they are installed.
         control_quantizers: what the other methods' and ablations' models are quantized with.
         seeds: of those methods.
         control_seeds: of the other methods.
@@ -154,7 +162,9 @@ class Comparison(Plan):
     task: str = "pocket"
     never: str = "pocket-never"
     methods: tuple[str, ...] = field(default_factory=lambda: (*methods(), *ablations()))
-    quantizers: tuple[str, ...] = field(default_factory=lambda: quantizers())
+    quantizers: tuple[str, ...] = field(
+        default_factory=lambda: tuple(name for name in _COMPARED if name in quantizers())
+    )
     control_quantizers: tuple[str, ...] = ("nf4", "int4-g64", "gptq-int4-g64")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     control_seeds: tuple[int, ...] = (0, 1, 2)

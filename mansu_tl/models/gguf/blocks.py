@@ -100,12 +100,12 @@ class Q4_0(Layout):
     @staticmethod
     def unpack(raw: Tensor) -> Unpacked:
         """As in `Layout`."""
-        return _low_high(raw[:, 2:], 16), _half(raw, 0), None
+        return low_high(raw[:, 2:], 16), _half(raw, 0), None
 
     @staticmethod
     def pack(raw: Tensor, codes: Tensor) -> Tensor:
         """As in `Layout`."""
-        return torch.cat([raw[:, :2], _from_low_high(codes, 16)], 1)
+        return torch.cat([raw[:, :2], pack_low_high(codes, 16)], 1)
 
 
 class Q4_1(Layout):
@@ -116,12 +116,12 @@ class Q4_1(Layout):
     @staticmethod
     def unpack(raw: Tensor) -> Unpacked:
         """As in `Layout`."""
-        return _low_high(raw[:, 4:], 16), _half(raw, 0), _half(raw, 2)
+        return low_high(raw[:, 4:], 16), _half(raw, 0), _half(raw, 2)
 
     @staticmethod
     def pack(raw: Tensor, codes: Tensor) -> Tensor:
         """As in `Layout`."""
-        return torch.cat([raw[:, :4], _from_low_high(codes, 16)], 1)
+        return torch.cat([raw[:, :4], pack_low_high(codes, 16)], 1)
 
 
 class Q5_0(Layout):
@@ -132,12 +132,12 @@ class Q5_0(Layout):
     @staticmethod
     def unpack(raw: Tensor) -> Unpacked:
         """As in `Layout`."""
-        return _low_high(raw[:, 6:], 16) | _bits(raw[:, 2:6]) << 4, _half(raw, 0), None
+        return low_high(raw[:, 6:], 16) | _bits(raw[:, 2:6]) << 4, _half(raw, 0), None
 
     @staticmethod
     def pack(raw: Tensor, codes: Tensor) -> Tensor:
         """As in `Layout`."""
-        return torch.cat([raw[:, :2], _from_bits(codes >> 4), _from_low_high(codes & 15, 16)], 1)
+        return torch.cat([raw[:, :2], _from_bits(codes >> 4), pack_low_high(codes & 15, 16)], 1)
 
 
 class Q5_1(Layout):
@@ -148,12 +148,12 @@ class Q5_1(Layout):
     @staticmethod
     def unpack(raw: Tensor) -> Unpacked:
         """As in `Layout`."""
-        return _low_high(raw[:, 8:], 16) | _bits(raw[:, 4:8]) << 4, _half(raw, 0), _half(raw, 2)
+        return low_high(raw[:, 8:], 16) | _bits(raw[:, 4:8]) << 4, _half(raw, 0), _half(raw, 2)
 
     @staticmethod
     def pack(raw: Tensor, codes: Tensor) -> Tensor:
         """As in `Layout`."""
-        return torch.cat([raw[:, :4], _from_bits(codes >> 4), _from_low_high(codes & 15, 16)], 1)
+        return torch.cat([raw[:, :4], _from_bits(codes >> 4), pack_low_high(codes & 15, 16)], 1)
 
 
 class Q8_0(Layout):
@@ -181,12 +181,12 @@ class Q4_K(Layout):
     def unpack(raw: Tensor) -> Unpacked:
         """As in `Layout`."""
         step, shift = _k_scales(raw)
-        return _low_high(raw[:, 16:], 32), step, shift
+        return low_high(raw[:, 16:], 32), step, shift
 
     @staticmethod
     def pack(raw: Tensor, codes: Tensor) -> Tensor:
         """As in `Layout`."""
-        return torch.cat([raw[:, :16], _from_low_high(codes, 32)], 1)
+        return torch.cat([raw[:, :16], pack_low_high(codes, 32)], 1)
 
 
 class Q5_K(Layout):
@@ -199,13 +199,13 @@ class Q5_K(Layout):
         """As in `Layout`."""
         step, shift = _k_scales(raw)
         high = raw[:, 16:48].unsqueeze(1) >> _shifts(range(8), raw) & 1
-        return _low_high(raw[:, 48:], 32) | high.flatten(1) << 4, step, shift
+        return low_high(raw[:, 48:], 32) | high.flatten(1) << 4, step, shift
 
     @staticmethod
     def pack(raw: Tensor, codes: Tensor) -> Tensor:
         """As in `Layout`."""
         high = ((codes >> 4).view(-1, 8, 32) << _shifts(range(8), raw)).sum(1, dtype=torch.uint8)
-        return torch.cat([raw[:, :16], high, _from_low_high(codes & 15, 32)], 1)
+        return torch.cat([raw[:, :16], high, pack_low_high(codes & 15, 32)], 1)
 
 
 class Q6_K(Layout):
@@ -218,14 +218,14 @@ class Q6_K(Layout):
         """As in `Layout`."""
         high = raw[:, 128:192].view(-1, 2, 1, 32) >> _shifts((0, 2, 4, 6), raw).view(1, 1, 4, 1) & 3
         step = _half(raw, 208) * raw[:, 192:208].contiguous().view(torch.int8).float()
-        return _low_high(raw[:, :128], 64) | high.flatten(1) << 4, step, None
+        return low_high(raw[:, :128], 64) | high.flatten(1) << 4, step, None
 
     @staticmethod
     def pack(raw: Tensor, codes: Tensor) -> Tensor:
         """As in `Layout`."""
         parts = (codes >> 4).view(-1, 2, 4, 32) << _shifts((0, 2, 4, 6), raw).view(1, 1, 4, 1)
         high = parts.sum(2, dtype=torch.uint8).flatten(1)
-        return torch.cat([_from_low_high(codes & 15, 64), high, raw[:, 192:]], 1)
+        return torch.cat([pack_low_high(codes & 15, 64), high, raw[:, 192:]], 1)
 
 
 def _half(raw: Tensor, at: int) -> Tensor:
@@ -237,12 +237,13 @@ def _shifts(bits: range | tuple[int, ...], like: Tensor) -> Tensor:
     return torch.tensor(list(bits), dtype=torch.uint8, device=like.device).view(1, -1, 1)
 
 
-def _low_high(raw: Tensor, width: int) -> Tensor:
+def low_high(raw: Tensor, width: int) -> Tensor:
     """Codes from bytes, `width` at a time: first their lower halves, then their upper ones."""
     return torch.stack([raw.reshape(len(raw), -1, width) & 15, raw.reshape(len(raw), -1, width) >> 4], 2).flatten(1)
 
 
-def _from_low_high(codes: Tensor, width: int) -> Tensor:
+def pack_low_high(codes: Tensor, width: int) -> Tensor:
+    """The other way."""
     low, high = codes.reshape(len(codes), -1, 2, width).unbind(2)
     return (low | high << 4).flatten(1)
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 # The order of tables and of `quantizers()`; others stand behind these, by name.
-_ORDER = ("grids", "gptq", "awq", "hqq", "torchao")
+_ORDER = ("grids", "gptq", "awq", "hqq", "torchao", "compressed", "mxfp4", "int4wo", "gguf", "gguf_k")
 
 
 def _place(name: str) -> tuple[int, str]:

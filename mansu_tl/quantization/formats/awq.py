@@ -11,7 +11,7 @@ from torch import Tensor
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization.formats.grids import int4, int4_asymmetric
 from mansu_tl.quantization.grid import Grid
-from mansu_tl.quantization.quantizer import CalibratedQuantizer, Inputs, register_quantizer
+from mansu_tl.quantization.quantizer import About, CalibratedQuantizer, Inputs, register_quantizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,17 @@ def awq(grid: Grid | None = None) -> Awq:
     return Awq(f"awq-{grid.name}", grid)
 
 
-register_quantizer("awq-int4-g64", awq, "calibrated")
-register_quantizer("awq-int4-g128", lambda: awq(int4(128)), "calibrated")
-# The zero point and the groups of 128 are the published AWQ models' own.
-register_quantizer("awq-int4-asym-g128", lambda: awq(int4_asymmetric(128)), "calibrated")
+_OURS = "nobody: AWQ on a grid of ours"
+for _name, _make, *_about in (
+    ("awq-int4-g64", awq, "4", "64", "float32 absmax, / 7", _OURS),
+    ("awq-int4-g128", lambda: awq(int4(128)), "4", "128", "float32 absmax, / 7", _OURS),
+    (
+        "awq-int4-asym-g128",
+        lambda: awq(int4_asymmetric(128)),
+        "4",
+        "128",
+        "range / 15, int4 zero point",
+        "AutoAWQ's grid",
+    ),
+):
+    register_quantizer(_name, _make, "calibrated", about=About(*_about))

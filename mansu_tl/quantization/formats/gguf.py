@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mansu_tl.errors import MansuError
 from mansu_tl.quantization.grid import Grid, step
-from mansu_tl.quantization.quantizer import register_quantizer
+from mansu_tl.quantization.quantizer import About, register_quantizer
 
 _BLOCK = 32
 
@@ -194,5 +194,8 @@ def gguf_grid(kind: str) -> Grid:
     return make(f"gguf-{kind}", torch.arange(codes) / (codes - 1), _BLOCK)
 
 
-for _kind in _KINDS:
-    register_quantizer(f"gguf-{_kind}", partial(gguf_grid, _kind), "grid")
+_ONE, _TWO, _USED_BY = "float16 step", "float16 step and minimum", "llama.cpp, Ollama, LM Studio"
+for _kind, _scale in {"q4_0": _ONE, "q4_1": _TWO, "q5_0": _ONE, "q5_1": _TWO, "q8_0": _ONE}.items():
+    register_quantizer(
+        f"gguf-{_kind}", partial(gguf_grid, _kind), "grid", about=About(_kind[1], str(_BLOCK), _scale, _USED_BY)
+    )

@@ -19,7 +19,7 @@ from mansu_tl.models.gguf import Blocks, GgufWeights
 from mansu_tl.models.gguf.write import require_gguf, written
 from mansu_tl.models.tree import Model
 from mansu_tl.quantization.grid import Grid
-from mansu_tl.quantization.quantizer import register_quantizer
+from mansu_tl.quantization.quantizer import About, register_quantizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,4 +132,9 @@ class FileGrid(Grid):
         return value, self._code(self._prepare(value), scale, in_tail.nonzero().squeeze(1)) != target
 
 
-register_quantizer("gguf", lambda: FileGrid("gguf", torch.linspace(0, 1, 256), None), "file")
+register_quantizer(
+    "gguf",
+    lambda: FileGrid("gguf", torch.linspace(0, 1, 256), None),
+    "file",
+    about=About("the file's", "the file's", "the file's own, kept", "the GGUF file that the model came from"),
+)

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
+from mansu_tl.quantization.formats.compressed import w4a16
 from mansu_tl.quantization.formats.grids import int4
 from mansu_tl.quantization.grid import Grid
-from mansu_tl.quantization.quantizer import CalibratedQuantizer, Inputs, register_quantizer
+from mansu_tl.quantization.quantizer import About, CalibratedQuantizer, Inputs, register_quantizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,5 +88,10 @@ def gptq(grid: Grid | None = None) -> Gptq:
     return Gptq(f"gptq-{grid.name}", grid)
 
 
-register_quantizer("gptq-int4-g64", gptq, "calibrated")
-register_quantizer("gptq-int4-g128", lambda: gptq(int4(128)), "calibrated")
+_OURS = "nobody: GPTQ on a grid of ours"
+for _name, _make, *_about in (
+    ("gptq-int4-g64", gptq, "4", "64", "float32 absmax, / 7", _OURS),
+    ("gptq-int4-g128", lambda: gptq(int4(128)), "4", "128", "float32 absmax, / 7", _OURS),
+    ("gptq-w4a16-g128", lambda: gptq(w4a16()), "4", "128", "absmax / 7.5", "GPTQModel, AutoGPTQ, llm-compressor"),
+):
+    register_quantizer(_name, _make, "calibrated", about=About(*_about))

@@ -11,7 +11,7 @@ from torch import Tensor
 from mansu_tl.models import library as bnb
 from mansu_tl.quantization.asymmetric import AsymmetricGrid
 from mansu_tl.quantization.grid import Grid
-from mansu_tl.quantization.quantizer import register_quantizer
+from mansu_tl.quantization.quantizer import About, register_quantizer
 
 # bitsandbytes.functional.get_4bit_type("nf4"), 0.50.2
 _NF4 = (
@@ -100,7 +100,11 @@ def doubled(grid: Grid) -> DoubleGrid:
 
 
 def int4(block_size: int = 64) -> UniformGrid:
-    """Symmetric int4: codes -7..7, one scale a group of `block_size` consecutive in-features."""
+    """Symmetric int4 of our own: codes -7..7, step = absmax / 7, one a group of `block_size` consecutive in-features.
+
+    Nobody ships it: the symmetric int4 of GPTQ and compressed-tensors has codes -8..7 and steps of absmax / 7.5
+    ("w4a16-g128"). Earlier results were measured under it.
+    """
     return UniformGrid(f"int4-g{block_size}", _evenly(7), block_size)
 
 
@@ -124,17 +128,27 @@ def _evenly(steps: int) -> Float32[Tensor, " code"]:
     return torch.arange(-steps, steps + 1) / steps
 
 
-for _name, _make in {
-    "nf4": nf4,
-    "nf4-128": lambda: nf4(128),
-    "nf4-dq": lambda: doubled(nf4()),
-    "nf4-128-dq": lambda: doubled(nf4(128)),
-    "fp4": fp4,
-    "int8": int8,
-    "int4-g64": int4,
-    "int4-g128": lambda: int4(128),
-    "int4-asym-g64": int4_asymmetric,
-    "int4-asym-g128": lambda: int4_asymmetric(128),
-    "int3-g64": int3,
-}.items():
-    register_quantizer(_name, _make, "grid")
+_ABSMAX, _BNB, _NOBODY = "float32 absmax", "bitsandbytes", "nobody: ours, see w4a16-g128"
+_NESTED = "8-bit absmax, float32 for 256 of them"
+for _name, _make, *_about in (
+    ("nf4", nf4, "4", "64", _ABSMAX, f"{_BNB} load_in_4bit, QLoRA"),
+    ("nf4-128", lambda: nf4(128), "4", "128", _ABSMAX, _BNB),
+    ("nf4-32", lambda: nf4(32), "4", "32", _ABSMAX, _BNB),
+    ("nf4-dq", lambda: doubled(nf4()), "4", "64", _NESTED, f"{_BNB}, QLoRA with double quantization"),
+    ("nf4-128-dq", lambda: doubled(nf4(128)), "4", "128", _NESTED, _BNB),
+    ("fp4", fp4, "4", "64", _ABSMAX, f"{_BNB}, its default"),
+    ("int8", int8, "8", "row", _ABSMAX, f"{_BNB} load_in_8bit, its weights"),
+    ("int4-g64", int4, "4", "64", "float32 absmax, / 7", _NOBODY),
+    ("int4-g128", lambda: int4(128), "4", "128", "float32 absmax, / 7", _NOBODY),
+    ("int4-asym-g64", int4_asymmetric, "4", "64", "float32 range / 15, int4 zero point", "torchao's affine int4"),
+    (
+        "int4-asym-g128",
+        lambda: int4_asymmetric(128),
+        "4",
+        "128",
+        "float32 range / 15, int4 zero point",
+        "torchao's affine int4",
+    ),
+    ("int3-g64", int3, "3", "64", "float32 absmax, / 3", "nobody: ours"),
+):
+    register_quantizer(_name, _make, "grid", about=About(*_about))

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.quantization.quantizer import Quantizer, register_quantizer
+from mansu_tl.quantization.quantizer import About, Quantizer, register_quantizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,4 +58,9 @@ def hqq(bits: int = 4, group_size: int = 64) -> Hqq:
     return Hqq(f"hqq-int{bits}-g{group_size}", bits, group_size)
 
 
-register_quantizer("hqq-int4-g64", hqq, package="hqq")
+register_quantizer(
+    "hqq-int4-g64",
+    hqq,
+    package="hqq",
+    about=About("4", "64", "float step and zero, optimised", "HQQ, transformers HqqConfig"),
+)

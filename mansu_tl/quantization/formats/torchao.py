@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mansu_tl.errors import MansuError
-from mansu_tl.quantization.quantizer import Quantizer, register_quantizer
+from mansu_tl.quantization.quantizer import About, Quantizer, register_quantizer
 
 
 @dataclass(frozen=True, eq=False)
 class Torchao(Quantizer):
     """torchao's `IntxWeightOnlyConfig` (symmetric, codes -8..7 at 4 bits), dequantized by torchao.
 
-    Its CUDA formats (`Int4WeightOnlyConfig`) pack for kernels that a CPU does not have, so they are not here.
+    Its format for GPUs (`Int4WeightOnlyConfig`) packs for a kernel that a CPU does not have: it is the grid "int4wo-g128".
 
     Attributes:
         bits: 1 to 8.
@@ -56,5 +56,16 @@ def torchao(bits: int = 4, group_size: int | None = 64) -> Torchao:
     return Torchao(f"torchao-int{bits}{group}", bits, group_size)
 
 
-register_quantizer("torchao-int4-g64", torchao, package="torchao")
-register_quantizer("torchao-int8", lambda: torchao(8, None), package="torchao")
+_USED_BY = "torchao IntxWeightOnlyConfig"
+register_quantizer(
+    "torchao-int4-g64",
+    torchao,
+    package="torchao",
+    about=About("4", "64", "absmax / 7.5 in the model's dtype", _USED_BY),
+)
+register_quantizer(
+    "torchao-int8",
+    lambda: torchao(8, None),
+    package="torchao",
+    about=About("8", "row", "absmax / 127.5 in the model's dtype", _USED_BY),
+)
