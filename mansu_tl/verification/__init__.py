@@ -4,6 +4,8 @@ from mansu_tl.verification.asking import SideBySide, ask
 from mansu_tl.verification.attacks import Attack, attack_splits, unrelated_attack
 from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
+from mansu_tl.verification.choices import ChoiceScores, evaluate_choices
+from mansu_tl.verification.counterfact import CounterFactScores, evaluate_counterfact
 from mansu_tl.verification.damage import Damage, damage
 from mansu_tl.verification.depth import ErasureDepth, erasure_depth
 from mansu_tl.verification.depth_verdict import DepthBounds, DepthVerdict
@@ -31,7 +33,9 @@ __all__ = [
     "Bounds",
     "CadByDepth",
     "Certificate",
+    "ChoiceScores",
     "CircuitScores",
+    "CounterFactScores",
     "Damage",
     "DepthBounds",
     "DepthReader",
@@ -59,6 +63,8 @@ __all__ = [
     "compare_relearning",
     "damage",
     "erasure_depth",
+    "evaluate_choices",
+    "evaluate_counterfact",
     "evaluate_tofu",
     "judge",
     "judge_by_llama",
