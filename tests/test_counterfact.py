@@ -71,7 +71,13 @@ def test_flat_records_get_what_they_lack_from_their_relation(tmp_path: Path) -> 
     assert found[0].neighbours == ("Dov lives in", "Gus lives in", "Jon lives in")
     assert found == read_counterfact(tmp_path / "known_1000.json")
     assert found != read_counterfact(tmp_path / "known_1000.json", seed=1)
-    flat = {"subject": "Ann", "prompt": "Ann lives in", "target_true": " Rome", "target_false": " Oslo", "relation_id": "P1"}
+    flat = {
+        "subject": "Ann",
+        "prompt": "Ann lives in",
+        "target_true": " Rome",
+        "target_false": " Oslo",
+        "relation_id": "P1",
+    }
     (one,) = read_counterfact(written(tmp_path / "flat.json", [flat]))
     assert (one.true, one.new, one.neighbours) == ("Rome", "Oslo", ())
 
@@ -139,7 +145,9 @@ def test_a_task_of_counterfact(counterfact: Path) -> None:
         assert texts[:2] == [known[clean], known[corrupt]]
     again = mtl.load_task(f"counterfact:{counterfact}?facts=4&near=6&far_facts=5", tokenizer=tokenizer)
     assert again.digest() == task.digest()
-    assert mtl.load_task(counterfact, tokenizer=tokenizer, facts=4, relation="P2").questions["retain"].facts[0][:2] == "P1"
+    assert (
+        mtl.load_task(counterfact, tokenizer=tokenizer, facts=4, relation="P2").questions["retain"].facts[0][:2] == "P1"
+    )
     for options, message in (
         ({"relation": "P9"}, "has no relation 'P9'; it has P1, P2"),
         ({"facts": 0}, "facts=0"),
@@ -180,7 +188,10 @@ def test_a_relation_in_lres_format(tmp_path: Path) -> None:
         path.write_text(json.dumps({"name": name, "prompt_templates": words, "samples": samples}))
         return path
 
-    home, born = relation("home", ["{} lives in", "The home of {} is"]), relation("birth", ["{} comes from", "Home: {},"])
+    home, born = (
+        relation("home", ["{} lives in", "The home of {} is"]),
+        relation("birth", ["{} comes from", "Home: {},"]),
+    )
     requests = lre_requests(home)
     assert [one.subject for one in requests] == list(NAMES[1:])
     assert requests[0].paraphrases == ("The home of Bob is",)

@@ -1,8 +1,8 @@
 """WMDP and MMLU as EleutherAI's lm-evaluation-harness scores them without examples: the likeliest letter behind "Answer:".
 
-The harness's metric is `acc`: the letter with the highest log-probability, summed over its tokens, is the right one; a tie
-goes to the first letter. Groups (`mmlu`, `wmdp`) weigh every question alike. Its standard error is the sample's standard
-deviation over the root of the number of questions. Prompts: `mansu_tl.data.sources.choices`.
+The harness's metric is `acc`: the letter with the highest log-probability, summed over its tokens, is the right one; a
+tie goes to the first letter. Groups (`mmlu`, `wmdp`) weigh every question alike. Its standard error is the sample's
+standard deviation over the root of the number of questions. Prompts: `mansu_tl.data.sources.choices`.
 """
 
 from __future__ import annotations

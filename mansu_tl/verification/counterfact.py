@@ -1,9 +1,10 @@
 """CounterFact's scores (Meng et al. 2022, arXiv 2202.05262, section 3.4): efficacy, paraphrase and neighbourhood.
 
-As in ROME's code: an answer's probability is exp of its mean log-probability per token. A request or paraphrase is a success
-where the new answer is likelier than the true one, a neighbour where the true one is likelier than the new; successes are
-averaged over a request's prompts, then over requests. Magnitudes are the differences of the two probabilities. The score S
-is the harmonic mean of the three successes. Read for unlearning: a model that has lost the fact, and nothing beside it.
+As in ROME's code: an answer's probability is exp of its mean log-probability per token. A request or paraphrase is a
+success where the new answer is likelier than the true one, a neighbour where the true one is likelier than the new;
+successes are averaged over a request's prompts, then over requests. Magnitudes are the differences of the two
+probabilities. The score S is the harmonic mean of the three successes. Read for unlearning: a model that has lost the
+fact, and nothing beside it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """ROUGE-L (Lin 2004) as the two Python packages compute it that benchmarks use: rouge_score, and rouge.
 
-- `rouge_l` is rouge_score's (Google's): words are runs of a-z and 0-9 in lower case, longer ones than three letters stemmed
-  where the benchmark asks for it; precision, recall and F1 of their longest common subsequence. MUSE: no stemmer. LUME and
-  open-unlearning: stemmer.
-- `summary_recall` is the recall of the package rouge (pltrdy's): upper and lower case differ, "." ends a sentence, words end
-  at white space, and *different* words are counted. RWKU uses it.
+- `rouge_l` is rouge_score's (Google's): words are runs of a-z and 0-9 in lower case, longer ones than three letters
+  stemmed where the benchmark asks for it; precision, recall and F1 of their longest common subsequence. MUSE: no
+  stemmer. LUME and open-unlearning: stemmer.
+- `summary_recall` is the recall of the package rouge (pltrdy's): upper and lower case differ, "." ends a sentence,
+  words end at white space, and *different* words are counted. RWKU uses it.
 """
 
 from __future__ import annotations

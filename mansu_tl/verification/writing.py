@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -145,12 +145,14 @@ def written_texts(
     new_tokens: int,
     *,
     chat: bool = False,
+    stops: Collection[int] = (),
     batch_size: int = 32,
 ) -> list[str]:
     """What a model writes behind each prompt, greedily, up to its end or so many tokens; special tokens are left out.
 
     Args:
         names: what errors call each prompt.
+        stops: further tokens that end an answer.
         chat: the prompts bring their template's special tokens, so no BOS token is put in front of them.
     """
     tokenizer, _ = text_source(source)
@@ -158,6 +160,7 @@ def written_texts(
     _require_room(model, [len(row) for row in rows], names, new_tokens)
     hf = writing_copy(model)
     said = greedy_answers(hf, rows, pad_id(tokenizer), tokenizer.eos_token_id, new_tokens, batch_size)
+    said = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in said]
     return list(tokenizer.batch_decode(said, skip_special_tokens=True))
 
 

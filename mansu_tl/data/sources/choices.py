@@ -1,8 +1,8 @@
 """Questions with four choices: WMDP (Li et al. 2024, arXiv 2403.03218) and MMLU (Hendrycks et al. 2021, arXiv 2009.03300).
 
-Prompts are those of EleutherAI's lm-evaluation-harness, without examples: a line that names the subject, the question, the
-choices by letter, and "Answer:". The counterfactual of a question is the question itself with the right choice and another
-one in each other's place, so that another letter is right and nothing else has changed.
+Prompts are those of EleutherAI's lm-evaluation-harness, without examples: a line that names the subject, the question,
+the choices by letter, and "Answer:". The counterfactual of a question is the question itself with the right choice and
+another one in each other's place, so that another letter is right and nothing else has changed.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Asked:
 
 
 _read = rows_reader(lambda rows: rows)
-_Rows = list[tuple[str, dict[str, object]]]
+_Row = tuple[str, dict[str, object]]
 
 
 def contrast_task(
@@ -71,9 +71,14 @@ def contrast_task(
         MansuError: a set of which no question has a counterfactual, or what `load_task` refuses in rows.
     """
     model, _ = text_source(tokenizer)
-    rows = {kind: _every_wording(model, where, kind, asked) for kind, asked in sets.items() if asked}
-    left = sum(map(len, sets.values())) - sum(map(len, rows.values()))
-    return _task(rows, tokenizer, name, where, text, left)
+    rows: list[_Row] = []
+    for kind, asked in sets.items():
+        if asked:
+            pool = _Pool(model, where, kind, asked)
+            rows += [row for i in range(len(asked)) if (row := pool.row(i, kind)) is not None]
+    left = sum(map(len, sets.values())) - len(rows)
+    rows += [(f"{where}, text {i}", {"set": "text", "text": each}) for i, each in enumerate(text)]
+    return _task(rows, tokenizer, name, left)
 
 
 def drawn_task(
@@ -102,95 +107,99 @@ def drawn_task(
     if facts < 1 or near < 1 or far_facts < 1:
         raise MansuError(f"{where}: facts={facts}, near={near}, far_facts={far_facts}; give at least 1 of each")
     model, _ = text_source(tokenizer)
-    pools = {kind: _every_wording(model, where, kind, asked) for kind, asked in (("forget", about), ("retain", far))}
-    left = len(about) + len(far) - sum(map(len, pools.values()))
     rng = random.Random(f"mansu facts {seed}")
-    names = {
-        kind: list(dict.fromkeys(str(row["fact"]) for _, row in rows if not row["held_out"]))
-        for kind, rows in pools.items()
-    }
-    if len(names["forget"]) <= facts:
+    own, others = _Pool(model, where, "forget", about), _Pool(model, where, "retain", far)
+    if len(own.usable) <= facts:
         raise MansuError(
-            f"{where}: {len(names['forget'])} facts can be used, {facts} to forget and a near one are asked for; lower "
-            "facts, or give a larger file"
+            f"{where}: {len(own.usable)} facts can be used, {facts} to forget and a near one are asked for; lower facts, or "
+            "give a larger file"
         )
-    for each in names.values():
-        rng.shuffle(each)
-    chosen = {
-        "forget": set(names["forget"][:facts]),
-        "near": set(names["forget"][facts : facts + near]),
-        "retain": set(names["retain"][:far_facts]),
-    }
-    rows = {
-        kind: [
-            (called, {**row, "set": kind})
-            for called, row in pools["retain" if kind == "retain" else "forget"]
-            if row["fact"] in kept
-        ]
-        for kind, kept in chosen.items()
-    }
-    return _task(rows, tokenizer, name, where, (), left)
+    drawn, kept = (rng.sample(pool.usable, len(pool.usable)) for pool in (own, others))
+    chosen = [
+        (own, "forget", drawn[:facts]),
+        (own, "near", drawn[facts : facts + near]),
+        (others, "retain", kept[:far_facts]),
+    ]
+    found = [pool.row(i, kind) for pool, kind, names in chosen for each in names for i in pool.wordings[each]]
+    left = sum(len(pool.wordings) - len(pool.usable) for pool in (own, others)) + found.count(None)
+    return _task([row for row in found if row is not None], tokenizer, name, left)
 
 
-def _task(
-    rows: Mapping[str, _Rows], tokenizer: TextSource, name: str, where: str, text: Sequence[str], left: int
-) -> Task:
-    texts = [(f"{where}, text {i}", {"set": "text", "text": each}) for i, each in enumerate(text)]
-    task = _read([row for each in rows.values() for row in each] + texts, tokenizer, name=name)
+def _task(rows: Sequence[_Row], tokenizer: TextSource, name: str, left: int) -> Task:
+    task = _read(rows, tokenizer, name=name)
     return replace(task, lines={**task.lines, LEFT_OUT: left}) if left else task
 
 
-def _every_wording(model: PreTrainedTokenizerBase, where: str, kind: str, asked: Sequence[Asked]) -> _Rows:
-    """The rows of a set, those that training may see and those held out each among their own."""
-    parts = [[one for one in asked if one.held_out is held_out] for held_out in (False, True)]
-    rows = [row for part in parts if part for row in _rows(model, kind, part)]
-    if not any(not row["held_out"] for _, row in rows):
-        raise MansuError(
-            f"{where}: none of {len(asked)} questions of the {kind} set has a counterfactual, another question of as "
-            "many tokens with another answer; give more questions, or another tokenizer"
-        )
-    return rows
+class _Pool:
+    """The questions of a set, each of which looks for its counterfactual among the others in as many tokens.
 
+    Attributes:
+        wordings: the places of every fact's wordings.
+        usable: facts that have a counterfactual in a wording that training may see.
 
-def _rows(tokenizer: PreTrainedTokenizerBase, kind: str, asked: Sequence[Asked]) -> _Rows:
-    tokens = [tuple(encode(tokenizer, one.prompt, False)) for one in asked]
-    alike: dict[int, list[int]] = {}
-    for i, ids in enumerate(tokens):
-        alike.setdefault(len(ids), []).append(i)
-    answers = list(dict.fromkeys(one.answer.strip() for one in asked))
-    given = any(one.corrupt for one in asked)
-    count = len(asked[0].wrong) if given else min(OPTIONS, len(answers)) - 1
-    out = []
-    for i, one in enumerate(asked):
+    Raises:
+        MansuError: there is none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str, kind: str, asked: Sequence[Asked]) -> None:
+        self.tokenizer, self.asked = tokenizer, asked
+        self.tokens = [tuple(encode(tokenizer, one.prompt, False)) for one in asked]
+        self.given = any(one.corrupt for one in asked)
+        self.alike: dict[tuple[bool, int], list[int]] = {}
+        self.wordings: dict[str, list[int]] = {}
+        for i, one in enumerate(asked):
+            self.alike.setdefault((one.held_out, len(self.tokens[i])), []).append(i)
+            self.wordings.setdefault(one.fact, []).append(i)
+        self.answers = list(dict.fromkeys(one.answer.strip() for one in asked))
+        self.count = len(asked[0].wrong) if self.given else min(OPTIONS, len(self.answers)) - 1
+        found = [i for i, one in enumerate(asked) if not one.held_out and (one.corrupt or self._others(i))]
+        if not found:
+            raise MansuError(
+                f"{where}: none of {len(asked)} questions of the {kind} set has a counterfactual, another question of as "
+                "many tokens with another answer; give more questions, or another tokenizer"
+            )
+        self.usable = list(dict.fromkeys(asked[i].fact for i in found))
+
+    def row(self, i: int, kind: str) -> _Row | None:
+        """A question as a row of a task file; None where it has no counterfactual, or too few other wrong answers."""
+        one = self.asked[i]
         corrupt, wrong = one.corrupt, list(one.wrong)
-        if not given:
-            others = [
-                j
-                for j in alike[len(tokens[i])]
-                if asked[j].answer.strip() != one.answer.strip() and tokens[j] != tokens[i]
-            ]
+        if not self.given:
+            own = self.tokens[i]
+            others = sorted(
+                self._others(i), key=lambda j: (-sum(a == b for a, b in zip(own, self.tokens[j], strict=True)), j)
+            )
             if not others:
-                continue
-            others.sort(key=lambda j: (-sum(a == b for a, b in zip(tokens[i], tokens[j], strict=True)), j))
-            corrupt = asked[others[0]].prompt
-            drawn = random.Random(f"mansu options {one.prompt}").sample(answers, len(answers))
-            wrong = list(dict.fromkeys([*(asked[j].answer.strip() for j in others), *drawn]))
-        chosen = _distinct(tokenizer, one, wrong, count)
-        if corrupt and len(chosen) == count:
-            row = {"set": kind, "clean": one.prompt, "corrupt": corrupt, "answer": one.answer, "distractors": chosen}
-            out.append((one.name, {**row, "fact": one.fact, "held_out": one.held_out}))
-    return out
+                return None
+            corrupt = self.asked[others[0]].prompt
+            drawn = random.Random(f"mansu options {one.prompt}").sample(self.answers, len(self.answers))
+            wrong = list(dict.fromkeys([*(self.asked[j].answer.strip() for j in others), *drawn]))
+        chosen = self._distinct(one, wrong)
+        if not corrupt or len(chosen) < self.count:
+            return None
+        fields = {"set": kind, "clean": one.prompt, "corrupt": corrupt, "answer": one.answer, "distractors": chosen}
+        return one.name, {**fields, "fact": one.fact, "held_out": one.held_out}
 
+    def _others(self, i: int) -> list[int]:
+        """Questions that could be the counterfactual of one."""
+        one, own = self.asked[i], self.tokens[i]
+        if self.given:
+            return []
+        return [
+            j
+            for j in self.alike[one.held_out, len(own)]
+            if self.asked[j].answer.strip() != one.answer.strip() and self.tokens[j] != own
+        ]
 
-def _distinct(tokenizer: PreTrainedTokenizerBase, one: Asked, wrong: Sequence[str], count: int) -> list[str]:
-    """The first wrong answers that are other tokens than the right one and than each other."""
-    seen = {tuple(continuation(tokenizer, one.prompt, one.answer, f"{one.name}: answer")[1])}
-    chosen: list[str] = []
-    for text in wrong:
-        if len(chosen) == count:
-            break
-        ids = tuple(continuation(tokenizer, one.prompt, text, f"{one.name}: wrong answer")[1])
-        if ids not in seen:
-            seen.add(ids)
-            chosen.append(text)
-    return chosen
+    def _distinct(self, one: Asked, wrong: Sequence[str]) -> list[str]:
+        """The first wrong answers that are other tokens than the right one and than each other."""
+        seen = {tuple(continuation(self.tokenizer, one.prompt, one.answer, f"{one.name}: answer")[1])}
+        chosen: list[str] = []
+        for text in wrong:
+            if len(chosen) == self.count:
+                break
+            ids = tuple(continuation(self.tokenizer, one.prompt, text, f"{one.name}: wrong answer")[1])
+            if ids not in seen:
+                seen.add(ids)
+                chosen.append(text)
+        return chosen

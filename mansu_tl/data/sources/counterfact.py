@@ -1,9 +1,10 @@
 """CounterFact and known_1000 (Meng et al. 2022, arXiv 2202.05262): facts, each with a subject, a true answer and wordings.
 
-CounterFact's records hold a rewrite request with the true and a new answer, paraphrases, and neighbours: prompts about other
-subjects of which the true answer is true. Flat records (subject, prompt, target_true, target_false) have no such prompts,
-and known_1000's (subject, prompt, attribute, relation_id) no new answer: they are made as CounterFact's authors made
-theirs, the new answer drawn from the relation's others, the neighbours taken from its subjects with the same answer.
+CounterFact's records hold a rewrite request with the true and a new answer, paraphrases, and neighbours: prompts about
+other subjects of which the true answer is true. Flat records (subject, prompt, target_true, target_false) have no such
+prompts, and known_1000's (subject, prompt, attribute, relation_id) no new answer: they are made as CounterFact's
+authors made theirs, the new answer drawn from the relation's others, the neighbours taken from its subjects with the
+same answer.
 """
 
 from __future__ import annotations

@@ -106,9 +106,9 @@ class Record:
 def read_records(place: str | PathLike[str]) -> tuple[Record, ...]:
     """All records of a place, in order.
 
-    A JSON-lines file or JSON array (gzipped or not), CSV, TSV or Parquet, or a folder with files `SPLIT.*` or
-    `SPLIT-00000-of-00001.parquet` of a split, in a folder a configuration where there are several. What is no path here
-    and looks like OWNER/NAME is loaded from the hub.
+    A JSON-lines file, JSON array or one JSON object (gzipped or not), CSV, TSV or Parquet, or a folder with files
+    `SPLIT.*` or `SPLIT-00000-of-00001.parquet` of a split, in a folder a configuration where there are several. What is no
+    path here and looks like OWNER/NAME is loaded from the hub.
 
     Raises:
         MansuError: no such place or part of it, a folder of several where none was named, an empty file, a record that
@@ -259,9 +259,12 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(_json(text, str(path))))
         return
-    for number, line in enumerate(lines_of(text), 1):
-        if line.strip():
-            yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
+    lines = [(number, line) for number, line in enumerate(lines_of(text), 1) if line.strip()]
+    if len(lines) > 1 and lines[0][1].strip() == "{":
+        yield f"{path}", _json(text, str(path))  # one object over many lines
+        return
+    for number, line in lines:
+        yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
 
 
 def _json(text: str, name: str) -> Any:
