@@ -12,8 +12,9 @@ import torch
 
 import mansu_tl as mtl
 from mansu_tl.cli import main
-from mansu_tl.data.sources import read_choices, read_records
+from mansu_tl.data.sources import beside, read_choices, read_records
 from mansu_tl.errors import MansuError
+from mansu_tl.study import StudyConfig
 from mansu_tl.verification.choices import ChoiceScores, evaluate_choices
 from tests.spelled import spelling_tokenizer
 from tests.tiny import tiny
@@ -192,6 +193,21 @@ def test_a_task_of_wmdp_beside_mmlu(tmp_path: Path) -> None:
         mtl.load_task(tmp_path / "wmdp-bio.jsonl", tokenizer=tokenizer)
     with pytest.raises(MansuError, match="limit=-1"):
         mtl.load_task(tmp_path / "wmdp-bio.jsonl", tokenizer=tokenizer, retain=retain, limit=-1)
+
+
+def test_a_configs_paths_are_beside_it(tmp_path: Path) -> None:
+    written(tmp_path / "data" / "wmdp-bio.jsonl", questions(4, "virus"))
+    for config in ("all", "law"):
+        written(tmp_path / "mmlu" / config / "test-00000-of-00001.parquet", questions(4, "treaty", subject="law"))
+    name = "wmdp:data/wmdp-bio.jsonl?retain=mmlu%23law&limit=3&text=cais/none%23x"
+    found = beside(name, tmp_path)
+    assert found == f"wmdp:{tmp_path}/data/wmdp-bio.jsonl?retain={tmp_path}/mmlu%23law&limit=3&text=cais/none%23x"
+    assert beside("wmdp:cais/wmdp#wmdp-bio?retain=cais/mmlu", tmp_path) == "wmdp:cais/wmdp#wmdp-bio?retain=cais/mmlu"
+    both = beside("lre:data/wmdp-bio.jsonl?retain=mmlu,data", tmp_path)
+    assert both == f"lre:{tmp_path}/data/wmdp-bio.jsonl?retain={tmp_path}/mmlu,{tmp_path}/data"
+    (tmp_path / "config.toml").write_text(f'task = "{name.partition("&text")[0]}"')
+    task = StudyConfig.read(tmp_path / "config.toml").task
+    assert len(mtl.load_task(task, tokenizer=spelling_tokenizer()).questions["retain"]) == 3
 
 
 def test_the_commands_know_the_sources(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

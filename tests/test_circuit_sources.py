@@ -16,13 +16,13 @@ from mansu_tl.circuit import faithfulness_curve
 from mansu_tl.data.sources import read_circuit_pairs
 from mansu_tl.data.sources.circuits import year_tokens
 from mansu_tl.errors import MansuError
-from mansu_tl.runs.years import YearDifference
+from mansu_tl.runs import YearDifference
 from tests.spelled import spelling_tokenizer
 from tests.tiny import tiny
 
 CIRCUITS = Path(__file__).parents[2] / "shared" / "data" / "circuits"
 needs_circuits = pytest.mark.skipif(not CIRCUITS.is_dir(), reason=f"EAP-IG's files are not in {CIRCUITS}")
-TOKENIZER = spelling_tokenizer(("Ann", "Bob", "Cyd"))
+TOKENIZER = spelling_tokenizer(("Ann", "Bob", "Cyd", "Dov"))
 
 
 def mib(prompt: str, choices: Any, key: int, **counterfactuals: Any) -> dict[str, Any]:
@@ -184,7 +184,8 @@ def test_greater_than_and_its_metric_by_hand(tmp_path: Path) -> None:
     # Half on 60, a quarter each on 52 and 10; all on 97.
     logits[0, [years[60], years[52], years[10]]] = torch.tensor([0.5, 0.25, 0.25]).log()
     logits[1, years[97]] = 0.0
-    metric = YearDifference(years)
+    metric = YearDifference.of(tokenizer)
+    assert metric == YearDifference(years)
     assert metric(logits, pairs).tolist() == pytest.approx([0, -1], abs=1e-6)
     logits[0, years[60]] += 10
     assert metric(logits, pairs)[0].item() == pytest.approx(1, abs=1e-3)
@@ -235,7 +236,7 @@ def test_a_task_of_mib(tmp_path: Path) -> None:
     task = mtl.load_task(csv[0], tokenizer=TOKENIZER, retain=str(csv[1]))
     assert len(task.retain_text) == len(task.forget_pairs) == 1
     assert TOKENIZER.decode(task.retain_text.tokens[0, 1:]) == "Cyd and Ann sat. Ann gave it to Cyd"
-    with pytest.raises(MansuError, match="nothing to keep; name another one .* read_circuit_pairs"):
+    with pytest.raises(MansuError, match="nothing to keep; name another one, .*read_circuit_pairs"):
         mtl.load_task(forget, tokenizer=TOKENIZER)
 
 
@@ -251,4 +252,4 @@ def test_eap_igs_own_files() -> None:
     assert changed.sum(1).max() == 1  # the year of two digits alone
     # Llama's ids are no other tokenizer's.
     with pytest.raises(MansuError, match="correct_idx is .*, and there are|another tokenizer's"):
-        read_circuit_pairs(CIRCUITS / "ioi_llama.csv", tokenizer)
+        read_circuit_pairs(CIRCUITS / "ioi_llama.csv", tokenizer, skip_unequal=True)

@@ -13,10 +13,20 @@ import pytest
 import torch
 
 import mansu_tl as mtl
-from mansu_tl.data.sources import LumeItem, MuseItem, Probe, read_lume, read_muse, read_passages, read_rwku
+from mansu_tl.data.sources import (
+    LumeItem,
+    MuseItem,
+    Probe,
+    read_lume,
+    read_muse,
+    read_passages,
+    read_rwku,
+    read_rwku_utility,
+)
 from mansu_tl.errors import MansuError
 from mansu_tl.verification import (
     WrittenScores,
+    evaluate_choices,
     evaluate_lume,
     evaluate_muse,
     evaluate_rwku,
@@ -319,3 +329,40 @@ def test_a_task_of_rwku(tmp_path: Path) -> None:
     alone = written(tmp_path / "level2.jsonl", [probe("2", "Who?", "I")])
     with pytest.raises(MansuError, match="nothing to keep; name probes about others"):
         mtl.load_task(alone, tokenizer=TOKENIZER)
+
+
+def test_rwkus_utility_is_asked_behind_its_examples(tmp_path: Path) -> None:
+    """RWKU's format_example and gen_prompt, written out."""
+    example = {"question": "1+1?", "choices": ["1", "2", "3", "4"], "answer": 1}
+    row = {
+        "question": "2+2?",
+        "choices": ["1", "2", "3", "4"],
+        "answer": 3,
+        "task": "high_school_maths",
+        "examples": [example],
+    }
+    path = written(tmp_path / "utility.jsonl", [row | {"subject": "Ann Bell"}])
+    (item,) = read_rwku_utility(path)
+    assert item.asked == (
+        "The following are multiple choice questions (with answers) about high school maths.\n\n"
+        "Question: 1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n"
+        "Please following the previous examples and answer the given question.\n"
+        "Question: 2+2?\nA. 1\nB. 2\nC. 3\nD. 4"
+    )
+    assert item.prompt == f"{item.asked}\nAnswer:"
+    tokenizer = spelling_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}<a>"
+    scores = evaluate_choices(MODEL, [item], tokenizer, chat=True)
+    ids = tokenizer.encode(f"<u>{item.asked}</u><a>Answer:", add_special_tokens=False)
+    letters = [tokenizer.encode(f"x {letter}", add_special_tokens=False)[-1] for letter in "ABCD"]
+    with torch.no_grad():
+        wanted = MODEL(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[letters]
+    torch.testing.assert_close(scores.log_probs[0], wanted, rtol=0, atol=1e-5)
+    for change, message in (
+        ({"examples": []}, r"examples is \[\]; it must be a list"),
+        ({"examples": ["x"]}, "example 0 is 'x'; it must be an object"),
+        ({"examples": [example | {"answer": 4}]}, "example 0: answer is 4, and there are 4"),
+        ({"task": None}, "field 'task' is missing"),
+    ):
+        with pytest.raises(MansuError, match=message):
+            read_rwku_utility(written(tmp_path / "bad.jsonl", [row | change]))

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mansu_tl.data.sources.circuits import year_tokens
+from mansu_tl.data.text import TextSource
 from mansu_tl.errors import MansuError
 
 
@@ -19,12 +21,21 @@ class YearDifference:
     Hanna et al. 2023 (arXiv 2305.00586), section 2; `prob_diff` in EAP-IG. The label is the pairs' first distractor.
 
     Attributes:
-        tokens: of the years 00 to 99 (`year_tokens`).
+        tokens: of the years 00 to 99.
     """
 
     tokens: tuple[int, ...]
     options_read = 2
     __name__ = "year_difference"
+
+    @classmethod
+    def of(cls, tokenizer: TextSource) -> YearDifference:
+        """The metric for a model, or its tokenizer.
+
+        Raises:
+            MansuError: the tokenizer writes a year of two digits as several tokens.
+        """
+        return cls(year_tokens(tokenizer))
 
     def __call__(self, logits: Float[Tensor, "place vocab"], pairs: Any) -> Float[Tensor, " pair"]:
         """The metric of every pair.

@@ -23,7 +23,7 @@ from mansu_tl.data.answers import continuation
 from mansu_tl.data.fit import require_fit
 from mansu_tl.data.forced import forced
 from mansu_tl.data.sources.choices import LETTERS, Choice
-from mansu_tl.data.text import TextSource, pad, pad_id, text_source, with_bos
+from mansu_tl.data.text import TextSource, in_chat, pad, pad_id, text_source, with_bos
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.state import home, require_ready
@@ -96,6 +96,7 @@ def evaluate_choices(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     title: str = "model",
+    chat: bool = False,
     batch_size: int = 16,
     progress: bool = False,
 ) -> ChoiceScores:
@@ -104,9 +105,10 @@ def evaluate_choices(
     Args:
         items: the questions, from `read_choices`.
         tokenizer: the model's own where not given.
+        chat: put each question into the tokenizer's chat template, "Answer:" behind it, as RWKU does with its own.
 
     Raises:
-        MansuError: no question or tokenizer, or a question that does not fit the model.
+        MansuError: no question, tokenizer or chat template, or a question that does not fit the model.
     """
     if not items:
         raise MansuError("choices: no question given; read some with read_choices")
@@ -116,7 +118,7 @@ def evaluate_choices(
     bar = tqdm(total=len(items), desc="choices", unit="question", disable=not progress)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        questions = _questions(source, [items[i] for i in chosen])
+        questions = _questions(source, [items[i] for i in chosen], chat)
         require_fit(model, questions)
         require_ready(model, questions.prompts)
         batch = forced(questions.to(home(model)))
@@ -130,13 +132,16 @@ def evaluate_choices(
     return ChoiceScores(title, found, answers, tuple(item.subject for item in items))
 
 
-def _questions(source: TextSource, items: Sequence[Choice]) -> Questions:
+def _questions(source: TextSource, items: Sequence[Choice], chat: bool) -> Questions:
     """The prompts with the letters in their order; which one is right is not looked at."""
     tokenizer, bos = text_source(source)
+    prompts = [item.prompt for item in items]
+    if chat:
+        prompts = [f"{text}Answer:" for text in in_chat(tokenizer, [item.asked for item in items], "choices")]
     rows, options = [], []
-    for item in items:
-        split = [continuation(tokenizer, item.prompt, letter, f"{item.name}: letter") for letter in LETTERS]
-        rows.append(with_bos(tokenizer, split[0][0], bos))
+    for prompt, item in zip(prompts, items, strict=True):
+        split = [continuation(tokenizer, prompt, letter, f"{item.name}: letter") for letter in LETTERS]
+        rows.append(with_bos(tokenizer, split[0][0], bos and not chat))
         options.append([letter for _, letter in split])
     widest = max(len(letter) for row in options for letter in row)
     padded = torch.tensor([[[*letter, *[-1] * (widest - len(letter))] for letter in row] for row in options])

@@ -10,7 +10,7 @@ from mansu_tl.data.sources.muse import MuseItem, read_muse, read_passages
 from mansu_tl.data.sources.records import Record, read_records
 from mansu_tl.data.sources.registry import Source, beside, load_task, register_source, source, sources
 from mansu_tl.data.sources.rows import rows_reader
-from mansu_tl.data.sources.rwku import Probe, read_rwku
+from mansu_tl.data.sources.rwku import Probe, read_rwku, read_rwku_utility
 
 __all__ = [
     "Choice",
@@ -31,6 +31,7 @@ __all__ = [
     "read_passages",
     "read_records",
     "read_rwku",
+    "read_rwku_utility",
     "register_source",
     "rows_reader",
     "source",

@@ -33,6 +33,7 @@ class Choice:
         choices: four answers.
         answer: which one is right, from 0.
         subject: what the harness says that the question is about; "" = nothing is said.
+        request: what is said in place of the harness's words; "" = those.
     """
 
     name: str
@@ -40,13 +41,21 @@ class Choice:
     choices: tuple[str, ...]
     answer: int
     subject: str = ""
+    request: str = ""
+
+    @property
+    def asked(self) -> str:
+        """What is said to a model, without "Answer:"."""
+        if self.request:
+            return self.request
+        listed = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, self.choices, strict=True))
+        about = f"The following are multiple choice questions (with answers) about {self.subject}.\n\n"
+        return f"{about if self.subject else ''}{self.question.strip()}\n{listed}"
 
     @property
     def prompt(self) -> str:
         """What a model reads; the letter follows after a space."""
-        listed = "".join(f"{letter}. {text}\n" for letter, text in zip(LETTERS, self.choices, strict=True))
-        about = f"The following are multiple choice questions (with answers) about {self.subject}.\n\n"
-        return f"{about if self.subject else ''}{self.question.strip()}\n{listed}Answer:"
+        return self.asked + ("" if self.asked.endswith("\n") else "\n") + "Answer:"
 
     def exchanged(self, other: int) -> Choice:
         """The question with the right choice and another one in each other's place."""
@@ -69,10 +78,15 @@ def read_choices(place: str | PathLike[str], subject: str | None = None) -> tupl
     named = next(
         (what for word, what in _WMDP.items() if word in title_of(place).lower().replace("/", "-").split("-")), ""
     )
-    return tuple(_choice(record, subject, named) for record in read_records(place))
+    return tuple(choice(record, subject, named) for record in read_records(place))
 
 
-def _choice(record: Record, subject: str | None, named: str) -> Choice:
+def choice(record: Record, subject: str | None = None, named: str = "") -> Choice:
+    """A record as a question; see `read_choices`.
+
+    Args:
+        named: what it is about where neither `subject` nor the record says.
+    """
     choices = record.texts("choices")
     if len(choices) != len(LETTERS):
         raise MansuError(f"{record.name}: {len(choices)} choices; give {len(LETTERS)}")

@@ -11,6 +11,7 @@ What is measured on them is in `mansu_tl.circuit`: `faithfulness`, and `faithful
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -58,7 +59,7 @@ def read_circuit_pairs(
     """The pairs of a circuit benchmark; each one is a fact of its own.
 
     Of "greater-than" the answer is the year behind the label, the distractor the label itself: the earliest right year and
-    the latest wrong one. `mansu_tl.runs.years.YearDifference` makes EAP-IG's metric of them.
+    the latest wrong one. `mansu_tl.runs.YearDifference` makes EAP-IG's metric of them.
 
     Args:
         place: a CSV of EAP-IG's, or MIB's records (a file, a folder's or a hub id's part).
@@ -166,7 +167,7 @@ def _require_some(place: str | PathLike[str], kept: Sequence[object]) -> None:
 def _require_own_ids(model: PreTrainedTokenizerBase, rows: Sequence[tuple[str, int]]) -> None:
     """Refuse ids of which none stands for a word of its prompt: those of another tokenizer."""
     texts = [(prompt, str(model.decode([token])).strip()) for prompt, token in rows]
-    if not any(word and word in prompt for prompt, word in texts):
+    if not any(word and re.search(rf"\b{re.escape(word)}\b", prompt) for prompt, word in texts):
         raise MansuError(
             f"correct_idx: token {rows[0][1]} is {texts[0][1]!r} here, and no answer is a word of its prompt: these ids are "
             "another tokenizer's; use its model, or pass trust_ids=True"

@@ -198,6 +198,8 @@ def spread(records: Sequence[Any], limit: int) -> tuple[Any, ...]:
 
 
 def _split(place: str | PathLike[str]) -> tuple[str, str]:
+    if "#" not in fspath(place) or _is(fspath(place), Path.exists):
+        return fspath(place), ""
     path, _, part = fspath(place).partition("#")
     return path, part.strip("/")
 

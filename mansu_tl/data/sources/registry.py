@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, unquote_plus
 
 import pandas as pd
 
@@ -144,12 +144,25 @@ def load_task(
 
 
 def beside(name: str, folder: Path) -> str:
-    """A task's name as written in a file of `folder`, its path made absolute where it lies there."""
+    """A task's name as written in a file of `folder`, its paths made absolute where they lie there, in options too."""
     named = _NAMED.fullmatch(name)
     kind = f"{named['kind']}:" if named and named["rest"] and named["kind"] in _SOURCES else ""
     path, mark, options = name.removeprefix(kind).partition("?") if kind else (name, "", "")
-    there = folder / path
-    return f"{kind}{there.resolve()}{mark}{options}" if path and there.exists() else name
+    written = [option.partition("=") for option in options.split("&")]
+    moved = [(key, equals, value, _moved(unquote_plus(value), folder)) for key, equals, value in written]
+    there = "&".join(key + equals + (quote(new, safe="/,:") if new else value) for key, equals, value, new in moved)
+    return f"{kind}{_moved(path, folder) or path}{mark}{there}"
+
+
+def _moved(places: str, folder: Path) -> str:
+    """Places with commas between them, absolute where all lie in a folder; "" where not."""
+    found = []
+    for place in [places] if places and (folder / places).exists() else places.split(","):
+        path, mark, part = (place, "", "") if (folder / place).exists() else place.partition("#")
+        if not path or not (folder / path).exists():
+            return ""
+        found.append(f"{(folder / path).resolve()}{mark}{part}")
+    return ",".join(found)
 
 
 def _find(given: object, kind: str | None) -> tuple[Source, Any, dict[str, Any]]:

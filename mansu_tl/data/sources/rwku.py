@@ -7,10 +7,12 @@ subject, query, answer, level and mostly type.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 
 from mansu_tl.data.answers import joined
+from mansu_tl.data.sources.choices import LETTERS, Choice, choice
 from mansu_tl.data.sources.contrast import Asked, contrast_task
 from mansu_tl.data.sources.records import Record, read_records, spread, title_of
 from mansu_tl.data.sources.registry import register_source
@@ -86,6 +88,39 @@ def _probe(record: Record) -> Probe:
         )
     kind = record.text("type") if record.fields.get("type") else ""
     return Probe(record.name, record.text("subject"), query, record.text("answer"), level, kind)
+
+
+def read_rwku_utility(place: str | PathLike[str]) -> tuple[Choice, ...]:
+    """The questions of RWKU's `utility_general`, each behind its own answered examples, in RWKU's words (its eval_mmlu.py).
+
+    Raises:
+        MansuError: see `read_records` and `read_choices`; an example that is none.
+    """
+    return tuple(_utility(record) for record in read_records(place))
+
+
+def _utility(record: Record) -> Choice:
+    task = record.text("task").replace("_", " ")
+    examples = record.needed("examples")
+    if not isinstance(examples, list | tuple) or not examples:
+        raise MansuError(f"{record.name}: examples is {examples!r}; it must be a list of answered questions")
+    shown = []
+    for i, fields in enumerate(examples):
+        if not isinstance(fields, Mapping):
+            raise MansuError(
+                f"{record.name}: example {i} is {fields!r}; it must be an object with question, choices and answer"
+            )
+        one = choice(Record(f"{record.name}: example {i}", fields), task)
+        shown.append(f"{_listed(one)}\nAnswer: {LETTERS[one.answer]}\n\n")
+    asked = choice(record, task)
+    head = f"The following are multiple choice questions (with answers) about {task}.\n\n{''.join(shown)}"
+    words = "Please following the previous examples and answer the given question.\n"
+    return replace(asked, request=f"{head}{words}{_listed(asked)}")
+
+
+def _listed(one: Choice) -> str:
+    letters = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, one.choices, strict=True))
+    return f"Question: {one.question}{letters}"
 
 
 def rwku_task(
