@@ -131,6 +131,7 @@ def evaluate_counterfact(
     *,
     title: str = "model",
     batch_size: int = 64,
+    progress: bool = False,
 ) -> CounterFactScores:
     """CounterFact's scores of a model, from `read_counterfact` or `lre_requests`.
 
@@ -155,7 +156,9 @@ def evaluate_counterfact(
         for prompt in prompts
     ]
     both = [(prompt, answer) for one, _, prompt in asked for answer in (one.true, one.new)]
-    found = mean_log_probs(model, source, both, [one.name for one, _, _ in asked for _ in range(2)], batch_size)
+    found = mean_log_probs(
+        model, source, both, [one.name for one, _, _ in asked for _ in range(2)], batch_size, progress
+    )
     true, new = found.view(-1, 2).unbind(1)
     return CounterFactScores(
         title, true.clone(), new.clone(), tuple(kind for _, kind, _ in asked), tuple(one.name for one, _, _ in asked)

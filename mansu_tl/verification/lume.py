@@ -37,6 +37,7 @@ def evaluate_lume(
     title: str = "model",
     new_tokens: int = _NEW_TOKENS,
     batch_size: int = 32,
+    progress: bool = False,
 ) -> WrittenScores:
     """What a model writes behind LUME's inputs; sets are "forget Task1 regurgitation" and so on.
 
@@ -55,7 +56,9 @@ def evaluate_lume(
     require_copyable(model)
     items = [("forget", one) for one in forget] + [("retain", one) for one in retain]
     names = [one.name for _, one in items]
-    said = written_texts(model, source, [one.prompt for _, one in items], names, new_tokens, batch_size=batch_size)
+    said = written_texts(
+        model, source, [one.prompt for _, one in items], names, new_tokens, batch_size=batch_size, progress=progress
+    )
     values, sets, measures = [], [], []
     for (side, one), text in zip(items, said, strict=True):
         long = one.kind == CONTINUATION

@@ -37,6 +37,7 @@ def evaluate_muse(
     examples: Mapping[str, Sequence[MuseItem]] | None = None,
     title: str = "model",
     batch_size: int = 16,
+    progress: bool = False,
 ) -> WrittenScores:
     """VerbMem of passages and KnowMem of questions, set by set.
 
@@ -66,7 +67,11 @@ def evaluate_muse(
             prompts = [one.prompt if verbatim else f"{before}{asked(one.prompt)} " for one in chosen]
             names = [one.name for one in chosen]
             new_tokens = PASSAGE_TOKENS if verbatim else ANSWER_TOKENS
-            said = written_texts(model, source, prompts, names, new_tokens, batch_size=batch_size) if chosen else []
+            said = (
+                written_texts(model, source, prompts, names, new_tokens, batch_size=batch_size, progress=progress)
+                if chosen
+                else []
+            )
             for one, text in zip(chosen, said, strict=True):
                 wanted = _beginning(source, one.wanted) if verbatim else one.wanted
                 rows.append((name, one, wanted, text if verbatim else _answer(text)))

@@ -40,6 +40,7 @@ def evaluate_rwku(
     chat: bool = True,
     title: str = "model",
     batch_size: int = 32,
+    progress: bool = False,
 ) -> WrittenScores:
     """Recall by set and level; sets are "forget level 1", "neighbour level 2" and so on.
 
@@ -64,8 +65,11 @@ def evaluate_rwku(
     else:
         prompts = [probe.prompt for _, probe in asked]
     names = [probe.name for _, probe in asked]
-    stops = {plain.convert_tokens_to_ids(token) for token in _STOPS if token in plain.get_vocab()}
-    written = written_texts(model, source, prompts, names, _NEW_TOKENS, chat=chat, stops=stops, batch_size=batch_size)
+    vocabulary = plain.get_vocab()
+    stops = {vocabulary[token] for token in _STOPS if token in vocabulary}
+    written = written_texts(
+        model, source, prompts, names, _NEW_TOKENS, chat=chat, stops=stops, batch_size=batch_size, progress=progress
+    )
     said = [text.strip() or _NOTHING for text in written]
     values = [summary_recall(one.answer, text) for (_, one), text in zip(asked, said, strict=True)]
     return WrittenScores(

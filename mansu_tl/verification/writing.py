@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -121,20 +122,26 @@ def mean_log_probs(
     asked: Sequence[tuple[str, str]],
     names: Sequence[str],
     batch_size: int = 64,
+    progress: bool = False,
 ) -> Float[Tensor, " row"]:
     """The mean log-probability per token of each answer behind its prompt, in nats.
 
     Args:
         asked: prompt and answer.
         names: what errors call each.
+        progress: show a bar over the answers.
     """
     tokenizer, bos = text_source(source)
     rows = []
     for (prompt, answer), name in zip(asked, names, strict=True):
         before, after = continuation(tokenizer, prompt, answer, f"{name}: answer")
         rows.append((with_bos(tokenizer, before, bos), after))
-    _require_room(model, [len(before) + len(after) for before, after in rows], names, 0)
-    return answer_likelihoods(writing_copy(model), rows, pad_id(tokenizer), batch_size)[0]
+    lengths = [len(before) + len(after) for before, after in rows]
+    _require_room(model, lengths, names, 0)
+    hf, found = writing_copy(model), torch.empty(len(rows))
+    for chosen in _batches(lengths, batch_size, progress):
+        found[chosen] = answer_likelihoods(hf, [rows[i] for i in chosen], pad_id(tokenizer), batch_size)[0]
+    return found
 
 
 def written_texts(
@@ -147,6 +154,7 @@ def written_texts(
     chat: bool = False,
     stops: Collection[int] = (),
     batch_size: int = 32,
+    progress: bool = False,
 ) -> list[str]:
     """What a model writes behind each prompt, greedily, up to its end or so many tokens; special tokens are left out.
 
@@ -154,14 +162,30 @@ def written_texts(
         names: what errors call each prompt.
         stops: further tokens that end an answer.
         chat: the prompts bring their template's special tokens, so no BOS token is put in front of them.
+        progress: show a bar over the prompts.
     """
     tokenizer, _ = text_source(source)
     rows = [encode(source, prompt, False if chat else None) for prompt in prompts]
-    _require_room(model, [len(row) for row in rows], names, new_tokens)
-    hf = writing_copy(model)
-    said = greedy_answers(hf, rows, pad_id(tokenizer), tokenizer.eos_token_id, new_tokens, batch_size)
+    lengths = [len(row) for row in rows]
+    _require_room(model, lengths, names, new_tokens)
+    hf, said = writing_copy(model), [[0]] * len(rows)
+    for chosen in _batches(lengths, batch_size, progress):
+        part = [rows[i] for i in chosen]
+        written = greedy_answers(hf, part, pad_id(tokenizer), tokenizer.eos_token_id, new_tokens, batch_size)
+        for i, row in zip(chosen, written, strict=True):
+            said[i] = row
     said = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in said]
     return list(tokenizer.batch_decode(said, skip_special_tokens=True))
+
+
+def _batches(lengths: Sequence[int], batch_size: int, progress: bool) -> Iterator[list[int]]:
+    """Which rows are run together, the shortest first."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    with tqdm(total=len(order), desc="answers", unit="answer", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            yield chosen
+            bar.update(len(chosen))
 
 
 def _require_room(

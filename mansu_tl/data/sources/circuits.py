@@ -110,7 +110,8 @@ def read_circuit_pairs(
     _require_some(place, kept)
     if not years and not trust_ids:
         _require_own_ids(model, [(row[0].text("clean"), row[3]) for row in kept])
-    (clean_ids, lengths), (corrupt_ids, _) = (pad([row[i] for row in kept], pad_id(model)) for i in (1, 2))
+    clean_ids, lengths = pad([row[1] for row in kept], pad_id(model))
+    corrupt_ids, _ = pad([row[2] for row in kept], pad_id(model))
     answers, wrong_ones = (torch.tensor([row[i] for row in kept]) for i in (3, 4))
     names = [row[0].name for row in kept]
     labels = [name.rpartition(", ")[2] for name in names]

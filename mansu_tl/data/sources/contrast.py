@@ -35,8 +35,8 @@ class Asked:
         answer: what is right.
         fact: what is asked, so that its wordings count once.
         held_out: a wording that is only evaluated.
-        corrupt: a counterfactual, where the benchmark has one; "" in a set where others have one leaves the question out.
-        wrong: with it its answer and further wrong ones, the same number in every question.
+        corrupt: its counterfactual, where the benchmark has them; "" leaves the question out there.
+        wrong: where it has them, that one's answer and further wrong ones, the same number in every question.
     """
 
     name: str
@@ -144,7 +144,7 @@ class _Pool:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str, kind: str, asked: Sequence[Asked]) -> None:
         self.tokenizer, self.asked = tokenizer, asked
         self.tokens = [tuple(encode(tokenizer, one.prompt, False)) for one in asked]
-        self.given = any(one.corrupt for one in asked)
+        self.given = any(one.wrong for one in asked)
         self.alike: dict[tuple[bool, int], list[int]] = {}
         self.wordings: dict[str, list[int]] = {}
         for i, one in enumerate(asked):

@@ -55,13 +55,16 @@ def read_muse(place: str | PathLike[str]) -> tuple[MuseItem, ...]:
     return tuple(out)
 
 
-def read_passages(place: str | PathLike[str]) -> tuple[str, ...]:
-    """The texts of `raw` and `privleak` parts.
+def read_passages(place: str | PathLike[str], *, field: str = "text") -> tuple[str, ...]:
+    """The texts of `raw` and `privleak` parts, and of other benchmarks' members and non-members.
+
+    Args:
+        field: where a record has its text; LUME's members have it in "document".
 
     Raises:
         MansuError: see `read_records`; a record without a text.
     """
-    return tuple(record.text("text") for record in read_records(place))
+    return tuple(record.text(field) for record in read_records(place))
 
 
 def asked(question: str) -> str:
