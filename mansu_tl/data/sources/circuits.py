@@ -73,25 +73,38 @@ def read_circuit_pairs(
         MansuError: see `read_records`; a field that is missing, an answer that is not there to be chosen, ids that are not
             this tokenizer's, a year that is no single token, or prompts of different length.
     """
-    model, bos = text_source(tokenizer)
     records = spread(read_records(place), limit)
-    first = records[0].fields
+    if not set(EAP_IG) & set(records[0].fields):
+        return _of_texts(place, tokenizer, [_mib(record, counterfactual) for record in records], skip_unequal)
+    return _of_ids(place, tokenizer, records, skip_unequal, trust_ids)
+
+
+def _of_texts(
+    place: str | PathLike[str], tokenizer: TextSource, pairs: Sequence[_Pair], skip_unequal: bool
+) -> PromptPairs:
+    """MIB's pairs."""
+    model, _ = text_source(tokenizer)
+    kept = [one for one in pairs if not skip_unequal or _equal(model, one.clean, one.corrupt)]
+    _require_some(place, kept)
+    return PromptPairs.from_text(
+        tokenizer,
+        [one.clean for one in kept],
+        [one.corrupt for one in kept],
+        [one.answer for one in kept],
+        [[one.other] for one in kept],
+        names=[one.name for one in kept],
+        labels=[one.name.rpartition(", ")[2] for one in kept],
+        facts=[one.name for one in kept],
+    )
+
+
+def _of_ids(
+    place: str | PathLike[str], tokenizer: TextSource, records: Sequence[Record], skip_unequal: bool, trust_ids: bool
+) -> PromptPairs:
+    """EAP-IG's pairs, whose answers are tokens."""
+    model, bos = text_source(tokenizer)
+    years = year_tokens(tokenizer) if "label" in records[0].fields else ()
     kept: list[tuple[Record, list[int], list[int], int, int]] = []
-    if "corrupted" not in first or "clean" not in first:
-        pairs = [_mib(record, counterfactual) for record in records]
-        pairs = [one for one in pairs if _equal(model, one.clean, one.corrupt)] if skip_unequal else pairs
-        _require_some(place, pairs)
-        return PromptPairs.from_text(
-            tokenizer,
-            [one.clean for one in pairs],
-            [one.corrupt for one in pairs],
-            [one.answer for one in pairs],
-            [[one.other] for one in pairs],
-            names=[one.name for one in pairs],
-            labels=[one.name.rpartition(", ")[2] for one in pairs],
-            facts=[one.name for one in pairs],
-        )
-    years = year_tokens(tokenizer) if "label" in first else ()
     for record in records:
         clean, corrupt = (encode(model, record.text(key), bos) for key in EAP_IG)
         if len(clean) != len(corrupt):

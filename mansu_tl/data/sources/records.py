@@ -22,6 +22,8 @@ from mansu_tl.errors import MansuError, near
 from mansu_tl.results.files import lines_of, local, read_text
 
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+# How deep a part's files lie: SPLIT, CONFIG/SPLIT, data/CONFIG/SPLIT.
+_DEPTHS = ("*", "*/*", "*/*/*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # A split's file as the hub writes it: test-00000-of-00002.parquet, test.jsonl.
 _SHARD = re.compile(r"-\d+-of-\d+$")
@@ -217,7 +219,8 @@ def _suffix(path: Path) -> str:
 
 def _files(folder: Path, part: str) -> list[Path]:
     """The files of a folder's part, by its path or by the names of its split's shards."""
-    held = sorted(path for path in folder.rglob("*") if path.is_file() and _suffix(path) in _SUFFIXES)
+    below = (path for depth in _DEPTHS for path in folder.glob(depth))
+    held = sorted(path for path in below if _suffix(path) in _SUFFIXES and path.is_file())
     parts: dict[str, list[Path]] = {}
     for path in held:
         inside = path.relative_to(folder)
