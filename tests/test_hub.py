@@ -59,6 +59,9 @@ def test_an_id_goes_to_the_library_with_its_part(monkeypatch: pytest.MonkeyPatch
     # In a config the id stands behind the source's name.
     named = "wmdp:cais/wmdp#wmdp-bio?retain=cais/mmlu%23all/test"
     assert mtl.load_task(named, tokenizer=spelling_tokenizer()).digest() == task.digest()
+    # Its fields say whose it is.
+    again = mtl.load_task("cais/wmdp#wmdp-bio", tokenizer=spelling_tokenizer(), retain="cais/mmlu#all/test")
+    assert again.digest() == task.digest()
     with pytest.raises(MansuError, match="cais/mmlu: has splits dev, test; name one: cais/mmlu#CONFIG/SPLIT"):
         read_choices("cais/mmlu")
 

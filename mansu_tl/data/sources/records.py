@@ -162,10 +162,19 @@ def from_hub(name: str, part: str = "") -> Iterator[Record]:
 
 
 def first_fields(place: object) -> frozenset[str]:
-    """The fields of the first record of a local file or folder; none where there is no such thing to be read."""
+    """The fields of the first record of a file or folder; none where there is no such thing to be read.
+
+    The hub is only asked where a part of it is named.
+
+    Raises:
+        MansuError: what is named there cannot be loaded.
+    """
     if not isinstance(place, str | PathLike):
         return frozenset()
     path, part = _split(place)
+    if part and not _is(path, Path.exists) and _HUB_ID.fullmatch(path):
+        found = next(iter(from_hub(path, part)), None)
+        return frozenset(map(str, found.fields)) if found else frozenset()
     try:
         if _is(path, Path.is_dir):
             files = _files(local(path), part)
@@ -173,7 +182,7 @@ def first_fields(place: object) -> frozenset[str]:
             files = [local(path)]
         else:
             return frozenset()
-        record = next(iter(_of_file(files[0])), None) if files and _suffix(files[0]) in _SUFFIXES else None
+        record = next(iter(_of_file(files[0])), None) if _suffix(files[0]) in _SUFFIXES else None
     except MansuError:
         return frozenset()  # whoever reads it in earnest says what is wrong
     return frozenset(map(str, record.fields)) if record else frozenset()
