@@ -87,14 +87,14 @@ def harness_scores(
     """
     if not tasks or not all(tasks):
         raise MansuError("lm-eval: no task named; give some of the harness's, such as wmdp_bio,mmlu")
-    for task in same or {}:
-        if task not in tasks:
+    for given in same or {}:
+        if given not in tasks:
             raise MansuError(
-                f"lm-eval: questions are given for {task!r}, which is not among the tasks {', '.join(tasks)}"
+                f"lm-eval: questions are given for {given!r}, which is not among the tasks {', '.join(tasks)}"
             )
     config = StudyConfig.read(config_in(folder))
     run = _harness()
-    questions = {task: read_choices(place) for task, place in (same or {}).items()}
+    questions = {each: read_choices(place) for each, place in (same or {}).items()}
     rows: list[dict[str, Any]] = []
     own: list[dict[str, Any]] = []
     store = Store(Path(folder), shared=True)
