@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -25,71 +25,23 @@ from mansu_tl.data.answers import joined, seam
 from mansu_tl.data.corruption import Subject, counterfactuals
 from mansu_tl.data.fit import require_fit
 from mansu_tl.data.sources import load_task
-from mansu_tl.data.text import encode, in_chat, pad, pad_id, require_text, text_source
+from mansu_tl.data.sources.lre import SUBJECT as _SUBJECT
+from mansu_tl.data.sources.lre import Relation
+from mansu_tl.data.text import encode, in_chat, pad, pad_id, text_source
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import require_ready
 from mansu_tl.models.cache import cache_argument, cache_of, cache_passed_on
 from mansu_tl.models.state import home
 from mansu_tl.models.tree import hf_of
-from mansu_tl.results.files import local, read_text, write_text
+from mansu_tl.results.files import local, write_text
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.likeliest import likeliest_of
 from mansu_tl.runs.metrics import last_logits
 from mansu_tl.runs.passes import last_token_only
 
-_SUBJECT = "{}"
 # Prompts that are run at a time, and tokens that all of them begin with from which on these are run once.
 _BATCH, _WORTH_SHARING = 64, 4
-
-
-@dataclass(frozen=True)
-class Relation:
-    """Facts of one kind.
-
-    Attributes:
-        name: what the relation is called.
-        wordings: texts that end where the answer begins, with {} for the subject; the first is trained on.
-        facts: subject and answer of each.
-    """
-
-    name: str
-    wordings: tuple[str, ...]
-    facts: tuple[tuple[str, str], ...]
-
-    def __post_init__(self) -> None:
-        for wording in self.wordings:
-            if wording.count(_SUBJECT) != 1:
-                raise MansuError(
-                    f"relation {self.name}: wording {wording!r} must have {_SUBJECT} once, for the subject"
-                )
-        if len(set(self.wordings)) < 2 or not self.facts:
-            raise MansuError(
-                f"relation {self.name}: {len(set(self.wordings))} wordings, {len(self.facts)} facts; give two wordings or "
-                "more, one to train on and one to hold out, and facts"
-            )
-        for i, (subject, answer) in enumerate(self.facts):
-            require_text(subject, f"relation {self.name}, fact {i}: subject")
-            require_text(answer, f"relation {self.name}, fact {i}: answer")
-
-    @classmethod
-    def read(cls, path: str | PathLike[str]) -> Relation:
-        """A relation as LRE's files have it (Hernandez et al. 2023, arXiv 2308.09124): templates, subjects, objects.
-
-        Raises:
-            MansuError: no such file, or one of another kind.
-        """
-        try:
-            found = json.loads(read_text(local(path)))
-            wordings = dict.fromkeys((*found["prompt_templates"], *found.get("prompt_templates_zs", ())))
-            facts = dict.fromkeys((one["subject"], one["object"]) for one in found["samples"])
-            name = str(found["name"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MansuError(
-                f"{fspath(path)}: not one of LRE's relations ({type(error).__name__}: {error}); it needs name, "
-                "prompt_templates and samples with subject and object"
-            ) from None
-        return cls(name, tuple(wordings), tuple(facts))
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from mansu_tl.study import (
 from mansu_tl.study import compare as run_comparison
 from mansu_tl.study.collect import config_in
 from mansu_tl.study.demos import DEMO, DEMO_REAL
+from mansu_tl.study.harness import harness_scores
 from mansu_tl.study.shipping import shipped_answers
 from mansu_tl.unlearning import method_flags
 from mansu_tl.unlearning import methods as method_names
@@ -248,6 +249,38 @@ def llama(
     if out is not None:
         write_text(out, pd.concat(frames).to_csv(index=False))
         typer.echo(f"written: {out}")
+
+
+@app.command("lm-eval")
+def lm_eval(
+    folder: Annotated[Path, typer.Argument(help="The results folder of a finished run.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of the harness, with commas between them: wmdp_bio,mmlu.")],
+    same: Annotated[
+        list[str] | None,
+        typer.Option(help="TASK=PLACE: its questions with choices, so that ours stands beside; may be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="So many questions of every task.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of the harness.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write the table to this CSV file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run EleutherAI's harness on a run's original, edited and quantized models, its numbers beside ours."""
+    places = dict(_assigned("--same", each) for each in same or ())
+    names = [name.strip() for name in tasks.split(",")]
+    with _to_be_continued():
+        found = harness_scores(
+            folder, names, same=places, limit=limit, batch_size=batch_size, progress=not quiet
+        ).to_dataframe()
+    typer.echo(found.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
+    if out is not None:
+        typer.echo(f"written: {write_text(out, found.to_csv(index=False))}")
+
+
+def _assigned(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        raise MansuError(f"{option} {text!r}: write NAME=VALUE")
+    return name, value
 
 
 @app.command()

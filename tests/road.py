@@ -17,6 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit, Graph, random_mask
+from mansu_tl.data.sources import Choice, LumeItem, MuseItem, Probe, Request
 from mansu_tl.data.sources.tofu import Tofu
 from mansu_tl.data.sources.tofu.files import Item
 from mansu_tl.explorer import Explorer
@@ -33,6 +34,11 @@ from mansu_tl.verification import (
     compare_relearning,
     damage,
     erasure_depth,
+    evaluate_choices,
+    evaluate_counterfact,
+    evaluate_lume,
+    evaluate_muse,
+    evaluate_rwku,
     evaluate_tofu,
     measure,
     probe,
@@ -40,7 +46,7 @@ from mansu_tl.verification import (
     relearn,
     unrelated_attack,
 )
-from tests.tiny import tiny, tiny_tokenizer
+from tests.tiny import lettered_tokenizer, tiny, tiny_tokenizer
 from tests.tiny_study import crossing_edit
 
 Numbers = dict[str, Tensor]
@@ -381,6 +387,10 @@ def _scores(c: Case) -> mtl.circuit.EdgeScores:
 
 
 _ASKED = tuple(Item(f"w{i} w7", f"w{i + 5} w6", perturbed_answers=("w9 w8", "w3 w4")) for i in range(10, 13))
+_CHOICES = [Choice("a", "w5 w6", ("w7", "w8", "w9", "w10"), 2), Choice("b", "w9", ("w5", "w6", "w7", "w8"), 0)]
+_LETTERS = lettered_tokenizer()
+_REQUESTS = [Request("a", "r", "w5", "w5 w20", "w6", "w7 w9", ("w30 w5 w20",), ("w11 w20",))]
+_LUME = [LumeItem(str(i), str(i), kind, "Task1", f"w{i} w7", "w9 w6") for i, kind in enumerate(("sc", "qa", "qa"))]
 # Every public function that runs a model or makes one of it, by the name of the function; what it does is looked at in
 # the stages and in the tests of its room. "function: how" are further ways of one function.
 FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
@@ -419,6 +429,11 @@ FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
     "erasure_depth": lambda c: erasure_depth(c.model, c.edited, c.never, c.task.forget_pairs, threshold=0.0),
     "measure": lambda c: measure(Subject(c.model, c.task, c.circuit), Subject(c.edited, c.task, c.circuit), ["nf4"]),
     "evaluate_tofu": lambda c: evaluate_tofu(c.model, Tofu((), (), _ASKED, _ASKED), batch_size=4),
+    "evaluate_choices": lambda c: evaluate_choices(c.model, _CHOICES, _LETTERS),
+    "evaluate_counterfact": lambda c: evaluate_counterfact(c.model, _REQUESTS),
+    "evaluate_lume": lambda c: evaluate_lume(c.model, _LUME[:1], _LUME[1:], new_tokens=2),
+    "evaluate_muse": lambda c: evaluate_muse(c.model, {"knowmem": [MuseItem("a", "w5 w6", "w7")]}),
+    "evaluate_rwku": lambda c: evaluate_rwku(c.model, {"forget": [Probe("a", "w5", "w6 ___", "w7", "1")]}, chat=False),
     "damage": lambda c: damage(c.model, c.edited, {"retain": c.task.retain_text}),
 }
 # The same for those that look at weights alone: hooks that are left do not enter.

@@ -81,6 +81,17 @@ def tiny_tokenizer(vocab_size: int = 64) -> PreTrainedTokenizerFast:
     )
 
 
+def lettered_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with A, B, C and D in the places of w60 to w63."""
+    inner = Tokenizer(
+        models.WordLevel({f"w{i}": i for i in range(60)} | dict(zip("ABCD", range(60, 64), strict=True)), "w0")
+    )
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0"
+    )
+
+
 @functools.cache
 def embedded_task() -> Task:
     """The embedded task, read once a process."""

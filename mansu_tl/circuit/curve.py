@@ -72,6 +72,11 @@ class FaithfulnessCurve(Result):
         """Area between the curve and 1 over the shares (MIB's CMD where the shares are MIB's)."""
         return self._area((1 - self.faithfulness).abs())
 
+    @property
+    def cmd_signed(self) -> float:
+        """Area between the curve and 1 with its sign: what circuits that do more than the model add is taken off."""
+        return self._area(1 - self.faithfulness)
+
     def edges_to_reach(self, target: float = 0.85) -> int | None:
         """The smallest of the sizes whose faithfulness is at least `target`; None if none is."""
         return _first(self.sizes, self.faithfulness, target)

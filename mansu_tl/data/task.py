@@ -146,7 +146,8 @@ class Task(Result):
         questions: evaluation sets by name: "forget", "forget_paraphrase", "near", "near_paraphrase", "retain",
             "retain_paraphrase"; the paraphrase sets use held-out templates. "forget" and "retain" must be there.
         lines: where the task was read from rows, how many there were by set, "forget" those that training may see and
-            "forget, held out" those that it may not; together all rows of the file.
+            "forget, held out" those that it may not; together all rows of the file. Of a benchmark's questions also how many
+            were left out for want of a counterfactual.
 
     Raises:
         MansuError: a part of the wrong kind, an empty forget, retain or text set, or a fact that is asked in the forget

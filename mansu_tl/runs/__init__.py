@@ -10,10 +10,12 @@ from mansu_tl.runs.metrics import (
     last_logits,
     logit_difference,
 )
+from mansu_tl.runs.years import YearDifference
 
 __all__ = [
     "Ablation",
     "Accuracy",
+    "YearDifference",
     "ablation",
     "accuracy",
     "answer_log_prob",

@@ -5,6 +5,7 @@ from mansu_tl.study.comparison import ComparisonResult
 from mansu_tl.study.config import StudyConfig
 from mansu_tl.study.figures import figures
 from mansu_tl.study.gallery import figure_data, write_gallery
+from mansu_tl.study.harness import HarnessScores, harness_scores
 from mansu_tl.study.markdown import markdown
 from mansu_tl.study.page import Section, write_report
 from mansu_tl.study.pictures import Picture, pictures
@@ -17,6 +18,7 @@ from mansu_tl.study.table import properties, summary
 __all__ = [
     "Comparison",
     "ComparisonResult",
+    "HarnessScores",
     "MethodResult",
     "Picture",
     "Section",
@@ -27,6 +29,7 @@ __all__ = [
     "figure_data",
     "figures",
     "full",
+    "harness_scores",
     "markdown",
     "pictures",
     "properties",

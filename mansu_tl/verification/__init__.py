@@ -4,6 +4,8 @@ from mansu_tl.verification.asking import SideBySide, ask
 from mansu_tl.verification.attacks import Attack, attack_splits, unrelated_attack
 from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
+from mansu_tl.verification.choices import ChoiceScores, evaluate_choices
+from mansu_tl.verification.counterfact import CounterFactScores, evaluate_counterfact
 from mansu_tl.verification.damage import Damage, damage
 from mansu_tl.verification.depth import ErasureDepth, erasure_depth
 from mansu_tl.verification.depth_verdict import DepthBounds, DepthVerdict
@@ -17,21 +19,28 @@ from mansu_tl.verification.divergence import (
 )
 from mansu_tl.verification.knowledge import require_known
 from mansu_tl.verification.llama import JudgedFile, LlamaJudgement, judge_by_llama
+from mansu_tl.verification.lume import evaluate_lume, lume_aggregate
 from mansu_tl.verification.measurement import Subject, measure
+from mansu_tl.verification.muse import evaluate_muse
 from mansu_tl.verification.probes import Probes, probe
 from mansu_tl.verification.rediscovery import Rediscovery, rediscover
 from mansu_tl.verification.relearning import RelearningCurve, relearn
 from mansu_tl.verification.resistance import Relearning, compare_relearning
+from mansu_tl.verification.rouge import RougeL, rouge_l, summary_recall
+from mansu_tl.verification.rwku import evaluate_rwku
 from mansu_tl.verification.scorecard import Scorecard, judge, scorecard
 from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
 from mansu_tl.verification.verdicts import Bounds
+from mansu_tl.verification.written import WrittenScores
 
 __all__ = [
     "Attack",
     "Bounds",
     "CadByDepth",
     "Certificate",
+    "ChoiceScores",
     "CircuitScores",
+    "CounterFactScores",
     "Damage",
     "DepthBounds",
     "DepthReader",
@@ -45,11 +54,13 @@ __all__ = [
     "Rediscovery",
     "Relearning",
     "RelearningCurve",
+    "RougeL",
     "Scorecard",
     "SetScores",
     "SideBySide",
     "Subject",
     "TofuScores",
+    "WrittenScores",
     "ask",
     "attack_splits",
     "certify",
@@ -59,16 +70,24 @@ __all__ = [
     "compare_relearning",
     "damage",
     "erasure_depth",
+    "evaluate_choices",
+    "evaluate_counterfact",
+    "evaluate_lume",
+    "evaluate_muse",
+    "evaluate_rwku",
     "evaluate_tofu",
     "judge",
     "judge_by_llama",
+    "lume_aggregate",
     "measure",
     "output_suppressor",
     "probe",
     "rediscover",
     "relearn",
     "require_known",
+    "rouge_l",
     "scorecard",
+    "summary_recall",
     "unrelated_attack",
 ]
 

@@ -5,35 +5,19 @@ The conventions are those of its code and of open-unlearning where paper and cod
 
 from __future__ import annotations
 
-import re
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mansu_tl.errors import MansuError
-
-_TOKEN = re.compile(r"[a-z0-9]+")
+from mansu_tl.verification.rouge import rouge_l
 
 
 def rouge_l_recall(reference: str, text: str) -> float:
-    """ROUGE-L recall: the longest common subsequence of words over the reference's words, in [0, 1].
-
-    Words are runs of a-z and 0-9 in lower case, as in Google's rouge_score; unlike open-unlearning, words are not
-    stemmed.
+    """ROUGE-L recall, in [0, 1], without stems; open-unlearning stems words.
 
     Raises:
         MansuError: a reference without a word.
     """
-    reference_words, words = _TOKEN.findall(reference.lower()), _TOKEN.findall(text.lower())
-    if not reference_words:
-        raise MansuError(f"ROUGE-L: the reference {reference!r} has no word; drop the question")
-    row = [0] * (len(words) + 1)
-    for word in reference_words:
-        above = row
-        row = [0]
-        for j, other in enumerate(words):
-            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
-    return row[-1] / len(reference_words)
+    return rouge_l(reference, text).recall
 
 
 def extraction_strength(predicted: Int[Tensor, " token"], answer: Int[Tensor, " token"]) -> float:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mansu_tl.data.text import pad
+from mansu_tl.data.answers import continuation
+from mansu_tl.data.text import TextSource, encode, pad, pad_id, text_source, with_bos
+from mansu_tl.errors import MansuError
 from mansu_tl.models.cache import cache_argument, cache_of
 from mansu_tl.models.copies import duplicate
 from mansu_tl.models.four_bit import compute_from_codes
+from mansu_tl.models.limits import most_positions
 
 
 def writing_copy(model: TransformerBridge | PreTrainedModel, name: str = "model") -> PreTrainedModel:
@@ -95,3 +99,101 @@ def greedy_answers(
         for i, row in zip(chosen, generated.tolist(), strict=True):
             out[i] = row[: row.index(end)] if end in row else row
     return out
+
+
+def text_source_of(
+    model: TransformerBridge | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, what: str
+) -> TextSource:
+    """What turns text into a model's tokens: the tokenizer that was given, else the model's own.
+
+    Raises:
+        MansuError: neither.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    if isinstance(model, TransformerBridge) and model.tokenizer is not None:
+        return model
+    raise MansuError(f"{what}: this model has no tokenizer; pass tokenizer=")
+
+
+def mean_log_probs(
+    model: TransformerBridge | PreTrainedModel,
+    source: TextSource,
+    asked: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Float[Tensor, " row"]:
+    """The mean log-probability per token of each answer behind its prompt, in nats.
+
+    Args:
+        asked: prompt and answer.
+        names: what errors call each.
+        progress: show a bar over the answers.
+    """
+    tokenizer, bos = text_source(source)
+    rows = []
+    for (prompt, answer), name in zip(asked, names, strict=True):
+        before, after = continuation(tokenizer, prompt, answer, f"{name}: answer")
+        rows.append((with_bos(tokenizer, before, bos), after))
+    lengths = [len(before) + len(after) for before, after in rows]
+    _require_room(model, lengths, names, 0)
+    hf, found = writing_copy(model), torch.empty(len(rows))
+    for chosen in _batches(lengths, batch_size, progress):
+        found[chosen] = answer_likelihoods(hf, [rows[i] for i in chosen], pad_id(tokenizer), batch_size)[0]
+    return found
+
+
+def written_texts(
+    model: TransformerBridge | PreTrainedModel,
+    source: TextSource,
+    prompts: Sequence[str],
+    names: Sequence[str],
+    new_tokens: int,
+    *,
+    chat: bool = False,
+    stops: Collection[int] = (),
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[str]:
+    """What a model writes behind each prompt, greedily, up to its end or so many tokens; special tokens are left out.
+
+    Args:
+        names: what errors call each prompt.
+        stops: further tokens that end an answer.
+        chat: the prompts bring their template's special tokens, so no BOS token is put in front of them.
+        progress: show a bar over the prompts.
+    """
+    tokenizer, _ = text_source(source)
+    rows = [encode(source, prompt, False if chat else None) for prompt in prompts]
+    lengths = [len(row) for row in rows]
+    _require_room(model, lengths, names, new_tokens)
+    hf, said = writing_copy(model), [[0]] * len(rows)
+    for chosen in _batches(lengths, batch_size, progress):
+        part = [rows[i] for i in chosen]
+        written = greedy_answers(hf, part, pad_id(tokenizer), tokenizer.eos_token_id, new_tokens, batch_size)
+        for i, row in zip(chosen, written, strict=True):
+            said[i] = row
+    said = [row[: next((i for i, token in enumerate(row) if token in stops), len(row))] for row in said]
+    return list(tokenizer.batch_decode(said, skip_special_tokens=True))
+
+
+def _batches(lengths: Sequence[int], batch_size: int, progress: bool) -> Iterator[list[int]]:
+    """Which rows are run together, the shortest first."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    with tqdm(total=len(order), desc="answers", unit="answer", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            yield chosen
+            bar.update(len(chosen))
+
+
+def _require_room(
+    model: TransformerBridge | PreTrainedModel, lengths: Sequence[int], names: Sequence[str], new_tokens: int
+) -> None:
+    """Refuse a text that is longer than the model has positions, with what it is to write."""
+    most = most_positions(model)
+    for length, name in zip(lengths, names, strict=True):
+        if most is not None and length + new_tokens > most:
+            behind = f" and {new_tokens} to write" if new_tokens else ""
+            raise MansuError(f"{name}: {length} tokens{behind}, the model has {most} positions; drop it")

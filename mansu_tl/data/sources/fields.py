@@ -54,7 +54,13 @@ def checked_row(name: str, found: object) -> Row:
     row = {str(key): _plain(value) for key, value in found.items()}
     kind = row.get("set")
     if not isinstance(kind, str) or kind not in (*PAIR_SETS, *TEXT_SETS):
-        raise MansuError(f"{name}: set is {kind!r}; choose one of {', '.join((*PAIR_SETS, *TEXT_SETS))}")
+        # Another benchmark's file, most likely.
+        way = (
+            ""
+            if "set" in row
+            else f"; or say whose records with {', '.join(row)} these are: kind= one of mansu-tl sources"
+        )
+        raise MansuError(f"{name}: set is {kind!r}; choose one of {', '.join((*PAIR_SETS, *TEXT_SETS))}{way}")
     needed, optional = (_PAIR, _PAIR_OPTIONAL) if kind in PAIR_SETS else (("text",), ())
     known = ("set", *needed, *optional)
     for key in sorted(set(row) - set(known)):

@@ -1,7 +1,7 @@
 """Tasks by source: every format is one file here, which registers itself by name.
 
 A source is named by `kind=`, by its name in front ("tofu:FOLDER", options behind: "tofu:FOLDER?near=30"), or it knows its
-own: "pocket", a file by its ending, a folder by what is in it.
+own: "pocket", a file by its ending or by its first record's fields, a folder by what is in it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, unquote_plus
 
 import pandas as pd
 
+from mansu_tl.data.sources.records import first_fields
 from mansu_tl.data.task import Task
 from mansu_tl.data.text import TextSource
 from mansu_tl.defaults import torch_defaults
@@ -42,6 +43,7 @@ class Source:
         read: `read(source, tokenizer, **options)` makes the task; its keyword-only arguments are the options.
         claims: whether something that is not named belongs to it.
         bare: it needs no tokenizer, and its name alone is a task.
+        fields: of a record by which a file of this format is known; none = not by these.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Source:
     read: Callable[..., Task]
     claims: Callable[[object], bool]
     bare: bool = False
+    fields: frozenset[str] = frozenset()
 
     def options(self) -> dict[str, Any]:
         """What may be set, with its defaults."""
@@ -66,6 +69,7 @@ def register_source(
     *,
     claims: Callable[[object], bool] = lambda source: False,
     bare: bool = False,
+    fields: Iterable[str] = (),
 ) -> None:
     """Make a format known to `load_task`, `mansu-tl check`, `run` and `compare`; the last one to claim a source gets it.
 
@@ -76,11 +80,13 @@ def register_source(
             Options are its keyword-only arguments.
         claims: whether a source that nobody named belongs to this format; never without.
         bare: it needs no tokenizer, and its name alone is a task.
+        fields: that every record of this format has; a file whose first record has them is taken for it where no other
+            format has more of its fields.
 
     Raises:
         MansuError: a name that is taken or cannot be written in a config.
     """
-    _SOURCES.add(name, Source(name, about, read, claims, bare))
+    _SOURCES.add(name, Source(name, about, read, claims, bare, frozenset(fields)))
 
 
 def sources() -> tuple[str, ...]:
@@ -138,12 +144,25 @@ def load_task(
 
 
 def beside(name: str, folder: Path) -> str:
-    """A task's name as written in a file of `folder`, its path made absolute where it lies there."""
+    """A task's name as written in a file of `folder`, its paths made absolute where they lie there, in options too."""
     named = _NAMED.fullmatch(name)
     kind = f"{named['kind']}:" if named and named["rest"] and named["kind"] in _SOURCES else ""
     path, mark, options = name.removeprefix(kind).partition("?") if kind else (name, "", "")
-    there = folder / path
-    return f"{kind}{there.resolve()}{mark}{options}" if path and there.exists() else name
+    written = [option.partition("=") for option in options.split("&")]
+    moved = [(key, equals, value, _moved(unquote_plus(value), folder)) for key, equals, value in written]
+    there = "&".join(key + equals + (quote(new, safe="/,:") if new else value) for key, equals, value, new in moved)
+    return f"{kind}{_moved(path, folder) or path}{mark}{there}"
+
+
+def _moved(places: str, folder: Path) -> str:
+    """Places with commas between them, absolute where all lie in a folder; "" where not."""
+    found = []
+    for place in [places] if places and (folder / places).exists() else places.split(","):
+        path, mark, part = (place, "", "") if (folder / place).exists() else place.partition("#")
+        if not path or not (folder / path).exists():
+            return ""
+        found.append(f"{(folder / path).resolve()}{mark}{part}")
+    return ",".join(found)
 
 
 def _find(given: object, kind: str | None) -> tuple[Source, Any, dict[str, Any]]:
@@ -154,7 +173,27 @@ def _find(given: object, kind: str | None) -> tuple[Source, Any, dict[str, Any]]
     if named and named["kind"] in _SOURCES and (named["rest"] or _SOURCES[named["kind"]].bare):
         written = parse_qsl(named["options"] or "", keep_blank_values=True)
         return _SOURCES[named["kind"]], named["rest"] or named["kind"], {key: _value(value) for key, value in written}
-    return next(one for one in reversed(_SOURCES.values()) if one.claims(given)), given, {}
+    return _by_fields(given) or next(one for one in reversed(_SOURCES.values()) if one.claims(given)), given, {}
+
+
+def _by_fields(given: object) -> Source | None:
+    """The source whose records a local file's or folder's first one is like; None where it says nothing of the kind.
+
+    Raises:
+        MansuError: there are several.
+    """
+    have = first_fields(given)
+    if not have or "set" in have:
+        return None  # rows of a task file, or nothing that could be read
+    fitting = [one for one in _SOURCES.values() if one.fields and one.fields <= have]
+    most = max((len(one.fields) for one in fitting), default=0)
+    found = [one for one in fitting if len(one.fields) == most]
+    if len(found) > 1:
+        names = " or ".join(one.name for one in found)
+        raise MansuError(
+            f"task {fspath(given)!r}: fields {', '.join(sorted(have))} may be {names}; say which, kind={found[0].name!r}"  # type: ignore[call-overload]
+        )
+    return found[0] if found else None
 
 
 def _value(text: str) -> Any:
