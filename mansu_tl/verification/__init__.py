@@ -15,14 +15,19 @@ from mansu_tl.verification.divergence import (
     circuit_scores,
     output_suppressor,
 )
+from mansu_tl.verification.extraction import Leakage, Memorisation, leak_at_k, memorisation
+from mansu_tl.verification.hints import Hints, hints
 from mansu_tl.verification.knowledge import require_known
 from mansu_tl.verification.llama import JudgedFile, LlamaJudgement, judge_by_llama
+from mansu_tl.verification.logit_lens import LogitLens, logit_lens
 from mansu_tl.verification.measurement import Subject, measure
+from mansu_tl.verification.membership import Membership, PrivLeak, membership, privleak
 from mansu_tl.verification.probes import Probes, probe
 from mansu_tl.verification.rediscovery import Rediscovery, rediscover
 from mansu_tl.verification.relearning import RelearningCurve, relearn
 from mansu_tl.verification.resistance import Relearning, compare_relearning
 from mansu_tl.verification.scorecard import Scorecard, judge, scorecard
+from mansu_tl.verification.soft_prompt import SoftPrompt, ask_behind, soft_prompt
 from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
 from mansu_tl.verification.verdicts import Bounds
 
@@ -38,9 +43,15 @@ __all__ = [
     "DepthVerdict",
     "Divergence",
     "ErasureDepth",
+    "Hints",
     "JudgedDivergence",
     "JudgedFile",
+    "Leakage",
     "LlamaJudgement",
+    "LogitLens",
+    "Membership",
+    "Memorisation",
+    "PrivLeak",
     "Probes",
     "Rediscovery",
     "Relearning",
@@ -48,9 +59,11 @@ __all__ = [
     "Scorecard",
     "SetScores",
     "SideBySide",
+    "SoftPrompt",
     "Subject",
     "TofuScores",
     "ask",
+    "ask_behind",
     "attack_splits",
     "certify",
     "certify_in_fresh_process",
@@ -60,15 +73,22 @@ __all__ = [
     "damage",
     "erasure_depth",
     "evaluate_tofu",
+    "hints",
     "judge",
     "judge_by_llama",
+    "leak_at_k",
+    "logit_lens",
     "measure",
+    "membership",
+    "memorisation",
     "output_suppressor",
+    "privleak",
     "probe",
     "rediscover",
     "relearn",
     "require_known",
     "scorecard",
+    "soft_prompt",
     "unrelated_attack",
 ]
 
