@@ -1,7 +1,8 @@
 """Did it really forget: CAD, the scorecard, the certificate, and evidence of structural erasure."""
 
 from mansu_tl.verification.asking import SideBySide, ask
-from mansu_tl.verification.attacks import Attack, attack_splits, unrelated_attack
+from mansu_tl.verification.attacks import Attack, attack_splits, near_attack, unrelated_attack
+from mansu_tl.verification.budgets import Budget, BudgetPlan, RelearningBudgets, relearning_budgets
 from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
 from mansu_tl.verification.damage import Damage, damage
@@ -34,6 +35,8 @@ from mansu_tl.verification.verdicts import Bounds
 __all__ = [
     "Attack",
     "Bounds",
+    "Budget",
+    "BudgetPlan",
     "CadByDepth",
     "Certificate",
     "CircuitScores",
@@ -55,6 +58,7 @@ __all__ = [
     "Probes",
     "Rediscovery",
     "Relearning",
+    "RelearningBudgets",
     "RelearningCurve",
     "Scorecard",
     "SetScores",
@@ -81,11 +85,13 @@ __all__ = [
     "measure",
     "membership",
     "memorisation",
+    "near_attack",
     "output_suppressor",
     "privleak",
     "probe",
     "rediscover",
     "relearn",
+    "relearning_budgets",
     "require_known",
     "scorecard",
     "soft_prompt",

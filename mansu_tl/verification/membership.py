@@ -1,10 +1,10 @@
 """Membership inference: can texts that were to be forgotten be told from texts that the model never met?
 
 Four scores of a text, higher = more like a member: LOSS, its mean log-probability per token (Yeom et al. 2018, arXiv
-1709.01604); zlib, its log-probability per byte of the compressed text (Carlini et al. 2021, arXiv 2012.07805); Min-K, the mean
-over the k % least likely tokens (Shi et al. 2024, arXiv 2310.16789); Min-K++, the same of log-probabilities standardised over
-the vocabulary at each position (Zhang et al. 2025, arXiv 2404.02936). AUC is how often a member scores above another text,
-half for ties.
+1709.01604); zlib, its log-probability per byte of the compressed text (Carlini et al. 2021, arXiv 2012.07805); Min-K, the
+mean over the k % least likely tokens (Shi et al. 2024, arXiv 2310.16789); Min-K++, the same of log-probabilities that are
+standardised over the vocabulary at each position (Zhang et al. 2025, arXiv 2404.02936). AUC is how often a member scores
+above another text, half for ties.
 
 PrivLeak (MUSE, Shi et al. 2024, arXiv 2407.06460) sets the AUC against that of a model that never learnt the facts. MUSE
 counts the AUC from the other side (1 - AUC here), so that -100 % = members are known for certain, 0 = as never trained,

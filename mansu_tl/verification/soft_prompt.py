@@ -95,10 +95,10 @@ def soft_prompt(
     model: TransformerBridge | PreTrainedModel,
     questions: Questions,
     *,
-    tokens: int = 8,
+    tokens: int = 4,
     folds: int = 2,
-    steps: int = 200,
-    learning_rate: float = 0.1,
+    steps: int = 60,
+    learning_rate: float = 0.3,
     batch_size: int = 32,
     seed: int = 0,
     label: str = "edited",
@@ -265,5 +265,5 @@ def _loss(hf: PreTrainedModel, questions: Questions) -> Float[Tensor, ""]:
     """Mean cross-entropy of the right answers' tokens, in nats."""
     text: Sequences = answered(questions).trimmed().to(home(hf))
     found = predicted(hf, {}, text)
-    counts = found.places >= (questions.lengths.to(home(hf)) - 1)[found.rows]
+    counts = found.places >= (questions.lengths.to(found.rows.device) - 1)[found.rows]
     return torch.nn.functional.cross_entropy(found.logits[counts], found.targets[counts])
