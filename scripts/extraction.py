@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,9 @@ class Measures:
         for top_p in (1.0, 0.9):
             found = leak_at_k(model, self.task.questions["forget"], samples=SAMPLES, top_p=top_p)
             for row in found.to_dataframe(KS).to_dict("records"):
-                name = "leak" if top_p == 1 else f"leak, top_p {top_p:g}"
-                yield _row(name, f"leak@{row['k']}, %", row["leak"], row["leak_low"], row["leak_high"])
+                for key, name in {"leak": "leak", "control": "a wrong option leaks"}.items():
+                    name = name if top_p == 1 else f"{name}, top_p {top_p:g}"
+                    yield _row(name, f"leak@{row['k']}, %", row[key], row[f"{key}_low"], row[f"{key}_high"])
 
     def memorised(self, model: TransformerBridge) -> Iterator[Row]:
         """Exact memorisation and extraction strength, of answers and of whole sentences."""
@@ -94,10 +95,15 @@ class Measures:
             yield from self._behind("soft prompt, put before never trained", ask_behind(found, self.never, questions))
 
     def members(self, model: TransformerBridge) -> Iterator[Row]:
-        """AUC of forget sentences against sentences about never-seen names; PrivLeak."""
+        """AUC of forget sentences, right and wrong ones, against sentences about never-seen names; PrivLeak."""
         if "unseen" not in self.task.questions:
             return
-        found = membership(model, self.task.questions["forget"], self.task.questions["unseen"])
+        forget, unseen = self.task.questions["forget"], self.task.questions["unseen"]
+        wrong = replace(forget, options=forget.options.roll(-1, 1))
+        for row in membership(model, wrong, unseen).to_dataframe().to_dict("records"):
+            name = f"membership of wrong sentences, {row['attack']}"
+            yield _row(name, "AUC", row["auc"], row["auc_low"], row["auc_high"], 0.5)
+        found = membership(model, forget, unseen)
         if model is self.never:
             self.reference = found
         for row in found.to_dataframe(self.reference).to_dict("records"):

@@ -64,7 +64,8 @@ def main() -> None:
     found.to_dataframe().to_csv(options.out / "budgets.csv", index=False, float_format="%.4f")
     strongest = found.strongest()
     strongest.to_csv(options.out / "strongest.csv", index=False, float_format="%.4f")
-    mtl.plots.write_html(mtl.plots.relearning_budgets(found), options.out / "relearning_budgets.html")
+    figure = mtl.plots.relearning_budgets(found)
+    mtl.plots.write_html({"relearning budgets": figure}, options.out / "relearning_budgets.html", "Relearning budgets")
     last = strongest[strongest.step == found.steps[-1]]
     print(f"{time.monotonic() - start:.0f} s\n{last.round(1).to_string(index=False)}", flush=True)
 

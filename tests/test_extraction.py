@@ -65,11 +65,12 @@ def next_chances(hf, tokens: list[int], temperature: float = 1.0) -> torch.Tenso
 
 @pytest.mark.parametrize("right", [0, 1, 3, 6])
 def test_leak_at_k_is_the_share_of_draws_with_a_right_one(right: int) -> None:
-    leakage = Leakage("hand", torch.tensor([right]), 6, 1.0, 1.0, 0, 0, ("a",))
+    leakage = Leakage("hand", torch.tensor([[right, 0, 6]]), 6, 1.0, 1.0, 0, 0, ("a",))
     marks = [i < right for i in range(6)]
     for k in range(1, 7):
         draws = [any(draw) for draw in combinations(marks, k)]
         assert leakage.at(k).item() == pytest.approx(sum(draws) / len(draws))
+        assert leakage.control(k).item() == 0.5
     with pytest.raises(MansuError, match=r"k=7 of 6 samples; choose 1..6"):
         leakage.at(7)
 
@@ -88,39 +89,44 @@ def test_answers_are_sampled_as_often_as_the_model_says(temperature: float) -> N
     assert found.hits.equal(leak_at_k(hf, questions, samples=n, temperature=temperature, batch_size=3).hits)
     assert not found.hits.equal(leak_at_k(hf, questions, samples=n, temperature=temperature, seed=1).hits)
     for row, texts in enumerate(questions.texts()):
-        chance, told = 1.0, prompt_of(questions, row)
-        for token in texts[0]:
-            chance *= next_chances(hf, told, temperature)[token].item()
-            told = [*told, token]
-        assert abs(found.hits[row].item() - n * chance) <= 5 * (n * chance) ** 0.5 + 5
+        for option, text in enumerate(texts):
+            chance, told = 1.0, prompt_of(questions, row)
+            for token in text:
+                chance *= next_chances(hf, told, temperature)[token].item()
+                told = [*told, token]
+            assert abs(found.hits[row, option].item() - n * chance) <= 5 * (n * chance) ** 0.5 + 5
     assert found.hits.sum() > 20
 
 
-def test_an_answer_may_stand_anywhere_in_a_longer_sample() -> None:
-    hf, questions, n = tiny("llama"), tiny_questions((1, 1, 1, 1)), 20000
-    found = leak_at_k(hf, questions, samples=n, new_tokens=2)
-    for row, texts in enumerate(questions.texts()):
-        (answer,), told = texts[0], prompt_of(questions, row)
+def test_an_option_may_stand_anywhere_in_a_longer_sample() -> None:
+    hf, n = tiny("llama"), 20000
+    questions = dataclasses.replace(tiny_questions((1,)), options=torch.tensor([[[5, -1], [5, 6], [7, 7]]]))
+    found, told = leak_at_k(hf, questions, samples=n, new_tokens=3), prompt_of(questions, 0)
+    words = torch.arange(64)
+    with torch.no_grad():
         first = next_chances(hf, told)
-        chance = first[answer].item()
-        with torch.no_grad():
-            batch = torch.tensor([[*told, token] for token in range(64)])
-            second = hf(batch).logits[:, -1].double().softmax(-1)[:, answer]
-        chance += sum(first[t].item() * second[t].item() for t in range(64) if t != answer)
-        assert abs(found.hits[row].item() - n * chance) <= 5 * (n * chance) ** 0.5 + 5
-    # Begun twice: behind "w5 w5" the answer "w5 w6" is still one token away.
-    pair = dataclasses.replace(questions, options=torch.tensor([[[5, 5, 6], [7, 8, 9]]] * 4))
-    assert leak_at_k(hf, pair, samples=10, new_tokens=5).new_tokens == 5
+        rows = torch.cat([torch.tensor(told).expand(64, -1), words[:, None]], 1)
+        second = first[:, None] * hf(rows).logits[:, -1].double().softmax(-1)
+        rows = torch.cat([rows.repeat_interleave(64, 0), words.repeat(64)[:, None]], 1)
+        third = second.flatten()[:, None] * hf(rows).logits[:, -1].double().softmax(-1)
+    every = third.view(64, 64, 64)  # the chance of each sample of three
+    a, b, c = words.view(64, 1, 1), words.view(1, 64, 1), words.view(1, 1, 64)
+    inside = [(a == 5) | (b == 5) | (c == 5), ((a == 5) & (b == 6)) | ((b == 5) & (c == 6)),
+              ((a == 7) & (b == 7)) | ((b == 7) & (c == 7))]  # fmt: skip
+    for option, where in enumerate(inside):
+        chance = every[where].sum().item()
+        assert abs(found.hits[0, option].item() - n * chance) <= 5 * (n * chance) ** 0.5 + 3
 
 
 def test_at_a_low_temperature_sampling_is_greedy(pocket, never, task) -> None:
     questions = task.questions["forget"][:40]
     for model in (pocket, never):
         found = leak_at_k(model, questions, samples=7, temperature=1e-4)
-        assert (found.hits == 7 * mtl.accuracy(model, questions).cloze).all()
+        assert (found.hits[:, 0] == 7 * mtl.accuracy(model, questions).cloze).all()
     frame = leak_at_k(never, questions, samples=12).to_dataframe()
     assert frame.k.tolist() == [1, 2, 4, 8] and frame.leak.is_monotonic_increasing
     assert ((frame.leak_low <= frame.leak) & (frame.leak <= frame.leak_high)).all()
+    assert frame.excess.tolist() == pytest.approx((frame.leak - frame.control).tolist())
 
 
 def test_sampling_refuses_what_makes_no_sense(pocket, task) -> None:
@@ -128,7 +134,7 @@ def test_sampling_refuses_what_makes_no_sense(pocket, task) -> None:
     for wrong in ({"samples": 0}, {"temperature": 0.0}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(MansuError, match=r"leak@k: samples=.*have to be positive"):
             leak_at_k(pocket, questions, **wrong)
-    with pytest.raises(MansuError, match="new_tokens=0, the longest answer has 1"):
+    with pytest.raises(MansuError, match="new_tokens=0, the longest option has 1"):
         leak_at_k(pocket, questions, new_tokens=0)
     with pytest.raises(MansuError, match="the question set is empty"):
         leak_at_k(pocket, questions[:0])
@@ -416,9 +422,10 @@ def test_hints_say_what_they_say(pocket, task, monkeypatch) -> None:
     assert found.answers["plain"].mc_percent == found.answers["plain again"].mc_percent == 100
     frame = found.to_dataframe()
     assert (frame.chance == 25).all() and frame.hint.tolist() == list(asked)
-    places = {words(asked["options named"], row).split(" , ").index(tokenizer.decode(list(texts[0])))
-              for row, texts in enumerate(forget.texts()) if row % 2
-              and tokenizer.decode(list(texts[0])) in words(asked["options named"], row).split(" . ")[0].split(" , ")[:3]}  # fmt: skip
+    places = set()
+    for row, texts in enumerate(forget.texts()):
+        listed = words(asked["options named"], row).split(" . ")[0].split(" , ")
+        places.add(listed.index(tokenizer.decode(list(texts[0]))))
     assert len(places) > 1  # the right one stands anywhere
 
 

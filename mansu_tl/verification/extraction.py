@@ -6,6 +6,9 @@ so one set of samples serves all k. Exact memorisation (Tirumala et al. 2022, ar
 likeliest next token gets right, teacher-forced. Extraction strength (Carlini et al. 2021, arXiv 2012.07805, as in
 open-unlearning, arXiv 2506.12618): the share that greedy decoding writes on its own behind the shortest prefix that suffices.
 The controls are the original and a model that never learnt the facts; the caller measures them alike.
+
+With enough samples a model that guesses evenly among many words says every one of them. leak@k therefore has a control of its
+own: how often a *wrong* option of the same question comes up in k samples (our definition). What lies above it is knowledge.
 """
 
 from __future__ import annotations
@@ -34,24 +37,26 @@ from mansu_tl.verification.attacks import answered
 from mansu_tl.verification.tofu_measures import extraction_strength
 from mansu_tl.verification.told import told
 
+Text = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Leakage(Result):
-    """How often an answer came up when a model was sampled.
+    """How often each option of a question came up when a model was sampled.
 
     Attributes:
         label: which model.
-        hits: samples of each question in which its answer came up.
+        hits: samples of each question in which each option came up; option 0 is the right answer.
         samples: drawn of each question.
         temperature: that logits were divided by.
         top_p: mass of the nucleus that was sampled from; 1 = everything.
-        new_tokens: length of a sample; 0 = as long as the question's answer.
+        new_tokens: length of a sample; 0 = an option has to be what the sample begins with.
         seed: of the draws.
         facts: the fact behind each question.
     """
 
     label: str
-    hits: Int[Tensor, " question"]
+    hits: Int[Tensor, "question option"]
     samples: int
     temperature: float
     top_p: float
@@ -59,8 +64,8 @@ class Leakage(Result):
     seed: int
     facts: tuple[str, ...]
 
-    def at(self, k: int) -> Float[Tensor, " question"]:
-        """leak@k: the chance that the answer comes up in k samples, question by question.
+    def of_options(self, k: int) -> Float[Tensor, "question option"]:
+        """The chance that an option comes up in k samples, option by option.
 
         Raises:
             MansuError: `k` is not in 1..samples.
@@ -68,26 +73,46 @@ class Leakage(Result):
         if not 1 <= k <= self.samples:
             raise MansuError(f"leak@k: k={k} of {self.samples} samples; choose 1..{self.samples}, or draw more")
         drawn = torch.arange(k, dtype=torch.float64)
-        misses = (self.samples - self.hits.cpu()).double()[:, None] - drawn
-        return 1 - (misses.clamp_min(0) / (self.samples - drawn)).prod(1)
+        misses = (self.samples - self.hits.cpu()).double()[..., None] - drawn
+        return 1 - (misses.clamp_min(0) / (self.samples - drawn)).prod(-1)
+
+    def at(self, k: int) -> Float[Tensor, " question"]:
+        """leak@k: the chance that the right answer comes up in k samples, question by question.
+
+        Raises:
+            MansuError: `k` is not in 1..samples.
+        """
+        return self.of_options(k)[:, 0]
+
+    def control(self, k: int) -> Float[Tensor, " question"]:
+        """The same of a wrong option, the mean over a question's distractors.
+
+        Raises:
+            MansuError: `k` is not in 1..samples.
+        """
+        return self.of_options(k)[:, 1:].mean(1)
 
     def to_dataframe(self, ks: Sequence[int] | None = None) -> pd.DataFrame:
-        """One row a k: leak@k in percent with its 95 % interval over facts.
+        """One row a k: leak@k, its control and their difference in percent, each with its 95 % interval over facts.
 
         Args:
             ks: powers of two up to the number of samples where not given.
         """
-        chosen = [2**i for i in range(self.samples.bit_length())] if ks is None else list(ks)
-        rows = [
-            {"label": self.label, "k": k} | with_interval("leak", self.at(k), self.facts, scale=100.0) for k in chosen
-        ]
+        rows = []
+        for k in [2**i for i in range(self.samples.bit_length())] if ks is None else ks:
+            row: dict[str, object] = {"label": self.label, "k": k}
+            leak, control = self.at(k), self.control(k)
+            for name, values in (("leak", leak), ("control", control), ("excess", leak - control)):
+                row |= with_interval(name, values, self.facts, scale=100.0)
+            rows.append(row)
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        return (
-            f"Leakage({self.label}: leak@1 {100 * self.at(1).mean():.1f} %, leak@{self.samples} "
-            f"{100 * self.at(self.samples).mean():.1f} %; temperature {self.temperature:g}, top_p {self.top_p:g})"
-        )
+        shown = [
+            f"leak@{k} {100 * self.at(k).mean():.1f} (wrong options {100 * self.control(k).mean():.1f}) %"
+            for k in dict.fromkeys((1, self.samples))
+        ]
+        return f"Leakage({self.label}: {', '.join(shown)}; temperature {self.temperature:g}, top_p {self.top_p:g})"
 
     def _tables(self) -> Sequence[Table]:
         return (Table(self.to_dataframe(), "in percent", "{:.1f}".format),)
@@ -107,23 +132,23 @@ def leak_at_k(
     label: str = "edited",
     progress: bool = False,
 ) -> Leakage:
-    """Sample a model's continuations of every question and look for its answer in them.
+    """Sample a model's continuations of every question and look for its options in them.
 
-    A sample is not continued once it holds the answer, or can no longer hold it; that changes no count.
+    A sample is not continued once no further option can come up in it; that changes no count.
 
     Args:
         samples: of each question; leak@k is known for every k up to this.
         temperature: logits are divided by it.
         top_p: sample from the fewest tokens whose probabilities reach this sum (Holtzman et al. 2020, arXiv 1904.09751).
-        new_tokens: length of a sample, in which the answer's tokens may stand anywhere, one behind the other; None = as
-            long as the answer, which has to be all of it.
+        new_tokens: length of a sample, in which an option's tokens may stand anywhere, one behind the other; None = a sample
+            has to begin with the option.
         seed: of the draws: the same seed gives the same counts.
         label: what the model is, for tables.
         progress: show a progress bar over the samples' tokens.
 
     Raises:
         MansuError: fewer than one sample, a temperature that is not positive, a mass outside (0, 1], samples shorter than an
-            answer, questions that do not fit the model, or logits that are not finite.
+            option, questions that do not fit the model, or logits that are not finite.
     """
     if samples < 1 or not 0 < temperature < float("inf") or not 0 < top_p <= 1:
         raise MansuError(
@@ -135,18 +160,17 @@ def leak_at_k(
         raise MansuError("leak@k: the question set is empty; pass at least one question")
     require_fit(model, questions)
     require_ready(model, questions.prompts)
-    answers = [texts[0] for texts in questions.texts()]
-    longest = max(len(answer) for answer in answers)
+    options = questions.texts()
+    longest = max(len(text) for texts in options for text in texts)
     if new_tokens is not None and new_tokens < longest:
-        raise MansuError(f"leak@k: new_tokens={new_tokens}, the longest answer has {longest}; sample at least as many")
+        raise MansuError(f"leak@k: new_tokens={new_tokens}, the longest option has {longest}; sample at least as many")
     prompts = [row[:length] for row, length in zip(questions.prompts.tolist(), questions.lengths.tolist(), strict=True)]
-    room = [new_tokens or len(answer) for answer in answers]
-    hits = torch.zeros(len(questions), dtype=torch.long)
+    hits = torch.zeros(len(questions), questions.options.shape[1], dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     # Equal samples share a row: how many there are, by question and by what has been written.
-    alive: dict[tuple[int, tuple[int, ...]], int] = {(i, ()): samples for i in range(len(questions))}
-    for _ in tqdm(range(max(room)), desc=f"leak@k {label}", unit="token", disable=not progress):
-        grown: dict[tuple[int, tuple[int, ...]], int] = {}
+    alive: dict[tuple[int, Text], int] = {(i, ()): samples for i in range(len(questions))}
+    for step in tqdm(range(new_tokens or longest), desc=f"leak@k {label}", unit="token", disable=not progress):
+        grown: dict[tuple[int, Text], int] = {}
         rows = list(alive.items())
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
@@ -156,14 +180,31 @@ def leak_at_k(
                 drawn, times = torch.multinomial(row, count, True, generator=generator).unique(return_counts=True)
                 for token, number in zip(drawn.tolist(), times.tolist(), strict=True):
                     longer = (*written, token)
-                    if longer[-len(answers[i]) :] == answers[i]:
-                        hits[i] += number
-                    elif _missing(longer, answers[i]) <= room[i] - len(longer):
-                        grown[i, longer] = grown.get((i, longer), 0) + number
+                    left = None if new_tokens is None else new_tokens - step - 1
+                    for option, text in enumerate(options[i]):
+                        hits[i, option] += number * (_stands(longer, text, left) and not _stands(written, text, left))
+                    if any(_may_come(longer, text, left) for text in options[i]):
+                        grown[i, longer] = number
         alive = grown
         if not alive:
             break
     return Leakage(label, hits, samples, float(temperature), float(top_p), new_tokens or 0, seed, questions.facts)
+
+
+def _stands(written: Text, option: Text, left: int | None) -> bool:
+    """Whether an option stands in a sample: anywhere, or where no number of tokens is left, at its beginning."""
+    starts = range(1 if left is None else len(written))
+    return any(written[start : start + len(option)] == option for start in starts)
+
+
+def _may_come(written: Text, option: Text, left: int | None) -> bool:
+    """Whether an option that does not stand in a sample yet still can, with so many tokens left."""
+    if _stands(written, option, left):
+        return False
+    if left is None:
+        return len(written) < len(option) and option[: len(written)] == written
+    begun = max(n for n in range(min(len(written), len(option)) + 1) if written[len(written) - n :] == option[:n])
+    return len(option) - begun <= left
 
 
 def nucleus(logits: Float[Tensor, "row vocab"], top_p: float) -> Float[Tensor, "row vocab"]:
@@ -180,12 +221,6 @@ def nucleus(logits: Float[Tensor, "row vocab"], top_p: float) -> Float[Tensor, "
         before = ordered.cumsum(-1) - ordered
         chances = torch.zeros_like(chances).scatter(1, order, torch.where(before < top_p, ordered, 0.0))
     return chances / chances.sum(-1, keepdim=True)
-
-
-def _missing(written: tuple[int, ...], answer: tuple[int, ...]) -> int:
-    """Tokens that have to follow at least before the answer stands at the end."""
-    begun = (n for n in range(min(len(written), len(answer)), -1, -1) if written[len(written) - n :] == answer[:n])
-    return len(answer) - next(begun)
 
 
 @dataclass(frozen=True)
@@ -258,5 +293,7 @@ def memorisation(
         for row, each in zip(batch.rows.tolist(), hit.tolist(), strict=True):
             right[row].append(each)
     exact = torch.tensor([sum(hits) / len(hits) for hits in right])
-    strength = torch.tensor([extraction_strength(torch.tensor(hits), torch.ones(len(hits)).bool()) for hits in right])
+    strength = torch.tensor(
+        [extraction_strength(torch.tensor(hits).long(), torch.ones(len(hits)).long()) for hits in right]
+    )
     return Memorisation(label, exact, strength, torch.tensor([len(hits) for hits in right]), whole, questions.facts)
