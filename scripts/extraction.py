@@ -52,6 +52,21 @@ NEVER = "never trained"
 SAMPLES, KS = 128, (1, 16, 128)
 COLUMNS = ["model", "form", "attack", "measure", "value", "low", "high", "chance", "part"]
 Row = dict[str, Any]
+# What the page shows; the rest is in the table.
+SHOWN = [
+    ("plain", "MC, %"), ("plain", "cloze, %"),
+    *((who, f"leak@{k}, %") for k in KS for who in ("leak", "a wrong option leaks")),
+    ("sentence", "exact memorisation, %"), ("sentence", "extraction strength, %"),
+    *((hint, "MC, %") for hint in (
+        "other wordings", "examples, near facts", "examples, forget facts", "options named", "combined, forget",
+        "combined, retain",
+    )),
+    ("combined, retain", "cloze, %"),
+    *((f"logit lens, L{layer}", "MC, %") for layer in range(4)),
+    ("soft prompt", "MC, %"), ("soft prompt", "cloze, %"), ("soft prompt, put before never trained", "MC, %"),
+    *((f"membership{of}, {attack}", "AUC") for attack in ("LOSS", "Min-K", "Min-K++") for of in ("", " of wrong sentences")),
+    *((f"membership, {attack}", "PrivLeak, %") for attack in ("LOSS", "Min-K", "Min-K++")),
+]  # fmt: skip
 
 
 @dataclass
@@ -156,15 +171,17 @@ def models_of(run: Path, config: dict[str, Any], never: TransformerBridge | None
 def by_attack(table: pd.DataFrame) -> pd.DataFrame:
     """One row an attack and measure, one column a model and form: what the page shows."""
     named = table.assign(column=[f"{m}, {f}" if f else m for m, f in zip(table.model, table.form, strict=True)])
-    shown = named[~named.attack.str.startswith("logit lens") & ~named.attack.str.contains("top_p")]
-    keys = list(dict.fromkeys(zip(shown.attack, shown.measure, strict=True)))
-    columns = [name for name in dict.fromkeys(shown.column) if name != NEVER] + [NEVER]
-    wide = shown.pivot(index=["attack", "measure"], columns="column", values="value").reindex(columns=columns)
+    columns = [name for name in dict.fromkeys(named.column) if name != NEVER]
+    columns += [NEVER] * (NEVER in named.column.tolist())
+    cells = {(row.attack, row.measure, row.column): float(row.value) for row in named.itertuples()}
+    known = list(dict.fromkeys(zip(named.attack, named.measure, strict=True)))
     rows = []
-    for key in keys:
-        digits = 2 if key[1] == "AUC" else 0
-        cells = ["" if value != value else f"{value:.{digits}f}" for value in wide.loc[key]]
-        rows.append([*key, *(cell.replace("-0", "0") if cell in ("-0", "-0.00") else cell for cell in cells)])
+    for attack, measure in (key for key in SHOWN if key in known):
+        digits = 2 if measure == "AUC" else 0
+        # Adding nothing to a rounded number takes a minus off zero.
+        found = [cells.get((attack, measure, column)) for column in columns]
+        shown = ["" if value is None else f"{round(value, digits) + 0.0:.{digits}f}" for value in found]
+        rows.append([attack, measure, *shown])
     return pd.DataFrame(rows, columns=["attack", "measure", *columns])
 
 
