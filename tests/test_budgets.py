@@ -162,11 +162,11 @@ def test_a_plan_is_run_curve_by_curve_and_goes_on_where_it_stopped(tmp_path: Pat
 
     task, model = tiny_task(), mtl.load(tiny("llama"), tokenizer=tiny_tokenizer())
     models = {"edited": model, "never, 2/3": mtl.load(tiny("llama", seed=1), tokenizer=tiny_tokenizer())}
-    plan = BudgetPlan((1, 2), learning_rates=(1e-3,), steps=(1, 2), ranks=(0, 2))
+    plan = BudgetPlan((1,), ("near facts",), learning_rates=(1e-3,), steps=(1, 2), ranks=(0, 2))
     folder, count, real = tmp_path / "curves", [], relearn
 
     def counted(*args, **kwargs):
-        if len(count) == 5:
+        if len(count) == 3:
             raise KeyboardInterrupt
         count.append(kwargs["label"])
         return real(*args, **kwargs)
@@ -176,22 +176,19 @@ def test_a_plan_is_run_curve_by_curve_and_goes_on_where_it_stopped(tmp_path: Pat
         relearning_budgets(models, task, plan, reference="never, 2/3", folder=folder)
     monkeypatch.setattr("mansu_tl.verification.budgets.relearn", real)
     made = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    assert len(made) == 5
+    assert len(made) == 3
     found = relearning_budgets(models, task, plan, reference="never, 2/3", folder=folder)
     assert {path: path.stat().st_mtime_ns for path in made} == made  # nothing twice
-    assert len(found.curves) == 2 * (2 + 2) * 2 and found.steps == (0, 1, 2)
+    assert len(found.curves) == 2 * 2 * 2 and found.steps == (0, 1, 2)
     assert {budget.kind for budget in found.budgets} == {
-        (text, facts, rank)
-        for text, facts in (("forget facts", 1), ("forget facts", 2), ("near facts", 0), ("unrelated text", 0))
-        for rank in (0, 2)
+        (text, facts, rank) for text, facts in (("forget facts", 1), ("near facts", 0)) for rank in (0, 2)
     }
-    again = relearning_budgets(models, task, plan, reference="never, 2/3")
-    assert again.digest() == found.digest()
     # A budget of one step of a longer run is a run of one step.
     short = relearn(model, next(plan.attacks(task))[2], steps=1, learning_rate=1e-3, ask_at=(0, 1))
     assert short.values.equal(found.curves[0].values[:, :2])
     # Another model of the same name is measured anew.
-    changed = relearning_budgets({**models, "edited": models["never, 2/3"]}, task, plan, folder=folder)
+    swapped = {"edited": models["never, 2/3"]}
+    changed = relearning_budgets(swapped, task, dataclasses.replace(plan, texts=(), ranks=(0,)), folder=folder)
     assert not changed.curves[0].values.equal(found.curves[0].values)
     for wrong, said in (({}, "no model"), ({"edited": model}, "reference 'x' is none of edited")):
         with pytest.raises(MansuError, match=said):

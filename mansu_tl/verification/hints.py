@@ -212,7 +212,7 @@ class _Maker:
     def _letter(self) -> Questions | str:
         hint = []
         for texts in self.forget.texts():
-            answer = self.tokenizer.decode(list(texts[0])).strip()
+            answer = str(self.tokenizer.decode(list(texts[0]))).strip()
             told = self._text(f"It begins with {answer[:1]}")
             if told is None:
                 return "the tokenizer has no letters"

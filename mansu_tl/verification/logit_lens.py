@@ -90,20 +90,20 @@ def logit_lens(
     require_fit(model, questions)
     require_ready(model, questions.prompts)
     hooks = stream_hooks(model)
-    right, cloze, odds = [], [], []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, len(questions), batch_size):
         rows = forced(questions[slice(start, start + batch_size)].to(home(model)))
         found = []
         for logits in _by_layer(model, list(hooks.values()), rows.clean, rows.places):
             scores = option_scores(rows, logits)
             found.append((first_is_best(scores).cpu(), rows.greedy(logits).cpu(), log_odds(scores).cpu()))
-        for into, values in zip((right, cloze, odds), zip(*found, strict=True), strict=True):
-            into.append(torch.stack(values))
-    values = torch.cat(odds, 1)
-    if not torch.isfinite(values).all():
+        right, cloze, odds = (torch.stack(each) for each in zip(*found, strict=True))
+        parts.append((right, cloze, odds))
+    right, cloze, odds = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    if not torch.isfinite(odds).all():
         raise MansuError("logit lens: scores are not finite on these questions; check the model's weights and dtype")
     return LogitLens(
-        label, tuple(hooks), torch.cat(right, 1), torch.cat(cloze, 1), values, questions.facts,
+        label, tuple(hooks), right, cloze, odds, questions.facts,
         1 / questions.options.shape[1],
     )  # fmt: skip
 
@@ -117,6 +117,6 @@ def _by_layer(
     forward(model, tokens, [*((hook, keep(kept, hook)) for hook in hooks), (UNEMBED, only(places))])
     for hook in hooks:
         stream = kept[hook]
-        # What stands in front of the final norm is replaced whole, so one token has to be run.
-        asked = stream[places.on(stream.device)][None]
-        yield forward(model, tokens[:1, :1], [(hooks[-1], put(asked))])[0].float()
+        # What stands in front of the final norm is replaced whole, by rows of one position, so one token has to be run.
+        asked = stream[places.on(stream.device)][:, None]
+        yield forward(model, tokens[:1, :1], [(hooks[-1], put(asked))])[:, 0].float()

@@ -236,7 +236,7 @@ def _scores(
         found += list(zip(each.split(counts), standard.split(counts), strict=True))
     rows = []
     for i, (each, standard) in enumerate(found):
-        shown = tokenizer.decode(text.tokens[i, : int(text.lengths[i])].tolist(), skip_special_tokens=True)
+        shown = str(tokenizer.decode(text.tokens[i, : int(text.lengths[i])].tolist(), skip_special_tokens=True))
         size = len(zlib.compress(shown.encode()))
         least = max(1, int(share * len(each)))
         low, lowest = (values.sort().values[:least].mean() for values in (each, standard))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -183,7 +184,7 @@ def ask_behind(
         raise MansuError("soft prompt: these are not the questions that the prompts were made with; pass the same")
     require_copyable(model, questions.prompts)
     hf, at = float32_copy(model), _place(questions)
-    width = hf.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
+    width = _embedding(hf).embedding_dim
     if width != prompt.prompts.shape[2]:
         raise MansuError(
             f"soft prompt: embeddings of {prompt.prompts.shape[2]} numbers, the model's have {width}; use one shape"
@@ -200,6 +201,12 @@ def ask_behind(
         right[held], cloze[held], odds[held] = answers.multiple_choice, answers.cloze, answers.log_odds
         losses.append([loss, loss])
     return replace(prompt, label=label, multiple_choice=right, cloze=cloze, log_odds=odds, loss=torch.tensor(losses))
+
+
+def _embedding(hf: PreTrainedModel) -> torch.nn.Embedding:
+    found = hf.get_input_embeddings()
+    assert isinstance(found, torch.nn.Embedding)
+    return found
 
 
 def _place(questions: Questions) -> int:
@@ -224,7 +231,7 @@ def _in_front(hf: PreTrainedModel, prompt: Float[Tensor, "token d_model"], at: i
         rows = prompt.to(out.dtype)[None].expand(len(out), -1, -1)
         return torch.cat([out[:, :at], rows, out[:, at + len(prompt) :]], 1)
 
-    with hf.get_input_embeddings().register_forward_hook(put):  # type: ignore[union-attr]
+    with _embedding(hf).register_forward_hook(put):
         yield
 
 
@@ -237,13 +244,13 @@ def _trained(
     rate: float,
     batch_size: int,
     generator: torch.Generator,
-    bar: tqdm,  # type: ignore[type-arg]
+    bar: tqdm[Any],
 ) -> tuple[Float[Tensor, "token d_model"], float, float]:
     """A prompt that makes these questions' answers likelier, and the answers' loss before and behind it all."""
-    table = hf.get_input_embeddings().weight.detach()  # type: ignore[union-attr]
+    table = _embedding(hf).weight.detach()
     with torch.no_grad():
         drawn = torch.randint(len(table), (tokens,), generator=generator).to(table.device)
-        prompt = hf.get_input_embeddings()(drawn[None])[0].clone().requires_grad_(True)  # type: ignore[misc]
+        prompt = _embedding(hf)(drawn[None])[0].clone().requires_grad_(True)
     optimizer = torch.optim.Adam([prompt], lr=rate * prompt.detach().square().mean().sqrt().item())
     draw = Sampler(len(questions), batch_size, generator)
     with _in_front(hf, prompt, at):
