@@ -27,7 +27,10 @@ from mansu_tl.quantization.dither import dither
 from mansu_tl.unlearning import Edit, method_flags, methods
 from mansu_tl.unlearning.search import judge
 from mansu_tl.verification import (
+    BudgetPlan,
+    SoftPrompt,
     Subject,
+    ask_behind,
     attack_splits,
     certify,
     circuit_scores,
@@ -40,10 +43,18 @@ from mansu_tl.verification import (
     evaluate_muse,
     evaluate_rwku,
     evaluate_tofu,
+    hints,
+    leak_at_k,
+    logit_lens,
     measure,
+    membership,
+    memorisation,
+    near_attack,
     probe,
     rediscover,
     relearn,
+    relearning_budgets,
+    soft_prompt,
     unrelated_attack,
 )
 from tests.tiny import lettered_tokenizer, tiny, tiny_tokenizer
@@ -386,6 +397,10 @@ def _scores(c: Case) -> mtl.circuit.EdgeScores:
     )
 
 
+def _soft_prompt(c: Case) -> SoftPrompt:
+    return soft_prompt(c.model, c.task.questions["forget"], tokens=1, steps=2, batch_size=4)
+
+
 _ASKED = tuple(Item(f"w{i} w7", f"w{i + 5} w6", perturbed_answers=("w9 w8", "w3 w4")) for i in range(10, 13))
 _CHOICES = [Choice("a", "w5 w6", ("w7", "w8", "w9", "w10"), 2), Choice("b", "w9", ("w5", "w6", "w7", "w8"), 0)]
 _LETTERS = lettered_tokenizer()
@@ -425,6 +440,16 @@ FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
     "compare_relearning": lambda c: compare_relearning(
         {"model": c.model}, attack_splits(c.task, 1, 1), learning_rates=(1e-3,), steps=1, batch_size=4
     ),
+    "relearning_budgets": lambda c: relearning_budgets(
+        {"model": c.model}, c.task, BudgetPlan((1,), ("near facts",), (1e-3,), (1,), (0, 2)), batch_size=4
+    ),
+    "leak_at_k": lambda c: leak_at_k(c.model, c.task.questions["forget"], samples=20),
+    "memorisation": lambda c: memorisation(c.model, c.task.questions["forget"], whole=True),
+    "membership": lambda c: membership(c.model, c.task.questions["forget"], c.task.questions["retain"]),
+    "logit_lens": lambda c: logit_lens(c.model, c.task.questions["forget"]),
+    "hints": lambda c: hints(c.model, c.task, examples=1, separator="w8"),
+    "soft_prompt": _soft_prompt,
+    "ask_behind": lambda c: ask_behind(_soft_prompt(replace(c, model=c.never)), c.model, c.task.questions["forget"]),
     "probe": lambda c: probe(c.model, c.task.questions["forget"], folds=2, shuffles=1),
     "erasure_depth": lambda c: erasure_depth(c.model, c.edited, c.never, c.task.forget_pairs, threshold=0.0),
     "measure": lambda c: measure(Subject(c.model, c.task, c.circuit), Subject(c.edited, c.task, c.circuit), ["nf4"]),
@@ -455,6 +480,7 @@ OF_WEIGHTS: Mapping[str, Callable[[Case], object]] = {
     "Edit.revert": lambda c: c.edit.revert(c.edited),
     "certify": lambda c: sorted(_certificate(c)),
     "attack_splits": lambda c: attack_splits(c.task, 1, 2)[1].text,
+    "near_attack": lambda c: near_attack(c.task).text,
     "unrelated_attack": lambda c: unrelated_attack(c.task).text,
     "random_mask": lambda c: random_mask(Graph.of(c.model).exists, 20, 0),
     "positions": lambda c: mtl.data.positions(c.task.forget_pairs, "end"),

@@ -9,7 +9,7 @@ import pytest
 
 from mansu_tl.study import markdown, properties
 from mansu_tl.study.table import read_table
-from scripts import meta_cad
+from scripts import extraction, meta_cad
 from tests.benchmarks import readme, real, tofu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,6 +246,29 @@ def test_specificity_tells_suppressors_from_models_that_never_knew() -> None:
         assert (plain.verdict[name] == verdict).all(), name
     # What it does not tell, and the page says so.
     assert (plain.verdict["suppressor, first"] == "erased").any()
+
+
+def test_what_attacks_without_training_find_is_in_their_table() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "extraction.csv", keep_default_na=False)
+    page = (ROOT / "docs" / "erasure.md").read_text(encoding="utf-8")
+    lines = real.plain(extraction.by_attack(table)).splitlines()
+    assert quoted(page, "figures/tables/extraction.csv") == [line for line in lines if line]
+    found = table.set_index(["model", "form", "attack", "measure"])
+
+    def ends(model: str, attack: str, measure: str = "MC, %") -> tuple[float, float]:
+        row = found.loc[(model, "", attack, measure)]
+        return float(row.low), float(row.high)
+
+    # Held-out facts behind a soft prompt, and the answer in the middle of the model: MANSU above the never-trained one.
+    for attack in ("soft prompt", "logit lens, L0", "logit lens, L1", "logit lens, L2"):
+        assert ends("MANSU", attack)[0] > ends("never trained", attack)[1], attack
+    # Sampling: no more than a wrong option, up to the width of the intervals.
+    for k in (1, 16, 128):
+        right, wrong = (ends("MANSU", who, f"leak@{k}, %") for who in ("leak", "a wrong option leaks"))
+        assert right[0] < wrong[1]
+    # Membership: told by wrong answers as by right ones.
+    for attack in ("LOSS", "Min-K", "Min-K++"):
+        assert ends("MANSU", f"membership of wrong sentences, {attack}", "AUC")[0] > 0.85
 
 
 def test_auc_by_hand() -> None:

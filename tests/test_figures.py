@@ -36,7 +36,7 @@ from mansu_tl.plots.theme import fixed, number, theme_named
 from mansu_tl.quantization import grid_of
 from mansu_tl.quantization.statistics import predicted_flips
 from mansu_tl.results.intervals import interval_over_facts
-from mansu_tl.verification import Divergence
+from mansu_tl.verification import Budget, Divergence, RelearningBudgets
 from mansu_tl.verification.depth import ErasureDepth
 from mansu_tl.verification.probes import Probes
 from mansu_tl.verification.relearning import RelearningCurve
@@ -79,6 +79,12 @@ def relearning_of(name: str = "edited") -> Relearning:
         for attack in ("split 0", "split 1!")
     ]
     return Relearning((*curves, curve_of(name, 0.3, kind="text", attack="text")), "never")
+
+
+def budgets_of(name: str = "edited") -> RelearningBudgets:
+    curves = relearning_of(name).curves
+    budgets = tuple(Budget("forget facts" if "0" in c.attack else name, 0, c.learning_rate, 0) for c in curves)
+    return RelearningBudgets(budgets, curves, "never")
 
 
 def probes_of(label: str, level: float = 0.5) -> Probes:
@@ -190,6 +196,7 @@ def all_figures(name: str, theme: str) -> dict[str, Drawing]:
     circuit = replace(circuit_of(), how=name)
     return {
         "relearning": plots.relearning(relearning_of(name), chance=25, **look),
+        "relearning_budgets": plots.relearning_budgets(budgets_of(name), **look),
         "probes": plots.probes([probes_of(name), probes_of("never")], reference=name, **look),
         "erasure_depth": plots.erasure_depth(replace(depth_of(name), metric=name), **look),
         "frontier": plots.frontier(

@@ -3,6 +3,7 @@
 Every function takes `title` (plain text, instead of its own) and `theme` ("light" or "dark").
 """
 
+from mansu_tl.plots.budgets import relearning_budgets
 from mansu_tl.plots.circuit_graph import circuit
 from mansu_tl.plots.circuit_views import circuit_layers, circuit_stages
 from mansu_tl.plots.curves import erasure_depth, faithfulness_curves, probes, relearning
@@ -21,8 +22,8 @@ __all__ = [
     "attention_patterns", "attention_view", "attribution_scatter", "bins", "cad_by_depth", "certificate", "circuit",
     "circuit_divergence", "circuit_layers", "circuit_stages", "dither", "divergence_by_layer", "divergence_plane",
     "divergence_scatter", "edge_matrix", "erasure_depth", "faithfulness_curves", "frontier", "gap_matrix", "head_scores",
-    "methods_table", "node_scores", "pareto", "patching", "probes", "ptq_gap", "relearning", "ruler", "scorecard",
-    "sensitivity", "token_scores", "write_html", "write_image", "write_images",
+    "methods_table", "node_scores", "pareto", "patching", "probes", "ptq_gap", "relearning", "relearning_budgets",
+    "ruler", "scorecard", "sensitivity", "token_scores", "write_html", "write_image", "write_images",
 ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Did it really forget: CAD, the scorecard, the certificate, and evidence of structural erasure."""
 
 from mansu_tl.verification.asking import SideBySide, ask
-from mansu_tl.verification.attacks import Attack, attack_splits, unrelated_attack
+from mansu_tl.verification.attacks import Attack, attack_splits, near_attack, unrelated_attack
+from mansu_tl.verification.budgets import Budget, BudgetPlan, RelearningBudgets, relearning_budgets
 from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
 from mansu_tl.verification.choices import ChoiceScores, evaluate_choices
@@ -17,10 +18,14 @@ from mansu_tl.verification.divergence import (
     circuit_scores,
     output_suppressor,
 )
+from mansu_tl.verification.extraction import Leakage, Memorisation, leak_at_k, memorisation
+from mansu_tl.verification.hints import Hints, hints
 from mansu_tl.verification.knowledge import require_known
 from mansu_tl.verification.llama import JudgedFile, LlamaJudgement, judge_by_llama
+from mansu_tl.verification.logit_lens import LogitLens, logit_lens
 from mansu_tl.verification.lume import evaluate_lume, lume_aggregate
 from mansu_tl.verification.measurement import Subject, measure
+from mansu_tl.verification.membership import Membership, PrivLeak, membership, privleak
 from mansu_tl.verification.muse import evaluate_muse
 from mansu_tl.verification.probes import Probes, probe
 from mansu_tl.verification.rediscovery import Rediscovery, rediscover
@@ -29,6 +34,7 @@ from mansu_tl.verification.resistance import Relearning, compare_relearning
 from mansu_tl.verification.rouge import RougeL, rouge_l, summary_recall
 from mansu_tl.verification.rwku import evaluate_rwku
 from mansu_tl.verification.scorecard import Scorecard, judge, scorecard
+from mansu_tl.verification.soft_prompt import SoftPrompt, ask_behind, soft_prompt
 from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
 from mansu_tl.verification.verdicts import Bounds
 from mansu_tl.verification.written import WrittenScores
@@ -36,6 +42,8 @@ from mansu_tl.verification.written import WrittenScores
 __all__ = [
     "Attack",
     "Bounds",
+    "Budget",
+    "BudgetPlan",
     "CadByDepth",
     "Certificate",
     "ChoiceScores",
@@ -47,21 +55,30 @@ __all__ = [
     "DepthVerdict",
     "Divergence",
     "ErasureDepth",
+    "Hints",
     "JudgedDivergence",
     "JudgedFile",
+    "Leakage",
     "LlamaJudgement",
+    "LogitLens",
+    "Membership",
+    "Memorisation",
+    "PrivLeak",
     "Probes",
     "Rediscovery",
     "Relearning",
+    "RelearningBudgets",
     "RelearningCurve",
     "RougeL",
     "Scorecard",
     "SetScores",
     "SideBySide",
+    "SoftPrompt",
     "Subject",
     "TofuScores",
     "WrittenScores",
     "ask",
+    "ask_behind",
     "attack_splits",
     "certify",
     "certify_in_fresh_process",
@@ -76,17 +93,26 @@ __all__ = [
     "evaluate_muse",
     "evaluate_rwku",
     "evaluate_tofu",
+    "hints",
     "judge",
     "judge_by_llama",
+    "leak_at_k",
+    "logit_lens",
     "lume_aggregate",
     "measure",
+    "membership",
+    "memorisation",
+    "near_attack",
     "output_suppressor",
+    "privleak",
     "probe",
     "rediscover",
     "relearn",
+    "relearning_budgets",
     "require_known",
     "rouge_l",
     "scorecard",
+    "soft_prompt",
     "summary_recall",
     "unrelated_attack",
 ]

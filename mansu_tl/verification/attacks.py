@@ -98,6 +98,20 @@ def unrelated_attack(task: Task, *, questions: str = "forget") -> Attack:
     return _attack(task, "unrelated text", "text", text, text.lengths - 1, _asked(task, questions))
 
 
+@torch_defaults()
+def near_attack(task: Task, *, questions: str = "forget") -> Attack:
+    """Fine-tuning on the sentences of near facts, which were to be kept: the forget set's form without a fact of it.
+
+    Raises:
+        MansuError: no such question set, or a task without near text.
+    """
+    require_task(task)
+    text = task.near_text
+    if not len(text):
+        raise MansuError(f"attack: task {task.name!r} has no near text; give some, or use unrelated_attack")
+    return _attack(task, "near facts", "text", text, text.lengths - 1, _asked(task, questions))
+
+
 def answered(questions: Questions) -> Sequences:
     """Every question's prompt with its right answer attached."""
     tokens = torch.nn.functional.pad(questions.prompts, (0, questions.options.shape[2]))

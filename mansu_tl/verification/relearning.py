@@ -1,7 +1,8 @@
 """Relearning: how fast does fine-tuning on a few forget facts bring the others back?
 
-Full fine-tuning in fp32 of a plain copy, AdamW with a constant learning rate, the attack after e.g. Lynch et al. 2024
-(arXiv 2402.16835) and Deeb & Roger 2024 (arXiv 2410.08827): train on some facts, ask about the others.
+Fine-tuning in fp32 of a plain copy, all of it or by low-rank adapters, AdamW with a constant learning rate, the attack
+after e.g. Lynch et al. 2024 (arXiv 2402.16835) and Deeb & Roger 2024 (arXiv 2410.08827): train on some facts, ask about the
+others.
 
 What comes back is measured against two things. The *prior*: fine-tuning on answers makes those answers likelier for
 anything, so each question is also put to the same model about names that stand for nothing, in the same wording and
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pandas as pd
 import torch
@@ -31,11 +33,13 @@ from mansu_tl.models import float32_copy, home, require_copyable
 from mansu_tl.results.intervals import with_interval
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.metrics import accuracy, last_logits
-from mansu_tl.runs.values import predicted
+from mansu_tl.runs.values import Values, predicted
 from mansu_tl.unlearning.batches import Sampler
+from mansu_tl.verification.adapters import Trained
 from mansu_tl.verification.attacks import Attack
 
 MEASURES = ("multiple_choice", "cloze", "log_odds")
+_AS_IT_IS: Values = MappingProxyType({})
 _MILESTONES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -128,6 +132,7 @@ def relearn(
     learning_rate: float = 3e-4,
     batch_size: int = 32,
     weight_decay: float = 0.01,
+    rank: int = 0,
     ask_at: Sequence[int] | None = None,
     seed: int = 0,
     label: str = "edited",
@@ -139,50 +144,57 @@ def relearn(
 
     Args:
         steps: optimizer steps.
-        learning_rate: constant, of AdamW over every parameter, in fp32.
+        learning_rate: constant, of AdamW over all that is trained, in fp32.
         batch_size: sequences a step; every sequence comes once a round.
+        rank: of adapters on the linear layers (LoRA), which alone are trained and are named in the curve's `attack`; 0 =
+            every parameter is.
         ask_at: steps at which to ask; 0, 1, 2, 5, 10, 20, 50, ... and the last where not given.
         seed: of the batches: the same seed gives the same curve.
         label: what the model is, for tables and figures.
         progress: show a progress bar.
 
     Raises:
-        MansuError: fewer than one step, a rate or batch size that is not positive, steps to ask at outside 0..steps,
-            an empty attack, a loss that is not finite, or a 4-bit model.
+        MansuError: fewer than one step, a rate or batch size that is not positive, a rank below 0, steps to ask at outside
+            0..steps, an empty attack, a loss that is not finite, or a 4-bit model.
     """
     asked = _steps_to_ask(steps, ask_at)
     if not learning_rate > 0 or batch_size < 1:
         raise MansuError(
             f"relearning: learning_rate={learning_rate}, batch_size={batch_size}; both have to be positive"
         )
+    if rank < 0:
+        raise MansuError(f"relearning: rank={rank}; choose 1 or more for adapters, or 0 to train every parameter")
     if len(attack.text) == 0 or len(attack.questions) == 0:
         raise MansuError(
             f"attack {attack.name!r}: {len(attack.text)} sequences, {len(attack.questions)} questions; give some"
         )
     require_copyable(model, attack.text.tokens)
     require_fit(model, attack.text)
-    hf = float32_copy(model).requires_grad_(True)
+    hf = float32_copy(model)
+    weights = Trained.of(hf, rank, seed)
     text, trained = attack.text.to(home(hf)), attack.trained.to(home(hf))
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(weights.moving, lr=learning_rate, weight_decay=weight_decay)
     draw = Sampler(len(text), batch_size, torch.Generator().manual_seed(seed))
     values, priors, losses = [], [], []
     for step in tqdm(range(steps + 1), desc=f"relearning {label}", unit="step", disable=not progress):
         if step in asked:
-            losses.append(_mean_loss(hf, text, trained))
-            if not math.isfinite(losses[-1]):
-                raise MansuError(
-                    f"relearning: the loss is {losses[-1]} at step {step}; lower learning_rate={learning_rate}"
-                )
-            answers = accuracy(hf, attack.questions)
-            values.append(torch.stack([answers.multiple_choice.float(), answers.cloze.float(), answers.log_odds]))
-            priors.append(_prior(hf, attack))
+            with weights.merged():
+                losses.append(_mean_loss(hf, text, trained))
+                if not math.isfinite(losses[-1]):
+                    raise MansuError(
+                        f"relearning: the loss is {losses[-1]} at step {step}; lower learning_rate={learning_rate}"
+                    )
+                answers = accuracy(hf, attack.questions)
+                values.append(torch.stack([answers.multiple_choice.float(), answers.cloze.float(), answers.log_odds]))
+                priors.append(_prior(hf, attack))
         if step < steps:
             optimizer.zero_grad()
             rows = draw()
-            _loss(hf, text[rows], trained[rows]).mean().backward()
+            _loss(hf, text[rows], trained[rows], weights.values()).mean().backward()
             optimizer.step()
+    name = f"{attack.name}, LoRA {rank}" if rank else attack.name
     return RelearningCurve(
-        label, attack.name, attack.kind, float(learning_rate), seed, asked, torch.stack(values, 1),
+        label, name, attack.kind, float(learning_rate), seed, asked, torch.stack(values, 1),
         torch.stack(priors, 1), torch.tensor(losses), attack.questions.facts,
     )  # fmt: skip
 
@@ -214,9 +226,11 @@ def _steps_to_ask(steps: int, ask_at: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(sorted(set(ask_at)))
 
 
-def _loss(hf: PreTrainedModel, batch: Sequences, trained: Int[Tensor, " sequence"]) -> Float[Tensor, " token"]:
+def _loss(
+    hf: PreTrainedModel, batch: Sequences, trained: Int[Tensor, " sequence"], values: Values = _AS_IT_IS
+) -> Float[Tensor, " token"]:
     """Cross-entropy of every token that is trained on, in nats."""
-    found = predicted(hf, {}, batch)
+    found = predicted(hf, values, batch)
     counts = found.places >= (batch.lengths - 1 - trained)[found.rows]
     return torch.nn.functional.cross_entropy(found.logits[counts], found.targets[counts], reduction="none")
 
