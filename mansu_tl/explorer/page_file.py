@@ -120,6 +120,7 @@ def _facts(results: Results, sizes: Sequence[int], pairs: Sequence[int]) -> dict
         "metric": ranking.metric.replace("_", " "),
         "sizes": [[n, results.circuit(n).n_edges, _known(results, n)] for n in sizes],
         "pairs": [_pair(results, pair) for pair in pairs],
+        "names": [results.label(pair) for pair in range(len(results.pairs))],
     }
 
 
