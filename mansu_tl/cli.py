@@ -170,7 +170,7 @@ def explore(
     """Show a results folder's circuit in the browser: click, ask, switch parts off. Ctrl-C ends it."""
     explorer = open_results(folder)
     if save is not None:
-        typer.echo(f"written: {explorer.save_html(save)}")
+        typer.echo(f"written: {explorer.save_html(save, progress=True)}")
         return
     with ExplorerServer(explorer, port) as server:
         typer.echo(f"{server.address}\nCtrl-C ends it")

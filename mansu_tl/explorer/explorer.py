@@ -231,7 +231,12 @@ class Explorer:
         return switched(self.results, pictures.stages_of(s), s.size, off, asked_of, inside, kind, counterfactual)
 
     def save_html(
-        self, path: str | PathLike[str], *, pairs: Sequence[int] | None = None, sizes: Sequence[int] | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        pairs: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+        progress: bool | None = None,
     ) -> Path:
         """Write the explorer as a page that opens without a server or a network; see `page_file`.
 
@@ -240,11 +245,12 @@ class Explorer:
             pairs: numbers of the pairs whose prompt and attention can be looked at; by default eight, spread evenly.
                 Scores are those of all pairs in any case.
             sizes: of the circuits that can be chosen; by default six around the present one.
+            progress: show a bar; by default in notebooks.
 
         Raises:
             MansuError: a pair or size that is not there, or a folder that cannot be written to.
         """
-        return page_file.write(path, self.results, self.selection, self.depth, pairs, sizes)
+        return page_file.write(path, self.results, self.selection, self.depth, pairs, sizes, progress)
 
     def _require(self, new: Selection) -> None:
         results = self.results

@@ -20,7 +20,7 @@ from mansu_tl.explorer.selection import parsed_item
 from mansu_tl.models.limits import most_positions
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.ablation import KINDS, Ablation
-from mansu_tl.runs.metrics import answer_log_prob, last_logits, logit_difference
+from mansu_tl.runs.metrics import Metric, answer_log_prob, last_logits, logit_difference
 from mansu_tl.verification import SideBySide, ask
 
 INSIDE = ("model", "circuit")
@@ -130,15 +130,13 @@ def switched(
     for stage in stages:
         model = results.model_of(stage)
         how = results.mean_ablation(stage) if kind == "mean" else Ablation(kind)
-        chance, difference = (
-            patch_edges(model, pairs, masks, ablation=how, metric=metric)[:, 0]
-            for metric in (answer_log_prob, logit_difference)
-        )
-        numbers.append(torch.stack([chance.exp(), difference]))
-        written = [_written(model, pairs, mask[None], how) for mask in masks]
-        says.append(tuple(results.model.tokenizer.decode(tokens).strip() for tokens, _ in written))
-        likely.append(tuple(_likely(results, first) for _, first in written))
+        first = patched_logits(model, pairs, masks, ablation=how)[:, 0]
+        numbers.append(torch.stack([_measured(m, model, pairs, masks, how, first) for m in (answer_log_prob, logit_difference)]))
+        written = [_written(model, pairs, masks[i : i + 1], how, int(first[i].argmax())) for i in range(2)]
+        says.append(tuple(results.model.tokenizer.decode(tokens).strip() for tokens in written))
+        likely.append(tuple(_likely(results, logits) for logits in first))
     both = torch.stack(numbers)
+    both[:, 0].exp_()
     if typed:
         both = torch.full_like(both, torch.nan)
     return Switched(
@@ -197,25 +195,33 @@ def _own_pair(results: Results, prompt: str, counterfactual: str, kind: str) -> 
     return PromptPairs(tokens, corrupt, best.view(1, 2, 1), lengths)
 
 
+def _measured(
+    metric: Metric,
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    masks: Float[Tensor, "2 writer reader"],
+    how: Ablation,
+    first: Float[Tensor, "2 vocab"],
+) -> Float[Tensor, "2"]:
+    """A metric of one pair under both masks: read from the logits behind the prompt where they say it all."""
+    if pairs.options.shape[2] == 1:
+        return metric(first, pairs[[0, 0]])
+    return patch_edges(model, pairs, masks, ablation=how, metric=metric)[:, 0]
+
+
 def _written(
-    model: TransformerBridge, pairs: PromptPairs, mask: Float[Tensor, "1 writer reader"], how: Ablation
-) -> tuple[list[int], Float[Tensor, " vocab"]]:
-    """What is written behind one pair's clean prompt under a mask, as many tokens as its answer has; and the logits of the
-    first. What has been written stands behind the corrupt prompt too."""
-    written: list[int] = []
-    first: Tensor | None = None
-    for _ in range(int(pairs.option_lengths[0, 0])):
-        logits = patched_logits(model, _longer(pairs, written), mask, ablation=how)[0, 0]
-        first = logits if first is None else first
-        written.append(int(logits.argmax()))
-    assert first is not None
-    return written, first
+    model: TransformerBridge, pairs: PromptPairs, mask: Float[Tensor, "1 writer reader"], how: Ablation, first: int
+) -> list[int]:
+    """What is written behind one pair's clean prompt under a mask, as many tokens as its answer has; what has been written
+    stands behind the corrupt prompt too."""
+    written = [first]
+    while len(written) < int(pairs.option_lengths[0, 0]):
+        written.append(int(patched_logits(model, _longer(pairs, written), mask, ablation=how)[0, 0].argmax()))
+    return written
 
 
 def _longer(pairs: PromptPairs, written: list[int]) -> PromptPairs:
     """One pair with some tokens behind both its prompts."""
-    if not written:
-        return pairs
     length = int(pairs.lengths[0])
     behind = torch.tensor([written])
     clean, corrupt = (torch.cat([tokens[:, :length], behind], 1) for tokens in (pairs.clean, pairs.corrupt))

@@ -19,6 +19,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
+from tqdm.auto import tqdm
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.circuit.graph import writers_behind
@@ -27,13 +28,16 @@ from mansu_tl.explorer import pictures
 from mansu_tl.explorer.requests import answered, key_of, short
 from mansu_tl.explorer.results import ORIGINAL, Results, Stage
 from mansu_tl.explorer.selection import Selection, item_name
+from mansu_tl.models import parameters
 from mansu_tl.plots.theme import theme_named
 from mansu_tl.results.files import write_text
+from mansu_tl.results.result import bars
 from mansu_tl.verification import CadByDepth
 
 _PAIRS, _SIZES = 8, 6
 _MOST_EDGES = 500  # of the largest circuit in a file, if the chosen one is not larger
-_ITEMS, _HEADS, _RULERS = 200, 40, 40  # in a file: edges pair by pair, heads' patterns, weights of a method and quantizer
+_ITEMS, _HEADS, _RULERS = 200, 40, 24  # in a file: edges pair by pair, heads' patterns, weights of a method and quantizer
+_SLOW = 20_000_000  # parameters of a model whose edges are scored in minutes
 Request = tuple[Any, ...]
 
 
@@ -44,9 +48,10 @@ def write(
     depth: Sequence[CadByDepth],
     pairs: Sequence[int] | None = None,
     sizes: Sequence[int] | None = None,
+    progress: bool | None = None,
 ) -> Path:
     """Write the page with everything in it; it loads nothing. Arguments and errors as of `Explorer.save_html`."""
-    return write_text(path, alone(results, selection, depth, pairs, sizes))
+    return write_text(path, alone(results, selection, depth, pairs, sizes, progress))
 
 
 def alone(
@@ -55,14 +60,14 @@ def alone(
     depth: Sequence[CadByDepth],
     pairs: Sequence[int] | None = None,
     sizes: Sequence[int] | None = None,
+    progress: bool | None = None,
 ) -> str:
     """The page without a model behind it."""
     shown_pairs = _pairs(results, selection, pairs)
     shown_sizes = _sizes(results, selection, sizes)
-    answers = {
-        key_of(request): answered(results, request)
-        for request in dict.fromkeys(_requests(results, selection, shown_pairs, shown_sizes))
-    }
+    requests = list(dict.fromkeys(_requests(results, selection, shown_pairs, shown_sizes)))
+    asked = tqdm(requests, "page", unit="answer", disable=not bars(progress))
+    answers = {key_of(request): answered(results, request) for request in asked}
     return render(results, selection, depth, {"kind": "none"}, shown_pairs, shown_sizes, answers)
 
 
@@ -117,6 +122,7 @@ def _facts(results: Results, sizes: Sequence[int], pairs: Sequence[int]) -> dict
         "writers": list(ranking.writers),
         "readers": list(ranking.readers),
         "total": int(ranking.exists.sum()),
+        "slow": sum(weight.numel() for weight in parameters(results.model).values()) > _SLOW,
         "metric": ranking.metric.replace("_", " "),
         "sizes": [[n, results.circuit(n).n_edges, _known(results, n)] for n in sizes],
         "pairs": [_pair(results, pair) for pair in pairs],

@@ -17,7 +17,7 @@ from mansu_tl.explorer.results import ORIGINAL, Results, Stage
 from mansu_tl.explorer.selection import parsed_item
 
 _DIGITS = 5
-_RULED_BLOCKS = 6
+_RULED_BLOCKS = 4
 Answer = dict[str, Any]
 
 

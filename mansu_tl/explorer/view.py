@@ -44,10 +44,15 @@ class ExplorerView:
             widget.send({"choose": chosen(self.explorer.selection)})
 
     def save_html(
-        self, path: str | PathLike[str], *, pairs: Sequence[int] | None = None, sizes: Sequence[int] | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        pairs: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+        progress: bool | None = None,
     ) -> Path:
         """Write the explorer as a page; see `Explorer.save_html`."""
-        return self.explorer.save_html(path, pairs=pairs, sizes=sizes)
+        return self.explorer.save_html(path, pairs=pairs, sizes=sizes, progress=progress)
 
     def answer(self, message: Any) -> dict[str, Any] | None:
         """What the page around the iframe is sent back for a message of its."""

@@ -39,7 +39,7 @@ function circuitGraph(box, facts, act) {
   function resize() {
     const box_ = box.getBoundingClientRect(), ratio = window.devicePixelRatio || 1;
     width = Math.max(200, box_.width);
-    height = Math.max(420, box_.height);
+    height = Math.max(280, box_.height);
     for (const canvas of [base, over]) {
       canvas.width = Math.round(width * ratio);
       canvas.height = Math.round(height * ratio);
@@ -53,7 +53,7 @@ function circuitGraph(box, facts, act) {
   function geometry(index) {
     const left = 30, gap = 14, top = 46, bottom = 26;
     const each = (width - left - gap * (panels.length - 1) - 6) / panels.length;
-    const x0 = left + index * (each + gap), column = each / (heads + 1.9), row = (height - top - bottom) / (layers + 1.9);
+    const x0 = left + index * (each + gap), column = each / (heads + 2.7), row = (height - top - bottom) / (layers + 1.9);
     const radius = Math.max(2.5, Math.min(column * 0.4, row * 0.3, 15));
     return {
       x0, each, column, row, radius, top, bottom,
@@ -101,7 +101,8 @@ function circuitGraph(box, facts, act) {
       const height_ = y1 - g.radius * (1.7 - (x0 - g.x0) / g.each), end = x1 - 0.7 * g.radius;
       return [x0, y0, x0, height_, x0 + 0.4 * (end - x0), height_, end, height_];
     }
-    const bow = Math.abs(x1 - x0) < 0.6 * g.column && rise > g.row ? Math.min(0.16 * rise, 0.7 * g.column) : 0;
+    // Right above one another: to the right, so that it does not run through what lies between, the farther the longer.
+    const bow = Math.abs(x1 - x0) < 0.6 * g.column && rise > g.row ? g.column * Math.min(2.1, 0.45 + 1.7 * (rise / (layers * g.row))) : 0;
     return [x0, y0, x0 + bow, y0 - lift, x1 + bow, y1 + lift, x1, y1];
   }
 
@@ -303,24 +304,29 @@ function circuitGraph(box, facts, act) {
   }
 
   // --- the mouse
-  const CELL = 10;
+  // Points along every edge, sorted by the cell of the panel that they lie in.
+  const CELL = 12, STEP = 9;
   function gridOf(panel) {
     if (panel.grid) return panel.grid;
-    const cells = new Map();
-    panel.curves.forEach((c, k) => {
-      let last = -1;
-      for (let n = 0; n <= POINTS; n++) {
-        const [x, y] = along(c, n / POINTS);
-        const key = Math.floor(x / CELL) * 4096 + Math.floor(y / CELL);
-        if (key === last) continue;
-        last = key;
-        const cell = cells.get(key);
-        if (cell) cell.push(k);
-        else cells.set(key, [k]);
+    const { curves } = panel, across = Math.ceil(width / CELL) + 2, cells = across * (Math.ceil(height / CELL) + 2);
+    const counts = curves.map((c) => Math.max(2, Math.ceil((1.15 * (Math.abs(c[6] - c[0]) + Math.abs(c[7] - c[1]))) / STEP)));
+    const total = counts.reduce((sum, n) => sum + n + 1, 0);
+    const xs = new Float32Array(total), ys = new Float32Array(total), edge = new Int32Array(total), cell = new Int32Array(total);
+    const start = new Int32Array(cells + 1), order = new Int32Array(total);
+    let at = 0;
+    curves.forEach((c, k) => {
+      for (let n = 0; n <= counts[k]; n++) {
+        const [x, y] = along(c, n / counts[k]);
+        xs[at] = x; ys[at] = y; edge[at] = k;
+        cell[at] = Math.max(0, Math.min(cells - 1, Math.floor(y / CELL) * across + Math.floor(x / CELL)));
+        start[cell[at++] + 1] += 1;
       }
     });
-    panel.grid = cells;
-    return cells;
+    for (let i = 0; i < cells; i++) start[i + 1] += start[i];
+    const next = start.slice();
+    for (let i = 0; i < total; i++) order[next[cell[i]]++] = i;
+    panel.grid = { xs, ys, edge, start, order, across, cells };
+    return panel.grid;
   }
 
   function distance(c, x, y) {
@@ -334,21 +340,27 @@ function circuitGraph(box, facts, act) {
     return best;
   }
 
+  // The node under the mouse, else the nearest edge, of edges about as near the stronger one.
   function find(x, y) {
     const at = drawn.findIndex(({ g }) => x >= g.x0 - 8 && x <= g.x0 + g.each + 8);
     if (at < 0) return null;
     const panel = drawn[at];
     const node = panel.nodes.find((n) => Math.abs(x - n.x) <= n.half + 1 && Math.abs(y - n.y) <= n.r + 1);
     if (node) return { item: node.name, panel: at };
-    const cells = gridOf(panel), cx = Math.floor(x / CELL), cy = Math.floor(y / CELL);
-    let best = 6, found = null;
-    for (let dx = -1; dx <= 1; dx++) {
-      for (let dy = -1; dy <= 1; dy++) {
-        for (const k of cells.get((cx + dx) * 4096 + cy + dy) || []) {
-          const d = distance(panel.curves[k], x, y) - Math.min(3, 3 * panels[at].share(view.edges[k]));
-          if (d < best) { best = d; found = k; }
-        }
+    const grid = gridOf(panel), near = new Map(), cx = Math.floor(x / CELL), cy = Math.floor(y / CELL);
+    for (let row = cy - 1; row <= cy + 1; row++) {
+      const first = row * grid.across + cx - 1;
+      if (first < 0 || first + 3 > grid.cells) continue;
+      for (let i = grid.start[first]; i < grid.start[first + 3]; i++) {
+        const p = grid.order[i], d = Math.hypot(grid.xs[p] - x, grid.ys[p] - y);
+        if (d < 6 + STEP && !(near.get(grid.edge[p]) <= d)) near.set(grid.edge[p], d);
       }
+    }
+    const rank = ([k, d]) => d - Math.min(4, 4 * panels[at].share(view.edges[k]));
+    let best = 6, found = null;
+    for (const [k] of [...near].sort((a, b) => rank(a) - rank(b)).slice(0, 24)) {
+      const d = distance(panel.curves[k], x, y) - Math.min(3, 3 * panels[at].share(view.edges[k]));
+      if (d < best) { best = d; found = k; }
     }
     return found === null ? null : { item: view.edges[found].name, panel: at };
   }

@@ -455,8 +455,16 @@
     return bundle ? bundle.parts.map((edge) => edge.name) : [name];
   }
 
+  let patient = false; // whether it was said that scores pair by pair may take their time
   function showScores(name) {
     const rows = stages();
+    if (data.slow && !patient && !rows.every((stage) => live.has(["values", ...stage, name])) && live.alive) {
+      turns.values = (turns.values || 0) + 1;
+      element("scores").hidden = true;
+      say("scores-text", "Scores pair by pair take minutes with a model of this size. ");
+      element("scores-text").append(button("compute them", () => { patient = true; showScores(name); }));
+      return;
+    }
     inTurn("values", "scores-text", "Its score pair by pair", () => Promise.all(rows.map((stage) => live.get(["values", ...stage, name]))), (found) => {
       element("scores").hidden = false;
       plots.scores("scores", { rows: found.map((values, i) => ({ values, name: title(rows[i]) })), labels: labelsOf(found[0].pairs.length),
@@ -594,8 +602,9 @@
 
   // --- depth, size, before and after
   function showDepth() {
-    const now = new Set(stages().map(title));
-    const sorted = [...data.depth].sort((a, b) => now.has(b.label) - now.has(a.label));
+    // What is shipped first, then what was edited, then the others.
+    const now = stages().map(title);
+    const sorted = [...data.depth].sort((a, b) => now.indexOf(b.label) - now.indexOf(a.label));
     const line = (each) => {
       const out = document.createElement("p");
       out.append(`${each.label}: `, Object.assign(document.createElement("b"), { textContent: each.verdict }), ` – ${each.why}`);
@@ -626,7 +635,7 @@
     }
   }
 
-  const TABS = { chosen: "Chosen", ask: "Ask", depth: "CAD by depth", size: "Faithfulness", edges: "Before and after" };
+  const TABS = { chosen: "Chosen", ask: "Ask", depth: "CAD by depth", size: "Faithfulness", edges: "Before/after" };
   function openTab(name) {
     state.tab = name;
     for (const each of Object.keys(TABS)) {
@@ -641,11 +650,13 @@
   }
 
   // --- everything anew after a choice
-  function showAll() {
-    showPair();
+  async function showAll() {
     showDepth();
     options(element("shown"), [["all", "all three"], ...stages().map((stage, i) => [String(i), title(stage)])], state.shown);
-    return readCircuit().then(() => { showChosen(); if (state.tab === "size") showCurve(); });
+    await readCircuit();
+    showChosen();
+    showPair();
+    if (state.tab === "size") showCurve();
   }
 
   function room() {
