@@ -100,7 +100,8 @@ def test_the_page_answers_to_every_control(page) -> None:
         before = tab.page.evaluate("document.querySelector('#attention').data[0].z")
         tab.page.locator("#pair").select_option("3")
         tab.page.wait_for_function(
-            "before => JSON.stringify(document.querySelector('#attention').data[0].z) !== JSON.stringify(before)", arg=before
+            "before => JSON.stringify(document.querySelector('#attention').data[0].z) !== JSON.stringify(before)",
+            arg=before,
         )
         slider = tab.page.locator("#size")
         slider.focus()
@@ -169,7 +170,9 @@ def test_nodes_are_pinned_and_grouped(page) -> None:
         tab.page.get_by_text("group these nodes").click()
         assert tab.page.locator("#chosen-name").text_content() == "group 1"
         sent = sum(circuit.to_dataframe().query("writer in @heads")["score"])
-        inside = circuit.to_dataframe().query("writer in @heads and reader.str.contains('|'.join(@heads))", engine="python")
+        inside = circuit.to_dataframe().query(
+            "writer in @heads and reader.str.contains('|'.join(@heads))", engine="python"
+        )
         shown = tab.page.locator("#chosen-table tr").nth(2).locator("td").nth(1).inner_text()
         assert float(shown.replace("−", "-")) == pytest.approx(sent - inside["score"].sum(), rel=0.02, abs=0.02)
         assert "group 1" in tab.page.evaluate("window.explorer.graph.items.nodes")

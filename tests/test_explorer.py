@@ -243,9 +243,7 @@ def test_what_was_measured_before_is_not_measured_again(case, monkeypatch) -> No
     scores = mtl.edge_attribution(model, task.forget_pairs, steps=2)
     circuit = Circuit.top(scores, 41)
     known = mtl.circuit_divergence(model, edit.apply(model), circuit, task.forget_pairs, steps=2)
-    explorer = Explorer(
-        model, task, edit, scores=scores, circuit=circuit, steps=2, divergences={("mansu", ""): known}
-    )
+    explorer = Explorer(model, task, edit, scores=scores, circuit=circuit, steps=2, divergences={("mansu", ""): known})
     monkeypatch.setattr(results, "edge_attribution", lambda *a, **k: pytest.fail("measured again"))
     size = explorer.selection.size
     assert explorer.results.divergence(("mansu", ""), size, None) is known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import threading
@@ -68,7 +69,9 @@ def test_what_is_switched_off_is_edge_patchings(case, models, inside, kind) -> N
 
 def test_a_head_that_carries_zero_is_transformer_lenss_ablation(case, models) -> None:
     _, task, _, explorer = case
-    found = answer(explorer.results, ["switch", "mansu", "nf4", explorer.selection.size, ["L0H1"], 2, "model", "zero", ""])
+    found = answer(
+        explorer.results, ["switch", "mansu", "nf4", explorer.selection.size, ["L0H1"], 2, "model", "zero", ""]
+    )
 
     def silent(z, hook):
         heads = z if z.ndim == 4 else z.unflatten(-1, (4, -1))
@@ -228,14 +231,17 @@ def test_the_server_answers_whoever_has_its_token_and_ends(case) -> None:
         # A name that another site has pointed at this machine.
         assert fetch(server.address, Host="evil.example")[0] == 403
         assert fetch(f"{root}elsewhere")[0] == 404
-        assert fetch(f"{root}answer", "x" * 200_000, **{"X-Explorer-Token": server.token})[0] == 413
+        large = http.client.HTTPConnection(*server.server_address, timeout=60)
+        large.request("POST", "/answer", headers={"X-Explorer-Token": server.token, "Content-Length": "200000"})
+        assert large.getresponse().status == 413
+        large.close()
         with pytest.raises(MansuError, match="cannot be used"):
             ExplorerServer(explorer, server.server_address[1])
         server.shutdown()
         thread.join(timeout=20)
         assert not thread.is_alive()
-    with socket.socket() as free:
-        free.bind(server.server_address)
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(server.server_address, timeout=5)
 
 
 def test_in_a_notebook_the_page_asks_the_kernel(case) -> None:

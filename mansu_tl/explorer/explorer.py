@@ -209,7 +209,12 @@ class Explorer:
         return asked(self.results, pictures.stages_of(self.selection), prompt, new_tokens).said
 
     def switch_off(
-        self, *off: str, inside: str = "model", kind: str = "corrupt", prompt: str | None = None, counterfactual: str = ""
+        self,
+        *off: str,
+        inside: str = "model",
+        kind: str = "corrupt",
+        prompt: str | None = None,
+        counterfactual: str = "",
     ) -> Switched:
         """What the three models say with nodes or edges switched off: those carry an ablated value instead of their own.
 
@@ -275,7 +280,9 @@ class Explorer:
 def _stops(ranking: EdgeScores, own: tuple[int, Circuit] | None) -> tuple[int, ...]:
     """Sizes to choose from that have an edge to draw: evenly spread over the logarithm, with the given circuit's."""
     if own is not None and own[1].n_edges == 0:
-        raise MansuError("explorer: the circuit has no edge to draw; select more edges or lower the faithfulness target")
+        raise MansuError(
+            "explorer: the circuit has no edge to draw; select more edges or lower the faithfulness target"
+        )
     most = min(int(ranking.exists.sum()), _MOST_EDGES)
     spread = {round(most ** (i / (_STOPS - 1))) for i in range(_STOPS)} - ({own[0]} if own else set())
     drawable = {n for n, mask in zip(sorted(spread), pruned_masks(ranking, sorted(spread)), strict=True) if mask.any()}

@@ -125,13 +125,17 @@ def switched(
         raise MansuError(f"explorer: ablation {kind!r}; choose one of {', '.join(KINDS)}")
     masks = _masks(results, size, off, inside)
     typed = isinstance(asked_of, str)
-    pairs = _own_pair(results, asked_of, counterfactual, kind) if isinstance(asked_of, str) else results.pairs[[asked_of]]
+    pairs = (
+        _own_pair(results, asked_of, counterfactual, kind) if isinstance(asked_of, str) else results.pairs[[asked_of]]
+    )
     numbers, says, likely = [], [], []
     for stage in stages:
         model = results.model_of(stage)
         how = results.mean_ablation(stage) if kind == "mean" else Ablation(kind)
         first = patched_logits(model, pairs, masks, ablation=how)[:, 0]
-        numbers.append(torch.stack([_measured(m, model, pairs, masks, how, first) for m in (answer_log_prob, logit_difference)]))
+        numbers.append(
+            torch.stack([_measured(m, model, pairs, masks, how, first) for m in (answer_log_prob, logit_difference)])
+        )
         written = [_written(model, pairs, masks[i : i + 1], how, int(first[i].argmax())) for i in range(2)]
         says.append(tuple(results.model.tokenizer.decode(tokens).strip() for tokens in written))
         likely.append(tuple(_likely(results, logits) for logits in first))
@@ -144,7 +148,7 @@ def switched(
     )  # fmt: skip
 
 
-def _masks(results: Results, size: int, off: Sequence[str], inside: str) -> Float[Tensor, "2 writer reader"]:
+def _masks(results: Results, size: int, off: Sequence[str], inside: str) -> Float[Tensor, "two writer reader"]:
     """The edges that are live with everything on, and with the parts off."""
     graph = Graph.of(results.model)
     if not off:
@@ -161,18 +165,22 @@ def _masks(results: Results, size: int, off: Sequence[str], inside: str) -> Floa
         elif item in graph.writers:
             less[graph.writers.index(item)] = 0
         else:
-            raise MansuError(f"explorer: no node {item!r} that writes in this model; switch off one such as L0H1 or MLP0")
+            raise MansuError(
+                f"explorer: no node {item!r} that writes in this model; switch off one such as L0H1 or MLP0"
+            )
     return torch.stack([live, less])
 
 
-def _tokens(model: TransformerBridge, prompt: str, more: int) -> tuple[Int[Tensor, "1 pos"], Int[Tensor, "1"]]:
+def _tokens(model: TransformerBridge, prompt: str, more: int) -> tuple[Int[Tensor, "1 pos"], Int[Tensor, " one"]]:
     """A typed prompt as the models read it, if there is room for it and for what is to be written."""
     if not prompt.strip():
         raise MansuError("explorer: the prompt is empty; type one")
     ids = model.tokenizer(prompt)["input_ids"]
     most = most_positions(model)
     if most is not None and len(ids) + more > most:
-        raise MansuError(f"explorer: a prompt of {len(ids)} tokens and {more} more, the model has {most} positions; shorten it")
+        raise MansuError(
+            f"explorer: a prompt of {len(ids)} tokens and {more} more, the model has {most} positions; shorten it"
+        )
     return torch.tensor([ids]), torch.tensor([len(ids)])
 
 
@@ -199,10 +207,10 @@ def _measured(
     metric: Metric,
     model: TransformerBridge,
     pairs: PromptPairs,
-    masks: Float[Tensor, "2 writer reader"],
+    masks: Float[Tensor, "two writer reader"],
     how: Ablation,
-    first: Float[Tensor, "2 vocab"],
-) -> Float[Tensor, "2"]:
+    first: Float[Tensor, "two vocab"],
+) -> Float[Tensor, " two"]:
     """A metric of one pair under both masks: read from the logits behind the prompt where they say it all."""
     if pairs.options.shape[2] == 1:
         return metric(first, pairs[[0, 0]])

@@ -17,7 +17,6 @@ from mansu_tl.models import load
 from mansu_tl.results.result import Result
 from mansu_tl.study import StudyConfig
 from mansu_tl.study.collect import config_in
-from mansu_tl.study.plan import Cell
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import CadByDepth, Divergence
 from mansu_tl.verification.divergence import JudgedDivergence
@@ -62,7 +61,9 @@ def open_results(folder: str | PathLike[str]) -> Explorer:
 def _read(kind: type[R], folder: Path, name: str) -> R:
     path = folder / f"{name}.safetensors"
     if not path.is_file():
-        raise MansuError(f"{folder}: no {name}.safetensors in it, so its run is not finished; finish it, then explore it")
+        raise MansuError(
+            f"{folder}: no {name}.safetensors in it, so its run is not finished; finish it, then explore it"
+        )
     return kind.load(path)
 
 

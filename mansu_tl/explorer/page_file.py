@@ -36,7 +36,11 @@ from mansu_tl.verification import CadByDepth
 
 _PAIRS, _SIZES = 8, 6
 _MOST_EDGES = 500  # of the largest circuit in a file, if the chosen one is not larger
-_ITEMS, _HEADS, _RULERS = 200, 40, 24  # in a file: edges pair by pair, heads' patterns, weights of a method and quantizer
+_ITEMS, _HEADS, _RULERS = (
+    200,
+    40,
+    24,
+)  # in a file: edges pair by pair, heads' patterns, weights of a method and quantizer
 _SLOW = 20_000_000  # parameters of a model whose edges are scored in minutes
 Request = tuple[Any, ...]
 
@@ -156,9 +160,7 @@ def _depth(found: CadByDepth) -> dict[str, Any]:
     }
 
 
-def _requests(
-    results: Results, selection: Selection, pairs: Sequence[int], sizes: Sequence[int]
-) -> Iterator[Request]:
+def _requests(results: Results, selection: Selection, pairs: Sequence[int], sizes: Sequence[int]) -> Iterator[Request]:
     """What a page in a file can be asked, of what it offers."""
     stages: list[Stage] = [ORIGINAL]
     for method in results.edits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
 import secrets
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,7 +38,8 @@ class ExplorerServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
-    allow_reuse_address = False
+    # On Windows it would let two programs listen.
+    allow_reuse_address = os.name == "posix"
 
     def __init__(self, explorer: Explorer, port: int = 0) -> None:
         self.explorer, self.token, self.turn = explorer, secrets.token_urlsafe(24), Lock()
