@@ -506,7 +506,7 @@
   function showWeights() {
     inTurn("ruler", "weights-text", "This part's weights", () => live.get(["ruler", state.method, state.quantizer, state.part]), ({ figure }) => {
       element("weights").hidden = false;
-      plots.figure("weights", figure);
+      say("weights-text", plots.figure("weights", figure));
     }, () => { element("weights").hidden = true; });
   }
 

@@ -19,10 +19,13 @@ function plotter(template) {
     return Plotly.react(id, data, { ...small, ...layout, title, template }, config(id));
   }
 
-  // A figure of the library's, as it is.
+  // A figure of the library's; how it is to be read is too long for a line here, and is handed back.
   function figure(id, found) {
-    const copy = JSON.parse(JSON.stringify(found));
-    return Plotly.react(id, copy.data, { ...copy.layout, template }, config(id));
+    const copy = JSON.parse(JSON.stringify(found)), [first, ...rest] = copy.layout.title.text.split("<br>");
+    copy.layout.title = { ...copy.layout.title, text: first, font: { size: 13 }, pad: { t: 8, l: 2 } };
+    copy.layout.margin = { ...copy.layout.margin, t: copy.layout.margin.t - 23 * rest.length - 14, l: 60, r: 14 };
+    Plotly.react(id, copy.data, { ...copy.layout, template }, config(id));
+    return rest.join(" ").replace(/<[^>]+>/g, "").replace(/&amp;/g, "&");
   }
 
   // An item's score on every pair, one row a model, with the mean and its interval.
@@ -73,7 +76,7 @@ function plotter(template) {
         ticktext: tokens.map(plain), tickangle: -60, showgrid: false, anchor: `y${axis(i)}`, tickfont: { size: 9 } };
       layout[`yaxis${axis(i)}`] = { autorange: "reversed", tickvals: ticks, ticktext: tokens.map(plain), showticklabels: i === 0,
         automargin: i === 0, showgrid: false, anchor: `x${axis(i)}`, tickfont: { size: 9 } };
-      layout.annotations.push({ text: plain(name), showarrow: false, xref: "paper", yref: "paper", x: i * (each + gap) + each / 2, y: 1.09,
+      layout.annotations.push({ text: plain(name), showarrow: false, xref: "paper", yref: "paper", x: i * (each + gap) + each / 2, xanchor: "center", y: 1.09,
         font: { size: 11 } });
       return { type: "heatmap", z: pattern.map((row) => tokens.map((_, k) => (k < row.length ? row[k] : null))), zmin: 0, zmax: 1,
         xaxis: `x${axis(i)}`, yaxis: `y${axis(i)}`, showscale: false, hoverongaps: false, xgap: 1, ygap: 1,
@@ -88,9 +91,10 @@ function plotter(template) {
       hovertemplate: `${name}<br>%{x} edges: %{y:.2f}<extra></extra>` });
     const data = [line(found.faithfulness, "largest |score|", LOOK.positive, "solid")];
     if (found.random.length) data.push(line(found.random, "random edges", LOOK.muted, "dot"));
+    const ticks = found.sizes.reduce((out, n) => (out.length && n < 1.5 * out.at(-1) ? out : [...out, n]), []);
     return draw(id, data, {
       title: `Faithfulness ${fixed(faithful)} at ${size} edges selected`, height: 330,
-      xaxis: { type: "log", title: { text: "edges selected" }, dtick: "D2" }, yaxis: { title: { text: "faithfulness" } },
+      xaxis: { type: "log", title: { text: "edges selected" }, tickvals: ticks }, yaxis: { title: { text: "faithfulness" } },
       legend: { orientation: "h", y: -0.2 },
       shapes: [{ type: "line", x0: size, x1: size, yref: "paper", y0: 0, y1: 1, line: { color: LOOK.chosen, width: 3 } },
         { type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: LOOK.muted, width: 1, dash: "dot" } }],
