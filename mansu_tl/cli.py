@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+import webbrowser
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from mansu_tl.data.sources import load_task
 from mansu_tl.data.sources import source as task_source
 from mansu_tl.data.sources import sources as source_names
 from mansu_tl.errors import MansuError
+from mansu_tl.explorer import ExplorerServer, open_results
 from mansu_tl.landmarks import landmarks_task
 from mansu_tl.models import load
 from mansu_tl.quantization import find_grid, quantizer_table
@@ -155,6 +157,29 @@ def report(
     config = StudyConfig.read(config_in(folder))
     with _to_be_continued():
         _finish(run_study(config, folder, progress=False), png)
+
+
+@app.command()
+def explore(
+    folder: Annotated[Path, typer.Argument(help="The results folder of a finished demo, demo-real or run.")],
+    port: Annotated[int, typer.Option(help="Of the page on this machine; 0 = any that is free.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the page to this file instead: without a model behind it.")
+    ] = None,
+) -> None:
+    """Show a results folder's circuit in the browser: click, ask, switch parts off. Ctrl-C ends it."""
+    explorer = open_results(folder)
+    if save is not None:
+        typer.echo(f"written: {explorer.save_html(save, progress=True)}")
+        return
+    with ExplorerServer(explorer, port) as server:
+        typer.echo(f"{server.address}\nCtrl-C ends it")
+        if browser:
+            webbrowser.open(server.address)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+        typer.echo("\nexplorer ended")
 
 
 @app.command()

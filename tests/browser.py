@@ -46,10 +46,9 @@ class Tab:
         self.page.locator(f"{plot} .hoverlayer .hovertext").first.wait_for(timeout=10_000)
         self.page.mouse.click(x, y)
 
-    def hidden(self, plot: str) -> int:
-        """How many traces of a plot the legend has switched off."""
-        count = "p => document.querySelector(p)._fullData.filter(t => t.visible === 'legendonly').length"
-        return int(self.page.evaluate(count, plot))
+    def hidden(self, where: str) -> bool:
+        """Whether an element is not shown."""
+        return not self.page.locator(where).is_visible()
 
 
 _PLACE = """([plot, trace, point]) => {
@@ -62,8 +61,8 @@ _PLACE = """([plot, trace, point]) => {
 
 
 @contextmanager
-def opened(path: Path, width: int = 1400, height: int = 1000) -> Iterator[Tab]:
-    """Open a file without a network; skips where there is no Chromium or no playwright."""
+def opened(path: Path | str, width: int = 1400, height: int = 1000) -> Iterator[Tab]:
+    """Open a file without a network, or an address of this machine; skips where there is no Chromium or no playwright."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     program = browser()
     if program is None:
@@ -71,18 +70,19 @@ def opened(path: Path, width: int = 1400, height: int = 1000) -> Iterator[Tab]:
     with sync_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         try:
-            context = started.new_context(viewport={"width": width, "height": height}, offline=True)
+            context = started.new_context(viewport={"width": width, "height": height}, offline=isinstance(path, Path))
             tab = Tab(context.new_page())
+            local = _LOCAL if isinstance(path, Path) else (*_LOCAL, path.partition("?")[0])
             tab.page.on("console", lambda m: tab.errors.append(m.text) if m.type in ("error", "warning") else None)
             tab.page.on("pageerror", lambda error: tab.errors.append(str(error)))
-            tab.page.on("request", lambda r: None if r.url.startswith(_LOCAL) else tab.requests.append(r.url))
+            tab.page.on("request", lambda r: None if r.url.startswith(local) else tab.requests.append(r.url))
 
             def dismiss(dialog: Any) -> None:
                 tab.dialogs.append(dialog.message)
                 dialog.dismiss()
 
             tab.page.on("dialog", dismiss)
-            tab.page.goto(path.resolve().as_uri())
+            tab.page.goto(path.resolve().as_uri() if isinstance(path, Path) else path)
             yield tab
         finally:
             started.close()

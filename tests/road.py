@@ -424,6 +424,7 @@ FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
         c.model, _scores(c), c.task.forget_pairs, [20], control_seeds=1
     ),
     "patch_edges": lambda c: mtl.circuit.patch_edges(c.model, c.task.forget_pairs, c.circuit.mask[None].float()),
+    "patched_logits": lambda c: mtl.circuit.patched_logits(c.model, c.task.forget_pairs, c.circuit.mask[None].float()),
     "path_patching": lambda c: mtl.circuit.path_patching(c.model, c.task.forget_pairs, c.circuit.edges[:1]),
     "circuit_scores": lambda c: circuit_scores(c.model, c.circuit, c.task.forget_pairs, steps=1),
     "circuit_divergence": lambda c: mtl.circuit_divergence(c.model, c.edited, c.circuit, c.task.forget_pairs, steps=1),

@@ -1,8 +1,7 @@
-"""The explorer without a browser: every number it shows is computed again another way, and what it refuses."""
+"""The explorer's figures: every number they show is computed again another way, and what is refused."""
 
 from __future__ import annotations
 
-import json
 import re
 
 import numpy as np
@@ -12,13 +11,13 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.errors import MansuError
-from mansu_tl.explorer import Explorer, entry, results
+from mansu_tl.explorer import Explorer, ExplorerView, results
 from mansu_tl.explorer.explorer import PICTURES
 from mansu_tl.explorer.pictures import SELECTED
 from mansu_tl.explorer.selection import head_of, parsed_item, part_mask, parts_of
 from mansu_tl.models import Anatomy, attention_weights, linear_weights, parameters
 from tests.tiny import FAMILIES, tiny, tiny_tokenizer
-from tests.tiny_study import EVIL, crossing_edit, tiny_case
+from tests.tiny_study import crossing_edit, tiny_case
 
 EDGE = ("L0H1", "L1KV1.v")
 
@@ -90,7 +89,7 @@ def test_faithfulness_of_every_size_is_the_circuits(case, explorer) -> None:
     for size in (explorer.results.sizes[0], explorer.results.sizes[-3]):
         explorer.select(size=size)
         circuit = explorer.results.circuit(size)
-        assert circuit.faithfulness == pytest.approx(
+        assert explorer.results.faithfulness(size) == pytest.approx(
             mtl.circuit.faithfulness(model, circuit, task.forget_pairs), abs=1e-5
         )
         figure = explorer.figure("faithfulness")
@@ -216,102 +215,48 @@ def test_what_is_not_there_is_refused_and_nothing_changes(case, explorer) -> Non
         Explorer(other, task, edit)
 
 
+def test_every_size_that_is_offered_can_be_drawn_and_saved(explorer, tmp_path) -> None:
+    """Of the strongest edges alone the smallest selections have none on a path: those sizes are not offered."""
+    ranking, offered = explorer.results.ranking, explorer.results.sizes
+    assert any(Circuit.top(ranking, n).n_edges == 0 for n in range(1, offered[0]))
+    for size in offered:
+        assert Circuit.top(ranking, size).n_edges > 0
+        explorer.select(size=size)
+        assert explorer.figure("graph").data
+    explorer.select(size=offered[0])
+    assert explorer.save_html(tmp_path / "smallest.html", pairs=[0], sizes=[]).stat().st_size > 4e6
+
+
 def test_a_given_circuit_is_the_first_one_shown(case) -> None:
     model, task, edit = case
     scores = mtl.edge_attribution(model, task.forget_pairs, steps=2)
+    for circuit in (Circuit.top(scores, 41, 0.5), Circuit.greedy(scores, 20, 0.5)):
+        explorer = Explorer(model, task, edit, scores=scores, circuit=circuit, steps=2)
+        assert explorer.results.circuit(explorer.selection.size) == circuit
+        assert explorer.results.faithfulness(explorer.selection.size) == 0.5
+    with pytest.raises(MansuError, match="no edge to draw"):
+        Explorer(model, task, edit, scores=scores, circuit=Circuit.above(scores, 1e9))
+
+
+def test_what_was_measured_before_is_not_measured_again(case, monkeypatch) -> None:
+    model, task, edit = case
+    scores = mtl.edge_attribution(model, task.forget_pairs, steps=2)
     circuit = Circuit.top(scores, 41)
-    explorer = Explorer(model, task, edit, scores=scores, circuit=circuit, steps=2)
-    assert explorer.results.circuit(explorer.selection.size).edges == circuit.edges
+    known = mtl.circuit_divergence(model, edit.apply(model), circuit, task.forget_pairs, steps=2)
+    explorer = Explorer(model, task, edit, scores=scores, circuit=circuit, steps=2, divergences={("mansu", ""): known})
+    monkeypatch.setattr(results, "edge_attribution", lambda *a, **k: pytest.fail("measured again"))
+    size = explorer.selection.size
+    assert explorer.results.divergence(("mansu", ""), size, None) is known
+    assert explorer.results.edge_scores(("", ""), size, None).tolist() == [scores[edge] for edge in circuit.edges]
+    found = dict(zip(zip(known.writers, known.readers, strict=True), known.other.tolist(), strict=True))
+    assert explorer.results.edge_scores(("mansu", ""), size, None).tolist() == [found[edge] for edge in circuit.edges]
 
 
-def test_explore_asks_for_what_is_missing(case, monkeypatch) -> None:
+def test_explore_asks_for_what_is_missing(case) -> None:
     model, task, edit = case
     with pytest.raises(MansuError, match=r"explore\(model, task, unlearn"):
         mtl.explore(model)
-    monkeypatch.setattr(entry, "find_spec", lambda name: None if name == "anywidget" else name)
-    with pytest.raises(MansuError, match=re.escape("anywidget not installed; pip install 'mansu-tl[explore]'")):
-        mtl.explore(model, task, edit)
+    shown = mtl.explore(model, task, edit, steps=1)
+    assert isinstance(shown, ExplorerView)
+    assert list(shown.explorer.results.edits) == [edit.method]
     assert "explore" in mtl.__all__
-
-
-@pytest.fixture
-def widget(case):
-    pytest.importorskip("anywidget", reason="the explorer's widgets need: pip install 'mansu-tl[explore]'")
-    model, task, edit = case
-    return mtl.explore(
-        model, task, {"mansu": edit, "other": crossing_edit(model, 11)}, quantizers=("nf4", "int4-g64"), steps=1
-    )
-
-
-def title(widget, name: str) -> str:
-    return widget.figures[name].layout.title.text
-
-
-def test_controls_move_the_explorer_and_redraw_what_depends_on_them(widget) -> None:
-    graph, scores = widget.figures["graph"], widget.figures["scores"]
-    widget.controls["pair"].value = 3
-    assert widget.explorer.selection.pair == 3
-    assert widget.figures["graph"] is graph
-    assert widget.figures["scores"] is not scores
-    assert widget.figures["scores"].data[1].customdata[0] == "fact 1 / t1"
-    widget.controls["method"].value = "other"
-    assert any("other, nf4" in a.text for a in widget.figures["graph"].layout.annotations)
-    widget.controls["quantizer"].value = "int4-g64"
-    assert any("int4-g64" in a.text for a in widget.figures["graph"].layout.annotations)
-    size = widget.explorer.results.sizes[-2]
-    widget.controls["size"].value = size
-    assert f"Circuit of {widget.explorer.results.circuit(size).n_edges} edges" in title(widget, "graph")
-    widget.controls["alone"].value = True
-    assert "pair 3" in title(widget, "graph")
-    widget._tabs.selected_index = 3
-    assert f"at {size} edges" in title(widget, "faithfulness")
-    assert "fact 1 / t1" not in widget._answers.value
-    assert "most likely token" in widget._answers.value
-
-
-def test_a_click_on_an_edge_or_node_chooses_it(widget) -> None:
-    from plotly.callbacks import InputDeviceState, Points
-
-    figure = widget.figures["graph"]
-    for wanted in (lambda d: isinstance(d[1], str), lambda d: d[0] == "MLP0" and not isinstance(d[1], str)):
-        at, i = next(
-            (k, i)
-            for k, t in enumerate(figure.data)
-            for i, d in enumerate(() if t.customdata is None else t.customdata)
-            if wanted(list(d))
-        )
-        trace = figure.data[at]
-        trace._dispatch_on_click(Points(point_inds=[i], trace_index=at), InputDeviceState())
-        data = list(trace.customdata[i])
-        want = tuple(data[:2]) if isinstance(data[1], str) else data[0]
-        assert widget.explorer.selection.item == want
-        assert widget.controls["item"].value == want
-        assert widget.figures["graph"] is figure
-        rings = [t for t in figure.data if t.name == SELECTED]
-        assert [len(r.x) for r in rings] == [1, 1, 1]
-        assert rings[0].x[0] == pytest.approx(trace.x[i])
-    assert title(widget, "scores").startswith("<b>MLP0: score")
-
-
-def test_a_tab_that_cannot_be_drawn_says_why(widget) -> None:
-    widget.controls["item"].value = "logits"
-    widget._tabs.selected_index = 1
-    assert "has no weights that quantization touches" in widget._places["weights"].children[0].value
-    assert widget.controls["part"].options == ()
-    widget.select(item="L0H1")
-    assert widget.controls["part"].value == widget.explorer.part()
-    other = widget.explorer.parts()[-1]
-    widget.controls["part"].value = other
-    assert other.partition(" ")[0] in title(widget, "weights")
-
-
-def test_tags_in_prompts_are_text_in_the_widgets() -> None:
-    pytest.importorskip("anywidget", reason="the explorer's widgets need: pip install 'mansu-tl[explore]'")
-    model, task = tiny_case(evil=True)
-    widget = mtl.explore(model, task, {EVIL[1]: crossing_edit(model)}, steps=1)
-    assert EVIL[0] not in widget._answers.value
-    assert "&lt;script&gt;" in widget._answers.value
-    for name, figure in widget.figures.items():
-        shown = json.dumps(figure.to_plotly_json(), default=str)
-        assert "<script" not in shown, name
-        assert "<img" not in shown, name

@@ -6,7 +6,7 @@ from mansu_tl.circuit.curve import FaithfulnessCurve, faithfulness_curve
 from mansu_tl.circuit.discovery import discover_circuit
 from mansu_tl.circuit.evaluation import Minimality, completeness, faithfulness, minimality, random_faithfulness
 from mansu_tl.circuit.graph import Graph
-from mansu_tl.circuit.intervention import patch_edges
+from mansu_tl.circuit.intervention import patch_edges, patched_logits
 from mansu_tl.circuit.overlap import Conflict, conflict
 from mansu_tl.circuit.paths import PathEffects, path_patching
 from mansu_tl.circuit.scores import EdgeScores
@@ -31,6 +31,7 @@ __all__ = [
     "node_scores_from_transformer_lens",
     "node_scores_to_transformer_lens",
     "patch_edges",
+    "patched_logits",
     "path_patching",
     "random_faithfulness",
     "random_mask",

@@ -15,6 +15,7 @@ changed token and padding are not computed at all, nor the last layer's queries 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -37,7 +38,7 @@ from mansu_tl.models.state import computing_dtype, home
 from mansu_tl.runs.ablation import Ablation
 from mansu_tl.runs.ends import end_hooks
 from mansu_tl.runs.exactness import require_exact
-from mansu_tl.runs.metrics import Metric, logit_difference, measured, options_read
+from mansu_tl.runs.metrics import Metric, answer_log_prob, logit_difference, measured, options_read
 from mansu_tl.runs.passes import chunks, prepared, run
 
 # Numbers held at once by a group of masks: changes, rebuilt inputs, attention rows, MLP, logits (fp32: 768 MB). A GPU is
@@ -69,6 +70,28 @@ def patch_edges(
     """
     rows = prepared(model, pairs, options_read(metric))
     return patched(model, rows, masks, ablation or Ablation(), metric, batch_size, progress)[0]
+
+
+@torch_defaults()
+@torch.no_grad()
+def patched_logits(
+    model: TransformerBridge,
+    pairs: PromptPairs,
+    masks: Float[Tensor, "mask writer reader"],
+    *,
+    ablation: Ablation | None = None,
+    batch_size: int = 64,
+) -> Float[Tensor, "mask pair vocab"]:
+    """The logits behind every clean prompt under every mask: what the model says next, as `patch_edges` measures it.
+
+    Raises:
+        MansuError: as `patch_edges`.
+    """
+    first = pairs.options[:, :1, :1]
+    # One option of one token needs no row but the prompt; a second one has to be there and is not read.
+    alone = replace(pairs, options=torch.cat([first, (first == 0).to(first)], 1))
+    patching = Patching(model, prepared(model, alone, 1), ablation or Ablation(), answer_log_prob, batch_size)
+    return patching.logits(masks)
 
 
 @torch.no_grad()
@@ -125,17 +148,34 @@ class Patching:
         Raises:
             MansuError: masks of another shape than the model's graph, or not finite.
         """
-        self._check(masks)
         out, total = torch.empty(len(masks), len(self.pairs)), len(self.pairs) * len(masks)
         with tqdm(total=total, desc="edge patching", unit="run", disable=not progress) as bar:
-            for where, chunk in chunks(self.pairs, self.batch):
-                base = self._base(where, chunk)
-                for group, live in self._groups(masks):
-                    logits = MaskedRun(base, plan(self.map, live, self.ablation.kind == "corrupt")).logits()
-                    for i in range(group.stop - group.start):
-                        out[group.start + i, where] = measured(self.metric, logits(i), chunk).cpu()
-                    bar.update(len(chunk) * (group.stop - group.start))
+            for mask, where, chunk, logits in self._runs(masks):
+                out[mask, where] = measured(self.metric, logits, chunk).cpu()
+                bar.update(len(chunk))
         return out
+
+    @torch.no_grad()
+    def logits(self, masks: Float[Tensor, "mask writer reader"]) -> Float[Tensor, "mask pair vocab"]:
+        """The logits of every pair under every mask, of pairs whose rows are their prompts.
+
+        Raises:
+            MansuError: as `values`.
+        """
+        out = torch.empty(len(masks), len(self.pairs), self.model.cfg.d_vocab)
+        for mask, where, _, logits in self._runs(masks):
+            out[mask, where] = logits.cpu()
+        return out
+
+    def _runs(self, masks: Tensor) -> Iterator[tuple[int, slice, Forced[PromptPairs], Tensor]]:
+        """Mask by mask and batch by batch, the logits at the asked positions."""
+        self._check(masks)
+        for where, chunk in chunks(self.pairs, self.batch):
+            base = self._base(where, chunk)
+            for group, live in self._groups(masks):
+                logits = MaskedRun(base, plan(self.map, live, self.ablation.kind == "corrupt")).logits()
+                for i in range(group.stop - group.start):
+                    yield group.start + i, where, chunk, logits(i)
 
     def in_turn(self, masks: Float[Tensor, "mask writer reader"]) -> Iterator[Float[Tensor, "mask pair"]]:
         """The same, a few neighbouring masks after another: as many as fit into memory together."""

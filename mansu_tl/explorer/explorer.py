@@ -1,4 +1,4 @@
-"""The explorer without its widgets: what is chosen, and the figures of it."""
+"""The explorer: what is chosen, the figures of it, and what the models say when they are asked or partly switched off."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, EdgeScores, edge_attribution
+from mansu_tl.circuit.selection import pruned_masks, ranks
 from mansu_tl.data import Task
 from mansu_tl.data.fit import require_task
 from mansu_tl.data.sources import load_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
-from mansu_tl.explorer import pictures, static_page
+from mansu_tl.explorer import page_file, pictures
+from mansu_tl.explorer.live import Switched, asked, switched
 from mansu_tl.explorer.results import Results
 from mansu_tl.explorer.selection import Item, Selection, item_name, parsed_item
 from mansu_tl.models import fingerprint, load
@@ -26,9 +28,10 @@ from mansu_tl.models.kinds import require_bridge
 from mansu_tl.quantization import quantizer
 from mansu_tl.study import Study
 from mansu_tl.unlearning import Edit, method_title, methods
+from mansu_tl.verification import CadByDepth, Divergence, SideBySide
 
 _STOPS = 14
-_TRIES = 400
+_MOST_EDGES = 10_000  # of a circuit that is drawn; more cannot be told apart on a screen
 PICTURES: dict[str, Callable[[Results, Selection], go.Figure]] = {
     "graph": pictures.graph,
     "scores": pictures.item_scores,
@@ -56,6 +59,8 @@ class Explorer:
         scores: EdgeScores | None = None,
         circuit: Circuit | None = None,
         steps: int = 5,
+        depth: Sequence[CadByDepth] = (),
+        divergences: Mapping[tuple[str, str], Divergence] | None = None,
     ) -> None:
         """Make an explorer.
 
@@ -65,8 +70,11 @@ class Explorer:
             edits: one, or several by name.
             quantizers: what edited models are quantized with, by name.
             scores: edge scores on the forget pairs, by which circuits are selected; EAP-IG's where not given.
-            circuit: its size is the first one shown; else the size that reaches faithfulness .85, if one does.
+            circuit: the first one shown; else that of the size that reaches faithfulness .85, if one does.
             steps: of EAP-IG.
+            depth: CAD by depth of edited models, shown beside the circuit with its verdict.
+            divergences: CAD on `circuit` over all forget pairs, by method and quantizer ("" = none), where it was
+                measured before; it is not measured again.
 
         Raises:
             MansuError: no edit, one for another model, no quantizer or an unknown one, or scores of another model.
@@ -90,20 +98,29 @@ class Explorer:
         if scores is not None and scores.model != here:
             raise MansuError("explorer: the scores are another model's; score the edges of this one, or leave them out")
         ranking = scores or edge_attribution(model, task.forget_pairs, steps=steps)
-        total = int(ranking.exists.sum())
-        circuit_size = None if circuit is None else _selected(ranking, circuit, total)
+        if circuit is not None and not circuit.same_graph(ranking):
+            raise MansuError("explorer: the circuit is another model's; discover one on this model")
+        own = None if circuit is None else (_selected(ranking, circuit), circuit)
+        known = {} if circuit is None else dict(divergences or {})
         titles = {name: method_title(name) if name in methods() else name for name in named}
-        self.results = Results(model, task, named, titles, quantizers, _stops(total, circuit_size), ranking, steps)
-        size = circuit_size or self.results.curve().edges_to_reach() or self.results.sizes[len(self.results.sizes) // 2]
+        sizes = _stops(ranking, own)
+        self.depth = tuple(depth)
+        self.results = Results(model, task, named, titles, quantizers, sizes, ranking, steps, own, known)
+        size = own[0] if own else self.results.curve().edges_to_reach() or sizes[len(sizes) // 2]
         first = self.results.circuit(size).edges
-        if not first:
-            raise MansuError(f"explorer: no edge of the {size} strongest lies on a path; pass a larger circuit")
         method = next(iter(named))
         shown = pictures.telling(self.results, method, first)
         self.selection = Selection(method, self.results.quantizers[0], size, 0, False, shown, "")
 
     @classmethod
-    def of_study(cls, study: Study, task: Task | None = None, model: TransformerBridge | None = None) -> Explorer:
+    def of_study(
+        cls,
+        study: Study,
+        task: Task | None = None,
+        model: TransformerBridge | None = None,
+        *,
+        depth: Sequence[CadByDepth] = (),
+    ) -> Explorer:
         """The explorer of a finished study; model and task are loaded again where they are not given.
 
         Raises:
@@ -118,6 +135,12 @@ class Explorer:
             scores=study.scores,
             circuit=study.circuit,
             steps=study.config.steps,
+            depth=depth,
+            divergences={
+                (name, quantizer): found
+                for name, result in study.results.items()
+                for quantizer, found in result.divergences.items()
+            },
         )
 
     def select(self, **choices: Any) -> Selection:
@@ -177,21 +200,62 @@ class Explorer:
             }
         )
 
+    def ask(self, prompt: str, new_tokens: int = 12) -> SideBySide:
+        """What the three models say to a prompt of yours, greedily; as `mtl.ask`.
+
+        Raises:
+            MansuError: as `mtl.ask`, or a prompt that does not fit the model with what it is to write.
+        """
+        return asked(self.results, pictures.stages_of(self.selection), prompt, new_tokens).said
+
+    def switch_off(
+        self,
+        *off: str,
+        inside: str = "model",
+        kind: str = "corrupt",
+        prompt: str | None = None,
+        counterfactual: str = "",
+    ) -> Switched:
+        """What the three models say with nodes or edges switched off: those carry an ablated value instead of their own.
+
+        Args:
+            off: names, such as "L0H1" (everything that it writes) or "L0H1 → L2H3.q".
+            inside: "model" (all other edges are live), or "circuit" (those outside the circuit carry their ablated value
+                too).
+            kind: what is off carries: "corrupt" (the value on the counterfactual), "zero", or "mean" (over the forget
+                pairs' clean prompts).
+            prompt: asked in place of the chosen pair's.
+            counterfactual: of that prompt, of as many tokens; needed for "corrupt".
+
+        Raises:
+            MansuError: nothing to switch off, a name that is not there, an unknown kind or place, or a prompt that does
+                not fit.
+        """
+        s = self.selection
+        asked_of: int | str = s.pair if prompt is None else prompt
+        return switched(self.results, pictures.stages_of(s), s.size, off, asked_of, inside, kind, counterfactual)
+
     def save_html(
-        self, path: str | PathLike[str], *, pairs: Sequence[int] | None = None, sizes: Sequence[int] | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        pairs: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+        progress: bool | None = None,
     ) -> Path:
-        """Write the explorer as a page that opens without a server or a network; see `static_page`.
+        """Write the explorer as a page that opens without a server or a network; see `page_file`.
 
         Args:
             path: of the file; written whole or not at all.
             pairs: numbers of the pairs whose prompt and attention can be looked at; by default eight, spread evenly.
                 Scores are those of all pairs in any case.
             sizes: of the circuits that can be chosen; by default six around the present one.
+            progress: show a bar; by default in notebooks.
 
         Raises:
             MansuError: a pair or size that is not there, or a folder that cannot be written to.
         """
-        return static_page.write(path, self.results, self.selection, pairs, sizes)
+        return page_file.write(path, self.results, self.selection, self.depth, pairs, sizes, progress)
 
     def _require(self, new: Selection) -> None:
         results = self.results
@@ -204,15 +268,7 @@ class Explorer:
                 raise MansuError(f"explorer: {what} {value!r}; choose one of {', '.join(map(str, known))}")
         if not 0 <= new.pair < len(results.pairs):
             raise MansuError(f"explorer: pair {new.pair}; choose 0..{len(results.pairs) - 1}")
-        names = results.ranking
-        if isinstance(new.item, tuple):
-            writer, reader = new.item
-            if writer not in names.writers or reader not in names.readers:
-                raise MansuError(f"explorer: no edge {item_name(new.item)} in this model; see items()")
-            if not names.exists[names.writers.index(writer), names.readers.index(reader)]:
-                raise MansuError(f"explorer: edge {item_name(new.item)} runs backwards; see items()")
-        elif new.item not in (*names.writers, "logits"):
-            raise MansuError(f"explorer: no node {new.item!r} in this model; see items()")
+        results.require_item(new.item)
         if new.part and new.part not in [part.name for part in results.parts(new.item)]:
             raise MansuError(f"explorer: {item_name(new.item)} has no weights called {new.part!r}; see parts()")
 
@@ -221,16 +277,26 @@ class Explorer:
         return f"Explorer({s.method}, {s.quantizer}, {s.size} edges selected, pair {s.pair}, {item_name(s.item)})"
 
 
-def _stops(total: int, circuit_size: int | None) -> tuple[int, ...]:
-    """Sizes to choose from: evenly spread over the logarithm, with the circuit's own."""
-    spread = {round(total ** (i / (_STOPS - 1))) for i in range(_STOPS)}
-    smallest = min(total, 4)  # with fewer, hardly a model has a path
-    return tuple(sorted({max(smallest, n) for n in spread} | ({circuit_size} if circuit_size else set())))
+def _stops(ranking: EdgeScores, own: tuple[int, Circuit] | None) -> tuple[int, ...]:
+    """Sizes to choose from that have an edge to draw: evenly spread over the logarithm, with the given circuit's."""
+    if own is not None and own[1].n_edges == 0:
+        raise MansuError(
+            "explorer: the circuit has no edge to draw; select more edges or lower the faithfulness target"
+        )
+    most = min(int(ranking.exists.sum()), _MOST_EDGES)
+    spread = {round(most ** (i / (_STOPS - 1))) for i in range(_STOPS)} - ({own[0]} if own else set())
+    drawable = {n for n, mask in zip(sorted(spread), pruned_masks(ranking, sorted(spread)), strict=True) if mask.any()}
+    if own is not None:
+        drawable.add(own[0])
+    if not drawable:
+        raise MansuError(f"explorer: no edge of the {most} strongest lies on a path; pass a larger circuit")
+    return tuple(sorted(drawable))
 
 
-def _selected(scores: EdgeScores, circuit: Circuit, total: int) -> int:
-    """How many edges a circuit was selected from before pruning; its own number of edges where that cannot be told."""
-    for n in range(circuit.n_edges, min(total, circuit.n_edges + _TRIES) + 1):
-        if bool((Circuit.top(scores, n).mask == circuit.mask).all()):
-            return n
-    return circuit.n_edges
+def _selected(scores: EdgeScores, circuit: Circuit) -> int:
+    """How many of the strongest edges have to be selected for a circuit; of one chosen otherwise, its number of edges.
+
+    What pruning left of a larger selection is left of this one too: all of its paths are in it.
+    """
+    n = int(ranks(scores, "absolute")[circuit.mask].max()) + 1 if circuit.n_edges else 0
+    return n if n and Circuit.top(scores, n).mask.equal(circuit.mask) else circuit.n_edges

@@ -45,7 +45,7 @@ def graph(results: Results, selection: Selection) -> go.Figure:
     figure = plots.circuit_stages(
         shown,
         found,
-        title=f"Circuit of {circuit.n_edges} edges, faithfulness {fixed(circuit.faithfulness, 2)} ({over})",
+        title=f"Circuit of {circuit.n_edges} edges, faithfulness {fixed(results.faithfulness(selection.size), 2)} ({over})",
     )
     figure.update_layout(height=max(560, int(figure.layout.height * 0.8)), clickmode="event")
     figure.update_traces(cliponaxis=False, selector={"name": "nodes"})
@@ -82,7 +82,7 @@ def curve(results: Results, selection: Selection) -> go.Figure:
     """Faithfulness against size; a line marks the chosen size. It is the figure's last shape."""
     figure = plots.faithfulness_curves(
         {"largest |score|": results.curve()},
-        title=f"Faithfulness {fixed(results.circuit(selection.size).faithfulness, 2)} at {selection.size} edges selected",
+        title=f"Faithfulness {fixed(results.faithfulness(selection.size), 2)} at {selection.size} edges selected",
     )
     figure.add_vline(x=selection.size, line={"color": "#CC79A7", "width": 3})
     return figure
@@ -143,20 +143,28 @@ def attention(results: Results, selection: Selection) -> go.Figure:
     )
 
 
-def ruler(results: Results, selection: Selection, most: int = 24) -> go.Figure:
-    """The chosen weights on the quantizer's ruler, block after block; first those blocks with most edited weights.
+def ruler(results: Results, selection: Selection) -> go.Figure:
+    """The chosen weights on the quantizer's ruler; see `ruler_of`.
 
     Raises:
         MansuError: the item has no quantized weights, or the quantizer no fixed codes.
     """
-    part = chosen_part(results, selection)
-    grid = quantizer(selection.quantizer)
+    return ruler_of(results, selection.method, selection.quantizer, chosen_part(results, selection))
+
+
+def ruler_of(results: Results, method: str, quantizer_name: str, part: Part, most: int = 24) -> go.Figure:
+    """A part's weights on a quantizer's ruler, block after block; first those blocks with most edited weights.
+
+    Raises:
+        MansuError: the quantizer has no fixed codes.
+    """
+    grid = quantizer(quantizer_name)
     name = part.piece.parameter
-    before, after = results.matrix("", name), results.matrix(selection.method, name)
+    before, after = results.matrix("", name), results.matrix(method, name)
     held = results.held(part)
-    edited, size = held & results.edited(selection.method, name), getattr(grid, "block_size", None) or before.shape[1]
+    edited, size = held & results.edited(method, name), getattr(grid, "block_size", None) or before.shape[1]
     blocks = most_edited(edited, size, most) or most_edited(held, size, 1)
-    title = f"{part.name}: {int(edited.sum()):,} weights edited by {results.titles[selection.method]}"
+    title = f"{part.name}: {int(edited.sum()):,} weights edited by {results.titles[method]}"
     return plots.ruler(before, after, grid, blocks=blocks, name=name, title=title)  # type: ignore[arg-type]
 
 

@@ -17,10 +17,18 @@ from mansu_tl.data import Task
 from mansu_tl.data.forced import forced
 from mansu_tl.data.text import pad
 from mansu_tl.errors import MansuError
-from mansu_tl.explorer.selection import Item, Part, part_mask, parts_of
+from mansu_tl.explorer.selection import Item, Part, item_name, part_mask, parts_of
 from mansu_tl.models import Anatomy, home, linear_weights, orient, parameters
 from mansu_tl.quantization import quantize
-from mansu_tl.runs.metrics import asked_logits, last_logits, logit_difference, measured, options_read
+from mansu_tl.runs.ablation import Ablation, ablation
+from mansu_tl.runs.metrics import (
+    asked_logits,
+    last_logits,
+    logit_difference,
+    measured,
+    metric_name,
+    options_read,
+)
 from mansu_tl.runs.passes import chunks, forward, keep
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import CircuitScores, Divergence, circuit_divergence
@@ -66,7 +74,9 @@ class Results:
         edits: by name.
         titles: how each edit is written.
         ranking: the scores that circuits are selected by.
-        sizes: of the circuits that can be chosen, in edges selected, ascending.
+        sizes: of the circuits that can be chosen, in edges selected, ascending; each has an edge to draw.
+        own: a circuit that stands at its size in place of the strongest edges.
+        known: CAD of stages on `own` over all pairs, computed before.
     """
 
     def __init__(
@@ -79,13 +89,18 @@ class Results:
         sizes: Sequence[int],
         ranking: EdgeScores,
         steps: int,
+        own: tuple[int, Circuit] | None = None,
+        known: Mapping[Stage, Divergence] | None = None,
     ) -> None:
         self.model, self.pairs, self.edits, self.titles = model, task.forget_pairs, dict(edits), dict(titles)
         self.quantizers, self.sizes, self.ranking = tuple(quantizers), tuple(sizes), ranking
+        self.own, self.known = own, dict(known or {})
         self._cmap, self._linear, self._weights = Anatomy.of(model), linear_weights(model), parameters(model)
         self._calibration, self._steps = task.retain_text, steps
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._models: dict[Stage, TransformerBridge] = {}
+        kind = ranking.method, ranking.rule, ranking.steps, ranking.metric
+        self._ranked_alike = kind == ("eap-ig", "midpoint", steps, metric_name(logit_difference))
 
     def title(self, stage: Stage) -> str:
         """A stage as it is written."""
@@ -96,16 +111,29 @@ class Results:
     @_once
     def scores(self, stage: Stage) -> Float[Tensor, "pair writer reader"]:
         """EAP-IG scores of every edge on every pair, in one model."""
-        scored = edge_attribution(self._model(stage), self.pairs, steps=self._steps, per_pair=True)
+        scored = edge_attribution(self.model_of(stage), self.pairs, steps=self._steps, per_pair=True)
         assert scored.per_pair is not None
         return scored.per_pair
 
     def circuit(self, size: int) -> Circuit:
-        """The circuit of that many edges of largest |score|, with its measured faithfulness."""
+        """The circuit of that many edges of largest |score|; or the given one, where that is its size."""
         if size not in self.sizes:
             raise MansuError(f"explorer: size {size}; choose one of {', '.join(map(str, self.sizes))}")
+        if self.own is not None and size == self.own[0]:
+            return self.own[1]
+        return self._top(size)
+
+    @_once
+    def _top(self, size: int) -> Circuit:
+        return Circuit.top(self.ranking, size)
+
+    def faithfulness(self, size: int) -> float:
+        """Faithfulness of the circuit of that size: the given circuit's own, else the curve's."""
+        if self.own is not None and size == self.own[0] and self.own[1].faithfulness == self.own[1].faithfulness:
+            return self.own[1].faithfulness
+        self.circuit(size)  # refuses one that is not there
         curve = self.curve()
-        return Circuit.top(self.ranking, size, float(curve.faithfulness[curve.sizes.index(size)]))
+        return float(curve.faithfulness[curve.sizes.index(size)])
 
     @_once
     def curve(self) -> FaithfulnessCurve:
@@ -115,9 +143,25 @@ class Results:
     @_once
     def divergence(self, stage: Stage, size: int, pair: int | None) -> Divergence:
         """CAD of one model against the original on the circuit of that size, over all pairs or on one."""
+        if pair is None and self.own is not None and size == self.own[0] and stage in self.known:
+            return self.known[stage]
         circuit, pairs = self.circuit(size), self.pairs if pair is None else self.pairs[[pair]]
         before, after = (self._of_circuit(s, circuit, pair) for s in (ORIGINAL, stage))
         return circuit_divergence(before, after, circuit, pairs, label=self.title(stage))
+
+    @_once
+    def edge_scores(self, stage: Stage, size: int, pair: int | None) -> Float[Tensor, " edge"]:
+        """Scores of the circuit's edges in the order of `Circuit.edges`, mean over all pairs or on one."""
+        edges = self.circuit(size).edges
+        if pair is None and stage != ORIGINAL:
+            found = self.divergence(stage, size, None)
+            values = dict(zip(zip(found.writers, found.readers, strict=True), found.other.tolist(), strict=True))
+            return torch.tensor([values[edge] for edge in edges])
+        if pair is not None:
+            table = self.scores(stage)[pair]
+        else:
+            table = self.ranking.tensor if self._ranked_alike else self.scores(ORIGINAL).mean(0)
+        return torch.stack([table[self.ranking.at(*edge)] for edge in edges])
 
     def pair_circuit(self, size: int, pair: int) -> Circuit:
         """The circuit of that size, carrying the scores of one pair."""
@@ -126,7 +170,7 @@ class Results:
     @_once
     def answers(self, stage: Stage) -> Answers:
         """How a model answers."""
-        model = self._model(stage)
+        model = self.model_of(stage)
         probabilities, differences = [], []
         for _, asked in chunks(forced(self.pairs.to(home(model)), options_read(logit_difference)), _PAIRS):
             logits = asked_logits(model, asked.clean, asked.places)
@@ -190,6 +234,37 @@ class Results:
         """The weights behind an edge or node; none for the embedding and the logits."""
         return parts_of(item, self._cmap, self._linear)
 
+    def part(self, name: str) -> Part:
+        """The weights of that name.
+
+        Raises:
+            MansuError: there are none.
+        """
+        if name not in (known := self._parts()):
+            raise MansuError(f"explorer: no weights are called {name!r}; see parts()")
+        return known[name]
+
+    @_once
+    def _parts(self) -> dict[str, Part]:
+        """All weights that quantization touches, by name."""
+        return {part.name: part for writer in self.ranking.writers for part in self.parts(writer)}
+
+    def require_item(self, item: Item) -> None:
+        """Refuse an edge or node that this model does not have.
+
+        Raises:
+            MansuError: it has none such.
+        """
+        names = self.ranking
+        if isinstance(item, tuple):
+            writer, reader = item
+            if writer not in names.writers or reader not in names.readers:
+                raise MansuError(f"explorer: no edge {item_name(item)} in this model; see items()")
+            if not names.exists[names.writers.index(writer), names.readers.index(reader)]:
+                raise MansuError(f"explorer: edge {item_name(item)} runs backwards; see items()")
+        elif item not in (*names.writers, "logits"):
+            raise MansuError(f"explorer: no node {item!r} in this model; see items()")
+
     def held(self, part: Part) -> Bool[Tensor, "out in"]:
         """Which weights of its matrix, as the quantizer sees it, belong to a part."""
         name = part.piece.parameter
@@ -212,23 +287,28 @@ class Results:
         return CircuitScores(chosen, writers, tuple(circuit.readers[i] for i in columns.tolist()), groups)
 
     @_once
+    def mean_ablation(self, stage: Stage) -> Ablation:
+        """What every writer carries on average over the clean prompts."""
+        return ablation(self.model_of(stage), "mean", reference=self.pairs)
+
+    @_once
     @torch.no_grad()
     def _patterns(self, stage: Stage, pair: int) -> list[Tensor]:
-        model = self._model(stage)
+        model = self.model_of(stage)
         kept: dict[str, Tensor] = {}
         hooks = self._cmap.hooks("pattern")
         tokens = self.pairs.clean[[pair], : int(self.pairs.lengths[pair])].to(home(model))
         forward(model, tokens, [(hook, keep(kept, key)) for key, hook in hooks.items()])
         return [kept[key][0].float().cpu() for key in hooks]
 
-    def _model(self, stage: Stage) -> TransformerBridge:
+    def model_of(self, stage: Stage) -> TransformerBridge:
         """The model of a stage; the last few are kept, since an edit of a large one takes time."""
         if stage == ORIGINAL:
             return self.model
         if stage not in self._models:
             method, quantizer = stage
             if quantizer:
-                self._models[stage] = quantize(self._model((method, "")), quantizer, self._calibration)
+                self._models[stage] = quantize(self.model_of((method, "")), quantizer, self._calibration)
             else:
                 self._models[stage] = self.edits[method].apply(self.model)
             while len(self._models) > _KEPT_MODELS:
