@@ -211,7 +211,7 @@ def audit(
     plugin: Plugin = None,
     quiet: Quiet = False,
 ) -> None:
-    """Audit a model that anybody unlearned: forgotten, at what cost, in which formats, erased or suppressed; with controls."""
+    """Audit what anybody unlearned: forgotten, at what cost, in every format, under attack, erased or only suppressed."""
     with _to_be_continued():
         opened = OpenAudit(
             original, unlearned, task, never=never or None, formats=[n.strip() for n in formats.split(",") if n.strip()],

@@ -12,7 +12,7 @@ import pandas as pd
 from mansu_tl import plots
 from mansu_tl.plots.export import Drawing
 from mansu_tl.study.audit_stages import UNLEARNED
-from mansu_tl.study.audit_verdicts import NO, YES, Verdict
+from mansu_tl.study.audit_verdicts import ERASED, FORGOTTEN, FORMATS, KEPT, NO, RELEARNING, YES, Verdict, shown
 from mansu_tl.study.page import Section, write_report
 from mansu_tl.study.plan import NEVER, ORIGINAL
 
@@ -21,30 +21,31 @@ if TYPE_CHECKING:
 
 _MARKS = {YES: "✓ yes", NO: "✗ no"}
 _HOW = (
-    "Every question is put so that yes is what one hopes for. Not judgeable: a control fails, fewer than ten facts are asked, "
-    "or a 95 % interval over facts reaches over the bound. A no is certain: its whole interval lies beyond the bound."
+    "Every question is put so that yes is what one hopes for. Not judgeable: a control fails, fewer than ten facts are "
+    "asked, or a 95 % interval over facts reaches over the bound. A no is certain: its whole interval lies beyond the bound."
 )
 _TEXTS = {
-    "Is it forgotten?": (
+    FORGOTTEN: (
         "Chosen: the right option is the likeliest of all options. Said: it is what greedy decoding writes at once. Written "
-        "freely: it stands anywhere in a longer answer, more often than a wrong option. Held-out wordings were never trained on. "
-        "Judged only where the original knows the facts."
+        "freely: it stands anywhere in a longer answer, more often than a wrong option. Held-out wordings are for evaluation "
+        "alone. Judged only where the original knows the facts."
     ),
-    "Is everything else kept?": (
+    KEPT: (
         "Near facts are of the forgotten ones' kind and suffer first; far facts and text are everything else. A margin is the "
         "log-odds of the right option: it falls before answers do."
     ),
-    "Does it stay forgotten in the format it ships in?": (
-        "Each format's own rounding is applied to both models and all questions are asked again. Judged only where the original "
-        "still knows the facts in that format; where it does not, a silent model says nothing about forgetting."
+    FORMATS: (
+        "Each format's own rounding is applied to both models and all questions are asked again. Judged only where the "
+        "original still knows the facts in that format; where it does not, a silent model says nothing about forgetting."
     ),
-    "Does it stay forgotten under relearning?": (
-        "The model is fine-tuned on twelve of the facts, or on unrelated text, and asked about the others. What counts is what it "
-        "gains beyond a model that never learnt them; the original under the same attack shows that the attack can see knowledge."
+    RELEARNING: (
+        "The model is fine-tuned on a few of the facts, or on unrelated text, and asked about the others. What counts is what "
+        "it gains beyond a model that never learnt them; the original under the same attack shows that the attack can see "
+        "knowledge."
     ),
-    "Is it erased, not only suppressed?": (
-        "CAD by depth reads the model's states with the original's gradients: erased means gone before the fact is read, on these "
-        "facts and not on near ones. Probes and erasure depth need a never-trained model to say what nothing looks like."
+    ERASED: (
+        "CAD by depth reads the model's states with the original's gradients: erased means gone before the fact is read, on "
+        "these facts and not on near ones. Probes and erasure depth need a never-trained model to say what nothing looks like."
     ),
 }
 
@@ -92,19 +93,6 @@ def marked(verdict: str) -> str:
     return _MARKS.get(verdict, f"– {verdict}")
 
 
-def shown(verdict: Verdict) -> str:
-    """A verdict's number, its interval and unit; "" where there is none."""
-    if isnan(verdict.value):
-        return ""
-    ends = "" if isnan(verdict.low) else f" [{_short(verdict.low)}, {_short(verdict.high)}]"
-    return f"{_short(verdict.value)}{ends} {verdict.unit}"
-
-
-def _short(value: float) -> str:
-    # A mean of many is 1e-15 where it is nothing.
-    return f"{0.0 if abs(value) < 5e-4 else value:.3g}"
-
-
 def _figures(audit: Audit) -> dict[str, Drawing]:
     """By question."""
     out: dict[str, Drawing] = {}
@@ -112,11 +100,9 @@ def _figures(audit: Audit) -> dict[str, Drawing]:
     if len(gaps):
         title = "Is it back in the format it ships in?"
         chance = next(iter(audit.table.loc[audit.table["measure"] == "MC, chance", "value"]), None)
-        out["Does it stay forgotten in the format it ships in?"] = plots.ptq_gap(
-            gaps, chance=chance, measure="forget facts chosen right, %", title=title
-        )
+        out[FORMATS] = plots.ptq_gap(gaps, chance=chance, measure="forget facts chosen right, %", title=title)
     if audit.cad is not None:
-        out["Is it erased, not only suppressed?"] = plots.cad_by_depth([audit.cad])
+        out[ERASED] = plots.cad_by_depth([audit.cad])
     return out
 
 
@@ -126,7 +112,9 @@ def _gap_rows(table: pd.DataFrame) -> pd.DataFrame:
     before = {row.method: row.value for row in rows.loc[rows["quantizer"] == ""].itertuples()}
     return pd.DataFrame(
         [
-            {"base": row.base, "method": row.method, "quantizer": row.quantizer, "before": before[row.method], "after": row.value}
+            {
+                "base": row.base, "method": who, "quantizer": row.quantizer, "before": before[who], "after": row.value,
+            }
             for who in (UNLEARNED, ORIGINAL)
             for row in rows.loc[(rows["quantizer"] != "") & (rows["method"] == who)].itertuples()
         ]

@@ -21,6 +21,7 @@ from mansu_tl.results.digest import Digested
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs import accuracy
 from mansu_tl.verification import Subject
+from mansu_tl.verification.probes import ridge
 
 # The formats that a quick audit looks at: bitsandbytes' two, and what llama.cpp's users have.
 _QUICK = ("nf4", "int8", "gguf-q4_1")
@@ -94,11 +95,13 @@ class Work:
         forward: tokens that are run forwards.
         backward: tokens that are run forwards and backwards.
         quantized: models that are quantized, by format.
+        fits: linear probes that are fitted.
     """
 
     forward: int = 0
     backward: int = 0
     quantized: tuple[str, ...] = ()
+    fits: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ class Clock:
         """How long so much work takes."""
         total = work.forward * self.forward if work.forward else 0.0
         total += work.backward * self.backward if work.backward else 0.0
+        total += work.fits * self.fit if work.fits else 0.0
         return total + sum(self.quantizing(name) for name in work.quantized)
 
     @property
@@ -188,6 +192,15 @@ class Clock:
         # Beside the steps, both ends forwards.
         work = lambda: edge_attribution(self.subject.model, pairs, steps=steps)  # noqa: E731
         return self._timed("backward", (steps + 1) * tokens_of(pairs), work)
+
+    @property
+    def fit(self) -> float:
+        """A linear probe of one layer, of as many rows and features as the audit's."""
+        questions, width = self.subject.task.questions, int(self.subject.model.cfg.d_model)
+        rows = sum(len(questions[name]) for name in ("forget", "near") if name in questions)
+        # Numbers whose values do not matter to the time, and drawn from nobody's generator.
+        grid = torch.arange(rows * width, dtype=torch.float64).view(rows, width).sin()
+        return self._timed("fit", 1, lambda: ridge(grid, grid, 1.0))
 
     def quantizing(self, name: str) -> float:
         """A whole model under a format, reckoned from one of its matrices; the file's own is not known beforehand."""

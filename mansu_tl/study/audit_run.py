@@ -25,8 +25,9 @@ from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.study.audit_inputs import ModelSource, read_inputs
 from mansu_tl.study.audit_page import marked, verdict_table, write_page
 from mansu_tl.study.audit_plan import AuditPlan, Clock, Estimate, Planned
+from mansu_tl.study.audit_questions import verdicts
 from mansu_tl.study.audit_stages import Bench, Stage, is_done, rows_of, stages
-from mansu_tl.study.audit_verdicts import Answer, Evidence, Verdict, answers, verdicts
+from mansu_tl.study.audit_verdicts import Answer, Evidence, Verdict, answers
 from mansu_tl.study.engines import is_small, one_thread, peak_memory_gb
 from mansu_tl.study.environment import record_environment
 from mansu_tl.study.table import write_table

@@ -51,6 +51,7 @@ from mansu_tl.verification import (
 )
 from mansu_tl.verification.generation import Written, written
 from mansu_tl.verification.measurement import COLUMNS, SETS, Measured, answer_rows, circuit_rows
+from mansu_tl.verification.probes import FITS
 
 UNLEARNED = "unlearned"
 # Whose rows these are, and the rows.
@@ -310,9 +311,10 @@ def _probes(bench: Bench) -> Iterator[Stage]:
 
     task = bench.task
     sets = asked_tokens(task, ("forget", "near"))
-    depth = (3 + 2 * int(bench.inputs.original.cfg.n_layers)) * tokens_of(task.forget_pairs)
-    what = "probes of every layer, and erasure depth"
-    yield Stage("probes", what, make, Work(3 * sets + depth), {NEVER: bench.mark(NEVER)})
+    layers = int(bench.inputs.original.cfg.n_layers)
+    depth = (3 + 2 * layers) * tokens_of(task.forget_pairs)
+    work = Work(3 * sets + depth, fits=3 * FITS * (layers + 1))
+    yield Stage("probes", "probes of every layer, and erasure depth", make, work, {NEVER: bench.mark(NEVER)})
 
 
 def _formats(bench: Bench) -> Iterator[Stage]:

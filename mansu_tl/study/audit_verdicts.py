@@ -5,16 +5,15 @@ fails, where fewer than ten facts are asked, or where an interval reaches over i
 interval over facts lies beyond the bound. Accuracies and drops have the scorecard's bounds and controls; the others are in
 `AuditBounds`. Our definitions.
 
-`QUESTIONS` is all of them. A further one is a function that yields `Verdict`s, and an entry.
+The questions are in `audit_questions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isnan, nan
-from typing import Any
 
 import pandas as pd
 
@@ -22,15 +21,19 @@ from mansu_tl.data import Task
 from mansu_tl.runs.metrics import Accuracy
 from mansu_tl.study.audit_plan import AuditPlan
 from mansu_tl.study.audit_stages import UNLEARNED
-from mansu_tl.study.plan import NEVER, ORIGINAL
+from mansu_tl.study.plan import NEVER
 from mansu_tl.verification import Bounds, CadByDepth, Scorecard, judge
 from mansu_tl.verification.knowledge import few_facts
-from mansu_tl.verification.scorecard import Row
-from mansu_tl.verification.verdicts import GOALS, NOT_JUDGEABLE
+from mansu_tl.verification.verdicts import NOT_JUDGEABLE
 
 YES, NO = "yes", "no"
-_KINDS = {"MC": "chosen", "cloze": "said"}
-_SETS = {
+# What a scorecard judges.
+_ANSWERS = ("MC", "cloze", "MC drop", "cloze drop", "PTQ gap, MC", "PTQ gap, cloze")
+FORGOTTEN, KEPT = "Is it forgotten?", "Is everything else kept?"
+FORMATS, RELEARNING = "Does it stay forgotten in the format it ships in?", "Does it stay forgotten under relearning?"
+ERASED = "Is it erased, not only suppressed?"
+KINDS = {"MC": "chosen", "cloze": "said"}
+SETS = {
     "forget": "",
     "forget_paraphrase": ", held-out wording",
     "near": "near facts",
@@ -169,299 +172,43 @@ class Evidence:
         assert row is not None
         assert found is not None
         most = found[1].limits(self.task.questions[question_set].chance)[1]
-        return f"it was not forgotten: {row['value']:.0f} % are {_KINDS[kind]} right" if row["value"] > most else ""
+        # Where it is open whether it was forgotten, what comes back still counts.
+        return f"it was not forgotten: {row['value']:.0f} % are {KINDS[kind]} right" if row["low"] > most else ""
 
 
-_ANSWERS = (
-    *("MC", "cloze", "MC drop", "cloze drop"),
-    *("PTQ gap, MC", "PTQ gap, cloze"),
-)  # fmt: skip
-
-
-def three_way(value: float, low: float, high: float, bound: float) -> tuple[str, str]:
+def three_way(row: Mapping[str, float], bound: float) -> tuple[str, str]:
     """A verdict on what must not exceed a bound, and why: only an interval that lies on one side of it decides."""
+    low, high = row["low"], row["high"]
     if high <= bound:
         return YES, ""
-    if low > bound:
-        return NO, ""
-    return NOT_JUDGEABLE, f"its interval, {low:.3g} to {high:.3g}, reaches over {bound:g}"
+    return (
+        (NO, "") if low > bound else (NOT_JUDGEABLE, f"its interval, {low:.3g} to {high:.3g}, reaches over {bound:.3g}")
+    )
 
 
-def _forgotten(found: Evidence) -> Iterator[Verdict]:
-    question = "Is it forgotten?"
-    for row in found.card.rows:
-        if row.property == "forgetting" and not row.quantizer:
-            yield _of_card(question, row, found)
-    for asked in ("forget", "forget_paraphrase"):
-        if asked not in found.task.questions:
-            yield Verdict(
-                question, "held-out wording", NOT_JUDGEABLE, "the task has no held-out wording of these facts"
-            )
-            continue
-        right, wrong = (found.row(UNLEARNED, "", asked, name) for name in ("generation", "generation, a wrong option"))
-        item = f"written freely{_SETS[asked]}"
-        if right is None or wrong is None:
-            yield _missing(question, item, "generation", found)
-            continue
-        least = wrong["value"] + found.bounds.written
-        verdict, why = three_way(right["value"], right["low"], right["high"], least)
-        if right["control"] <= least:
-            verdict, why = NOT_JUDGEABLE, f"the original writes {right['control']:.0f} % of them"
-        # Guessing is not within a bound: nothing but the value says so.
-        if verdict == NOT_JUDGEABLE and right["value"] == 0:
-            verdict, why = YES, ""
-        yield _numbers(
-            question,
-            item,
-            verdict,
-            why or found.few(asked),
-            right,
-            "%",
-            f"<= {least:.3g}",
-            "original",
-            found.few(asked),
-        )
-
-
-def _kept(found: Evidence) -> Iterator[Verdict]:
-    question = "Is everything else kept?"
-    for row in found.card.rows:
-        if row.property == "retention" and not row.quantizer:
-            yield _of_card(question, row, found)
-    for asked in ("near", "near_paraphrase", "retain", "retain_paraphrase"):
-        row = found.row(UNLEARNED, "", asked, "log-odds drop")
-        before = found.row(ORIGINAL, "", asked, "log-odds")
-        if row is None or before is None:
-            continue
-        bound = found.bounds.margin
-        verdict, why = three_way(row["value"], row["low"], row["high"], bound)
-        if before["value"] <= bound:
-            verdict, why = NOT_JUDGEABLE, f"the original's margin is {before['value']:.1f} nats"
-        shown = {**row, "control": before["value"]}
-        yield _numbers(
-            question, f"margin, {_SETS[asked]}", verdict, why, shown, "nats lost", f"<= {bound:g}", "original's margin", found.few(asked)
-        )  # fmt: skip
-    text = found.row(UNLEARNED, "", "", "loss rise, retain text, nats")
-    if text is None:
-        yield _missing(question, "text", "text", found)
-    else:
-        verdict, why = three_way(text["value"], text["low"], text["high"], found.bounds.text)
-        bound_text = f"<= {found.bounds.text:g}"
-        yield _numbers(question, "text", verdict, why, text, "nats a token lost", bound_text, "original", "")
-    if "near" not in found.task.questions:
-        yield Verdict(question, "near facts", NOT_JUDGEABLE, "the task has no near facts, the first to suffer")
-
-
-def _formats(found: Evidence) -> Iterator[Verdict]:
-    for name in found.plan.formats:
-        yield _format(found, name)
-
-
-def _format(found: Evidence, name: str) -> Verdict:
-    """A format's verdict: from every wording, chosen and said; the number shown is the one that decides."""
-    question = "Does it stay forgotten in the format it ships in?"
-    if found.row(UNLEARNED, name, "forget", "MC") is None:
-        return _missing(question, name, f"formats/{name}", found)
-    parts: list[tuple[str, str, bool, str, str]] = []
-    for asked in ("forget", "forget_paraphrase"):
-        for kind in ("MC", "cloze") if asked in found.task.questions else ():
-            parts.append((*_returned(found, name, asked, kind), asked, kind))
-    for wanted in (
-        lambda p: p[0] == NO,
-        lambda p: p[0] == NOT_JUDGEABLE and p[2],
-        lambda p: p[0] == YES,
-        lambda p: True,
-    ):
-        chosen = [part for part in parts if wanted(part)]
-        if chosen:
-            break
-    # Where several decide alike, the one in which most came back.
-    verdict, why, _, asked, kind = max(chosen, key=lambda p: _gap(found, name, p[3], p[4])["value"])
-    gap, after = _gap(found, name, asked, kind), found.row(UNLEARNED, name, asked, kind)
-    before = found.row(UNLEARNED, "", asked, kind)
-    assert after is not None
-    assert before is not None
-    told = f"{_KINDS[kind]} right{_SETS[asked]}: {before['value']:.0f} % before, {after['value']:.0f} % as {name}"
-    blocked = sum(part[0] == NOT_JUDGEABLE for part in parts)
-    rest = f"; {blocked} of {len(parts)} ways of asking not judgeable" if blocked and verdict != NOT_JUDGEABLE else ""
-    return Verdict(
-        question, name, verdict, why if verdict == NOT_JUDGEABLE else f"{told}{rest}", gap["value"], gap["low"], gap["high"],
-        after["control"], f"original as {name}, %", "points come back", f"<= {found.bounds.comes_back:g}",
-    )  # fmt: skip
-
-
-def _gap(found: Evidence, name: str, asked: str, kind: str) -> dict[str, float]:
-    row = found.row(UNLEARNED, name, asked, f"PTQ gap, {kind}")
-    assert row is not None
-    return row
-
-
-def _returned(found: Evidence, name: str, asked: str, kind: str) -> tuple[str, str, bool]:
-    """A verdict by one way of asking, why, and whether more facts would decide it."""
-    before, deployed = found.row(ORIGINAL, "", asked, kind), found.row(ORIGINAL, name, asked, kind)
-    after, gap = found.row(UNLEARNED, name, asked, kind), _gap(found, name, asked, kind)
-    assert before is not None
-    assert deployed is not None
-    assert after is not None
-    guessing = found.task.questions[asked].chance if kind == "MC" else 0.0
-    least = guessing + found.bounds.comes_back
-    fails = Bounds().control_fails(before["value"], deployed["value"], least, name)
-    if fails:
-        return NOT_JUDGEABLE, fails.removeprefix(f"{NOT_JUDGEABLE}: "), False
-    if remembers := found.remembers(asked, kind):
-        return NOT_JUDGEABLE, remembers, False
-    if few := found.few(asked):
-        return NOT_JUDGEABLE, few, True
-    if after["high"] <= least:
-        return YES, "", False
-    verdict, why = three_way(gap["value"], gap["low"], gap["high"], found.bounds.comes_back)
-    return verdict, why, verdict == NOT_JUDGEABLE
-
-
-def _relearning(found: Evidence) -> Iterator[Verdict]:
-    question = "Does it stay forgotten under relearning?"
-    if not found.plan.attack_rates:
-        yield Verdict(question, "relearning", NOT_JUDGEABLE, "the plan has no attacks")
-        return
-    for kind, words in (("facts", "some of the facts"), ("text", "unrelated text")):
-        for rate in found.plan.attack_rates:
-            name = f"relearning MC, {kind}, lr {rate:g}"
-            item = f"trained on {words}, lr {rate:g}"
-            row = found.row(UNLEARNED, "", "forget", f"{name}, excess over never")
-            own = found.row(ORIGINAL, "", "forget", f"{name}, excess over never")
-            if found.never_knows:
-                yield Verdict(question, item, NOT_JUDGEABLE, found.never_knows)
-            elif row is None or own is None:
-                yield _missing(question, item, "relearning_unlearned", found, "relearning_original", "relearning_never")
-            else:
-                goals = [goal.bound.most for goal in GOALS.values() if goal.measure == f"{name}, excess over never"]
-                bound = goals[0] if goals else found.bounds.comes_back
-                verdict, why = three_way(row["value"], row["low"], row["high"], bound)
-                if own["low"] <= bound:
-                    verdict, why = (
-                        NOT_JUDGEABLE,
-                        (
-                            f"the original itself is only {own['value']:.0f} points above the never-trained model, so this attack "
-                            "shows nothing"
-                        ),
-                    )
-                elif remembers := found.remembers("forget", "MC"):
-                    verdict, why = NOT_JUDGEABLE, remembers
-                shown = {**row, "control": own["value"]}
-                yield _numbers(
-                    question, item, verdict, why, shown, "points above never trained", f"<= {bound:g}", "original", found.few("forget")
-                )  # fmt: skip
-
-
-def _erased(found: Evidence) -> Iterator[Verdict]:
-    question = "Is it erased, not only suppressed?"
-    item = "CAD by depth"
-    if found.cad is None:
-        yield _missing(question, item, "depth", found)
-    else:
-        cad = found.cad
-        result = cad.verdict()
-        verdict = {"erased": YES, "undecided": NOT_JUDGEABLE}.get(result.name, NO)
-        table = cad.to_dataframe().iloc[cad.judged]
-        row = {"value": table["cad"], "low": table["cad_low"], "high": table["cad_high"], "control": table["near_cad"]}
-        yield _numbers(
-            question, f"{item}, at {cad.layers[cad.judged]}", verdict, f"{result.name}: {result.why}", row, "of the evidence gone",
-            ">= 0.5", "near facts", found.few("forget") or found.few("near"),
-        )  # fmt: skip
-    yield _probed(found, question)
-    item, row = "erasure depth", found.row(UNLEARNED, "", "", "erasure depth")
-    if found.never_knows:
-        yield Verdict(question, item, NOT_JUDGEABLE, found.never_knows)
-    elif row is None:
-        yield _missing(question, item, "probes", found)
-    else:
-        below, _ = three_way(-row["value"], -row["high"], -row["low"], -found.bounds.gone)
-        why = (
-            ""
-            if below != NOT_JUDGEABLE
-            else f"its interval, {row['low']:.2f} to {row['high']:.2f}, reaches over {found.bounds.gone:g}"
-        )
-        yield _numbers(
-            question, item, below, why, row, "of 1", f">= {found.bounds.gone:g}", "never trained", found.few("forget")
-        )  # fmt: skip
-
-
-def _probed(found: Evidence, question: str) -> Verdict:
-    item = "probes"
-    names = [
-        each for each in dict.fromkeys(found.table["measure"]) if each.startswith("probe MC") and "over never" in each
-    ]
-    if found.never_knows:
-        return Verdict(question, item, NOT_JUDGEABLE, found.never_knows)
-    if not names:
-        return _missing(question, item, "probes", found)
-    row, own = (found.row(who, "", "forget", names[0]) for who in (UNLEARNED, ORIGINAL))
-    assert row is not None
-    assert own is not None
-    bound = found.bounds.comes_back
-    verdict, why = three_way(row["value"], row["low"], row["high"], bound)
-    if own["low"] <= bound:
-        verdict = NOT_JUDGEABLE
-        why = f"a probe of the original reads only {own['value']:.0f} points more than one of the never-trained model"
-    layer = names[0].removeprefix("probe MC ").partition(",")[0]
-    shown = {**row, "control": own["value"]}
-    return _numbers(
-        question, f"{item} {layer}", verdict, why, shown, "points above never trained", f"<= {bound:g}", "original", found.few("forget")
-    )  # fmt: skip
-
-
-def _of_card(question: str, row: Row, found: Evidence) -> Verdict:
-    """A verdict of a scorecard's row, with a "no" only where the whole interval lies beyond the bound."""
-    words, _, rest = row.measure.partition(" MC") if " MC" in row.measure else row.measure.partition(" cloze")
-    asked, kind = words.replace(" ", "_"), "MC" if " MC" in row.measure else "cloze"
-    drop = "drop" in rest
-    item = f"{_SETS[asked]}, {_KINDS[kind]}" if drop else f"{_KINDS[kind]}{_SETS[asked]}"
-    verdict, why = YES, ""
-    if not row.judgeable:
-        verdict, why = NOT_JUDGEABLE, row.note.removeprefix(f"{NOT_JUDGEABLE}: ")
-    elif not row.passed:
-        found_bound = Bounds().of(asked, f"{kind} drop" if drop else kind)
-        assert found_bound is not None
-        most = found_bound[1].limits(found.task.questions[asked].chance)[1]
-        verdict, why = NO, row.note
-        if not row.note and row.interval_low <= most:
-            verdict, why = three_way(row.value, row.interval_low, row.interval_high, most)
-    numbers = {"value": row.value, "low": row.interval_low, "high": row.interval_high, "control": row.control}
-    unit = "points lost" if drop else "% right"
-    name = "original, %" if drop else "original"
-    return _numbers(question, item, verdict, why, numbers, unit, row.bound, name, found.few(asked))
-
-
-def _numbers(
+def numbered(
     question: str,
     item: str,
-    verdict: str,
-    why: str,
-    row: Mapping[str, Any],
+    outcome: tuple[str, str],
+    row: Mapping[str, float],
+    *,
     unit: str,
     bound: str,
     control: str,
     few: str,
 ) -> Verdict:
-    """A verdict with its numbers; too few facts leave none."""
-    if few and verdict != NOT_JUDGEABLE:
-        verdict, why = NOT_JUDGEABLE, few
+    """A verdict with its numbers; too few facts leave none.
+
+    Args:
+        outcome: the verdict and why.
+        row: value, low, high and control.
+        control: what the control is.
+        few: why the set's intervals say little; "" where they do not.
+    """
+    if few and outcome[0] != NOT_JUDGEABLE:
+        outcome = NOT_JUDGEABLE, few
     value, low, high, reference = (float(row[key]) for key in ("value", "low", "high", "control"))
-    return Verdict(question, item, verdict, why, value, low, high, reference, control, unit, bound)
-
-
-def _missing(question: str, item: str, stage: str, found: Evidence, *others: str) -> Verdict:
-    """Why there is no number."""
-    reason = next((found.failed[name] for name in (stage, *others) if name in found.failed), "")
-    return Verdict(question, item, NOT_JUDGEABLE, reason or "not looked at in this plan; --full does")
-
-
-QUESTIONS: tuple[Callable[[Evidence], Iterator[Verdict]], ...] = (_forgotten, _kept, _formats, _relearning, _erased)
-
-
-def verdicts(found: Evidence) -> tuple[Verdict, ...]:
-    """Every verdict, question by question."""
-    return tuple(verdict for question in QUESTIONS for verdict in question(found))
+    return Verdict(question, item, *outcome, value, low, high, reference, control, unit, bound)
 
 
 def answers(given: Sequence[Verdict]) -> tuple[Answer, ...]:
@@ -476,19 +223,23 @@ def _answer(question: str, given: Sequence[Verdict]) -> Answer:
     by = {name: [each for each in given if each.verdict == name] for name in (NO, YES, NOT_JUDGEABLE)}
     name = next(name for name in (NO, YES, NOT_JUDGEABLE) if by[name])
     counts = ", ".join(f"{len(each)} {what}" for what, each in by.items() if each)
-    first = by[name][0]
-    if name == NO:
-        items = ", ".join(each.item for each in by[NO][:3]) + (
-            f" and {len(by[NO]) - 3} more" if len(by[NO]) > 3 else ""
-        )
-        return Answer(question, name, f"{items}{_told(first)} ({counts})")
+    if len(by[YES]) == len(given):
+        return Answer(question, name, f"all {len(given)}")
     if name == YES:
-        return Answer(question, name, f"{counts}" if len(by) and by[NOT_JUDGEABLE] else f"all {len(given)}")
-    return Answer(question, name, f"{first.why} ({counts})")
+        return Answer(question, name, counts)
+    first = by[name][0]
+    told = first.why or f"{shown(first)}, asked {first.bound}"
+    return Answer(question, name, f"{first.item}: {told} ({counts})")
 
 
-def _told(first: Verdict) -> str:
-    if isnan(first.value):
+def shown(verdict: Verdict) -> str:
+    """A verdict's number, its interval and unit; "" where there is none."""
+    if isnan(verdict.value):
         return ""
-    interval = "" if isnan(first.low) else f" [{first.low:.3g}, {first.high:.3g}]"
-    return f": {first.value:.3g}{interval} {first.unit}, asked {first.bound}"
+    ends = "" if isnan(verdict.low) else f" [{_short(verdict.low)}, {_short(verdict.high)}]"
+    return f"{_short(verdict.value)}{ends} {verdict.unit}"
+
+
+def _short(value: float) -> str:
+    # A mean of many is 1e-15 where it is nothing.
+    return f"{0.0 if abs(value) < 5e-4 else value:.3g}"
