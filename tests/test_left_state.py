@@ -60,7 +60,7 @@ WITHOUT_MODEL = {
     *("floored", "headline", "method_flags", "method_title", "methods", "register", "settings_of", "trained"),
     *("corruptions", "counterfactuals", "forced", "register_corruption"),  # prompts to prompts
     "judge",  # a table to a scorecard
-    *("explore", "run_study"),  # made of the others
+    *("audit", "explore", "run_study"),  # made of the others
     *("save", "save_gguf", "gguf_weights"),  # inside "certify"; the others of files
     *("ask", "build_task", "judge_by_llama"),  # a copy that writes; asked as "accuracy" asks; files
     "certify_in_fresh_process",  # a process of its own

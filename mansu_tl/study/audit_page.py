@@ -31,21 +31,22 @@ _TEXTS = {
         "alone. Judged only where the original knows the facts."
     ),
     KEPT: (
-        "Near facts are of the forgotten ones' kind and suffer first; far facts and text are everything else. A margin is the "
-        "log-odds of the right option: it falls before answers do."
+        "Near facts are of the forgotten ones' kind and suffer first; far facts and text are everything else. A margin is "
+        "the log-odds of the right option: it falls before answers do."
     ),
     FORMATS: (
         "Each format's own rounding is applied to both models and all questions are asked again. Judged only where the "
         "original still knows the facts in that format; where it does not, a silent model says nothing about forgetting."
     ),
     RELEARNING: (
-        "The model is fine-tuned on a few of the facts, or on unrelated text, and asked about the others. What counts is what "
-        "it gains beyond a model that never learnt them; the original under the same attack shows that the attack can see "
-        "knowledge."
+        "The model is fine-tuned on a few of the facts, or on unrelated text, and asked about the others. What counts is "
+        "what it gains beyond a model that never learnt them; the original under the same attack shows that the attack can "
+        "see knowledge."
     ),
     ERASED: (
-        "CAD by depth reads the model's states with the original's gradients: erased means gone before the fact is read, on "
-        "these facts and not on near ones. Probes and erasure depth need a never-trained model to say what nothing looks like."
+        "CAD by depth reads the model's states with the original's gradients: erased means gone before the fact is read, "
+        "on these facts and not on near ones. Probes and erasure depth need a never-trained model to say what nothing looks "
+        "like."
     ),
 }
 
@@ -79,7 +80,7 @@ def verdict_table(given: Sequence[Verdict]) -> pd.DataFrame:
                 "by": each.item,
                 "verdict": marked(each.verdict),
                 "unlearned model": shown(each),
-                "asked": each.bound,
+                "bound": each.bound,
                 "control": "" if isnan(each.control) else f"{each.control:.3g} ({each.control_name})",
                 "why": each.why,
             }

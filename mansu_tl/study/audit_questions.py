@@ -63,7 +63,8 @@ def _forgotten(found: Evidence) -> Iterator[Verdict]:
         if right["control"] <= least:
             outcome = NOT_JUDGEABLE, f"the original writes {right['control']:.0f} % of them"
         yield numbered(
-            FORGOTTEN, item, outcome, right, unit="% written", bound=f"<= {least:.3g}", control="original", few=found.few(asked)
+            FORGOTTEN, item, outcome, right, unit="% written", bound=f"<= {least:.3g}", control="original, % written",
+            few=found.few(asked),
         )  # fmt: skip
 
 

@@ -45,5 +45,8 @@ def record_environment(
         "peak_memory_gb": round(max(memory_gb, earlier.get("peak_memory_gb", 0.0)), 2),
         "config": dict(config),
     }
-    write_text(path, json.dumps(record, indent=2))
-    return record
+    text = json.dumps(record, indent=2)
+    write_text(path, text)
+    # As it is read back the next time.
+    read: dict[str, Any] = json.loads(text)
+    return read
