@@ -17,7 +17,7 @@ from mansu_tl.cli import app
 from mansu_tl.data.contrast import contrasted
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
-from mansu_tl.models import linear_weights, parameters, plain, rebuild
+from mansu_tl.models import gguf_weights, linear_weights, parameters, plain, rebuild
 from mansu_tl.quantization import quantizers
 from mansu_tl.study import AuditPlan, OpenAudit, audit, compare, quick
 from mansu_tl.study.audit_questions import verdicts
@@ -296,6 +296,23 @@ def test_a_plan_has_the_formats_that_the_original_fits(pocket, tmp_path) -> None
     # The file's own codes say more than a grid like its.
     assert AuditPlan.quick().for_model(file).formats == ("gguf", "nf4", "int8")
     assert replace(AuditPlan.quick(), formats=("fp4",)).for_model(file).formats == ("fp4",)
+
+
+def test_an_unlearned_folder_is_looked_at_in_the_file_that_the_original_came_in(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("mansu_tl.study.audit_inputs.require_known", lambda model, task: None)
+    model, task = tiny_case()
+    file = write_gguf(plain(model), "llama", tmp_path / "model.gguf", tokens=False)
+    original = mtl.load(file, tokenizer=model.tokenizer)
+    edited = crossing_edit(original).apply(original)
+    saved = mtl.load(mtl.save(edited, tmp_path / "edited"))
+    assert gguf_weights(saved) is None
+    wanted = parameters(mtl.quantize(edited, "gguf"))
+    for given in (tmp_path / "edited", saved):
+        found = OpenAudit(original, given, task, formats=["gguf"]).inputs.unlearned
+        assert gguf_weights(found) is gguf_weights(original)
+        values = parameters(mtl.quantize(found, "gguf"))
+        assert all(torch.equal(value, wanted[name]) for name, value in values.items())
+    assert gguf_weights(saved) is None
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------

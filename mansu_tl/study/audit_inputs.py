@@ -16,11 +16,13 @@ from mansu_tl.data.fit import require_fit
 from mansu_tl.data.sources import load_task
 from mansu_tl.data.sources.registry import TaskSource
 from mansu_tl.errors import MansuError
-from mansu_tl.models import fingerprint, load, parameters
+from mansu_tl.models import fingerprint, gguf_weights, load, parameters, rebuild
 from mansu_tl.models.adapters import is_adapter, merged
 from mansu_tl.models.four_bit import require_dense
+from mansu_tl.models.gguf import remember
 from mansu_tl.models.kinds import require_bridge
 from mansu_tl.models.packages import PACKAGED
+from mansu_tl.models.tree import hf_of
 from mansu_tl.runs.metrics import Accuracy
 from mansu_tl.verification import require_known
 
@@ -77,6 +79,7 @@ def read_inputs(
             "that was unlearned"
         )
     known = require_known(base, found)
+    other = _in_the_file_of(base, other, owned=other is not unlearned)
     return Inputs(base, other, reference, found, known, names, {**marks, "task": found.digest()})
 
 
@@ -146,6 +149,20 @@ def _require_same_words(original: TransformerBridge, other: TransformerBridge, t
 def _tensors(task: Task) -> list[Tensor]:
     rows = [task.forget_pairs.clean, task.forget_pairs.corrupt, task.forget_pairs.options, task.retain_text.tokens]
     return rows + [part for asked in task.questions.values() for part in (asked.prompts, asked.options)]
+
+
+def _in_the_file_of(original: TransformerBridge, unlearned: TransformerBridge, *, owned: bool) -> TransformerBridge:
+    """The unlearned model as one that would be shipped in the GGUF file that the original came in; a folder forgets that.
+
+    Args:
+        owned: it was loaded here; a model of the caller's is copied and stays as it is.
+    """
+    file = gguf_weights(original)
+    if file is None or gguf_weights(unlearned) is not None:
+        return unlearned
+    other = unlearned if owned else rebuild(unlearned)
+    remember(hf_of(other), file)
+    return other
 
 
 def _equal(original: TransformerBridge, unlearned: TransformerBridge) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import pandas as pd
@@ -116,8 +118,9 @@ class OpenAudit:
         self.inputs = read_inputs(original, unlearned, task, never, device)
         self.plan = settings.for_model(self.inputs.original)
         self._kept = out is not None
-        self._temporary = None if out is not None else TemporaryDirectory(prefix="mansu-audit-")
-        self.folder = Path(out if out is not None else self._temporary.name)  # type: ignore[union-attr]
+        self.folder = Path(mkdtemp(prefix="mansu-audit-") if out is None else out)
+        if out is None:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._require_own_folder()
 
     @cached_property
@@ -165,6 +168,8 @@ class OpenAudit:
                     try:
                         frames.append(rows_of(self.bench, stage))
                     except MansuError as error:
+                        if stage is self.stages[0]:
+                            raise  # nothing can be said without answers
                         # Said in the verdict that it leaves open, and tried again the next time.
                         failed[stage.name] = str(error)
             found = self._found(frames, failed, time.perf_counter() - started, 1 if small else 0)
