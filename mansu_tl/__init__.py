@@ -33,7 +33,7 @@ from mansu_tl.models import load, save, save_gguf
 from mansu_tl.patching import activation_patching
 from mansu_tl.quantization import find_grid, quantize
 from mansu_tl.runs import accuracy
-from mansu_tl.study import StudyConfig, run_study
+from mansu_tl.study import audit, run_study
 from mansu_tl.unlearning import unlearn
 from mansu_tl.verification import ask, certify, circuit_divergence, scorecard
 
@@ -41,10 +41,10 @@ __version__ = _version("mansu-tl")
 
 __all__ = [
     "MansuError",
-    "StudyConfig",
     "accuracy",
     "activation_patching",
     "ask",
+    "audit",
     "build_task",
     "certify",
     "circuit_divergence",

@@ -30,6 +30,7 @@ from mansu_tl.registry import import_plugins
 from mansu_tl.results.files import write_text
 from mansu_tl.starter import write_starter
 from mansu_tl.study import (
+    OpenAudit,
     Study,
     StudyConfig,
     collect,
@@ -216,6 +217,41 @@ def compare(
         result = run_comparison(plan, out, png=png, progress=not quiet, workers=workers, on=on)
     typer.echo(properties(result.table).set_index(["base", "method"]).T.to_string())
     typer.echo(f"tables and figures: {result.folder}")
+
+
+@app.command()
+def audit(
+    original: Annotated[
+        str, typer.Argument(help="The model before: a folder in Hugging Face format, a GGUF file, a name.")
+    ],
+    unlearned: Annotated[str, typer.Argument(help="The model after; also a LoRA adapter's folder (needs peft).")],
+    task: Annotated[str, typer.Option(help="What was to be forgotten and what kept: a file, or another source.")],
+    never: Annotated[str, typer.Option(help="A model that never learnt it; '' = none.")] = "",
+    formats: Annotated[str, typer.Option(help="Quantizers, with commas between; '' = the plan's.")] = "",
+    out: Out = Path("runs/audit"),
+    thorough: Annotated[
+        bool,
+        typer.Option("--full/--quick", help="Every format, all attacks, the circuit; or the verdicts, in minutes."),
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where the models are put, cpu or cuda.")] = "cpu",
+    plugin: Plugin = None,
+    quiet: Quiet = False,
+) -> None:
+    """Audit what anybody unlearned: forgotten, at what cost, in every format, under attack, erased or only suppressed."""
+    with _to_be_continued():
+        opened = OpenAudit(
+            original, unlearned, task, never=never or None, formats=[n.strip() for n in formats.split(",") if n.strip()],
+            out=out, plan="full" if thorough else "quick", device=device,
+        )  # fmt: skip
+        for line in opened.estimate().lines():
+            typer.echo(line)
+        found = opened.run(progress=not quiet)
+    typer.echo("")
+    for line in found.lines():
+        typer.echo(line)
+    for stage, reason in found.notes.items():
+        typer.echo(f"note, {stage}: {reason}", err=True)
+    typer.echo(f"\nverdicts and tables: {out}; page: {out / 'report.html'}")
 
 
 @app.command()

@@ -610,15 +610,15 @@ def test_a_config_may_have_a_mark_a_tilde_and_another_encoding(tmp_path: Path, m
     text = 'model = "pocket"\ntask = "pocket"\nseed = 3\n# caf\u00e9\n'
     (tmp_path / "c.toml").write_bytes(text.encode("utf-8-sig"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert mtl.StudyConfig.read(tmp_path / "c.toml").seed == mtl.StudyConfig.read("~/c.toml").seed == 3
+    assert mtl.study.StudyConfig.read(tmp_path / "c.toml").seed == mtl.study.StudyConfig.read("~/c.toml").seed == 3
     (tmp_path / "u.toml").write_bytes(text.encode("utf-16"))
     with pytest.raises(MansuError, match="u.toml: UTF-16"):
-        mtl.StudyConfig.read(tmp_path / "u.toml")
+        mtl.study.StudyConfig.read(tmp_path / "u.toml")
     (tmp_path / "l.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(MansuError, match="l.toml, line 4: byte 0xe9 is not UTF-8"):
-        mtl.StudyConfig.read(tmp_path / "l.toml")
+        mtl.study.StudyConfig.read(tmp_path / "l.toml")
     with pytest.raises(MansuError, match="this is a folder"):
-        mtl.StudyConfig.read(tmp_path)
+        mtl.study.StudyConfig.read(tmp_path)
 
 
 def test_results_go_to_a_home_folder_and_to_any_name(tmp_path: Path, monkeypatch) -> None:

@@ -16,7 +16,7 @@ from tests.tiny import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 # Minutes, or widgets.
-COMPILED_ONLY = {"explore", "run_study", "scorecard"}
+COMPILED_ONLY = {"audit", "explore", "run_study", "scorecard"}
 
 
 def example(name: str) -> doctest.DocTest:

@@ -303,7 +303,7 @@ def test_a_study_of_a_file_certifies_the_file_and_writes_its_report(tmp_path: Pa
     # The file has no tokenizer of pocket's kind; everything else is as for a file that has.
     monkeypatch.setattr(bench, "load", lambda source, **given: mtl.load(source, tokenizer=pocket.tokenizer, **given))
     quick = {"steps": 6, "learning_rate": 0.5, "fisher_sequences": 4, "adversary_weight": 0.0, "quantizer": "gguf"}
-    config = mtl.StudyConfig(
+    config = mtl.study.StudyConfig(
         model=str(file), task=SMALL_TASK, methods=("mansu",), quantizers=("gguf", "nf4"), faithfulness=0.5, steps=2,
         settings={"mansu": quick},
     )  # fmt: skip

@@ -61,7 +61,7 @@ WITHOUT_MODEL = {
     *("corruptions", "counterfactuals", "forced", "register_corruption"),  # prompts to prompts
     *("rouge_l", "summary_recall", "lume_aggregate"),  # texts and scores to numbers
     *("judge", "privleak"),  # a table to a scorecard, scores to a ratio
-    *("explore", "run_study"),  # made of the others
+    *("audit", "explore", "run_study"),  # made of the others
     *("save", "save_gguf", "gguf_weights"),  # inside "certify"; the others of files
     *("ask", "build_task", "judge_by_llama"),  # a copy that writes; asked as "accuracy" asks; files
     "certify_in_fresh_process",  # a process of its own

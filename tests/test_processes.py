@@ -94,7 +94,7 @@ SCRIPT = f"""
 from pathlib import Path
 Path("begun").open("a").write("once ")
 import mansu_tl as mtl
-config = mtl.StudyConfig(
+config = mtl.study.StudyConfig(
     task={SMALL_TASK!r}, methods=("graddiff",), quantizers=("nf4",), never="", faithfulness=0.6, steps=1,
     settings={{"graddiff": {{"max_steps": 3, "check_every": 2, "stop_over_chance": -100.0}}}},
 )

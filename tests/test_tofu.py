@@ -281,7 +281,7 @@ def test_tofu_is_a_source_of_studies(
     (tmp_path / "c.toml").write_text(
         f'model = "{trained["tofu-full"]}"\ntask = "tofu:files?{options}"\nmethods = ["graddiff"]\n', encoding="utf-8"
     )
-    config = mtl.StudyConfig.read(tmp_path / "c.toml")
+    config = mtl.study.StudyConfig.read(tmp_path / "c.toml")
     assert mtl.load_task(config.task, tokenizer=model).digest() == direct.digest()
     monkeypatch.setattr("sys.argv", ["mansu-tl", "check", str(tmp_path / "c.toml")])
     with pytest.raises(SystemExit):

@@ -45,7 +45,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -214,7 +214,7 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path | str]:
         return name, folder
     folder = local(name)
     if folder.is_dir():
-        if (folder / _ADAPTER).is_file():
+        if (folder / ADAPTER).is_file():
             raise MansuError(f"{name}: {_merge(folder)}")
         if not (folder / "config.json").is_file():
             raise MansuError(f"{name}: this folder has no config.json; pass a folder in Hugging Face format")
@@ -232,7 +232,7 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path | str]:
 def _merge(folder: Path) -> str:
     """How an adapter's folder becomes a model."""
     try:
-        base = json.loads(read_text(folder / _ADAPTER)).get("base_model_name_or_path") or "BASE"
+        base = json.loads(read_text(folder / ADAPTER)).get("base_model_name_or_path") or "BASE"
     except (MansuError, ValueError, AttributeError):
         base = "BASE"
     return (

@@ -1,5 +1,8 @@
 """Studies and comparisons: plans of cells, one runner, one tidy table; verdicts, pictures and report are views of it."""
 
+from mansu_tl.study.audit_plan import AuditPlan, Estimate, Planned
+from mansu_tl.study.audit_run import Audit, OpenAudit, audit
+from mansu_tl.study.audit_verdicts import Answer, AuditBounds, Verdict
 from mansu_tl.study.collect import collect
 from mansu_tl.study.comparison import ComparisonResult
 from mansu_tl.study.config import StudyConfig
@@ -16,14 +19,23 @@ from mansu_tl.study.study import MethodResult, Study
 from mansu_tl.study.table import properties, summary
 
 __all__ = [
+    "Answer",
+    "Audit",
+    "AuditBounds",
+    "AuditPlan",
     "Comparison",
     "ComparisonResult",
+    "Estimate",
     "HarnessScores",
     "MethodResult",
+    "OpenAudit",
     "Picture",
+    "Planned",
     "Section",
     "Study",
     "StudyConfig",
+    "Verdict",
+    "audit",
     "collect",
     "compare",
     "figure_data",

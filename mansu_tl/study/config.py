@@ -43,7 +43,7 @@ class StudyConfig(Plan):
         device: where the models are, "cpu" or "cuda"; on Ray each cell then gets a GPU of its own.
 
     Example:
-        >>> config = mtl.StudyConfig(model="pocket", methods=("mansu", "npo"), quantizers=("nf4", "int8"))
+        >>> config = mtl.study.StudyConfig(model="pocket", methods=("mansu", "npo"), quantizers=("nf4", "int8"))
         >>> print(config.to_toml().splitlines()[2])
         methods = ["mansu", "npo"]
     """

@@ -84,7 +84,7 @@ def write_report(
 
 def _templates() -> jinja2.Environment:
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    templates.filters |= {"kinds": _kinds, "cell": _cell}
+    templates.filters |= {"kinds": _kinds, "cell": _cell, "tone": _tone}
     return templates
 
 
@@ -92,6 +92,13 @@ def _kinds(frame: pd.DataFrame) -> list[Markup]:
     """The attribute of every column: numbers stand to the right."""
     number = [pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) for t in frame.dtypes]
     return [Markup(' class="number"' if each else "") for each in number]
+
+
+def _tone(value: Any) -> Markup:
+    """The attribute of a cell that is a verdict: its mark says the same as its colour."""
+    if not isinstance(value, str):
+        return Markup("")
+    return Markup({"✓": ' class="yes"', "✗": ' class="no"'}.get(value[:1], ""))
 
 
 def _cell(value: Any) -> str:

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,12 @@ from mansu_tl.study.bench import Bench
 from mansu_tl.study.comparison import ComparisonResult, compared, comparison_cell
 from mansu_tl.study.config import StudyConfig
 from mansu_tl.study.engines import compute, engine_for, is_small, one_thread, peak_memory_gb, require_engine
+from mansu_tl.study.environment import record_environment
 from mansu_tl.study.plan import Cell, Comparison, Plan
 from mansu_tl.study.study import PASSES, Study, assembled, study_cell
 from mansu_tl.study.table import write_table
 
 Work = Callable[[Bench, Cell], Any]
-_PACKAGES = ("mansu-tl", "torch", "transformers", "transformer-lens", "bitsandbytes", "safetensors", "plotly")
 
 
 def run_study(
@@ -62,7 +61,7 @@ def run_study(
             to forget, or anything the stages refuse.
 
     Example:
-        >>> study = mtl.run_study(mtl.StudyConfig(methods=("mansu", "graddiff")), "runs/first")
+        >>> study = mtl.run_study(mtl.study.StudyConfig(methods=("mansu", "graddiff")), "runs/first")
         >>> study.summary()
     """
     folder, toml = Path(out), config.to_toml()
@@ -175,7 +174,11 @@ def _run(plan: Plan, folder: Path, work: Work, progress: bool, workers: int | No
     # Processes that ran side by side count in full, whether or not all were at their peak at once.
     peaks = {report.process: report.peak_memory_gb for report in reports}
     memory = peak_memory_gb() + sum(peaks.values())
-    environment = _record(plan, folder / "environment.json", made, time.perf_counter() - started, threads, memory)
+    config = {key: value for key, value in asdict(plan).items() if key != "settings"}  # type: ignore[call-overload]
+    environment = record_environment(
+        folder / "environment.json", config, seed=plan.seed, device=plan.device, made=made,
+        seconds=time.perf_counter() - started, threads=threads, memory_gb=memory,
+    )  # fmt: skip
     return _Run({cell: done[cell] for cell in plan.cells}, stores, environment)
 
 
@@ -204,23 +207,3 @@ def _bench(plan: Plan, base: str, folder: Path) -> Bench:
 
 def _title(plan: Plan, cell: Cell) -> str:
     return f"{plan.names[cell.base]} {cell.place}"
-
-
-def _record(plan: Plan, path: Path, made: int, seconds: float, threads: int, memory_gb: float) -> dict[str, Any]:
-    """Versions, duration and memory, written beside the results; as they were where nothing was made."""
-    earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if earlier and not made:
-        return earlier
-    record = {
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "seed": plan.seed,
-        "device": plan.device,
-        "threads": threads,
-        "machine": platform.machine(),
-        # A run that was interrupted counts all its parts.
-        "seconds": round(seconds + earlier.get("seconds", 0.0), 1),
-        "peak_memory_gb": round(max(memory_gb, earlier.get("peak_memory_gb", 0.0)), 2),
-        "config": {key: value for key, value in asdict(plan).items() if key != "settings"},  # type: ignore[call-overload]
-    }
-    write_text(path, json.dumps(record, indent=2))
-    return record

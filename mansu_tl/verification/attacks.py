@@ -16,6 +16,8 @@ from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.results.result import Result
 
+ATTACKER_FACTS = 12  # that an attacker has where nothing else is said
+
 
 @dataclass(frozen=True)
 class Attack(Result):
@@ -48,7 +50,7 @@ class Attack(Result):
 
 @torch_defaults()
 def attack_splits(
-    task: Task, k: int = 12, splits: int = 3, *, seed: int = 0, questions: str = "forget"
+    task: Task, k: int = ATTACKER_FACTS, splits: int = 3, *, seed: int = 0, questions: str = "forget"
 ) -> tuple[Attack, ...]:
     """Draws of `k` forget facts to train on (every trained wording of each), all the others being asked.
 

@@ -21,6 +21,7 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
 from mansu_tl.data.counterparts import counterparts, facts_first
 from mansu_tl.defaults import torch_defaults
+from mansu_tl.errors import MansuError
 from mansu_tl.models import parameters
 from mansu_tl.quantization import quantize
 from mansu_tl.results.intervals import interval_over_facts
@@ -47,7 +48,7 @@ class Subject:
     Args:
         model: it must stay as it is.
         task: whose questions and forget pairs are asked.
-        circuit: whose edges are scored.
+        circuit: whose edges are scored; None where only answers are looked at.
         scores: its `circuit_scores` in full precision, to reuse them.
         steps: of EAP-IG; those of `scores` where they are given.
     """
@@ -56,7 +57,7 @@ class Subject:
         self,
         model: TransformerBridge,
         task: Task,
-        circuit: Circuit,
+        circuit: Circuit | None,
         *,
         scores: CircuitScores | None = None,
         steps: int = 5,
@@ -89,17 +90,15 @@ class Subject:
 
     def scores(self, quantizer: str = "") -> CircuitScores:
         """Its scores on the circuit's edges, all with the same steps."""
-        pairs = self.task.forget_pairs
-        return self._once(
-            "scores", quantizer, lambda model: circuit_scores(model, self.circuit, pairs, steps=self.steps)
-        )
+        pairs, circuit = self.task.forget_pairs, self._circuit()
+        return self._once("scores", quantizer, lambda model: circuit_scores(model, circuit, pairs, steps=self.steps))
 
     def divergence(self, original: Subject, quantizer: str = "", *, label: str = "edited", seed: int = 0) -> Divergence:
         """CAD of this model under a quantizer against the original as it is."""
         key = "divergence", original, quantizer, seed
         if key not in self._kept:
             pair = original.scores(), self.scores(quantizer)
-            self._kept[key] = circuit_divergence(*pair, self.circuit, self.task.forget_pairs, seed=seed)
+            self._kept[key] = circuit_divergence(*pair, self._circuit(), self.task.forget_pairs, seed=seed)
         return replace(self._kept[key], label=label)
 
     @cached_property
@@ -125,6 +124,11 @@ class Subject:
             same = quantizer and self.under(quantizer) is self.model
             self._kept[key] = self.depth(original) if same else reader.read(self.under(quantizer))
         return replace(self._kept[key], label=label)
+
+    def _circuit(self) -> Circuit:
+        if self.circuit is None:
+            raise MansuError("subject: it was given no circuit, so no edge can be scored; pass one")
+        return self.circuit
 
     def _once(self, what: str, quantizer: str, make: Callable[[TransformerBridge], T]) -> T:
         """What is made of the model under a quantizer; of the model itself where it rests on that one's grid."""
@@ -160,15 +164,14 @@ def measure(
     """
     rows: list[Measured] = []
     for name in tqdm(("", *quantizers), desc="measure", unit="quantizer", disable=not progress):
-        rows += _accuracies(original, edited, name, name if against is None else against, seed)
-        cad, noise = (subject.divergence(original, name, seed=seed) for subject in (edited, original))
-        rows.append((name, "", "CAD", cad.value, *cad.interval, noise.value))
-        rows.append((name, "", "mass loss", cad.mass_loss, *cad.mass_interval, noise.mass_loss))
-        rows += _by_depth(original, edited, name)
+        rows += answer_rows(original, edited, name, name if against is None else against, seed)
+        rows += circuit_rows(original, edited, name, seed)
+        rows += depth_rows(original, edited, name)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _accuracies(original: Subject, edited: Subject, name: str, against: str, seed: int) -> Iterator[Measured]:
+def answer_rows(original: Subject, edited: Subject, name: str, against: str, seed: int) -> Iterator[Measured]:
+    """What a model answers under one quantizer; the arguments are those of `measure`."""
     for asked, after in edited.answers(name).items():
         for kind in KINDS:
             hits, control = percent(after, kind), percent(original.answers(against)[asked], kind)
@@ -186,7 +189,7 @@ def _accuracies(original: Subject, edited: Subject, name: str, against: str, see
                 yield (name, asked, measure, values.mean().item(), *ends, reference.mean().item())
 
 
-def _by_depth(original: Subject, edited: Subject, name: str) -> Iterator[Measured]:
+def depth_rows(original: Subject, edited: Subject, name: str) -> Iterator[Measured]:
     """What the structural verdict is made of."""
     found, noise = (subject.depth(original, name) for subject in (edited, original))
     if found is None or noise is None:
@@ -195,6 +198,13 @@ def _by_depth(original: Subject, edited: Subject, name: str) -> Iterator[Measure
         yield (name, "", measure, *values, noise.decisive[measure][0])
     yield (name, "", ANSWERED, found.answered, NAN, NAN, noise.answered)
     yield (name, "", JUDGED_LAYER, found.judged - 1.0, NAN, NAN, NAN)
+
+
+def circuit_rows(original: Subject, edited: Subject, name: str, seed: int) -> Iterator[Measured]:
+    """How far its circuit is from the original's under one quantizer."""
+    cad, noise = (subject.divergence(original, name, seed=seed) for subject in (edited, original))
+    yield (name, "", "CAD", cad.value, *cad.interval, noise.value)
+    yield (name, "", "mass loss", cad.mass_loss, *cad.mass_interval, noise.mass_loss)
 
 
 def percent(answers: Accuracy, kind: str) -> Float[Tensor, " question"]:

@@ -32,6 +32,9 @@ from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.streams import residual_streams, stream_hooks
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_FOLDS, _INNER, _SHUFFLES = 6, 3, 5
+# Fits a layer: every fold tries each penalty on its inner folds, then fits once, and once for every shuffle.
+FITS = _FOLDS * (_INNER * len(PENALTIES) + 1 + _SHUFFLES)
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,9 @@ def probe(
     questions: Questions,
     *,
     also_train: Questions | None = None,
-    folds: int = 6,
+    folds: int = _FOLDS,
     penalties: Sequence[float] = PENALTIES,
-    shuffles: int = 5,
+    shuffles: int = _SHUFFLES,
     batch_size: int = 256,
     seed: int = 0,
     label: str = "edited",
@@ -147,7 +150,7 @@ def probe(
     for i in tqdm(range(len(layers)), desc=f"probes {label}", unit="layer", disable=not progress):
         for j in range(folds):
             test, train = (fold == j).nonzero()[:, 0], (fold != j).nonzero()[:, 0]
-            inner = _folds([facts[t] for t in train.tolist()], 3, generator)
+            inner = _folds([facts[t] for t in train.tolist()], _INNER, generator)
             penalty = _chosen(features[i, train], vectors[answers[train]], _balance(answers[train]), inner, penalties)
             chosen[i] += penalty / folds
             for n, labels in enumerate((answers, *shuffled)):
