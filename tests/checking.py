@@ -11,7 +11,8 @@ import ast
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -74,6 +75,26 @@ class Checker:
         made.__module__, made.__qualname__ = self.module, self.qualname
         return _beartype()(made)
 
+    @functools.cached_property
+    def axes(self) -> bool:
+        """Whether its annotations name axes, which are to be the same ones from the first argument to the result."""
+        return any("jaxtyping" in repr(each) for each in (self.result, *(p.annotation for p in self.parameters)))
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function's result, with everything checked."""
+        __tracebackhide__ = True
+        try:
+            self.arguments_fit(*args, **kwargs)
+        except _violation() as problem:
+            raise self.error("parameters", problem) from None
+        out = function(*args, **kwargs)
+        if self.result_fits is not None:
+            try:
+                self.result_fits(out)
+            except _violation() as problem:
+                raise self.error("return value", problem) from None
+        return out
+
     def error(self, what: str, problem: Exception) -> TypeCheckError:
         """What is said of a value that does not fit."""
         return TypeCheckError(
@@ -85,11 +106,25 @@ class Checker:
 _checkers: dict[tuple[CodeType, str, str], Checker] = {}
 
 
+_on = True
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the checker, which draws random numbers: of a long list it looks at one item."""
+    global _on
+    _on = False
+    try:
+        yield
+    finally:
+        _on = True
+
+
 def checked(value: Any) -> Any:
     """A function, or a dataclass with its `__init__`, under the checker."""
     if inspect.isclass(value):
         if is_dataclass(value) and not hasattr(value.__init__, "__wrapped__"):
-            value.__init__ = checked(value.__init__)  # type: ignore[misc]
+            value.__init__ = checked(value.__init__)
         return value
     key = (value.__code__, value.__module__, value.__qualname__)
     checker = _checkers.get(key)
@@ -99,18 +134,12 @@ def checked(value: Any) -> Any:
     @functools.wraps(value)
     def inner(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
+        if not _on:
+            return value(*args, **kwargs)
+        if not checker.axes:
+            return checker.call(value, args, kwargs)
         with jaxtyped("context"):
-            try:
-                checker.arguments_fit(*args, **kwargs)
-            except _violation() as problem:
-                raise checker.error("parameters", problem) from None
-            out = value(*args, **kwargs)
-            if checker.result_fits is not None:
-                try:
-                    checker.result_fits(out)
-                except _violation() as problem:
-                    raise checker.error("return value", problem) from None
-            return out
+            return checker.call(value, args, kwargs)
 
     return inner
 
@@ -158,7 +187,7 @@ class _Decorate(ast.NodeTransformer):
 
 
 class _Loader(SourceFileLoader):
-    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> CodeType:  # type: ignore[override]
+    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> CodeType:
         tree = _Decorate().visit(ast.parse(data, path))
         return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True, optimize=_optimize)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import mansu_tl as mtl
 from mansu_tl.runs.metrics import logit_difference
 from tests import checking
-from tests.checking import checked, install
+from tests.checking import checked, install, unchecked
 from tests.test_attribution import random_pairs
 
 if TYPE_CHECKING:
@@ -135,5 +135,7 @@ def test_the_package_is_under_it() -> None:
         pairs.to(3)
     with pytest.raises(TypeCheckError, match="Sequences.__init__"):
         mtl.data.Sequences(pairs.clean[0], pairs.lengths)
+    with unchecked(), pytest.raises(AttributeError):
+        mtl.data.positions(3)
     with pytest.raises(RuntimeError, match="mansu_tl was imported before"):
         install("mansu_tl")
