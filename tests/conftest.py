@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.checking import install
+
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from mansu_tl.data import Task
+
+install("mansu_tl")
 
 
 @pytest.fixture(scope="session", autouse=True)

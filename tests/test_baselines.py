@@ -161,7 +161,7 @@ def test_sure_moves_only_the_modules_with_the_largest_gradient(model, task) -> N
 
 
 def test_null_space_updates_leave_retain_inputs_where_they_were(model, task) -> None:
-    text = mtl.load_task("pocket").retain_text
+    text = embedded_task().retain_text
     whole = dataclasses.replace(task, retain_text=text)
     edit = unlearn(model, whole, "null-space", leak=0.02, learning_rate=1e-3, max_steps=3)
     edited = parameters(edit.apply(model))
@@ -258,7 +258,7 @@ def test_bad_settings_are_named(model, task, method: str, settings: dict, messag
 
 
 def test_a_split_keeps_every_fact_on_one_side_and_all_training_text() -> None:
-    task = mtl.load_task("pocket")
+    task = embedded_task()
     validation, test = split_questions(task)
     assert validation.forget_pairs is task.forget_pairs
     for name, questions in task.questions.items():
@@ -281,7 +281,7 @@ def test_a_split_keeps_every_fact_on_one_side_and_all_training_text() -> None:
 
 @pytest.mark.slow
 def test_a_search_takes_the_rate_that_forgets_and_loses_least(model, task, tmp_path: Path) -> None:
-    validation, _ = split_questions(mtl.load_task("pocket"))
+    validation, _ = split_questions(embedded_task())
     small = dataclasses.replace(
         validation, forget_pairs=task.forget_pairs, retain_text=task.retain_text, near_text=task.near_text
     )

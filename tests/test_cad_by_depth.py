@@ -21,7 +21,7 @@ from mansu_tl.runs.passes import run
 from mansu_tl.verification import CadByDepth, DepthBounds, DepthReader
 from mansu_tl.verification.depth_verdict import depth_verdict
 from tests.test_attribution import random_pairs
-from tests.tiny import FAMILIES, some, tiny
+from tests.tiny import FAMILIES, embedded_task, some, tiny
 
 
 def known(model, pairs: mtl.data.PromptPairs) -> mtl.data.PromptPairs:
@@ -116,7 +116,7 @@ def test_what_is_cut_at_a_layer_shows_from_there_on(case) -> None:
 @pytest.fixture(scope="module")
 def suppressed(model):
     """`pocket` whose last MLP alone was trained against the forget answers: the knowledge below it is untouched."""
-    task, last = mtl.load_task("pocket"), f"model.layers.{Anatomy.of(model).n_layers - 1}.mlp.down_proj.weight"
+    task, last = embedded_task(), f"model.layers.{Anatomy.of(model).n_layers - 1}.mlp.down_proj.weight"
     pairs = task.forget_pairs
     hf = mtl.models.plain(model)
     weight = parameters(model)[last].detach().clone().requires_grad_()
@@ -133,7 +133,7 @@ def suppressed(model):
 
 
 def test_a_suppressor_leaves_the_knowledge_where_it_was(model, suppressed, tmp_path) -> None:
-    task = mtl.load_task("pocket")
+    task = embedded_task()
     pairs = task.forget_pairs[:48]
     assert mtl.accuracy(suppressed, task.questions["forget"]).mc_percent < 30
     reader = DepthReader(model, pairs, task.retain_pairs[:48])

@@ -37,7 +37,7 @@ from mansu_tl.runs.metrics import answer_log_prob, logit_difference
 from mansu_tl.runs.passes import prepared
 from tests.test_attribution import oracle_case, random_pairs, swapped
 from tests.test_circuit import one_path_model
-from tests.tiny import FAMILIES, crossed, tiny
+from tests.tiny import FAMILIES, crossed, embedded_task, tiny
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K"
 
@@ -416,7 +416,7 @@ def test_a_circuit_is_judged_on_other_weights_but_not_on_another_graph() -> None
 
 @pytest.mark.slow
 def test_eap_ig_needs_fewer_edges_than_eap_and_far_fewer_than_chance_on_pocket() -> None:
-    model, pairs = mtl.load("pocket"), mtl.load_task("pocket").forget_pairs
+    model, pairs = mtl.load("pocket"), embedded_task().forget_pairs
     total = Graph.of(model).n_edges
 
     def needed(**options: object) -> int:

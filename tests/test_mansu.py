@@ -28,7 +28,7 @@ from mansu_tl.unlearning.retain_statistics import (
     null_projector,
     retain_bound,
 )
-from tests.tiny import sliced_task
+from tests.tiny import embedded_task, sliced_task
 
 QUICK = {"steps": 10, "learning_rate": 0.5, "fisher_sequences": 8, "retain_batch": 8, "adversary_weight": 0.0}
 
@@ -199,7 +199,7 @@ def test_support_is_the_largest_updates_that_the_budgets_pay_for() -> None:
 
 
 def test_near_neighbours_find_the_near_facts_in_the_retain_text(model) -> None:
-    full = mtl.load_task("pocket")
+    full = embedded_task()
     text = full.retain_text.joined(full.near_text)
     share = len(full.near_text) / len(text)
     rows = near_neighbours(plain(model), full.forget_pairs, text, share)
@@ -218,7 +218,7 @@ def test_a_task_without_near_text_gets_discovered_neighbours(model, task, circui
 
 
 def test_representation_loss_is_one_at_a_never_seen_prompt_on_average(model) -> None:
-    full = mtl.load_task("pocket")
+    full = embedded_task()
     hf, unknown = plain(model), ignorance(plain(model), full.forget_pairs, full.unseen)
     pair = full.forget_pairs[[5]]
     length = int(pair.lengths)
@@ -261,7 +261,7 @@ def test_bad_settings_are_named(model, task, circuit, settings: dict, message: s
 
 
 def test_a_single_never_seen_prompt_borrows_the_spread_of_all_or_is_refused(model, task, circuit) -> None:
-    full = mtl.load_task("pocket")
+    full = embedded_task()
     two = dataclasses.replace(task, unseen=full.unseen[[0, 100]])
     unknown = ignorance(plain(model), two.forget_pairs, two.unseen)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.unlearning.mansu.terms import forget_loss, ignorance
 from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, sequence_loss
 from tests.test_attribution import random_pairs
-from tests.tiny import FAMILIES, sliced_task, tiny
+from tests.tiny import FAMILIES, embedded_task, sliced_task, tiny
 
 QUICK = {"mansu": {"steps": 12, "learning_rate": 0.5, "fisher_sequences": 8, "adversary_weight": 0.0}}
 
@@ -272,7 +272,7 @@ def test_fisher_information_equals_one_gradient_a_sequence(family: str) -> None:
 
 def test_sequences_run_apart_by_length_say_the_same(model) -> None:
     hf, values = plain(model), dict(plain(model).named_parameters())
-    task = mtl.load_task("pocket")
+    task = embedded_task()
     text = task.retain_text[list(range(0, 1024, 16))]
     groups = by_length(text.lengths)
     assert len(groups) == 2 and sorted(torch.cat(groups).tolist()) == list(range(len(text)))
@@ -292,7 +292,7 @@ def test_sequences_run_apart_by_length_say_the_same(model) -> None:
 
 
 def test_ignorance_is_the_mean_answer_to_never_seen_names_in_the_same_words(model) -> None:
-    full = mtl.load_task("pocket")
+    full = embedded_task()
     unknown = ignorance(plain(model), full.forget_pairs, full.unseen)
     assert len(unknown.wording) == len(full.forget_pairs)
     torch.testing.assert_close(unknown.reference.sum(1), torch.ones(len(unknown.reference)), rtol=0, atol=1e-5)
@@ -333,7 +333,7 @@ def test_forget_loss_by_hand() -> None:
 
 
 def test_an_attack_is_what_adam_does_on_the_facts_it_has(model) -> None:
-    hf, pairs = plain(model), mtl.load_task("pocket").forget_pairs
+    hf, pairs = plain(model), embedded_task().forget_pairs
     facts = pairs.fact_numbers()
     assert len(set(facts.tolist())) == 48
     values = {name: value.detach() for name, value in hf.named_parameters()}

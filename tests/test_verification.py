@@ -22,7 +22,7 @@ from mansu_tl.verification import (
     output_suppressor,
     scorecard,
 )
-from tests.tiny import sliced_task
+from tests.tiny import embedded_task, sliced_task
 from tests.tiny_study import tiny_case
 
 
@@ -43,7 +43,7 @@ def scores_of(values: list[list[float]]) -> CircuitScores:
 
 
 def test_divergence_by_hand(circuit) -> None:
-    pairs = mtl.load_task("pocket").forget_pairs
+    pairs = embedded_task().forget_pairs
     a, b = scores_of([[3.0, 4.0], [3.0, 4.0]]), scores_of([[0.0, 2.0], [0.0, 2.0]])
     result = circuit_divergence(a, b, circuit, pairs, label="hand")
     assert result.value == pytest.approx(1 - 8 / 25)
@@ -60,7 +60,7 @@ def test_divergence_by_hand(circuit) -> None:
 
 def test_the_interval_covers_the_value_and_narrows_with_more_facts(circuit) -> None:
     generator = torch.Generator().manual_seed(0)
-    pairs = mtl.load_task("pocket").forget_pairs
+    pairs = embedded_task().forget_pairs
 
     def width(n: int) -> float:
         a = torch.randn(n, 5, generator=generator) + 3
