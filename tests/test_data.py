@@ -580,8 +580,8 @@ def test_an_outsiders_source_is_one_registration(capitals, tmp_path: Path) -> No
 
 
 def test_sources_and_options_that_are_not_there_are_named() -> None:
-    with pytest.raises(MansuError, match="source 'muse': unknown; choose one of rows, jsonl, csv, tofu, pocket"):
-        mtl.load_task("x", kind="muse", tokenizer=TOKENIZER)
+    with pytest.raises(MansuError, match="source 'squad': unknown; choose one of rows, jsonl, csv, tofu, wmdp, mmlu"):
+        mtl.load_task("x", kind="squad", tokenizer=TOKENIZER)
     with pytest.raises(MansuError, match="source 'pocket' has no option 'near'; known: seed"):
         mtl.load_task("pocket?near=3")
     with pytest.raises(MansuError, match="seed='x' for source 'pocket'; give a whole number"):
