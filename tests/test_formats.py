@@ -7,6 +7,7 @@ compared too.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -89,21 +90,22 @@ def test_a_searched_scale_is_better_than_the_largest_weights(kind: str):
     w = matrices(torch.float32)["plain"]
     group, codes = (16, 64) if kind == "Q6_K" else (32, 32 if kind == "Q5_K" else 16)
     groups = w.view(-1, group)
-    if kind == "IQ4_NL":
+    if kind in ("Q6_K", "IQ4_NL"):  # no minimum there
         low, high = -groups.abs().amax(1, keepdim=True), groups.abs().amax(1, keepdim=True)
     else:
         low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     step = (high - low) / (codes - 1)
     plain = ((groups - low) / step).round() * step + low
     error = (quantizer(f"gguf-{kind.lower()}").roundtrip(w) - w).square().mean()
-    # Scales of 6 and 8 bits cost a little: measured 0.89 to 1.13 of the plain error.
+    # Scales of 6 and 8 bits cost a little.
     assert error < 1.2 * (plain - groups).square().mean()
 
 
 def test_large_matrices_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch):
     w = matrices(torch.float32)["plain"]
     whole = {kind: encode(kind, w) for kind in K_QUANTS}
-    monkeypatch.setattr("mansu_tl.models.gguf.encode._AT_ONCE", 512)
+    # By its module: the package has a function of that name.
+    monkeypatch.setattr(importlib.import_module("mansu_tl.models.gguf.encode"), "_AT_ONCE", 512)
     assert all(torch.equal(encode(kind, w), raw) for kind, raw in whole.items())
     with pytest.raises(MansuError, match=r"Q4_K: rows of 96 weights; its blocks hold 256, choose another format"):
         encode("Q4_K", torch.zeros(2, 96))
@@ -276,7 +278,7 @@ def test_what_has_searched_scales_has_no_cells():
 # --- what a checkpoint rests on ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fp8-tensor", "nvfp4", "mxfp4-floor", "gguf-q6_k", "gguf-q4_k"])
+@pytest.mark.parametrize("name", ["fp8-tensor", "mxfp4-floor", "gguf-q6_k", "gguf-q4_k"])
 def test_a_checkpoint_that_rests_on_a_new_grid_is_found(name: str):
     model = mtl.load(tiny("llama", hidden_size=256, intermediate_size=256, head_dim=64))
     resting = find_grid(mtl.quantize(model, name), rows_of=2**13)
@@ -292,7 +294,8 @@ def test_symmetric_int4_does_not_give_itself_back():
     grid = grid_of("w4a16-g128")
     once = grid.roundtrip(matrices(torch.float32)["plain"])
     assert not torch.equal(grid.roundtrip(once), once)
-    assert torch.equal(grid_of("nvfp4").roundtrip(grid_of("nvfp4").roundtrip(once)), grid_of("nvfp4").roundtrip(once))
+    power = grid_of("mxfp4-floor")
+    assert torch.equal(power.roundtrip(power.roundtrip(once)), power.roundtrip(once))
 
 
 # --- checkpoints in codes ----------------------------------------------------------------------------------------

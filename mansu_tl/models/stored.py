@@ -144,7 +144,7 @@ def _compressed(settings: Mapping[str, Any], name: str) -> Reader:
             return None
         if "weight_packed" not in parts:
             weight = parts["weight"]
-            kind = "fp8" if weight.is_floating_point() else "int8"
+            kind = "fp8" if weight.is_floating_point() else "w8a8"
             per = "-tensor" if scale.numel() == 1 and len(weight) > 1 else "" if scale.shape[-1] == 1 else "-block"
             return weight.to(scale.dtype) * _over_blocks(scale, weight), kind + per
         packed = parts["weight_packed"]
