@@ -8,17 +8,43 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.circuit.graph import writers_behind
 from mansu_tl.explorer import Explorer, ExplorerServer
 from mansu_tl.study.page import Section, write_report
-from mansu_tl.verification import DepthReader
+from mansu_tl.verification import CadByDepth
 from tests.browser import Tab, opened
 from tests.tiny_study import EVIL, crossing_edit, tiny_case
 
 NUMBER = r"score [−]?\d"
+
+
+def erased_by_depth(label: str, layers: int) -> CadByDepth:
+    """Six forget pairs whose evidence goes layer by layer, and near ones whose does not."""
+    own, left = torch.ones(layers + 1, 6), torch.linspace(1, 0, layers + 1)[:, None].expand(-1, 6)
+    writers = ("embed", *(f"{part}{i}" for i in range(layers) for part in ("A", "MLP")))
+    terms, groups = torch.ones(len(writers), 6), torch.arange(6) // 2
+    return CadByDepth(
+        label=label,
+        layers=("embed", *(f"L{i}" for i in range(layers))),
+        writers=writers,
+        read=0,
+        original=own,
+        other=left.contiguous(),
+        near_original=own,
+        near_other=own,
+        terms_original=terms,
+        terms_other=terms,
+        grafted=left > 0.2,
+        groups=groups,
+        near_groups=groups,
+        edges=(),
+        edges_original=torch.zeros(6, 0),
+        edges_other=torch.zeros(6, 0),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +54,7 @@ def explorer() -> Explorer:
     edits = {"mansu": crossing_edit(model), EVIL[1]: crossing_edit(model, 11)}
     scores = mtl.edge_attribution(model, task.forget_pairs, steps=1)
     circuit = next(c for n in range(5, 300) if (c := Circuit.top(scores, n)).n_edges >= 12)
-    reader = DepthReader(model, task.forget_pairs, task.forget_pairs, steps=1)
-    depth = [reader.read(edits["mansu"].apply(model), label="MANSU")]
+    depth = [erased_by_depth("MANSU", model.cfg.n_layers)]
     found = Explorer(model, task, edits, scores=scores, circuit=circuit, steps=1, depth=depth)
     found.select(item="L1H2")
     return found
