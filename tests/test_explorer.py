@@ -232,7 +232,7 @@ def test_a_given_circuit_is_the_first_one_shown(case) -> None:
     scores = mtl.edge_attribution(model, task.forget_pairs, steps=2)
     for circuit in (Circuit.top(scores, 41, 0.5), Circuit.greedy(scores, 20, 0.5)):
         explorer = Explorer(model, task, edit, scores=scores, circuit=circuit, steps=2)
-        assert explorer.results.circuit(explorer.selection.size) == circuit
+        assert explorer.results.circuit(explorer.selection.size) is circuit
         assert explorer.results.faithfulness(explorer.selection.size) == 0.5
     with pytest.raises(MansuError, match="no edge to draw"):
         Explorer(model, task, edit, scores=scores, circuit=Circuit.above(scores, 1e9))

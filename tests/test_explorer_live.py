@@ -16,7 +16,7 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit, Graph, patched_logits
 from mansu_tl.errors import MansuError
-from mansu_tl.explorer import Explorer, ExplorerServer, ExplorerView, view
+from mansu_tl.explorer import Explorer, ExplorerServer, ExplorerView, Switched, view
 from mansu_tl.explorer.page_file import render
 from mansu_tl.explorer.requests import answer, answered
 from mansu_tl.runs.metrics import answer_log_prob, logit_difference
@@ -101,7 +101,7 @@ def test_logits_under_masks_are_the_models_and_the_corrupt_ones(case) -> None:
         torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
 
 
-def test_answers_of_two_tokens_are_written_on(case) -> None:
+def test_answers_of_two_tokens_are_written_on(case, tmp_path) -> None:
     model, task, edit, _ = case
     pairs = task.forget_pairs
     behind = torch.full((len(pairs), pairs.options.shape[1], 1), 9)
@@ -117,6 +117,7 @@ def test_answers_of_two_tokens_are_written_on(case) -> None:
     second = int(model(torch.tensor([[*prompt, first]]), return_type="logits")[0, -1].argmax())
     assert found.says[0][0] == model.tokenizer.decode([first, second])
     assert list(found.to_dataframe()["model"]) == ["original", "MANSU", "MANSU, nf4"]
+    assert Switched.load(found.save(tmp_path / "switched.safetensors")).digest() == found.digest()
 
 
 def test_a_typed_prompt_is_asked_as_ask_asks(case, models) -> None:

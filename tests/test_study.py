@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,13 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.cli import main
 from mansu_tl.errors import MansuError
-from mansu_tl.explorer import Explorer
+from mansu_tl.explorer import Explorer, ExplorerServer, open_results
 from mansu_tl.models import parameters
 from mansu_tl.study import run_study
 from mansu_tl.study.config import StudyConfig
 from mansu_tl.study.report import study_figures, write_study_report
 from mansu_tl.unlearning import Edit
-from mansu_tl.verification import Scorecard
+from mansu_tl.verification import DepthReader, Scorecard
 from tests.browser import opened
 from tests.tiny import SMALL_TASK
 
@@ -138,6 +139,40 @@ def test_a_finished_study_can_be_explored(study) -> None:
     assert circuit.faithfulness == pytest.approx(study.circuit.faithfulness, abs=1e-5)
     found = explorer.results.divergence(("mansu", "nf4"), explorer.selection.size, None)
     assert found.value == pytest.approx(study.results["mansu"].divergences["nf4"].value, abs=1e-4)
+
+
+def test_a_results_folder_is_explored_from_its_files(study, tmp_path, monkeypatch, capsys) -> None:
+    before = {path: path.stat().st_mtime_ns for path in study.folder.rglob("*") if path.is_file()}
+    explorer = open_results(study.folder)
+    assert explorer.results.circuit(explorer.selection.size).digest() == study.circuit.digest()
+    for method, result in study.results.items():
+        for name, found in result.divergences.items():
+            shown = explorer.results.divergence((method, name), explorer.selection.size, None)
+            assert shown.digest() == found.digest()
+    assert before == {path: path.stat().st_mtime_ns for path in study.folder.rglob("*") if path.is_file()}
+    (tmp_path / "config.toml").write_text(study.config.to_toml(), encoding="utf-8")
+    with pytest.raises(MansuError, match=r"no circuit/scores.safetensors in it, so its run is not finished"):
+        open_results(tmp_path)
+    with pytest.raises(MansuError, match=r"no config.toml in it"):
+        open_results(tmp_path / "nothing")
+
+    def interrupted(server: ExplorerServer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExplorerServer, "serve_forever", interrupted)
+    assert cli(monkeypatch, "explore", str(study.folder), "--no-browser") == 0
+    assert re.search(r"http://127\.0\.0\.1:\d+/\?token=\S{20,}\n.*\n\nexplorer ended", capsys.readouterr().out)
+    assert cli(monkeypatch, "explore", str(study.folder), "--no-browser", "--port", "99999") == 2
+
+
+def test_cad_by_depth_of_a_results_folder_is_found(study, tmp_path) -> None:
+    model = mtl.load(study.config.model)
+    pairs = mtl.load_task(study.config.task, tokenizer=model).forget_pairs
+    found = DepthReader(model, pairs[:4], pairs[:4], steps=1).read(model, label="itself")
+    folder = tmp_path / "run"
+    shutil.copytree(study.folder, folder, ignore=shutil.ignore_patterns("model", "*.html"))
+    found.save(folder / "scores" / "depth.safetensors")
+    assert [each.digest() for each in open_results(folder).depth] == [found.digest()]
 
 
 @pytest.mark.slow

@@ -136,9 +136,14 @@ def switched(
         numbers.append(
             torch.stack([_measured(m, model, pairs, masks, how, first) for m in (answer_log_prob, logit_difference)])
         )
-        written = [_written(model, pairs, masks[i : i + 1], how, int(first[i].argmax())) for i in range(2)]
-        says.append(tuple(results.model.tokenizer.decode(tokens).strip() for tokens in written))
-        likely.append(tuple(_likely(results, logits) for logits in first))
+        on, off_ = (
+            results.model.tokenizer.decode(
+                _written(model, pairs, masks[i : i + 1], how, int(first[i].argmax()))
+            ).strip()
+            for i in range(2)
+        )
+        says.append((on, off_))
+        likely.append((_likely(results, first[0]), _likely(results, first[1])))
     both = torch.stack(numbers)
     both[:, 0].exp_()
     if typed:

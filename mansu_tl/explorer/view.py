@@ -92,7 +92,7 @@ class ExplorerView:
         import anywidget
         import traitlets
 
-        class Frame(anywidget.AnyWidget):  # type: ignore[misc]
+        class Frame(anywidget.AnyWidget):
             _esm = _FRAME
             height = traitlets.Int(self.height).tag(sync=True)
 

@@ -99,7 +99,9 @@
 
   // Only what was asked for last is shown.
   const turns = {};
+  let busy = 0; // how much is on its way
   async function inTurn(name, id, what, ask, show, hide = () => {}) {
+    busy += 1;
     const turn = (turns[name] = (turns[name] || 0) + 1);
     const slow = setTimeout(() => { if (turn === turns[name]) { hide(); say(id, "computing …"); } }, 150);
     try {
@@ -108,12 +110,14 @@
     } catch (problem) {
       if (turn === turns[name]) { hide(); excuse(id, what, problem); }
     } finally {
+      busy -= 1;
       clearTimeout(slow);
     }
   }
 
   // --- the circuit
   async function readCircuit() {
+    busy += 1;
     const turn = (turns.circuit = (turns.circuit || 0) + 1);
     const slow = setTimeout(() => status("computing the circuit's scores …"), 150);
     const pair = state.alone ? state.pair : null;
@@ -137,6 +141,7 @@
     } catch (problem) {
       if (turn === turns.circuit) status(problem.absent ? `This circuit ${ABSENT}` : problem.message, true);
     } finally {
+      busy -= 1;
       clearTimeout(slow);
     }
   }
@@ -770,7 +775,7 @@
 
   data.labels = data.pairs.reduce((out, pair) => { out[pair.number] = pair.label; return out; }, data.names || []);
   graph = circuitGraph(element("graph"), data, { tell, click: (name, more) => { if (more) pin(name); else chooseItem(name); } });
-  window.explorer = { graph, state };
+  window.explorer = { graph, state, get busy() { return busy; } };
   element("footer").textContent = `${live.alive ? "What is not on the page yet is computed by the models behind it." : "Everything here was computed by mansu_tl and is part of this file; nothing is loaded from elsewhere."}`
     + ` Edges carry the mean over all pairs; their width is |score|, in one scale for all panels. Of ${data.total.toLocaleString("en")} edges of the model the circuit has the strongest that lie on a path. Shift-click pins.`;
   controls();
