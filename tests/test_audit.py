@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 import mansu_tl as mtl
 from mansu_tl.cli import app
-from mansu_tl.data.contrast import contrasted
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import MansuError
 from mansu_tl.models import gguf_weights, linear_weights, parameters, plain, rebuild
@@ -249,27 +248,6 @@ def test_relearning_is_set_against_the_never_trained_model_and_shown_by_the_orig
 
 
 # --- what it is made of ------------------------------------------------------------------------------------------------
-
-
-def test_near_facts_are_set_against_the_question_most_like_them(task) -> None:
-    asked = task.questions["near"]
-    pairs = contrasted(asked)
-    assert len(pairs) == len(asked)
-    prompts, lengths, answers_ = asked.prompts, asked.lengths, asked.choices[:, 0]
-    for i in range(0, len(asked), 17):
-        assert torch.equal(pairs.clean[i], prompts[i])
-        assert pairs.answers[i] == answers_[i] != pairs.choices[i, 1]
-        shared = [
-            int((prompts[i] == prompts[j])[: lengths[i]].sum())
-            for j in range(len(asked))
-            if lengths[j] == lengths[i] and answers_[j] != answers_[i]
-        ]
-        assert int((pairs.clean[i] == pairs.corrupt[i])[: lengths[i]].sum()) == max(shared)
-        # The partner's own answer is the distractor.
-        partner = (prompts == pairs.corrupt[i]).all(1).nonzero()[:, 0]
-        assert pairs.choices[i, 1] in answers_[partner]
-    with pytest.raises(MansuError, match="none of the 1 has another"):
-        contrasted(asked[:1])
 
 
 def test_what_is_written_freely_is_what_ask_shows(pocket, task) -> None:

@@ -46,3 +46,6 @@ def test_on_the_embedded_task(task) -> None:
         assert known[tuple(pairs.corrupt[i].tolist())] == int(pairs.options[i, 1, 0]) != int(pairs.options[i, 0, 0])
         assert known[tuple(pairs.clean[i].tolist())] == int(pairs.options[i, 0, 0])
         assert len(set(pairs.options[i, :, 0].tolist())) == pairs.options.shape[1]
+        others = (questions.lengths == questions.lengths[i]) & (questions.choices[:, 0] != questions.choices[i, 0])
+        shared = (questions.prompts[others] == questions.prompts[i]).sum(1)
+        assert int((pairs.clean[i] == pairs.corrupt[i]).sum()) == int(shared.max())

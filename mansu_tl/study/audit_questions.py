@@ -25,8 +25,10 @@ from mansu_tl.study.audit_verdicts import (
     three_way,
 )
 from mansu_tl.study.plan import ORIGINAL
-from mansu_tl.verification import Bounds
+from mansu_tl.verification import Bounds, DepthBounds
 from mansu_tl.verification.attacks import ATTACKER_FACTS
+from mansu_tl.verification.cad_by_depth import CAD
+from mansu_tl.verification.depth_verdict import foreign_basis
 from mansu_tl.verification.scorecard import Row
 from mansu_tl.verification.verdicts import GOALS, NOT_JUDGEABLE
 
@@ -221,9 +223,12 @@ def _by_depth(found: Evidence) -> Verdict:
     cad = found.cad
     if cad is None:
         return _missing(ERASED, "CAD by depth", found, "depth")
-    result, line = cad.verdict(), cad.to_dataframe().iloc[cad.judged]
+    result, (value, low, high), near = cad.verdict(), cad.decisive[CAD], float(cad.near_cad[cad.judged])
     outcome = {"erased": YES, "undecided": NOT_JUDGEABLE}.get(result.name, NO), f"{result.name}: {result.why}"
-    row = {"value": line["cad"], "low": line["cad_low"], "high": line["cad_high"], "control": line["near_cad"]}
+    lost = found.row(UNLEARNED, "", "near", "MC drop")
+    if lost is not None and (foreign := foreign_basis(near, lost["value"], DepthBounds(), Bounds().near_drop)):
+        outcome = NOT_JUDGEABLE, foreign
+    row = {"value": value, "low": low, "high": high, "control": near}
     return numbered(
         ERASED, f"CAD by depth, at {cad.layers[cad.judged]}", outcome, row, unit="of the evidence gone", bound=">= 0.5",
         control="near facts", few=found.few("forget") or found.few("near"),

@@ -16,7 +16,6 @@ import pandas as pd
 from transformer_lens.model_bridge import TransformerBridge
 
 from mansu_tl.circuit import Circuit, discover_circuit
-from mansu_tl.data.contrast import contrasted
 from mansu_tl.errors import MansuError
 from mansu_tl.models import parameters
 from mansu_tl.quantization import quantizers
@@ -40,7 +39,6 @@ from mansu_tl.study.plan import NEVER, ORIGINAL
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import (
     CadByDepth,
-    DepthReader,
     ErasureDepth,
     Probes,
     Relearning,
@@ -50,7 +48,7 @@ from mansu_tl.verification import (
     erasure_depth,
 )
 from mansu_tl.verification.generation import Written, written
-from mansu_tl.verification.measurement import COLUMNS, SETS, Measured, answer_rows, circuit_rows
+from mansu_tl.verification.measurement import COLUMNS, DEPTH_ROWS, SETS, Measured, answer_rows, circuit_rows
 from mansu_tl.verification.probes import FITS
 
 UNLEARNED = "unlearned"
@@ -127,14 +125,15 @@ class Bench:
     @cached_property
     def cad(self) -> CadByDepth:
         """The unlearned model's states, read by the original's gradients; the control is near facts."""
-        if "near" not in self.task.questions:
-            raise MansuError("the task has no near facts, so that erased cannot be told from damaged")
-        pairs, near = self.task.forget_pairs, contrasted(self.task.questions["near"])
 
         def make() -> CadByDepth:
-            return DepthReader(self.inputs.original, pairs, near, steps=self.plan.steps).read(
-                self.inputs.unlearned, label=UNLEARNED
-            )
+            found = self.unlearned.depth(self.original, label=UNLEARNED)
+            if found is None:
+                raise MansuError(
+                    "the task asks about no near fact that the original knows and that has a counterpart, a question of as "
+                    "many tokens with another answer, so that erased cannot be told from damaged"
+                )
+            return found
 
         return self.store.result("cad_by_depth", CadByDepth, {**self.marks, "steps": self.plan.steps}, make)
 
@@ -282,13 +281,21 @@ def _depth(bench: Bench) -> Iterator[Stage]:
         yield UNLEARNED, ("", "", "added opposition", found.opposition, *found.opposition_interval, 0.0)
 
     near = task.questions.get("near")
-    pairs = tokens_of(task.forget_pairs) + (tokens_of(near) if near is not None else 0)
-    layers = int(bench.inputs.original.cfg.n_layers)
-    forward = 8 * pairs + layers * tokens_of(task.forget_pairs)
+    forget, beside = (_read_by_depth(each) for each in (task.forget_pairs, near))
+    pairs, layers = forget + beside, int(bench.inputs.original.cfg.n_layers)
+    # Put back, the original's layers behind each are half of all, on average.
+    forward = 8 * pairs + layers * forget // 2
     # The path is read twice: for the gradients, and for the layer that reads the fact.
     yield Stage(
         "depth", "where in depth the knowledge is gone", make, Work(forward, (steps + 1) * pairs), {"steps": steps}
     )
+
+
+def _read_by_depth(rows: Any) -> int:
+    """Tokens of what is read by depth of a set: a part, where it is large."""
+    if rows is None:
+        return 0
+    return tokens_of(rows) * min(len(rows), DEPTH_ROWS) // len(rows)
 
 
 def _probes(bench: Bench) -> Iterator[Stage]:

@@ -81,5 +81,21 @@ def depth_verdict(
     return DepthVerdict("undecided", every)
 
 
+def foreign_basis(near_cad: float, near_drop: float, bounds: DepthBounds, most: float) -> str:
+    """Why a model cannot be read by depth; "" where it can.
+
+    Args:
+        near_cad: CAD on near pairs at the judged layer.
+        near_drop: multiple-choice points that near questions lost.
+        most: how many of them count as none.
+    """
+    if near_cad < bounds.gone or near_drop > most:
+        return ""
+    return (
+        f"near facts are answered as before, and CAD is {near_cad:.2f} on them too; the model has another basis, which the "
+        "original cannot read"
+    )
+
+
 def _shown(interval: Interval) -> str:
     return "{:.2f} to {:.2f}".format(*interval)

@@ -33,7 +33,7 @@ COLUMNS = ("quantizer", "question_set", "measure", "value", "low", "high", "cont
 SETS = ("forget", "forget_paraphrase", "retain", "retain_paraphrase", "near", "near_paraphrase")
 # Beside CAD by depth: the share of the forget answers that are still given, and the layer that is judged.
 ANSWERED, JUDGED_LAYER = "answers given, share", "judged layer"
-_DEPTH_ROWS = 64  # forget and near prompts that are read by depth at most: facts first, then their further wordings
+DEPTH_ROWS = 64  # forget and near prompts that are read by depth at most: facts first, then their further wordings
 KINDS = ("MC", "cloze", "log-odds")
 NAN = float("nan")
 Measured = tuple[str, str, str, float, float, float, float]
@@ -104,11 +104,11 @@ class Subject:
     @cached_property
     def depth_reader(self) -> DepthReader | None:
         """Reads other models as this one does, on forget and near facts; None where no near fact can be set beside."""
-        near = counterparts(self.task.questions["near"], _DEPTH_ROWS) if "near" in self.task.questions else None
+        near = counterparts(self.task.questions["near"], DEPTH_ROWS) if "near" in self.task.questions else None
         pairs = self.task.forget_pairs
         if near is None:
             return None
-        rows = sorted(facts_first(pairs.facts)[:_DEPTH_ROWS])
+        rows = sorted(facts_first(pairs.facts)[:DEPTH_ROWS])
         try:
             return DepthReader(self.model, pairs[rows], near, steps=self.steps)
         except NoEvidenceError:
@@ -166,7 +166,7 @@ def measure(
     for name in tqdm(("", *quantizers), desc="measure", unit="quantizer", disable=not progress):
         rows += answer_rows(original, edited, name, name if against is None else against, seed)
         rows += circuit_rows(original, edited, name, seed)
-        rows += depth_rows(original, edited, name)
+        rows += structure_rows(original, edited, name)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -189,7 +189,7 @@ def answer_rows(original: Subject, edited: Subject, name: str, against: str, see
                 yield (name, asked, measure, values.mean().item(), *ends, reference.mean().item())
 
 
-def depth_rows(original: Subject, edited: Subject, name: str) -> Iterator[Measured]:
+def structure_rows(original: Subject, edited: Subject, name: str) -> Iterator[Measured]:
     """What the structural verdict is made of."""
     found, noise = (subject.depth(original, name) for subject in (edited, original))
     if found is None or noise is None:

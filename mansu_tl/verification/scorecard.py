@@ -20,7 +20,7 @@ from mansu_tl.models.kinds import require_bridge
 from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.runs.metrics import Accuracy
 from mansu_tl.verification.cad_by_depth import CAD, OPPOSITION, SPECIFICITY
-from mansu_tl.verification.depth_verdict import ERASED, depth_verdict
+from mansu_tl.verification.depth_verdict import ERASED, depth_verdict, foreign_basis
 from mansu_tl.verification.divergence import CircuitScores
 from mansu_tl.verification.knowledge import few_facts, unknown_facts
 from mansu_tl.verification.measurement import ANSWERED, JUDGED_LAYER, Subject, measure
@@ -245,20 +245,14 @@ def _structure(table: pd.DataFrame, quantizer: str, limits: Bounds) -> Row:
     cad, specific, opposed = ((lines[key]["low"], lines[key]["high"]) for key in (CAD, SPECIFICITY, OPPOSITION))
     found = depth_verdict(layer, cad, specific, opposed, lines[ANSWERED]["value"], limits.depth)
     note = "" if found.name == ERASED else str(found)
-    near, dropped = value - lines[SPECIFICITY]["value"], table.loc[_asked_near(table), "value"]
+    (dropped,) = table.loc[(table["question_set"] == "near") & (table["measure"] == "MC drop"), "value"]
+    foreign = foreign_basis(value - lines[SPECIFICITY]["value"], dropped, limits.depth, limits.near_drop)
     if abs(control) > limits.control_divergence:
         note = f"{NOT_JUDGEABLE}: {quantizer} alone gives {control:.2f}"
-    elif near >= limits.depth.gone and (dropped <= limits.near_drop).all():
-        note = (
-            f"{NOT_JUDGEABLE}: near facts are answered as before, and CAD is {near:.2f} on them too; the model has another "
-            "basis, which the original cannot read"
-        )
+    elif foreign:
+        note = f"{NOT_JUDGEABLE}: {foreign}"
     measure = f"{CAD}, at {layer}"
     return Row("structural erasure", measure, quantizer, value, low, high, control, name, ERASED, not note, note)
-
-
-def _asked_near(table: pd.DataFrame) -> pd.Series:
-    return (table["question_set"] == "near") & (table["measure"] == "MC drop")
 
 
 def _words(name: str) -> str:
