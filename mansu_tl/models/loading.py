@@ -273,7 +273,7 @@ def _read(name: str, where: Path | str, config: PretrainedConfig, options: dict[
                     "and pass the folder"
                 )
             asked = options["dtype"]
-            dtype = config.dtype or torch.float32 if asked == "auto" else asked
+            dtype: Any = config.dtype or torch.float32 if asked == "auto" else asked
             values, stored = dense_state(where, settings, dtype, name)
             del config.quantization_config
             options = {**options, "state_dict": values, "dtype": dtype}
