@@ -2,7 +2,7 @@
 
 RUN is the folder of `make demo`. OUT keeps every curve as it is made, so an interrupted run goes on; at the end it has
 budgets.csv (every attack), strongest.csv (the attacker's best choice within each budget), budgets.safetensors and
-relearning_budgets.html. The whole plan is 48 curves a model of 400 steps each, about an hour a model on a free core;
+relearning_budgets.html. The whole plan is 48 curves a model of 400 steps each, hours a model on a busy core;
 --facts, --rates, --steps, --ranks and --models cut it down.
 """
 
@@ -65,7 +65,7 @@ def main() -> None:
     strongest = found.strongest()
     strongest.to_csv(options.out / "strongest.csv", index=False, float_format="%.4f")
     figure = mtl.plots.relearning_budgets(found)
-    mtl.plots.write_html({"relearning budgets": figure}, options.out / "relearning_budgets.html", "Relearning budgets")
+    mtl.plots.write_html(figure, options.out / "relearning_budgets.html", "Relearning budgets")
     last = strongest[strongest.step == found.steps[-1]]
     print(f"{time.monotonic() - start:.0f} s\n{last.round(1).to_string(index=False)}", flush=True)
 

@@ -271,6 +271,16 @@ def test_what_attacks_without_training_find_is_in_their_table() -> None:
         assert ends("MANSU", f"membership of wrong sentences, {attack}", "AUC")[0] > 0.85
 
 
+def test_what_ten_steps_bring_back_is_in_its_table() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "relearning_budgets.csv")
+    page = " ".join((ROOT / "docs" / "erasure.md").read_text(encoding="utf-8").split())
+    found = table[(table.label == "mansu") & (table.step == 10)].set_index("rank")
+    for rank, said in ((0, "{:.0f} % chosen among four, {:.0f} [{:.0f}, {:.0f}] points over"),
+                       (8, "by adapters of rank 8, {:.0f} %, {:.0f} [{:.0f}, {:.0f}]")):  # fmt: skip
+        row = found.loc[rank]
+        assert said.format(row.value, row.over_reference, row.over_reference_low, row.over_reference_high) in page
+
+
 def test_auc_by_hand() -> None:
     assert meta_cad.auc([0.0, 0.5], [0.5, 1.0]) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
     assert meta_cad.auc([1.0], [0.0]) == 0

@@ -10,10 +10,9 @@ front of another (`ask_behind`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pandas as pd
 import torch
@@ -153,7 +152,9 @@ def soft_prompt(
             held = (fold == each).nonzero()[:, 0]
             text = (fold != each).nonzero()[:, 0]
             draw = generator.manual_seed(seed + 1 + each)
-            prompt, before, after = _trained(hf, longer[text], tokens, at, steps, learning_rate, batch_size, draw, bar)
+            prompt, before, after = _trained(
+                hf, longer[text], tokens, at, steps, learning_rate, batch_size, draw, bar.update
+            )
             with _in_front(hf, prompt, at):
                 answers = accuracy(hf, longer[held])
             for name, values in found.items():
@@ -244,7 +245,7 @@ def _trained(
     rate: float,
     batch_size: int,
     generator: torch.Generator,
-    bar: tqdm[Any],
+    tick: Callable[[], object],
 ) -> tuple[Float[Tensor, "token d_model"], float, float]:
     """A prompt that makes these questions' answers likelier, and the answers' loss before and behind it all."""
     table = _embedding(hf).weight.detach()
@@ -260,7 +261,7 @@ def _trained(
             optimizer.zero_grad()
             _loss(hf, questions[draw()]).backward()
             optimizer.step()
-            bar.update()
+            tick()
         with torch.no_grad():
             after = _loss(hf, questions).item()
     if not math.isfinite(after):
