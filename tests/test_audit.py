@@ -211,7 +211,7 @@ def test_a_never_trained_model_that_knows_is_no_reference(found, small, pocket) 
     knows = put(
         found.table.drop(columns=["base", "seed"]), "never", "", "forget", "MC", value=80.0, low=70.0, high=90.0
     )
-    given = verdicts(evidence(found, small, pocket, table=knows[knows.question_set != "forget_paraphrase"]))
+    given = verdicts(evidence(found, small, pocket, table=knows))
     for item in ("probes", "erasure depth"):
         assert "the never-trained model gets 80 % right" in of(given, ERASED, item).why
     assert all(each.verdict == "not judgeable" for each in given if each.question == RELEARNING)
@@ -229,8 +229,9 @@ def test_few_facts_and_missing_sets_leave_no_verdict(found, small, pocket) -> No
     assert of(given, FORGOTTEN, "held-out").why == "the task has no held-out wording of these facts"
     assert of(given, KEPT, "near facts").verdict == "not judgeable"
     assert of(given, ERASED, "CAD").why == "no near facts"
-    by_question = {each.question: each.verdict for each in answers(given)}
-    assert by_question[RELEARNING] == "not judgeable"
+    # Twelve of the twenty facts are the attacker's.
+    assert "8 are left to be asked, fewer than ten" in of(given, RELEARNING, "trained on 12 of the facts").why
+    assert [each.question for each in answers(given)] == [FORGOTTEN, KEPT, FORMATS, RELEARNING, ERASED]
 
 
 def test_relearning_is_set_against_the_never_trained_model_and_shown_by_the_original(found, pocket) -> None:
@@ -313,8 +314,8 @@ def test_models_that_cannot_be_compared_are_refused(small_models, pocket, tmp_pa
     monkeypatch.setattr("mansu_tl.study.audit_inputs.require_known", lambda model, task: None)
     other = mtl.load(tiny("gpt2"), tokenizer=model.tokenizer)
     refused("unlearned '.*' is a gpt2, original '.*' a llama; give the model that it was made of", model, other, task)
-    wider = mtl.load(tiny("llama", intermediate_size=48), tokenizer=model.tokenizer)
-    refused(r"mlp.down_proj.weight is of shape \(32, 48\), in the original of shape", model, wider, task)
+    wider = mtl.load(tiny("llama", intermediate_size=40), tokenizer=model.tokenizer)
+    refused(r"mlp.down_proj.weight is of shape \(32, 40\), in the original of shape", model, wider, task)
     longer = mtl.load(tiny("llama", vocab_size=65), tokenizer=model.tokenizer)
     refused(r"a vocabulary of 65, the original of 64; .*resize_token_embeddings\(64\)", model, longer, task)
     words = tiny_case(evil=True)[0].tokenizer
@@ -329,9 +330,8 @@ def test_models_that_cannot_be_compared_are_refused(small_models, pocket, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_facts_that_the_original_does_not_know_are_refused(small_models) -> None:
-    model, edited, task = small_models
-    refused("the model does not know what it is to forget", model, edited, task)
+def test_facts_that_the_original_does_not_know_are_refused(never, folder, small) -> None:
+    refused("the model does not know what it is to forget", never, folder, small)
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(found, folder, small, never, tmp_path) -> None:

@@ -108,7 +108,7 @@ def _model(source: ModelSource, role: str, device: str) -> TransformerBridge:
 def _require_alike(original: TransformerBridge, unlearned: TransformerBridge, names: dict[str, str]) -> None:
     """One architecture: every parameter of the same name and shape, in configs of one kind."""
     what = f"audit: unlearned {names['unlearned']!r}"
-    kinds = [str(model.original_model.config.model_type) for model in (original, unlearned)]
+    kinds = [hf_of(model).config.model_type for model in (original, unlearned)]
     if kinds[0] != kinds[1]:
         raise MansuError(
             f"{what} is a {kinds[1]}, original {names['original']!r} a {kinds[0]}; give the model that it was made of"

@@ -142,7 +142,7 @@ class Evidence:
     def _rows(self) -> dict[tuple[str, str, str, str], dict[str, float]]:
         keys = ["method", "quantizer", "question_set", "measure"]
         return {
-            tuple(row[key] for key in keys): {key: float(row[key]) for key in ("value", "low", "high", "control")}  # type: ignore[misc]
+            tuple(row[key] for key in keys): {key: float(row[key]) for key in ("value", "low", "high", "control")}
             for row in self.table.to_dict("records")
         }
 
