@@ -16,7 +16,7 @@ from mansu_tl.data.fit import require_fit
 from mansu_tl.data.sources import load_task
 from mansu_tl.data.sources.registry import TaskSource
 from mansu_tl.errors import MansuError
-from mansu_tl.models import fingerprint, gguf_weights, load, parameters, rebuild
+from mansu_tl.models import fingerprint, gguf_weights, load, parameters, plain, rebuild
 from mansu_tl.models.adapters import is_adapter, merged
 from mansu_tl.models.four_bit import require_dense
 from mansu_tl.models.gguf import remember
@@ -108,7 +108,7 @@ def _model(source: ModelSource, role: str, device: str) -> TransformerBridge:
 def _require_alike(original: TransformerBridge, unlearned: TransformerBridge, names: dict[str, str]) -> None:
     """One architecture: every parameter of the same name and shape, in configs of one kind."""
     what = f"audit: unlearned {names['unlearned']!r}"
-    kinds = [hf_of(model).config.model_type for model in (original, unlearned)]
+    kinds = [str(plain(model).config.model_type) for model in (original, unlearned)]
     if kinds[0] != kinds[1]:
         raise MansuError(
             f"{what} is a {kinds[1]}, original {names['original']!r} a {kinds[0]}; give the model that it was made of"
