@@ -278,7 +278,7 @@ def test_a_plan_has_the_formats_that_the_original_fits(pocket, tmp_path) -> None
 
 
 def test_an_unlearned_folder_is_looked_at_in_the_file_that_the_original_came_in(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("mansu_tl.study.audit_inputs.require_known", lambda model, task: None)
+    monkeypatch.setattr("mansu_tl.study.audit_inputs.require_known", unknowing)
     model, task = tiny_case()
     file = write_gguf(plain(model), "llama", tmp_path / "model.gguf", tokens=False)
     original = mtl.load(file, tokenizer=model.tokenizer)
@@ -303,6 +303,11 @@ def small_models():
     return model, crossing_edit(model).apply(model), task
 
 
+def unknowing(model, task: mtl.data.Task) -> mtl.runs.Accuracy:
+    """The answers of a random model, which knows nothing, let through."""
+    return mtl.accuracy(model, task.questions["forget"])
+
+
 def refused(pattern: str, *given: object, **named: object) -> None:
     with pytest.raises(MansuError, match=pattern) as error:
         OpenAudit(*given, **named)
@@ -311,7 +316,7 @@ def refused(pattern: str, *given: object, **named: object) -> None:
 
 def test_models_that_cannot_be_compared_are_refused(small_models, pocket, tmp_path, monkeypatch) -> None:
     model, edited, task = small_models
-    monkeypatch.setattr("mansu_tl.study.audit_inputs.require_known", lambda model, task: None)
+    monkeypatch.setattr("mansu_tl.study.audit_inputs.require_known", unknowing)
     other = mtl.load(tiny("gpt2"), tokenizer=model.tokenizer)
     refused("unlearned '.*' is a gpt2, original '.*' a llama; give the model that it was made of", model, other, task)
     wider = mtl.load(tiny("llama", intermediate_size=40), tokenizer=model.tokenizer)
@@ -378,7 +383,7 @@ def test_an_adapter_needs_peft_and_a_base(small_models, tmp_path, monkeypatch) -
 def test_an_adapter_is_merged_into_the_original(small_models, tmp_path, monkeypatch) -> None:
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     model, _, task = small_models
-    monkeypatch.setattr("mansu_tl.study.audit_inputs.require_known", lambda model, task: None)
+    monkeypatch.setattr("mansu_tl.study.audit_inputs.require_known", unknowing)
     change = adapter(tmp_path / "lora", model)
     before = {name: value.clone() for name, value in parameters(model).items()}
     found = OpenAudit(model, tmp_path / "lora", task).inputs.unlearned
