@@ -133,7 +133,7 @@ def test_a_typed_prompt_is_asked_as_ask_asks(case, models) -> None:
     assert explorer.ask("w5 w20 w30", 4).answers == want.answers
 
 
-def test_a_typed_prompt_with_parts_off(case, models) -> None:
+def test_a_typed_prompt_with_parts_off(case) -> None:
     model, task, _, explorer = case
     pairs = task.forget_pairs
     clean, corrupt = (
