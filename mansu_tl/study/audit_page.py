@@ -12,7 +12,18 @@ import pandas as pd
 from mansu_tl import plots
 from mansu_tl.plots.export import Drawing
 from mansu_tl.study.audit_stages import UNLEARNED
-from mansu_tl.study.audit_verdicts import ERASED, FORGOTTEN, FORMATS, KEPT, NO, RELEARNING, YES, Verdict, shown
+from mansu_tl.study.audit_verdicts import (
+    ERASED,
+    FORGOTTEN,
+    FORMATS,
+    KEPT,
+    NO,
+    RELEARNING,
+    SAMPLING,
+    YES,
+    Verdict,
+    shown,
+)
 from mansu_tl.study.page import Section, write_report
 from mansu_tl.study.plan import NEVER, ORIGINAL
 
@@ -37,6 +48,10 @@ _TEXTS = {
     FORMATS: (
         "Each format's own rounding is applied to both models and all questions are asked again. Judged only where the "
         "original still knows the facts in that format; where it does not, a silent model says nothing about forgetting."
+    ),
+    SAMPLING: (
+        "Every answer is sampled 32 times at temperature 1. A model that guesses says the right option as often as a wrong "
+        "one; what counts is how much more often it comes up at least once."
     ),
     RELEARNING: (
         "The model is fine-tuned on a few of the facts, or on unrelated text, and asked about the others. What counts is "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mansu_tl.study.audit_stages import UNLEARNED
+from mansu_tl.study.audit_stages import LEAKED, SAMPLES, UNLEARNED
 from mansu_tl.study.audit_verdicts import (
     ERASED,
     FORGOTTEN,
@@ -17,6 +17,7 @@ from mansu_tl.study.audit_verdicts import (
     KINDS,
     NO,
     RELEARNING,
+    SAMPLING,
     SETS,
     YES,
     Evidence,
@@ -177,6 +178,22 @@ def _relearning(found: Evidence) -> Iterator[Verdict]:
             yield _attacked(found, kind, f"trained on {words}, lr {rate:g}", f"relearning MC, {kind}, lr {rate:g}")
 
 
+def _sampled(found: Evidence) -> Iterator[Verdict]:
+    row, own = (found.row(who, "", "forget", LEAKED) for who in (UNLEARNED, ORIGINAL))
+    item, bound = f"{SAMPLES} samples of every answer", found.bounds.written
+    if row is None or own is None:
+        yield _missing(SAMPLING, item, found, "sampling")
+        return
+    outcome = three_way(row, bound)
+    if own["low"] <= bound:
+        above = f"{own['value']:.0f} points more often than a wrong one"
+        outcome = NOT_JUDGEABLE, f"the original itself says the right answer only {above}"
+    yield numbered(
+        SAMPLING, item, outcome, {**row, "control": own["value"]}, unit="points above a wrong option", bound=f"<= {bound:g}",
+        control="original", few=found.few("forget"),
+    )  # fmt: skip
+
+
 def _attacked(found: Evidence, kind: str, item: str, name: str) -> Verdict:
     measure = f"{name}, excess over never"
     row, own = (found.row(who, "", "forget", measure) for who in (UNLEARNED, ORIGINAL))
@@ -285,4 +302,11 @@ def _missing(question: str, item: str, found: Evidence, *stages: str) -> Verdict
     return Verdict(question, item, NOT_JUDGEABLE, reason or "this plan does not look at it; --full does")
 
 
-QUESTIONS: tuple[Callable[[Evidence], Iterator[Verdict]], ...] = (_forgotten, _kept, _formats, _relearning, _erased)
+QUESTIONS: tuple[Callable[[Evidence], Iterator[Verdict]], ...] = (
+    _forgotten,
+    _kept,
+    _formats,
+    _sampled,
+    _relearning,
+    _erased,
+)

@@ -47,6 +47,7 @@ from mansu_tl.verification import (
     damage,
     erasure_depth,
 )
+from mansu_tl.verification.extraction import leak_at_k
 from mansu_tl.verification.generation import Written, written
 from mansu_tl.verification.measurement import COLUMNS, DEPTH_ROWS, SETS, Measured, answer_rows, circuit_rows
 from mansu_tl.verification.probes import FITS
@@ -54,6 +55,10 @@ from mansu_tl.verification.probes import FITS
 UNLEARNED = "unlearned"
 # Whose rows these are, and the rows.
 Rows = Iterable[tuple[str, Measured]]
+
+
+SAMPLES = 32
+LEAKED = f"leak@{SAMPLES} above a wrong option"
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,22 @@ def _generation(bench: Bench) -> Iterator[Stage]:
     yield Stage("generation", what, make, Work(2 * tokens), {"tokens": bench.plan.new_tokens})
 
 
+def _sampling(bench: Bench) -> Iterator[Stage]:
+    asked, models = bench.task.questions["forget"], {ORIGINAL: bench.original, UNLEARNED: bench.unlearned}
+
+    def make() -> Rows:
+        for who, subject in models.items():
+            found = leak_at_k(subject.model, asked, samples=SAMPLES, seed=bench.seed, label=who)
+            over = 100 * (found.at(SAMPLES) - found.control(SAMPLES))
+            ends = interval_over_facts(over, found.facts, bench.seed)
+            yield who, ("", "forget", LEAKED, over.mean().item(), *ends, 100 * found.at(SAMPLES).mean().item())
+
+    longest = int(asked.option_lengths.max())
+    # A sample goes on only where an option still can come up.
+    work = Work(2 * tokens_of(asked) * (1 + (longest - 1) * asked.options.shape[1]))
+    yield Stage("sampling", f"{SAMPLES} samples of every answer", make, work, {"samples": SAMPLES})
+
+
 def _text(bench: Bench) -> Iterator[Stage]:
     text = bench.task.retain_text
 
@@ -383,6 +404,7 @@ def _relearning(bench: Bench) -> Iterator[Stage]:
 KINDS: tuple[Callable[[Bench], Iterator[Stage]], ...] = (
     _answers,
     _generation,
+    _sampling,
     _text,
     _depth,
     _probes,

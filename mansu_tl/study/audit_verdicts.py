@@ -31,6 +31,7 @@ YES, NO = "yes", "no"
 _ANSWERS = ("MC", "cloze", "MC drop", "cloze drop", "PTQ gap, MC", "PTQ gap, cloze")
 FORGOTTEN, KEPT = "Is it forgotten?", "Is everything else kept?"
 FORMATS, RELEARNING = "Does it stay forgotten in the format it ships in?", "Does it stay forgotten under relearning?"
+SAMPLING = "Does it stay forgotten when it is sampled?"
 ERASED = "Is it erased, not only suppressed?"
 KINDS = {"MC": "chosen", "cloze": "said"}
 SETS = {
@@ -49,7 +50,7 @@ class AuditBounds:
 
     Attributes:
         comes_back: points that a format, or an attack beside a never-trained model, may add.
-        written: points by which the right answer may be written more often than a wrong one.
+        written: points by which the right answer may be written, or come up in samples, more often than a wrong one.
         margin: nats of log-odds that kept facts may lose.
         text: nats a token that text may lose.
         gone: erasure depth from which on the knowledge counts as gone.
