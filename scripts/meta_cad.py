@@ -150,6 +150,7 @@ class Scores:
         self.own, self.lens = circuit_scores(original, circuit, self.pairs), lens(original, self.pairs)
 
     def of(self, model: TransformerBridge, name: str) -> tuple[dict[str, float], CadByDepth]:
+        """Every score of one model, and its CAD by depth."""
         found = self.reader.read(model, label=name)
         if name == "filter":
             # The filter lowers the answers' logits: nothing inside changes, no answer is chosen.

@@ -2,9 +2,9 @@
 
 RUN is the folder of `real_evidence.py tasks` and `run` (tasks and circuits). On every draw the settings that were chosen are
 run whole, and with one part changed: null space off, Fisher on, a quarter of each circuit MLP's neurons, and as many drawn
-at random in the same layers. Every edit is asked, and attacked: half of its facts are trained on, the others asked. Each cell is
-one line of RUN/ablations.jsonl; what is there is not done again. `--out TABLE.csv` writes differences to the whole, with
-intervals over facts and draws.
+at random in the same layers. Every edit is asked, and with `--attack` relearnt too: half of its facts are trained on, the
+others asked. Each cell is one line of RUN/ablations.jsonl; what is there is not done again. `--out TABLE.csv` writes
+differences to the whole, with intervals over facts and draws.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ ASKED = ("forget", "forget, other words", "near", "near, kept back", "retain")
 RATE, STEPS = 1e-5, 30
 
 
-def cell(model: Any, run: Path, name: str, variant: str) -> dict[str, Any]:
-    """One edit, asked and attacked."""
+def cell(model: Any, run: Path, name: str, variant: str, attacked: bool) -> dict[str, Any]:
+    """One edit, asked and perhaps attacked."""
     start = time.monotonic()
     task, asked = read(run / f"{name}.json", model, "cpu")
     changes, seed = VARIANTS[variant]
@@ -61,6 +61,8 @@ def cell(model: Any, run: Path, name: str, variant: str) -> dict[str, Any]:
             "mc": found.multiple_choice.float().tolist(),
             "log_odds": [round(x, 4) for x in found.log_odds.tolist()],
         }
+    if not attacked:
+        return {**out, "seconds": time.monotonic() - start}
     (attack,) = attack_splits(task, k=len(set(task.forget_pairs.facts)) // 2, splits=1)
     curve = relearn(edited, attack, steps=STEPS, learning_rate=RATE, batch_size=16, ask_at=(0, STEPS))
     out["scores"]["relearned"] = {
@@ -71,11 +73,16 @@ def cell(model: Any, run: Path, name: str, variant: str) -> dict[str, Any]:
     return {**out, "seconds": time.monotonic() - start}
 
 
+def _kind(variant: str) -> str:
+    """A variant without the number of its draw."""
+    return variant.rpartition(", ")[0] if "drawn" in variant else variant
+
+
 def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Every score of every variant, and how far it is from the whole on the same draws: 95 % over draws' facts."""
     frame = pd.DataFrame(
         [
-            {"task": row["task"], "variant": row["variant"].rpartition(", ")[0] if "drawn" in row["variant"] else row["variant"],
+            {"task": row["task"], "variant": _kind(row["variant"]),
              "draw": row["variant"], "questions": kind, "measure": measure, "fact": f"{row['task']}: {fact}", "value": value}
             for row in rows
             for kind, each in row["scores"].items()
@@ -112,6 +119,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tasks", nargs="*", default=[f"landmark_in_country-{i}" for i in range(3)])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--attack", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -124,7 +132,7 @@ def main() -> None:
     for name, variant in wanted:
         if (name, variant) in done:
             continue
-        row = cell(model, options.run, name, variant)
+        row = cell(model, options.run, name, variant, options.attack)
         rows.append(row)
         with place.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -105,7 +105,7 @@ def test_large_matrices_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch):
     w = matrices(torch.float32)["plain"]
     whole = {kind: encode(kind, w) for kind in K_QUANTS}
     # By its module: the package has a function of that name.
-    monkeypatch.setattr(importlib.import_module("mansu_tl.models.gguf.encode"), "_AT_ONCE", 512)
+    monkeypatch.setattr(importlib.import_module("mansu_tl.models.gguf.encoders"), "_AT_ONCE", 512)
     assert all(torch.equal(encode(kind, w), raw) for kind, raw in whole.items())
     with pytest.raises(MansuError, match=r"Q4_K: rows of 96 weights; its blocks hold 256, choose another format"):
         encode("Q4_K", torch.zeros(2, 96))
