@@ -55,6 +55,7 @@ WITHOUT_MODEL = {
         "orient",
         "register_family",
         "quantizer",
+        "quantizer_table",
         "quantizers",
         "register_quantizer",
     ),
