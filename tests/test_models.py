@@ -221,7 +221,7 @@ def broken(tmp_path: Path, what: str) -> str:
         ("shape", r"(weights cannot be read|mismatched weight)"),
         ("nan", r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"),
         ("inf", r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"),
-        ("quantized", "this checkpoint is quantized"),
+        ("quantized", "says that it is quantized with gptq, and holds no matrix in codes"),
         ("bad tokenizer", "tokenizer cannot be read"),
         ("head", r"LlamaForSequenceClassification.*not supported; use one of llama \(LlamaForCausalLM\), mistral"),
     ],

@@ -32,7 +32,16 @@ from mansu_tl.data import PromptPairs, Questions, Sequences, Task
 from mansu_tl.errors import MansuError
 from mansu_tl.results import MismatchError, Result
 from mansu_tl.results.files import read_packed, write_packed
-from mansu_tl.verification import Attack, Certificate, Divergence, Relearning, RelearningCurve, Scorecard
+from mansu_tl.verification import (
+    Attack,
+    Budget,
+    Certificate,
+    Divergence,
+    Relearning,
+    RelearningBudgets,
+    RelearningCurve,
+    Scorecard,
+)
 from tests.tiny_study import tiny_case
 
 # What lies on disk as a folder, or is made anew from one.
@@ -69,7 +78,7 @@ class Maker:
         self.generator = torch.Generator().manual_seed(0)
 
     def tensor(self, hint: Any) -> Tensor:
-        shape = [self.axes[name] for name in hint.dim_str.split()]
+        shape = [int(name) if name.isdigit() else self.axes[name] for name in hint.dim_str.split()]
         numbers = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         name = next(name for name in ("float32", "float64", "int64", "bool") if name in hint.dtypes)
         return (numbers > 0) if name == "bool" else (100 * numbers).to(getattr(torch, name))
@@ -94,6 +103,8 @@ class Maker:
             return tuple(self.value(one) for one in (inner[:1] * 2 if inner[-1] is ... else inner))
         if isinstance(origin, type) and issubclass(origin, Mapping):
             return {self.value(inner[0]): self.value(inner[1]), "second": self.value(inner[1])}
+        if hint is Path:
+            return Path(next(self.texts).replace("/", "_") or "folder")
         plain = {str: self.texts, float: self.floats, int: self.numbers}
         if hint in plain:
             return next(plain[hint])
@@ -146,6 +157,7 @@ BY_HAND: dict[type, Callable[[], Any]] = {
     Task: task,
     RelearningCurve: curve,
     Relearning: lambda: Relearning((curve(), curve("never")), "never"),
+    RelearningBudgets: lambda: RelearningBudgets(2 * (made(Budget),), (curve(), curve("never")), "never"),
 }
 
 
