@@ -83,7 +83,8 @@ def test_a_stage_on_the_second_device_is_the_same_stage(second, family: str, dty
         assert {str(value.device) for value in found.values()} == {"cpu"}
     assert found.keys() == expected.keys()
     for key, value in found.items():
-        assert torch.equal(value, expected[key]), key
+        # A row that cannot be judged has no number.
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=0, equal_nan=True, msg=key)
 
 
 @pytest.mark.parametrize(
