@@ -20,6 +20,7 @@ from nbclient import NotebookClient
 from traitlets.config import Config
 
 import mansu_tl as mtl
+from mansu_tl import errors
 from mansu_tl.circuit import Conflict, Graph, PathEffects
 from mansu_tl.errors import NoEditError
 from mansu_tl.results.result import Result, Table, bars
@@ -27,6 +28,7 @@ from mansu_tl.runs.metrics import Accuracy
 from mansu_tl.verification import Certificate, Divergence, Scorecard
 from mansu_tl.verification.certificate import CertificateRow
 from mansu_tl.verification.scorecard import Row
+from tests import checking
 from tests.test_docs import ROOMS
 
 EVIL = "<script>alert(1)</script>"
@@ -180,7 +182,9 @@ def test_a_name_that_is_elsewhere_is_found_and_says_where() -> None:
 
 
 @pytest.fixture
-def shell() -> Iterator[InteractiveShell]:
+def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
+    # The checker of these tests stands between the cell and the package, as a decorator of a library's would.
+    monkeypatch.setattr(errors, "_LIBRARIES", (*errors._LIBRARIES, checking.__file__))
     InteractiveShell.clear_instance()
     config = Config()
     config.HistoryManager.enabled = False
