@@ -180,7 +180,6 @@ AT_ONCE = {
     ("llama", "MANSU, closed form"),
     ("llama", "node and neuron scores"),
     ("llama", "edge scores"),
-    ("gpt2", "MANSU, closed form"),
 }
 
 
