@@ -20,7 +20,17 @@ from mansu_tl.models import gguf_weights, linear_weights, parameters, plain, reb
 from mansu_tl.quantization import quantizers
 from mansu_tl.study import AuditPlan, OpenAudit, audit, compare, quick
 from mansu_tl.study.audit_questions import verdicts
-from mansu_tl.study.audit_verdicts import ERASED, FORGOTTEN, FORMATS, KEPT, RELEARNING, Evidence, answers, three_way
+from mansu_tl.study.audit_verdicts import (
+    ERASED,
+    FORGOTTEN,
+    FORMATS,
+    KEPT,
+    RELEARNING,
+    SAMPLING,
+    Evidence,
+    answers,
+    three_way,
+)
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification.generation import written
 from tests.browser import opened
@@ -97,6 +107,11 @@ def test_every_number_is_the_models_own(found, folder, small, pocket) -> None:
                 assert rows["unlearned", name, asked, kind][3] == pytest.approx(getattr(own, right))
     gap = rows["unlearned", "nf4", "forget", "PTQ gap, MC"][0]
     assert gap == pytest.approx(rows["unlearned", "nf4", "forget", "MC"][0] - rows["unlearned", "", "forget", "MC"][0])
+    leaked = mtl.verification.leak_at_k(edited, small.questions["forget"], samples=32, seed=SHORT.seed)
+    (told,) = leaked.to_dataframe([32]).itertuples()
+    assert rows["unlearned", "", "forget", "leak@32 above a wrong option"][:3] == pytest.approx(
+        (told.excess, told.excess_low, told.excess_high)
+    )
 
 
 def test_an_audit_says_the_same_when_it_is_read_back_and_writes_what_it_says(found, tmp_path) -> None:
@@ -104,7 +119,7 @@ def test_an_audit_says_the_same_when_it_is_read_back_and_writes_what_it_says(fou
     assert again.answers == found.answers
     told = pd.read_csv(found.folder / "verdicts.csv", keep_default_na=False)
     assert list(told["verdict"]) == [each.verdict for each in found.verdicts]
-    assert [each.question for each in found.answers] == [FORGOTTEN, KEPT, FORMATS, RELEARNING, ERASED]
+    assert [each.question for each in found.answers] == [FORGOTTEN, KEPT, FORMATS, SAMPLING, RELEARNING, ERASED]
     assert len(pd.read_parquet(found.folder / "measures.parquet")) == len(found.table)
     assert {each.verdict for each in found.verdicts} <= {"yes", "no", "not judgeable"}
     assert all(each.why for each in found.verdicts if each.verdict == "not judgeable")
@@ -231,7 +246,20 @@ def test_few_facts_and_missing_sets_leave_no_verdict(found, small, pocket) -> No
     assert of(given, ERASED, "CAD").why == "no near facts"
     # Twelve of the twenty facts are the attacker's.
     assert "8 are left to be asked, fewer than ten" in of(given, RELEARNING, "trained on 12 of the facts").why
-    assert [each.question for each in answers(given)] == [FORGOTTEN, KEPT, FORMATS, RELEARNING, ERASED]
+    assert [each.question for each in answers(given)] == [FORGOTTEN, KEPT, FORMATS, SAMPLING, RELEARNING, ERASED]
+
+
+def test_sampling_counts_only_what_a_wrong_option_does_not(found, pocket) -> None:
+    task, name = mtl.load_task("pocket"), "leak@32 above a wrong option"
+    table = put(forgotten(found), "original", "", "forget", name, value=90.0, low=85.0, high=95.0)
+
+    def verdict(rows):
+        return of(verdicts(evidence(found, task, pocket, table=rows)), SAMPLING, "32 samples")
+
+    assert verdict(put(table, "unlearned", "", "forget", name, value=1.0, low=-2.0, high=4.0)).verdict == "yes"
+    assert verdict(put(table, "unlearned", "", "forget", name, value=20.0, low=10.0, high=30.0)).verdict == "no"
+    weak = put(table, "original", "", "forget", name, value=3.0, low=-1.0, high=7.0)
+    assert "the original itself says the right answer only 3 points more often" in verdict(weak).why
 
 
 def test_relearning_is_set_against_the_never_trained_model_and_shown_by_the_original(found, pocket) -> None:
@@ -417,9 +445,10 @@ def test_the_command_prints_a_plan_then_verdicts_and_goes_on(folder, tmp_path) -
     lines = said.stdout.splitlines()
     assert "stages to do, about " in lines[0]
     assert "us a token forwards" in lines[0]
-    assert [line.split()[0] for line in lines[1:7]] == [
+    assert [line.split()[0] for line in lines[1:8]] == [
         "answers",
         "generation",
+        "sampling",
         "text",
         "depth",
         "formats/nf4",

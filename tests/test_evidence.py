@@ -175,6 +175,24 @@ def test_a_second_model_comes_back_after_graddiff_and_not_after_mansu() -> None:
     assert len(back) == 6 and (back.mc_percent == 100).all()
 
 
+def test_what_a_part_of_the_closed_form_is_worth_is_what_was_measured() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "real_ablations.csv")
+    rows = table.set_index(["variant", "questions", "measure"])
+    for kind in ("near", "near, kept back", "retain"):
+        for measure in ("mc", "log_odds"):
+            assert rows.loc[("null space off", kind, measure), "difference_high"] < 0
+    less = rows.loc[("null space off", "forget", "mc")]
+    assert less.difference_low < 0 < less.difference_high
+    drawn = rows.loc[("a quarter, drawn", "forget", "mc")]
+    assert abs(drawn.difference) < 5 and drawn.against == "a quarter of the neurons, the circuit's"
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    near = rows.loc[("null space off", "near", "mc")]
+    assert (
+        f"near facts lose {-near.difference:.0f} points [{-near.difference_high:.0f}, {-near.difference_low:.0f}]"
+        in page
+    )
+
+
 def test_the_circuits_of_a_pretrained_models_facts_are_those_of_the_run() -> None:
     table = pd.read_csv(ROOT / "figures" / "tables" / "real_circuit.csv", dtype=str).fillna("")
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
