@@ -49,7 +49,15 @@ from mansu_tl.verification import (
 )
 from mansu_tl.verification.extraction import leak_at_k
 from mansu_tl.verification.generation import Written, written
-from mansu_tl.verification.measurement import COLUMNS, DEPTH_ROWS, SETS, Measured, answer_rows, circuit_rows
+from mansu_tl.verification.measurement import (
+    COLUMNS,
+    DEPTH_ROWS,
+    SETS,
+    Measured,
+    answer_rows,
+    circuit_rows,
+    structure_rows,
+)
 from mansu_tl.verification.probes import FITS
 
 UNLEARNED = "unlearned"
@@ -299,7 +307,8 @@ def _depth(bench: Bench) -> Iterator[Stage]:
                 yield UNLEARNED, ("", "", f"{what} at {layer}", row[name], *ends, 0.0)
             grafted = row["grafted_percent"]
             yield UNLEARNED, ("", "forget", f"grafted at {layer}", grafted, *[float("nan")] * 3)
-        yield UNLEARNED, ("", "", "added opposition", found.opposition, *found.opposition_interval, 0.0)
+        for who, subject in ((UNLEARNED, bench.unlearned), (ORIGINAL, bench.original)):
+            yield from ((who, row) for row in structure_rows(bench.original, subject, ""))
 
     near = task.questions.get("near")
     forget, beside = (_read_by_depth(each) for each in (task.forget_pairs, near))
@@ -359,8 +368,10 @@ def _formats(bench: Bench) -> Iterator[Stage]:
     def circuit(name: str) -> Stage:
         def make() -> Rows:
             before, after = bench.on_circuit()
-            yield from ((UNLEARNED, row) for row in circuit_rows(before, after, name, bench.seed))
-            yield from ((ORIGINAL, row) for row in circuit_rows(before, before, name, bench.seed))
+            for who, subject in ((UNLEARNED, after), (ORIGINAL, before)):
+                yield from ((who, row) for row in circuit_rows(before, subject, name, bench.seed))
+                # In full precision these are the depth stage's.
+                yield from ((who, row) for row in (structure_rows(before, subject, name) if name else ()))
             if name in quantizers("grid"):
                 yield from ((UNLEARNED, row) for row in code_rows(before.model, after.model, name))
 
