@@ -99,6 +99,12 @@ def test_a_circuit_restricts_random_weights_are_as_many_and_none_is_everything(m
     other = random_weights(model, circuit, 0.25, seed=2)
     assert any(name not in other or not torch.equal(drawn[name], other[name]) for name in drawn)
     assert sum(int(m.sum()) for m in every_weight(model).values()) == 688_128
+    matched = random_weights(model, circuit, 0.25, seed=1, matched=True)
+    assert matched.keys() == chosen.keys()
+    for name in (name for name in chosen if "up_proj" in name or "o_proj" in name):
+        axis = 1 if "up_proj" in name else 0
+        assert matched[name].any(axis).sum() == chosen[name].any(axis).sum()
+    assert any(not torch.equal(matched[name], chosen[name]) for name in chosen)
     edit = unlearn(model, task, "random-circuit", circuit=circuit, seed=1, **QUICK)
     assert edit.method == "random-circuit"
     for name, index in edit.indices.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -45,33 +46,19 @@ def circuit_weights(
 
 
 def random_weights(
-    model: TransformerBridge, circuit: Circuit, neuron_share: float, seed: int, names: Collection[str] | None = None
+    model: TransformerBridge,
+    circuit: Circuit,
+    neuron_share: float,
+    seed: int,
+    names: Collection[str] | None = None,
+    *,
+    matched: bool = False,
 ) -> Masks:
     """As many heads and neurons as `circuit_weights` takes, drawn from the whole model: the circuit's control.
 
     Args:
         names: as `circuit_weights`.
-
-    Raises:
-        MansuError: as `circuit_weights`.
-    """
-    heads, mlps, count = parts_of(model, circuit.nodes, neuron_share)
-    sizes, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
-    every = [f"L{i}H{h}" for i in range(sizes.n_layers) for h in range(sizes.n_heads)]
-    drawn = torch.randperm(len(every), generator=generator)[: len(heads)].tolist()
-    neurons = torch.randperm(sizes.n_layers * sizes.d_mlp, generator=generator)[: len(mlps) * count].tolist()
-    return _masks(
-        model, [every[i] for i in drawn], [f"MLP{i // sizes.d_mlp}.N{i % sizes.d_mlp}" for i in neurons], names
-    )
-
-
-def matched_weights(
-    model: TransformerBridge, circuit: Circuit, neuron_share: float, seed: int, names: Collection[str] | None = None
-) -> Masks:
-    """As many heads and neurons of every layer as `circuit_weights` takes, drawn at random: only the choice differs.
-
-    Args:
-        names: as `circuit_weights`.
+        matched: draw as many in every layer as it takes there, so that only the choice within a layer differs.
 
     Raises:
         MansuError: as `circuit_weights`.
@@ -79,12 +66,17 @@ def matched_weights(
     heads, mlps, count = parts_of(model, circuit.nodes, neuron_share)
     sizes, generator = Anatomy.of(model), torch.Generator().manual_seed(seed)
 
-    def drawn(node: str, whole: int, of: int) -> list[str]:
-        return [f"{node}{i}" for i in torch.randperm(whole, generator=generator)[:of].tolist()]
+    def drawn(whole: list[str], number: int) -> list[str]:
+        return [whole[i] for i in torch.randperm(len(whole), generator=generator)[:number].tolist()]
 
-    per_layer = Counter(node.partition("H")[0] for node in heads)
-    chosen = [node for layer, of in per_layer.items() for node in drawn(f"{layer}H", sizes.n_heads, of)]
-    return _masks(model, chosen, [n for node in mlps for n in drawn(f"{node}.N", sizes.d_mlp, count)], names)
+    every = {i: [f"L{i}H{h}" for h in range(sizes.n_heads)] for i in range(sizes.n_layers)}
+    neurons = {f"MLP{i}": [f"MLP{i}.N{n}" for n in range(sizes.d_mlp)] for i in range(sizes.n_layers)}
+    if not matched:
+        chosen = drawn(list(chain(*every.values())), len(heads))
+        return _masks(model, chosen, drawn(list(chain(*neurons.values())), len(mlps) * count), names)
+    per_layer = Counter(int(node[1:].partition("H")[0]) for node in heads)
+    chosen = [node for layer, number in per_layer.items() for node in drawn(every[layer], number)]
+    return _masks(model, chosen, [node for mlp in mlps for node in drawn(neurons[mlp], count)], names)
 
 
 def parts_of(model: TransformerBridge, nodes: Sequence[str], neuron_share: float) -> tuple[list[str], list[str], int]:

@@ -23,7 +23,7 @@ from mansu_tl.patching.reading import read_layer, subject_share
 from mansu_tl.quantization import grid_of
 from mansu_tl.runs.values import Values, lent
 from mansu_tl.unlearning.batches import Batch, Source
-from mansu_tl.unlearning.mansu.candidates import circuit_weights, matched_weights, random_weights
+from mansu_tl.unlearning.mansu.candidates import circuit_weights, random_weights
 from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.unlearning.mansu.memory import require_fit_of_mansu
 from mansu_tl.unlearning.mansu.settings import MansuSettings
@@ -130,7 +130,7 @@ def plan(
     choose: dict[str, Callable[[], Masks]] = {
         "circuit": lambda: circuit_weights(model, circuit, pairs, settings.neuron_share, names),
         "random": lambda: random_weights(model, circuit, settings.neuron_share, seed, names),
-        "matched": lambda: matched_weights(model, circuit, settings.neuron_share, seed, names),
+        "matched": lambda: random_weights(model, circuit, settings.neuron_share, seed, names, matched=True),
         "none": lambda: every_weight(model, names),
     }
     masks = choose[settings.restrict]()
