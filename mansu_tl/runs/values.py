@@ -6,7 +6,7 @@ Every pass over text goes through `predicted`, and every look at what enters and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,25 @@ def with_streams(
     with last_token_only(model, asked):
         out = functional_call(model, dict(values), (tokens,), {"use_cache": False, "output_hidden_states": kept})
     return out.logits[:, 0].float(), out.hidden_states if kept else ()
+
+
+class _Reached(Exception):  # noqa: N818 - no error
+    """The stream that was asked for is there; what lies behind it is not run."""
+
+
+def stream_into(
+    model: PreTrainedModel, values: Values, tokens: Int[Tensor, "row pos"], module: str
+) -> Float[Tensor, "row pos d_model"]:
+    """Differentiable residual stream that enters a module, by the module's path; nothing behind it is run."""
+    found: list[Tensor] = []
+
+    def reached(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+        found.append(inputs[0] if inputs else named["hidden_states"])
+        raise _Reached
+
+    with model.get_submodule(module).register_forward_pre_hook(reached, with_kwargs=True), suppress(_Reached):
+        functional_call(model, dict(values), (tokens,), {"use_cache": False})
+    return found[0]
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,9 @@ class _Training(Solver):
             for name, value in self.original.items()
         }
         moving = {name: value for name, value in self.values.items() if value.requires_grad}
-        adam = torch.optim.AdamW(moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        adam = torch.optim.AdamW(
+            moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
         self.start(self.seed, moving, adam)
         self.samplers = self.source.samplers(
             settings.forget_batch, settings.retain_batch - self.near, self.near, self.generator

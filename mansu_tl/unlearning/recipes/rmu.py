@@ -20,7 +20,7 @@ from mansu_tl.data import PromptPairs, Sequences
 from mansu_tl.data.forced import Forced, forced
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, component_masks, float32_copy, home
-from mansu_tl.runs.values import Values, with_streams
+from mansu_tl.runs.values import Values, stream_into
 from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.objectives import Objective
 from mansu_tl.unlearning.training import Recipe, RetainSettings, Start, trained
@@ -51,20 +51,21 @@ def rmu(settings: RmuSettings, start: Start) -> Recipe:
     parts, hf = Anatomy.of(start.model), float32_copy(start.model)
     layer = max(1, round(settings.depth * parts.n_layers))
     original = dict(hf.named_parameters())
+    paths = start.model.adapter.component_mapping
+    behind = f"{paths['blocks'].name}.{layer}" if layer < parts.n_layers else paths["ln_final"].name
+    prompts = _prompts(forced(start.task.forget_pairs.to(home(hf)), 1))
     with torch.no_grad():
-        norm = (
-            _hidden(hf, original, _prompts(forced(start.task.forget_pairs.to(home(hf)), 1)), layer).norm(dim=-1).mean()
-        )
+        norm = _hidden(hf, original, prompts, behind).norm(dim=-1).mean()
     direction = torch.rand(parts.d_model, generator=torch.Generator().manual_seed(start.seed)).to(norm.device)
     target = settings.steering * norm * direction / direction.norm()
 
     def away(batch: Batch) -> Float[Tensor, ""]:
-        return (_hidden(batch.model, batch.values, _prompts(batch.forget), layer) - target).square().mean()
+        return (_hidden(batch.model, batch.values, _prompts(batch.forget), behind) - target).square().mean()
 
     def held(batch: Batch) -> Float[Tensor, ""]:
-        kept = _hidden(batch.model, batch.values, batch.retain, layer)
+        kept = _hidden(batch.model, batch.values, batch.retain, behind)
         with torch.no_grad():
-            before = _hidden(hf, original, batch.retain, layer)
+            before = _hidden(hf, original, batch.retain, behind)
         return (kept - before).square().mean()
 
     only = component_masks(start.model, [f"MLP{i}" for i in range(max(0, layer - 3), layer)])
@@ -75,7 +76,6 @@ def _prompts(pairs: Forced[PromptPairs]) -> Sequences:
     return Sequences(pairs.clean, pairs.lengths)
 
 
-def _hidden(hf: PreTrainedModel, values: Values, text: Sequences, layer: int) -> Float[Tensor, "token d_model"]:
-    """The residual stream after `layer` layers, at every real token."""
-    _, streams = with_streams(hf, values, text.tokens, text.lengths)
-    return streams[layer][text.real].float()
+def _hidden(hf: PreTrainedModel, values: Values, text: Sequences, behind: str) -> Float[Tensor, "token d_model"]:
+    """The residual stream that enters a module, at every real token."""
+    return stream_into(hf, values, text.tokens, behind)[text.real].float()
