@@ -78,7 +78,12 @@ def measured(model: Any, place: Path) -> list[dict[str, Any]]:
         if kind != "forget":
             add("jaccard", kind, "forget", own.jaccard(one))
             share, size = own.n_edges / total, one.n_edges / total
-            add("jaccard of random circuits of these sizes", kind, "forget", share * size / (share + size - share * size))
+            add(
+                "jaccard of random circuits of these sizes",
+                kind,
+                "forget",
+                share * size / (share + size - share * size),
+            )
     for on, pairs in asked.items():
         for of, one in circuits.items():
             add("faithfulness", of, on, faithfulness(model, one, pairs))

@@ -30,7 +30,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"))
     parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), help="METHOD as it is, METHOD-nf4 as it is shipped, original, never"
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        help="METHOD as it is, METHOD-nf4 as it is shipped, original, never",
     )
     parser.add_argument("--facts", nargs="*", type=int, default=[4, 12, 24, 36])
     parser.add_argument("--texts", nargs="*", choices=TEXTS, default=list(TEXTS))

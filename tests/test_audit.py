@@ -262,6 +262,30 @@ def test_sampling_counts_only_what_a_wrong_option_does_not(found, pocket) -> Non
     assert "the original itself says the right answer only 3 points more often" in verdict(weak).why
 
 
+def test_forgotten_facts_are_set_beside_a_model_that_never_knew(found, folder, small, pocket, never) -> None:
+    """The difference is taken question by question, and equivalence asks for both sides of it."""
+    own, other = (mtl.accuracy(each, small.questions["forget"]) for each in (mtl.load(folder), never))
+    for kind, name in (("MC", "multiple_choice"), ("cloze", "cloze")):
+        over = 100 * (getattr(own, name).double() - getattr(other, name).double())
+        row = found.table.set_index(["method", "quantizer", "question_set", "measure"]).loc[
+            "unlearned", "", "forget", f"{kind} over never trained"
+        ]
+        assert row["value"] == pytest.approx(over.mean().item())
+        assert row["low"] <= row["value"] <= row["high"]
+    task = mtl.load_task("pocket")
+
+    def verdict(**row: float):
+        table = put(forgotten(found), "unlearned", "", "forget", "MC over never trained", **row)
+        return of(verdicts(evidence(found, task, pocket, table=table)), FORGOTTEN, "as never trained: chosen")
+
+    assert verdict(value=-2.0, low=-9.0, high=5.0).verdict == "yes"
+    assert verdict(value=20.0, low=12.0, high=28.0).verdict == "no"
+    below = verdict(value=-20.0, low=-28.0, high=-12.0)
+    assert (below.verdict, below.why) == ("no", "less often than by a model that never knew: it avoids the answer")
+    assert "reaches over -10" in verdict(value=-6.0, low=-12.0, high=0.0).why
+    assert "reaches over 10" in verdict(value=6.0, low=-12.0, high=14.0).why
+
+
 def test_relearning_is_set_against_the_never_trained_model_and_shown_by_the_original(found, pocket) -> None:
     task = mtl.load_task("pocket")
     name = f"relearning MC, facts, lr {SHORT.attack_rates[0]:g}, excess over never"

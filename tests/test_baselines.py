@@ -16,6 +16,7 @@ from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, linear_weights, parameters, plain
 from mansu_tl.quantization import quantize
 from mansu_tl.registry import Registry
+from mansu_tl.runs.values import stream_into
 from mansu_tl.unlearning import (
     Edit,
     Method,
@@ -37,7 +38,7 @@ from mansu_tl.unlearning.recipes.sure import salient_weights
 from mansu_tl.unlearning.retain_statistics import input_moments, null_projector
 from mansu_tl.unlearning.search import Search, Trial, search
 from mansu_tl.unlearning.training import Start, train
-from tests.tiny import embedded_task, sliced_task
+from tests.tiny import FAMILIES, embedded_task, sliced_task, tiny, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,22 @@ def test_rmu_by_hand(model, task) -> None:
     u = torch.rand(128, generator=torch.Generator().manual_seed(4))
     target = 3.0 * states.norm(dim=-1).mean() * u / u.norm()
     assert loss == pytest.approx((states - target).square().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_into_a_module_is_the_models_own_and_nothing_behind_it_is_run(family: str) -> None:
+    bridge = mtl.load(tiny(family), tokenizer=tiny_tokenizer())
+    hf, parts, tokens = plain(bridge), bridge.adapter.component_mapping, torch.randint(5, 40, (2, 5))
+    with torch.no_grad():
+        every = hf(tokens, output_hidden_states=True).hidden_states
+    layer, norm = f"{parts['blocks'].name}.1", parts["ln_final"].name
+    ran: list[torch.nn.Module] = []
+    with hf.get_submodule(layer).register_forward_hook(lambda module, *_: ran.append(module)):
+        torch.testing.assert_close(stream_into(hf, {}, tokens, layer), every[1])
+        assert not ran
+    before_norm = stream_into(hf, {}, tokens, norm)
+    # The last of transformers' states is behind the final norm.
+    torch.testing.assert_close(hf.get_submodule(norm)(before_norm), every[-1])
 
 
 def test_rmu_moves_only_its_layers_and_the_suppressor_only_the_last_mlp(model, task) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -67,7 +68,7 @@ def stream_into(
     """Differentiable residual stream that enters a module, by the module's path; nothing behind it is run."""
     found: list[Tensor] = []
 
-    def reached(_: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+    def reached(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         found.append(inputs[0] if inputs else named["hidden_states"])
         raise _Reached
 

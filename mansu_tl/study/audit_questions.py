@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mansu_tl.study.audit_stages import LEAKED, SAMPLES, UNLEARNED
+from mansu_tl.study.audit_stages import LEAKED, OVER_NEVER, SAMPLES, UNLEARNED
 from mansu_tl.study.audit_verdicts import (
     ERASED,
     FORGOTTEN,
@@ -22,6 +22,7 @@ from mansu_tl.study.audit_verdicts import (
     YES,
     Evidence,
     Verdict,
+    equivalent,
     numbered,
     three_way,
 )
@@ -69,6 +70,19 @@ def _forgotten(found: Evidence) -> Iterator[Verdict]:
             FORGOTTEN, item, outcome, right, unit="% written", bound=f"<= {least:.3g}", control="original, % written",
             few=found.few(asked),
         )  # fmt: skip
+    yield from _like_never(found)
+
+
+def _like_never(found: Evidence) -> Iterator[Verdict]:
+    """Equivalence with a model that never knew, where there is one."""
+    for asked in _FORGET if found.never and not found.never_knows else ():
+        for kind, words in KINDS.items():
+            row, bound = found.row(UNLEARNED, "", asked, f"{kind}{OVER_NEVER}"), found.bounds.like_never
+            if row is not None:
+                yield numbered(
+                    FORGOTTEN, f"as never trained: {words}{SETS[asked]}", equivalent(row, bound), row, unit=_ABOVE_NEVER,
+                    bound=f"{-bound:g} to {bound:g}", control="never trained, % right", few=found.few(asked),
+                )  # fmt: skip
 
 
 def _kept(found: Evidence) -> Iterator[Verdict]:

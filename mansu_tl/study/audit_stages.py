@@ -56,11 +56,12 @@ from mansu_tl.verification.measurement import (
     Measured,
     answer_rows,
     circuit_rows,
+    percent,
     structure_rows,
 )
 from mansu_tl.verification.probes import FITS
 
-UNLEARNED = "unlearned"
+UNLEARNED, OVER_NEVER = "unlearned", " over never trained"
 # Whose rows these are, and the rows.
 Rows = Iterable[tuple[str, Measured]]
 
@@ -240,9 +241,23 @@ def _answers(bench: Bench) -> Iterator[Stage]:
     yield Stage("answers", "chosen and said, every question set", make, Work(2 * asked_tokens(task, SETS)))
     if bench.never is not None:
         other = Subject(bench.reference, task, None)
-        make_never = lambda: ((NEVER, row) for row in answer_rows(original, other, "", "", bench.seed))  # noqa: E731
+
+        def make_never() -> Rows:
+            yield from ((NEVER, row) for row in answer_rows(original, other, "", "", bench.seed))
+            yield from ((UNLEARNED, row) for row in _beside_never(unlearned, other, bench.seed))
+
         what, work = "the same of the never-trained model", Work(2 * asked_tokens(task, SETS))
         yield Stage("answers_never", what, make_never, work, {NEVER: bench.mark(NEVER)})
+
+
+def _beside_never(unlearned: Subject, never: Subject, seed: int) -> Iterator[Measured]:
+    """Question by question, how much more often forget facts are right than by the never-trained model, in points."""
+    for asked, own in unlearned.answers().items():
+        for kind in ("MC", "cloze") if asked.startswith("forget") else ():
+            reference = percent(never.answers()[asked], kind)
+            over = percent(own, kind) - reference
+            ends = interval_over_facts(over, own.facts, seed)
+            yield "", asked, f"{kind}{OVER_NEVER}", over.mean().item(), *ends, reference.mean().item()
 
 
 def _generation(bench: Bench) -> Iterator[Stage]:

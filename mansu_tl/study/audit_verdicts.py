@@ -54,6 +54,7 @@ class AuditBounds:
         margin: nats of log-odds that kept facts may lose.
         text: nats a token that text may lose.
         gone: erasure depth from which on the knowledge counts as gone.
+        like_never: points that forget facts may be right more often, or less often, than by a never-trained model.
     """
 
     comes_back: float = 5.0
@@ -61,6 +62,7 @@ class AuditBounds:
     margin: float = 1.0
     text: float = 0.1
     gone: float = 0.5
+    like_never: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,16 @@ def three_way(row: Mapping[str, float], bound: float) -> tuple[str, str]:
     return (
         (NO, "") if low > bound else (NOT_JUDGEABLE, f"its interval, {low:.3g} to {high:.3g}, reaches over {bound:.3g}")
     )
+
+
+def equivalent(row: Mapping[str, float], bound: float) -> tuple[str, str]:
+    """A verdict on what must lie within a bound on both sides of 0, and why: equivalence, by its 95 % interval."""
+    low, high = row["low"], row["high"]
+    if max(-low, high) <= bound:
+        return YES, ""
+    if low > bound or high < -bound:
+        return NO, "" if low > bound else "less often than by a model that never knew: it avoids the answer"
+    return NOT_JUDGEABLE, f"its interval, {low:.3g} to {high:.3g}, reaches over {bound if high > bound else -bound:.3g}"
 
 
 def numbered(

@@ -172,8 +172,10 @@ def train(
     """
     solver = _Training(model, task, method, recipe, settings, seed)
     run(solver, checkpoint or Checkpoint(), progress=progress)
-    facts = {"seed": seed, "settings": asdict(settings), "steps": int(solver.history[-1]["step"]), **recipe.facts}
-    return Edit.between(model, solver.rounded(solver.trained), method, facts, tuple(solver.history))
+    values, history = solver.rounded(solver.trained), tuple(solver.history)
+    del solver  # gradients and Adam's moments, three times the model, while the edit is made
+    facts = {"seed": seed, "settings": asdict(settings), "steps": int(history[-1]["step"]), **recipe.facts}
+    return Edit.between(model, values, method, facts, history)
 
 
 class _Training(Solver):

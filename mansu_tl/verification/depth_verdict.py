@@ -4,8 +4,8 @@ Our definition, in this order. Numbers are of one layer (`CadByDepth.judged`: be
 earliest), of the facts that the model no longer answers, and are taken by their 95 % interval over facts:
 
 1. Nearly all answers are given: **intact**.
-2. CAD lies above `gone`, and what is gone is specific: **erased**. If near facts fell alike, the model is **damaged**. If
-   writers now speak against the answer, what is left may be hidden: **suppressed**.
+2. CAD lies above `gone`, and that of near facts `own` below it: **erased**. If near facts fell alike, the model is
+   **damaged**. If writers now speak against the answer, what is left may be hidden: **suppressed**.
 3. CAD lies below `gone`: the knowledge stands and is not said, whatever happens behind: **suppressed**.
 4. Anything else is **undecided**: an interval that reaches over a bound.
 """
@@ -24,13 +24,16 @@ class DepthBounds:
 
     Attributes:
         gone: CAD from which on the knowledge counts as gone.
-        specific: CAD on forget minus CAD on near pairs from which on that is about the forget facts.
+        specific: CAD on forget minus CAD on near pairs below which near facts fell alike.
+        own: the same difference from which on the facts themselves are gone. Between the two names may be overwritten before
+            anything is looked up, which hits near ones in part.
         opposed: negative terms that the original did not have, as a share of its positive ones, that do not count yet.
         answered: share of the answers that the original chooses from which on they count as given.
     """
 
     gone: float = 0.5
     specific: float = 0.25
+    own: float = 0.6
     opposed: float = 0.1
     answered: float = 0.75
 
@@ -74,7 +77,7 @@ def depth_verdict(
             return DepthVerdict("damaged", f"{here}, {near}")
         if opposition[0] > bounds.opposed:
             return DepthVerdict("suppressed", f"{here}, but {against}")
-        if specificity[0] >= bounds.specific and opposition[1] <= bounds.opposed:
+        if specificity[0] >= bounds.own and opposition[1] <= bounds.opposed:
             return DepthVerdict(ERASED, every)
     elif cad[1] < bounds.gone:
         return DepthVerdict("suppressed", here)
