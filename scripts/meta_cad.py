@@ -39,15 +39,7 @@ from mansu_tl.runs import answer_log_prob
 from mansu_tl.runs.streams import residual_streams
 from mansu_tl.unlearning.batches import Sampler
 from mansu_tl.unlearning.retain_statistics import sequence_loss
-from mansu_tl.verification import (
-    CadByDepth,
-    DepthReader,
-    circuit_divergence,
-    circuit_scores,
-    erasure_depth,
-    memorisation,
-    probe,
-)
+from mansu_tl.verification import CadByDepth, DepthReader, circuit_divergence, circuit_scores, erasure_depth, probe
 
 LEARN, SUPPRESS, TEXT, BATCH, LEAST, NOISE = 240, 80, 60, 32, -12.0, 1.2
 SHARES = (0.25, 0.5, 0.75)
@@ -62,7 +54,6 @@ SCORES = (
     "UDS",
     "logit lens",
     "probe",
-    "extraction strength",
     "answers",
 )
 SHOWN = ("CAD by depth", "specificity", "added opposition", "behavioural CAD", "depth", "UDS")
@@ -173,8 +164,7 @@ class Scores:
         )
         seen, here = self.lens > 0.5, lens(model, self.pairs)
         best = probe(model, self.task.questions["forget"]).right.double().mean(1).max()
-        questions, read = self.task.questions["forget"], found.judged
-        kept = (memorisation(each, questions, whole=True).strength.mean() for each in (model, self.original))
+        read = found.judged
         return {
             "CAD by depth": float(found.cad[read]),
             "specificity": float(found.specificity[read]),
@@ -185,7 +175,6 @@ class Scores:
             "UDS": uds.value,
             "logit lens": float(1 - here[seen].mean() / self.lens[seen].mean()),
             "probe": float(1 - best),
-            "extraction strength": float(1 - next(kept) / next(kept)),
             "answers": 1 - found.answered,
         }, found
 
