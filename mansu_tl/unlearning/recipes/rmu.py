@@ -51,8 +51,8 @@ def rmu(settings: RmuSettings, start: Start) -> Recipe:
     parts, hf = Anatomy.of(start.model), float32_copy(start.model)
     layer = max(1, round(settings.depth * parts.n_layers))
     original = dict(hf.named_parameters())
-    paths = start.model.adapter.component_mapping
-    behind = f"{paths['blocks'].name}.{layer}" if layer < parts.n_layers else paths["ln_final"].name
+    mapping = start.model.adapter.component_mapping or {}
+    behind = f"{mapping['blocks'].name}.{layer}" if layer < parts.n_layers else str(mapping["ln_final"].name)
     prompts = _prompts(forced(start.task.forget_pairs.to(home(hf)), 1))
     with torch.no_grad():
         norm = _hidden(hf, original, prompts, behind).norm(dim=-1).mean()
