@@ -130,6 +130,14 @@ def test_the_table_of_the_full_settings_is_the_evidences() -> None:
     assert all(row in evidence for row in quoted)
 
 
+def test_what_the_real_model_needs_is_kept_and_small() -> None:
+    files = {path.name: path.stat().st_size for path in (FOLDER / "08_real_model").iterdir()}
+    assert sum(files.values()) < 15e6
+    read = (FOLDER / "08_real_model.ipynb").read_text(encoding="utf-8")
+    for name in files:
+        assert name.partition(".")[0] in read, f"{name}: nothing reads it"
+
+
 # --- the comparison itself: it must see a wrong number, and nothing but that --------------------------------------------
 
 
