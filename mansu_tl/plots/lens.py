@@ -52,10 +52,10 @@ def logit_lens(
     x, looks = list(range(len(layers))), series_styles(labels, look)
     for label, each in zip(labels, several, strict=True):
         style, name, table = looks[label], plain(label), each.to_dataframe()
-        ends = [table[f"{measure}_{end}"].tolist() for end in ("low", "high")]
-        panel.band(x, *ends, style.colour, name)
+        low, high = (table[f"{measure}_{end}"].tolist() for end in ("low", "high"))
+        panel.band(x, low, high, style.colour, name)
         panel.series(
-            x, table[measure].tolist(), name, style, group=name, data=list(zip(layers, *ends, strict=True)),
+            x, table[measure].tolist(), name, style, group=name, data=list(zip(layers, low, high, strict=True)),
             hover=f"{name}, behind %{{customdata[0]}}<br>%{{y:.1f}} [%{{customdata[1]:.1f}}, %{{customdata[2]:.1f}}]",
         )  # fmt: skip
     if measure == "multiple_choice":
