@@ -31,9 +31,9 @@ def keep(run: Path, to: Path = CACHE) -> None:
     Circuit.load(run / "circuit" / "circuit.safetensors").save(to / "circuit.safetensors")
     EdgeScores.load(run / "circuit" / "scores.safetensors").save(to / "scores.safetensors")
     PatchingResult.load(run / "circuit" / "patching.safetensors").save(to / "patching.safetensors")
+    card = f"scorecard{Scorecard.suffix}"
+    Scorecard.load(run / "scores" / "mansu-closed" / card).save(to / f"mansu-closed_{card}")
     for method in METHODS:
-        name = f"scorecard{Scorecard.suffix}"
-        Scorecard.load(run / "scores" / method / name).save(to / f"{method}_{name}")
         for form in ("full", "gguf"):
             name = f"depth_{form}{CadByDepth.suffix}"
             CadByDepth.load(run / "scores" / method / name).save(to / f"{method}_{name}")
