@@ -30,6 +30,8 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
     for number, cell in enumerate(notebook["cells"]):
         source = _text(cell["source"])
         if cell["cell_type"] == "markdown":
+            # Pages of docs/ lie beside the tutorials on the site.
+            source = source.replace("](../docs/", "](../")
             # Markdown inside a hidden answer is rendered, as Jupyter does.
             parts.append(re.sub(r"<(details|summary)>", r'<\1 markdown="1">', _with_formulas(source)))
         elif cell["cell_type"] == "code" and source.strip():

@@ -105,14 +105,14 @@ def test_a_notebook_becomes_a_page_with_its_outputs(hooks: ModuleType, tmp_path:
         {"output_type": "execute_result", "data": {"text/html": ["<p>x</p>\n\n", "<p>y</p>"], "text/plain": "x"}},
     ]
     cells = [
-        {"cell_type": "markdown", "source": ["# Title\n", "\n", "prose"]},
+        {"cell_type": "markdown", "source": ["# Title\n", "\n", "[prose](../docs/evidence.md#here)"]},
         {"cell_type": "code", "source": ["print('```')"], "outputs": outputs},
         {"cell_type": "markdown", "source": "<details><summary>Answer</summary>\n\n**42**\n\n</details>"},
     ]
     path = tmp_path / "09_try.ipynb"
     path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
     page, images = hooks.notebook_page(path)
-    assert page.startswith("# Title")
+    assert page.startswith("# Title\n\n[prose](../evidence.md#here)")
     assert "````python\nprint('```')\n````" in page
     assert '<pre class="output">a &lt;b&gt;&#10;&#10;c</pre>' in page
     assert images == {"09_try_1_0.png": b"ABC"}
