@@ -12,12 +12,14 @@ from typing import Any
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)", re.DOTALL)
+# Cells that a reader unfolds, by tag, and what stands on the fold.
+_FOLDED = {"solution": "Solution", "check": "What the text says, as a check"}
 # What a page can show, best first.
 _IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
 
 
 def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
-    """The page as Markdown, and its images by file name.
+    """The page as Markdown, and its images by file name; solutions and checks are folded with what they show.
 
     Raises:
         ValueError: an output that no page can show, such as a figure stored without an image.
@@ -28,12 +30,17 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
     for number, cell in enumerate(notebook["cells"]):
         source = _text(cell["source"])
         if cell["cell_type"] == "markdown":
+            # Pages of docs/ lie beside the tutorials on the site.
+            source = source.replace("](../docs/", "](../")
             # Markdown inside a hidden answer is rendered, as Jupyter does.
             parts.append(re.sub(r"<(details|summary)>", r'<\1 markdown="1">', _with_formulas(source)))
         elif cell["cell_type"] == "code" and source.strip():
+            fold = next((_FOLDED[tag] for tag in cell.get("metadata", {}).get("tags", []) if tag in _FOLDED), "")
+            parts += [f'<details markdown="1"><summary>{fold}</summary>'] if fold else []
             parts.append(_fenced(source, "python"))
             for output in _joined(cell["outputs"]):
                 parts.append(_shown(output, f"{path.stem}_{number}", images))
+            parts += ["</details>"] if fold else []
     link = f'*The notebook itself: [{path.name}]({path.name}){{ download="{path.name}" }}*'
     return "\n\n".join([*parts[:1], link, *parts[1:]]) + "\n", images
 
@@ -79,7 +86,8 @@ def _shown(output: dict[str, Any], stem: str, images: dict[str, bytes]) -> str:
             name = f"{stem}_{len(images)}.{ending}"
             text = _text(data[mime])
             images[name] = text.encode() if ending == "svg" else base64.b64decode(text)
-            return f"![output of the cell above]({name})"
+            width = output.get("metadata", {}).get(mime, {}).get("width")
+            return f"![output of the cell above]({name})" + (f'{{ width="{width}" }}' if width else "")
     if "text/html" in data:
         # One line: an empty line would end the raw block.
         return f'<div class="output">{" ".join(_text(data["text/html"]).split())}</div>'

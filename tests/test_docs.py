@@ -14,10 +14,14 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
+import mansu_tl as mtl
+from mansu_tl.models import fingerprint
 from mansu_tl.unlearning import MansuSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,20 +105,30 @@ def test_a_notebook_becomes_a_page_with_its_outputs(hooks: ModuleType, tmp_path:
         {"output_type": "execute_result", "data": {"text/html": ["<p>x</p>\n\n", "<p>y</p>"], "text/plain": "x"}},
     ]
     cells = [
-        {"cell_type": "markdown", "source": ["# Title\n", "\n", "prose"]},
+        {"cell_type": "markdown", "source": ["# Title\n", "\n", "[prose](../docs/evidence.md#here)"]},
         {"cell_type": "code", "source": ["print('```')"], "outputs": outputs},
         {"cell_type": "markdown", "source": "<details><summary>Answer</summary>\n\n**42**\n\n</details>"},
     ]
     path = tmp_path / "09_try.ipynb"
     path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
     page, images = hooks.notebook_page(path)
-    assert page.startswith("# Title")
+    assert page.startswith("# Title\n\n[prose](../evidence.md#here)")
     assert "````python\nprint('```')\n````" in page
     assert '<pre class="output">a &lt;b&gt;&#10;&#10;c</pre>' in page
     assert images == {"09_try_1_0.png": b"ABC"}
     assert "(09_try_1_0.png)" in page
     assert "<p>x</p> <p>y</p>" in page
     assert '<details markdown="1">' in page
+    assert page.count("<details") == 1
+    cells[1]["metadata"] = {"tags": ["solution"]}
+    cells[1]["outputs"][2]["metadata"] = {"image/png": {"width": 960}}
+    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    folded = (
+        hooks.notebook_page(path)[0]
+        .split('<details markdown="1"><summary>Solution</summary>')[1]
+        .split("</details>")[0]
+    )
+    assert "print('```')" in folded and "a &lt;b&gt;" in folded and '09_try_1_0.png){ width="960" }' in folded
     cells[1]["outputs"] = [{"output_type": "display_data", "data": {"application/vnd.plotly.v1+json": {}}}]
     path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
     with pytest.raises(ValueError, match="store an image"):
@@ -131,6 +145,21 @@ def test_formulas_are_drawn_without_a_script_and_money_and_code_stay(hooks: Modu
     assert "<mfrac>" in page
     assert 'display="block"' in page
     assert "from $5 to $10, `$PATH and $HOME`" in page
+
+
+def test_the_page_for_those_who_come_from_elsewhere_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "coming_from.md", "exec"), names)
+    model, pairs = names["model"], names["pairs"]
+    assert names["stream"].shape[:2] == pairs.clean.shape
+    assert not torch.equal(names["without"], names["logits"])
+    assert torch.equal(names["sweep"].tensor, mtl.activation_patching(model, pairs[:8]).tensor)
+    assert names["circuit"].faithfulness >= 0.85 and 0 < names["kept"] < 1.1
+    assert fingerprint(names["again"]) == fingerprint(names["edited"]) != fingerprint(model)
+    assert len(names["before"].facts) == len(names["after"].facts) == len(names["asked"])
 
 
 def test_the_citation_is_valid_and_of_this_version() -> None:

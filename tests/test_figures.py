@@ -36,7 +36,7 @@ from mansu_tl.plots.theme import fixed, number, theme_named
 from mansu_tl.quantization import grid_of
 from mansu_tl.quantization.statistics import predicted_flips
 from mansu_tl.results.intervals import interval_over_facts
-from mansu_tl.verification import Budget, Divergence, RelearningBudgets
+from mansu_tl.verification import Budget, Divergence, LogitLens, RelearningBudgets
 from mansu_tl.verification.depth import ErasureDepth
 from mansu_tl.verification.probes import Probes
 from mansu_tl.verification.relearning import RelearningCurve
@@ -175,6 +175,13 @@ def nodes_of(metric: str = "logit_difference") -> NodeScores:
     return NodeScores(values, names, "clean", metric, per_position=by_position, positions=("0", "1", "2", "3"))
 
 
+def lens_of(label: str = "edited") -> LogitLens:
+    """Embed knows nothing, L0 half, L1 everything."""
+    right = torch.tensor([[False] * 8, [True, False] * 4, [True] * 8])
+    odds = torch.linspace(-2, 6, 24).reshape(3, 8)
+    return LogitLens(label, ("embed", "L0", "L1"), right, right, odds, FACTS, 0.25)
+
+
 def heads_of(**changes: Any) -> PatchingResult:
     tensor = torch.linspace(-0.2, 1, 16).reshape(4, 4)
     names = (tuple("0123"), ("H0", "H1", "H2", "H3"))
@@ -216,6 +223,8 @@ def all_figures(name: str, theme: str) -> dict[str, Drawing]:
         "circuit_stages": plots.circuit_stages(circuit, {name: divergence}, **look),
         "node_scores": plots.node_scores(replace(nodes_of(name), writers=(name, *nodes_of().writers[1:])), **look),
         "head_scores": plots.head_scores(nodes_of(name), **look),
+        "direct_logit_attribution": plots.direct_logit_attribution(replace(scores_of(), metric=name), **look),
+        "logit_lens": plots.logit_lens(lens_of(name), **look),
         "token_scores": plots.token_scores(nodes_of(name), ["<bos>", name, name, "x"], **look),
         "attribution_scatter": plots.attribution_scatter(
             pd.DataFrame({"name": [name, "b"], "exact": [1.0, 2.0], "attribution": [1.0, 2.0], "kind": [name, name]}),
@@ -715,6 +724,38 @@ def test_head_scores_are_placed_by_layer_and_head() -> None:
     assert np.shape(heat.z) == (4, 5)
     with pytest.raises(MansuError, match="no head and no MLP"):
         plots.head_scores(replace(scores, tensor=scores.tensor[:1], writers=("embed",), per_position=None))
+
+
+def test_direct_logit_attribution_is_the_scores_of_the_edges_into_the_logits() -> None:
+    scores = scores_of()
+    figure = plots.direct_logit_attribution(scores)
+    heat, column = figure.data[0], scores.readers.index("logits")
+    for name, value in zip(scores.writers, scores.tensor[:, column].tolist(), strict=True):
+        if name != "embed":
+            row, at = (int(name[3:]), 4) if name.startswith("MLP") else (int(name[1]), int(name[3]))
+            assert heat.z[row][at] == pytest.approx(value)
+    whole = float(scores.tensor[:, column].sum())
+    assert f"add up to {number(whole, 3)} of {number(17.0, 3)}" in figure.layout.title.text
+
+
+def test_the_logit_lens_is_drawn_by_layer_with_its_intervals() -> None:
+    one = lens_of()
+    figure, table = plots.logit_lens([one, lens_of("original")]), one.to_dataframe()
+    (line,) = [trace for trace in named(figure, "edited") if trace.mode == "lines+markers"]
+    assert list(line.y) == [0, 50, 100]
+    assert list(line.customdata[1]) == ["L0", *table.loc[1, ["multiple_choice_low", "multiple_choice_high"]]]
+    assert list(figure.layout.xaxis.ticktext) == ["embed", "L0", "L1"]
+    odds = plots.logit_lens(one, measure="log_odds")
+    assert odds.data[1].y[2] == pytest.approx(one.log_odds[2].mean().item())
+    other = replace(one, label="other", layers=("embed", "L0", "L2"))
+    for results, options, message in (
+        ([], {}, "none given"),
+        ([one, one], {}, "two of one label|twice|distinct|'edited'"),
+        ([one, other], {}, "'other' has other layers than 'edited'"),
+        (one, {"measure": "rank"}, "unknown measure 'rank'; choose one of multiple_choice, cloze, log_odds"),
+    ):
+        with pytest.raises(MansuError, match=message):
+            plots.logit_lens(results, **options)
 
 
 def test_token_scores_stand_over_the_prompts_tokens() -> None:

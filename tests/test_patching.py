@@ -268,6 +268,32 @@ def test_neuron_scores_add_up_over_positions_and_survive_a_round_trip(tmp_path: 
         neuron_attribution(model, pairs, steps=0)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("hook_resid_pre", "resid_pre"), ("attn.hook_z", "z"), ("hook_pattern", "pattern")]
+)
+def test_transformer_lens_names_of_activations_mean_the_same(theirs: str, ours: str) -> None:
+    model, pairs = mtl.load(tiny("llama")), random_pairs()
+    first, second = (activation_patching(model, pairs, component=name) for name in (theirs, ours))
+    assert torch.equal(first.tensor, second.tensor) and first.component == second.component
+
+
+def test_what_transformer_lens_asks_for_otherwise_is_told_the_way() -> None:
+    model, pairs = mtl.load(tiny("llama")), random_pairs()
+    with pytest.raises(MansuError, match=r"component='resid_pre' and read row '1'"):
+        activation_patching(model, pairs, component="blocks.1.hook_resid_pre")
+    with pytest.raises(MansuError, match="unknown component 'hook_embed'"):
+        activation_patching(model, pairs, component="hook_embed")
+
+    def last_logit(logits):
+        return logits[:, -1].mean()
+
+    for ask in (activation_patching, mtl.edge_attribution, mtl.patching.node_attribution):
+        with pytest.raises(
+            MansuError, match=r"metric 'last_logit': it is called with .* write it as f\(logits, pairs\)"
+        ):
+            ask(model, pairs, metric=last_logit)
+
+
 def test_bad_input_is_refused() -> None:
     model, pairs = mtl.load(tiny("llama")), random_pairs()
     with pytest.raises(MansuError, match="unknown component 'resid'"):

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.supported_models import get_official_model_name
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mansu_tl.defaults import torch_defaults
@@ -82,8 +83,8 @@ def load(
         source: "pocket", "pocket-fp" or "pocket-never" (embedded in the package), "smollm2-135m" or "gemma3-270m" (real
             models in packages of their own); these names win over folders of the same name: write "./pocket" for a
             folder. A GGUF file or a folder that holds one: the model remembers its file (`mansu_tl.models.gguf`). A
-            folder in HF format, a hub id, or an HF model in memory, which is copied (a 4-bit one with its packed bytes)
-            and never changed.
+            folder in HF format, a hub id or TransformerLens's short name for one ("gpt2-small"), or an HF model in
+            memory, which is copied (a 4-bit one with its packed bytes) and never changed.
         tokenizer: used instead of the one beside the weights. It is copied; a folder without one gives a model with
             `tokenizer` None.
         dtype: cast the weights; by default they keep the checkpoint's own.
@@ -226,7 +227,15 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path | str]:
     if not isinstance(source, str) or not _HUB_ID.fullmatch(name):
         known = ", ".join((*EMBEDDED, *PACKAGED))
         raise MansuError(f"{name}: no such folder; pass an existing folder, a GGUF file, a hub id or one of {known}")
-    return name, name
+    return name, _hub_id(name)
+
+
+def _hub_id(name: str) -> str:
+    """A model's id on the hub: TransformerLens's short names, such as "gpt2-small", stand for one."""
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        return name
 
 
 def _merge(folder: Path) -> str:
@@ -255,7 +264,8 @@ def _reading(name: str, problem: str, way_out: str) -> Iterator[None]:
 
 def _config(name: str, where: Path | str) -> PretrainedConfig:
     local_only = isinstance(where, Path)
-    problem = "config.json cannot be read" if local_only else "no such folder, and not to be had from the hub"
+    meant = "" if local_only or where == name else f" as {where}"
+    problem = "config.json cannot be read" if local_only else f"no such folder, and not to be had from the hub{meant}"
     with _reading(name, problem, "check the source"):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=local_only)
     stored_kind(config, name)

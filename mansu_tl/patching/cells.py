@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,9 @@ TITLES = {
     "v": "KV head value",
     "pattern": "head attention pattern",
 }
+
+# TransformerLens's name of an activation, alone or with its block.
+_HOOK = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?:attn\.)?hook_(?P<kind>\w+)")
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,23 @@ class Cells:
     def _by_head(self, value: Tensor) -> Tensor:
         """A view as [row, position, head, ...]; of a pattern, the position that attends."""
         return value.transpose(1, 2) if self.component == "pattern" else heads_last(value, self.n_heads)
+
+
+def component_named(name: str) -> str:
+    """A component by its own name or by TransformerLens's, such as "hook_resid_pre" or "attn.hook_z".
+
+    Raises:
+        MansuError: the hook of one block; a sweep covers every layer.
+    """
+    found = _HOOK.fullmatch(name)
+    if found is None or found["kind"] not in TITLES:
+        return name
+    if found["block"] is not None:
+        raise MansuError(
+            f"patching: component {name!r} is the hook of one block, a sweep covers every layer; pass "
+            f"component={found['kind']!r} and read row {found['block']!r} of to_dataframe()"
+        )
+    return found["kind"]
 
 
 def require(component: str, by: str | None, parallel: bool) -> str:

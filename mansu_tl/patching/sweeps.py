@@ -24,7 +24,7 @@ from mansu_tl.data.forced import Forced
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy
-from mansu_tl.patching.cells import TITLES, Cells, require
+from mansu_tl.patching.cells import TITLES, Cells, component_named, require
 from mansu_tl.results.result import Result, Table
 from mansu_tl.runs.ablation import Ablation
 from mansu_tl.runs.ends import end_hooks
@@ -124,7 +124,7 @@ def activation_patching(
     Args:
         component: "resid_pre", "resid_mid", "resid_post" (the stream before, within and after a block), "attn_out",
             "mlp_out"; or of heads "z" (output), "q", "k", "v" (k and v of KV heads, before any rotary embedding) and
-            "pattern" (attention probabilities).
+            "pattern" (attention probabilities). TransformerLens's names ("hook_resid_pre", "attn.hook_z") mean the same.
         by: "position" (default for streams: layer x position), "layer" (all positions at once); "head" (default for
             heads: layer x head, all positions at once), "head-position" (one row a head; for "pattern" the position
             that attends).
@@ -145,6 +145,7 @@ def activation_patching(
         >>> frame = sweep.to_dataframe()
     """
     anatomy = Anatomy.of(model)
+    component = component_named(component)
     by = require(component, by, anatomy.parallel)
     if direction not in ("denoising", "noising"):
         raise MansuError(f"patching: unknown direction {direction!r}; choose denoising or noising")

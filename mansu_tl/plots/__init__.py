@@ -12,7 +12,16 @@ from mansu_tl.plots.divergences import circuit_divergence, divergence_by_layer, 
 from mansu_tl.plots.export import write_html, write_image, write_images
 from mansu_tl.plots.frontier import frontier, pareto, sensitivity
 from mansu_tl.plots.gaps import gap_matrix, ptq_gap
-from mansu_tl.plots.heatmaps import attention_patterns, attention_view, edge_matrix, head_scores, patching, token_scores
+from mansu_tl.plots.heatmaps import (
+    attention_patterns,
+    attention_view,
+    direct_logit_attribution,
+    edge_matrix,
+    head_scores,
+    patching,
+    token_scores,
+)
+from mansu_tl.plots.lens import logit_lens
 from mansu_tl.plots.ruler import ruler
 from mansu_tl.plots.scatters import attribution_scatter, divergence_scatter, node_scores
 from mansu_tl.plots.tables import certificate, methods_table, scorecard
@@ -20,10 +29,11 @@ from mansu_tl.plots.updates import bins, dither
 
 __all__ = [
     "attention_patterns", "attention_view", "attribution_scatter", "bins", "cad_by_depth", "certificate", "circuit",
-    "circuit_divergence", "circuit_layers", "circuit_stages", "dither", "divergence_by_layer", "divergence_plane",
-    "divergence_scatter", "edge_matrix", "erasure_depth", "faithfulness_curves", "frontier", "gap_matrix", "head_scores",
-    "methods_table", "node_scores", "pareto", "patching", "probes", "ptq_gap", "relearning", "relearning_budgets",
-    "ruler", "scorecard", "sensitivity", "token_scores", "write_html", "write_image", "write_images",
+    "circuit_divergence", "circuit_layers", "circuit_stages", "direct_logit_attribution", "dither",
+    "divergence_by_layer", "divergence_plane", "divergence_scatter", "edge_matrix", "erasure_depth",
+    "faithfulness_curves", "frontier", "gap_matrix", "head_scores", "logit_lens", "methods_table", "node_scores",
+    "pareto", "patching", "probes", "ptq_gap", "relearning", "relearning_budgets", "ruler", "scorecard",
+    "sensitivity", "token_scores", "write_html", "write_image", "write_images",
 ]  # fmt: skip
 
 

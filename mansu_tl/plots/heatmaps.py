@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -110,16 +110,29 @@ def head_scores(scores: NodeScores, *, title: str | None = None, theme: str = "l
     Raises:
         MansuError: no head and no MLP among the nodes.
     """
-    values = scores.tensor.detach().float().cpu().numpy()
-    cells = {n: float(v) for n, v in zip(scores.writers, values, strict=True) if n != "embed" and "." not in n}
-    if not cells:
-        raise MansuError("head scores: no head and no MLP among the nodes; score the writers of a model")
-    layers = [str(i) for i in range(1 + max(layer_of(name) for name in cells))]
-    heads = [f"H{i}" for i in range(1 + max((int(n.partition("H")[2]) for n in cells if "H" in n), default=-1))]
-    z = [[*(cells.get(f"L{i}{h}", np.nan) for h in heads), cells.get(f"MLP{i}", np.nan)] for i in layers]
+    values = dict(zip(scores.writers, scores.tensor.detach().float().tolist(), strict=True))
     title = title or "Which heads and MLPs carry the answer"
     what = f"Estimated effect on the {_words(scores.metric)} of restoring each component's output"
-    return _scores(np.array(z), [*heads, "MLP"], layers, ("component", "layer"), title, what, scores.metric, theme)
+    return _components(values, "head scores", title, what, scores.metric, theme)
+
+
+def direct_logit_attribution(scores: EdgeScores, *, title: str | None = None, theme: str = "light") -> go.Figure:
+    """Draw what every head and MLP writes into the logits itself: the scores of the edges that end there.
+
+    The change of each output from the corrupt prompt to the clean one, through the final norm and the unembedding alone;
+    what reaches the answer through later components is in `head_scores`. `embed` stands in the text above.
+
+    Raises:
+        MansuError: no head and no MLP among the writers.
+    """
+    direct = scores.tensor[:, scores.readers.index("logits")].detach().float().tolist()
+    values = dict(zip(scores.writers, direct, strict=True))
+    title = title or "What heads and MLPs write into the answer themselves"
+    what = (
+        f"Direct effect on the {_words(scores.metric)}; with embed's {number(values['embed'], 2)} they add up to "
+        f"{number(sum(direct), 3)} of {number(scores.metric_clean - scores.metric_corrupt, 3)}"
+    )
+    return _components(values, "direct logit attribution", title, what, scores.metric, theme)
 
 
 def token_scores(
@@ -233,6 +246,17 @@ def attention_view(
     return import_module("circuitsvis.attention").attention_patterns(
         tokens=list(tokens), attention=patterns.detach().float().cpu(), attention_head_names=names
     )
+
+
+def _components(values: Mapping[str, float], about: str, title: str, what: str, metric: str, theme: str) -> go.Figure:
+    """Scores of heads and MLPs, layers upward; other nodes are left out."""
+    cells = {name: value for name, value in values.items() if name != "embed" and "." not in name}
+    if not cells:
+        raise MansuError(f"{about}: no head and no MLP among the nodes; score the writers of a model")
+    layers = [str(i) for i in range(1 + max(layer_of(name) for name in cells))]
+    heads = [f"H{i}" for i in range(1 + max((int(n.partition("H")[2]) for n in cells if "H" in n), default=-1))]
+    z = [[*(cells.get(f"L{i}{h}", np.nan) for h in heads), cells.get(f"MLP{i}", np.nan)] for i in layers]
+    return _scores(np.array(z), [*heads, "MLP"], layers, ("component", "layer"), title, what, metric, theme)
 
 
 def _scores(

@@ -9,6 +9,7 @@ answer first, which saves the others' runs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -47,9 +48,29 @@ def reads(options: int | None) -> Callable[[M], M]:
 
 
 def options_read(metric: Metric) -> int | None:
-    """How many options a metric reads, the answer first; None = all."""
+    """How many options a metric reads, the answer first; None = all.
+
+    Raises:
+        MansuError: it does not take logits and pairs, as TransformerLens's metrics, which take logits alone.
+    """
+    _require_metric(metric)
     found: int | None = getattr(metric, "options_read", None)
     return found
+
+
+def _require_metric(metric: Metric) -> None:
+    """Refuse a metric that cannot be called with logits and pairs, before anything is run for it."""
+    try:
+        inspect.signature(metric).bind(None, None)
+    except TypeError as problem:
+        raise MansuError(
+            f"metric {metric_name(metric)!r}: it is called with the logits behind each prompt [pair, vocab] and the pairs, "
+            f"and returns one number per pair ({problem}); write it as f(logits, pairs), for example "
+            "mtl.runs.logit_difference"
+        ) from None
+    except ValueError:
+        # A callable written in C tells no signature; the call itself will show it.
+        return
 
 
 @reads(2)
