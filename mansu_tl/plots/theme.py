@@ -88,7 +88,7 @@ _THEMES = {
     ),
     "dark": Theme(
         name="dark", paper="#14181D", band="#1E242B", ink="#E8EBEF", muted="#A2ABB6", grid="#2C343D",
-        positive="#56B4E9", positive_soft="#2F86C1", positive_deep="#BFE3F8", negative="#F0883E", negative_soft="#E6B44C",
+        positive="#56B4E9", positive_soft="#2F86C1", positive_deep="#BFE3F8", negative="#F0883E", negative_soft="#B0742A",
         negative_deep="#FBD0AE", neutral="#707A85", diverging=("#F59B4C", "#20262D", "#62BDF0"), passed="#16324A", failed="#4A2A14",
     ),
 }  # fmt: skip
