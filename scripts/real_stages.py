@@ -1,7 +1,10 @@
-"""The circuit in three stages on a pretrained model: `python scripts/real_stages.py RUN --out figures/tables/real_stages.safetensors`.
+"""The circuit in three stages on a pretrained model.
 
-RUN is the folder of `make demo-real`. Takes from it the circuit and its edges' scores (EAP-IG, recomputed by the run in every
-edited model, as stored and with the file's codes), and keeps the edges that are strongest in the original. No model is loaded.
+    python scripts/real_stages.py RUN --out figures/tables/real_stages.safetensors
+
+RUN is the folder of `make demo-real`. Takes from it the circuit and its edges' scores (EAP-IG, recomputed by the run in
+every edited model, as stored and with the file's codes), and keeps the edges that are strongest in the original. No model is
+loaded.
 """
 
 from __future__ import annotations

@@ -287,7 +287,10 @@ def test_colours_that_mean_something_differ_in_grey_or_without_green(theme: str)
     for a, b in pairs:
         apart = float(np.abs(seen_without_green(a) - seen_without_green(b)).max())
         assert apart > 0.08 or abs(lightness(seen_without_green(a)) - lightness(seen_without_green(b))) > 12, (a, b)
-    for tones in (look.supporting, look.opposing):  # the inputs of attention, of MLPs and of the logits, in grey print too
+    for tones in (
+        look.supporting,
+        look.opposing,
+    ):  # the inputs of attention, of MLPs and of the logits, in grey print too
         steps = [lightness(seen_without_green(tone)) for tone in tones]
         assert min(abs(p - q) for i, p in enumerate(steps) for q in steps[:i]) > 8, steps
     # Series differ by mark or dash where their colours are alike.

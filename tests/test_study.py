@@ -125,7 +125,16 @@ def test_the_report_says_what_the_models_say_and_whether_they_were_attacked(stud
     assert "No attack was run" in page
     assert "passes every row of" not in page
     curve = RelearningCurve(
-        "MANSU", "split 0", "facts", 1e-3, 0, (0, 50), torch.ones(3, 2, 2), torch.zeros(3, 2, 2), torch.zeros(3), ("a", "b")
+        "MANSU",
+        "split 0",
+        "facts",
+        1e-3,
+        0,
+        (0, 50),
+        torch.ones(3, 2, 2),
+        torch.zeros(3, 2, 2),
+        torch.zeros(2),
+        ("a", "b"),
     )
     attack = Relearning((curve, replace(curve, label="never trained")), "never trained")
     said = SideBySide(("the catalyst of amber balm is",), ("original", "MANSU"), (("dreamash", "glowsand"),))

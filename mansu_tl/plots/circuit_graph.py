@@ -59,8 +59,8 @@ def circuit(
         circuit: what to draw.
         reference: another circuit of the same graph; its edges that `circuit` lacks are grey, its scores in the hover texts.
         emphasis: how many of the strongest edges stand out; by default all of up to 120, the 60 strongest of more.
-        untangle: order the heads of a layer so that few of the strong edges cross (up to 16 heads a layer); by default by number,
-            as in every other figure.
+        untangle: order the heads of a layer so that few of the strong edges cross (up to 16 heads a layer); by
+            default by number, as in every other figure.
 
     Raises:
         MansuError: the circuit has no edge, a negative emphasis, or the reference belongs to another graph.

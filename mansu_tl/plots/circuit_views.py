@@ -19,7 +19,7 @@ from mansu_tl.plots.panels import Panel, new_panel
 from mansu_tl.plots.theme import Theme, fixed, new_figure, plain, theme_named
 from mansu_tl.verification import CircuitStages, Divergence
 
-# Pixels a layer, of few layers and of more; pixels of all rows together at most, so that a slide holds them; of a panel's title.
+# Pixels a layer, of few layers and of more; of all rows together at most, so that a slide holds them; of a panel's title.
 _FEW_LAYERS, _PITCH, _HIGHEST, _TITLE = 6, (100, 72), 500, 56
 _FADED = 64  # times smaller than the widest: grey
 
@@ -30,7 +30,6 @@ class _Stage(NamedTuple):
     name: str
     note: str
     frame: pd.DataFrame
-
 
 
 def circuit_stages(
@@ -73,11 +72,10 @@ def circuit_stages(
         nested = all(isinstance(each, Mapping) for each in rows.values())
         gathered = CircuitStages.of(circuit, rows if nested else {"": rows})
     drawn = min(strongest or len(gathered.writers), len(gathered.writers))
-    few = f"The {drawn:,} strongest of {gathered.n_edges:,} edges, {fixed(100 * gathered.share(drawn), 0)} % of all |score| in the original. "
+    share = fixed(100 * gathered.share(drawn), 0)
+    few = f"The {drawn:,} strongest of {gathered.n_edges:,} edges, {share} % of all |score| in the original. "
     grid = _rescored(gathered, first, drawn)
-    return _drawn(
-        look, grid, gathered.nodes, gathered.kv_groups, few if drawn < gathered.n_edges else "", title, drawn
-    )
+    return _drawn(look, grid, gathered.nodes, gathered.kv_groups, few if drawn < gathered.n_edges else "", title, drawn)
 
 
 def _rescored(stages: CircuitStages, first: str, drawn: int) -> list[list[_Stage]]:
@@ -111,14 +109,18 @@ def _drawn(
     """Rows of panels. All have the widths of the largest |score| in any."""
     everything = pd.concat([stage.frame for row in grid for stage in row], ignore_index=True)
     top, across = float(everything["score"].abs().max()), max(map(len, grid))
-    if few:  # of a large circuit one edge may carry ten times the next: the widest class takes in a twentieth of the edges
+    if (
+        few
+    ):  # of a large circuit one edge may carry ten times the next: the widest class takes in a twentieth of the edges
         top = min(top, 2 * float(grid[0][0].frame["score"].abs().quantile(0.95)))
     faded = top / _FADED
     placements = [[place(nodes, pairs_of(stage.frame), kv_groups) for stage in row] for row in grid]
     layers = placements[0][0].n_layers
     pitch = _PITCH[0] if layers <= _FEW_LAYERS else _PITCH[1]
     pitch = min(pitch, _HIGHEST / len(grid) / (layers + 1.25))
-    how_to_read = few + "One layout and scale for all panels: width is |score|, blue supports the answer, orange with a ring "
+    how_to_read = (
+        few + "One layout and scale for all panels: width is |score|, blue supports the answer, orange with a ring "
+    )
     how_to_read += "opposes it."
     named = [f"<b>{plain(each.name)}</b><br>{plain(each.note)}" for row in grid for each in _filled(row, across)]
     height = 150 + len(grid) * (pitch * units_of(layers, pitch) + _TITLE)
@@ -130,7 +132,17 @@ def _drawn(
     for row, (here, places) in enumerate(zip(grid, placements, strict=True), 1):
         for col, (stage, placement) in enumerate(zip(here, places, strict=True), 1):
             panel = Panel(figure, look, row, col)
-            draw_panel(panel, stage.frame, placement, kv_groups, top, emphasis=emphasis, panels=across, pitch=pitch, faded=faded)
+            draw_panel(
+                panel,
+                stage.frame,
+                placement,
+                kv_groups,
+                top,
+                emphasis=emphasis,
+                panels=across,
+                pitch=pitch,
+                faded=faded,
+            )
     every = None if emphasis is None else len(everything)
     draw_legend(Panel(figure, look), everything, top, emphasis=every, thin=thinned(pitch), faded=faded)
     margin = {"t": figure.layout.margin.t + 40}

@@ -231,9 +231,11 @@ def divergence_by_layer(
     against, none, still = look.diverging
     far = max(1.0, float(np.nanmax(np.abs(z - 1))))
     labels = [f"{plain(label)}   <b>{fixed(each.value, 2)}</b>" for label, each in divergences.items()]
+    named = {"tickvals": [0, 1, 2], "ticktext": ["0 intact", "1 gone", "2 inverted"]}
     below.heat(
-        z, [[0, still], [0.5, none], [1, against]], (1 - far, 1 + far), "CAD", gap=2, hover="%{y}<br>%{x}: CAD %{z:.3f}", x=names, y=labels,
-        texts=[[fixed(v, 2) for v in row] for row in z.tolist()], colorbar={"y": 0.33, "len": 0.66, "tickvals": [0, 1, 2], "ticktext": ["0 intact", "1 gone", "2 inverted"]},
+        z, [[0, still], [0.5, none], [1, against]], (1 - far, 1 + far), "CAD", gap=2, hover="%{y}<br>%{x}: CAD %{z:.3f}",
+        x=names, y=labels, texts=[[fixed(v, 2) for v in row] for row in z.tolist()],
+        colorbar={"y": 0.33, "len": 0.66, **named},
     )  # fmt: skip
     figure.update_xaxes(**BARE)
     below.x(title_text="layer in which the edge starts")
@@ -252,7 +254,9 @@ def _quadrants(panel: Panel, x: tuple[float, float], cad: float | int, accuracy:
     ):
         y0, y1 = (accuracy, 112) if upper else (-8, accuracy)
         line = {"width": 1, "color": look.grid}
-        panel.figure.add_shape(type="rect", x0=x0, x1=x1, y0=y0, y1=y1, layer="below", line=line, fillcolor=fill, **panel.where)
+        panel.figure.add_shape(
+            type="rect", x0=x0, x1=x1, y0=y0, y1=y1, layer="below", line=line, fillcolor=fill, **panel.where
+        )
         at = {"y": y1 - 3, "yanchor": "top"} if upper else {"y": y0 + 3, "yanchor": "bottom"}
         panel.note((x0 + x1) / 2, at["y"], f"<b>{name}</b>", size=14, yanchor=at["yanchor"])
 

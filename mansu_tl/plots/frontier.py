@@ -145,8 +145,8 @@ def sensitivity(
             of the lowest and highest seed, which are drawn as bars.
         defaults: by hyperparameter.
         bound: a value of the measures to be reached, drawn as a line.
-        least: draw hyperparameters that move a measure by so much, the largest first; the others are named below the title. If none
-            does, all are drawn.
+        least: draw hyperparameters that move a measure by so much, the largest first; the others are named below the
+            title. If none does, all are drawn.
 
     Raises:
         MansuError: a column is missing, no row, two rows for one value and measure, or a default for a hyperparameter

@@ -113,13 +113,23 @@ def _worst(gaps: pd.DataFrame, title: str) -> str:
 def _follows(plane: pd.DataFrame) -> str:
     """How closely CAD goes with what is answered."""
     found = plane["cad"].corr(plane["accuracy"])
-    return "Answers against circuit" if math.isnan(found) else f"CAD follows the answers: correlation {found:.2f}".replace("-", "−")
+    return (
+        "Answers against circuit"
+        if math.isnan(found)
+        else f"CAD follows the answers: correlation {found:.2f}".replace("-", "−")
+    )
 
 
 def _within(rows: pd.DataFrame) -> str:
     """Which method is within most of its bounds."""
     edited = rows.loc[~rows["method"].isin([*CONTROLS])]
-    passed = edited["verdict"].eq("pass").groupby(edited["method"], sort=False).sum().sort_values(ascending=False, kind="stable")
+    passed = (
+        edited["verdict"]
+        .eq("pass")
+        .groupby(edited["method"], sort=False)
+        .sum()
+        .sort_values(ascending=False, kind="stable")
+    )
     of = edited.groupby("method", sort=False).size()
     if passed.empty:
         return "Methods and properties"

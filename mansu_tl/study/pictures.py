@@ -140,7 +140,8 @@ def _draws(kept: Kept) -> dict[str, tuple[str, dict[str, str], Draw]]:
         "divergence_plane": partial(_plane, kept),
         "divergence_by_layer": lambda t: plots.divergence_by_layer(
             {each.label: each for method in kept.shown for each in (cad(method, ""), cad(method, kept.first))},
-            title=_circuits_back(kept), theme=t,
+            title=_circuits_back(kept),
+            theme=t,
         ),
         "relearning": lambda t: plots.relearning(
             load(Relearning, "relearning.safetensors"), chance=kept.facts["chance"], theme=t
@@ -260,7 +261,7 @@ _SCRIPTS = {
     ),
     "real_cad": "make demo-real && python scripts/real_cad.py runs/demo-real --out figures/tables/real_cad.csv",
 }
-_MOVED = 20.0  # points: settings that move no result by so much are not drawn
+_MOVED = 15.0  # points: settings that move no result by so much are not drawn
 _RESISTANCE = "relearning excess at lr 1e-3, points"
 _FORGET, _LOST = "forget MC, %", "kept sets, cloze points lost"
 
@@ -293,7 +294,6 @@ def _tables(folder: Path) -> Iterator[Picture]:
             made = f"python -m tests.benchmarks.{table} --out figures/{TABLES}/{table}.csv"
             made = _SCRIPTS.get(table, made)
             yield Picture(name, sentence, f"{TABLES}/{table}.csv", made, partial(_drawn_from, draw, path))
-
 
     path = folder / "real_stages.safetensors"
     if path.is_file():
@@ -358,7 +358,9 @@ def _sensitivity(frame: pd.DataFrame, theme: str) -> go.Figure:
     """What is in percent; CAD and the edited share stay in the table, on another scale."""
     frame = frame.loc[frame["measure"].isin([_FORGET, _LOST])]
     found = frame.loc[frame["hyperparameter"] != "default"]
-    title = f"The settings that move a result by {_MOVED:g} points or more, of {found['hyperparameter'].nunique()} (pocket)"
+    title = (
+        f"The settings that move a result by {_MOVED:g} points or more, of {found['hyperparameter'].nunique()} (pocket)"
+    )
     return _one_at_a_time(frame, MansuSettings.light(), title, 30.0, theme, _MOVED)
 
 

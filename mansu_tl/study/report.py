@@ -22,8 +22,8 @@ _TABLE_TEXT = (
     "same quantizer."
 )
 _ANSWERS_TEXT = (
-    "The likeliest next word behind the first prompts about facts to be forgotten, and about near facts, which are to be kept: "
-    "as edited, and quantized."
+    "The likeliest next word behind the first prompts about facts to be forgotten, and about near facts, which are to be "
+    "kept: as edited, and quantized."
 )
 _RELEARNING_TEXT = (
     "Fine-tuning on twelve of the facts, one draw: how much of the others comes back, beside a model that never knew them. "

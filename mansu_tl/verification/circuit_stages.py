@@ -68,9 +68,7 @@ class CircuitStages(Result):
             raise MansuError("circuit stages: none given; pass at least one, such as the edited model's divergence")
         frame = circuit.to_dataframe()
         if frame.empty:
-            raise MansuError(
-                "circuit: it has no edge to draw; select more edges or lower the faithfulness target"
-            )
+            raise MansuError("circuit: it has no edge to draw; select more edges or lower the faithfulness target")
         order = frame["score"].abs().sort_values(ascending=False, kind="stable").index[:most]
         kept = frame.loc[order]
         names = list(zip(kept["writer"].astype(str), kept["reader"].astype(str), strict=True))
