@@ -75,7 +75,10 @@ def circuit_stages(
     share = fixed(100 * gathered.share(drawn), 0)
     few = f"The {drawn:,} strongest of {gathered.n_edges:,} edges, {share} % of all |score| in the original. "
     grid = _rescored(gathered, first, drawn)
-    return _drawn(look, grid, gathered.nodes, gathered.kv_groups, few if drawn < gathered.n_edges else "", title, drawn)
+    # Where a number is given all of them stand out; else the strongest do, of a large circuit.
+    emphasis = None if strongest is None else drawn
+    few = few if drawn < gathered.n_edges else ""
+    return _drawn(look, grid, gathered.nodes, gathered.kv_groups, few, title, emphasis)
 
 
 def _rescored(stages: CircuitStages, first: str, drawn: int) -> list[list[_Stage]]:
