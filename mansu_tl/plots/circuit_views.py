@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -13,7 +13,7 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.circuit.graph import layer_of, reader_kind
 from mansu_tl.errors import MansuError
 from mansu_tl.plots.circuit_graph import draw_panel, pairs_of, require_edges, require_same_graph, thinned, units_of
-from mansu_tl.plots.circuit_look import draw_legend
+from mansu_tl.plots.circuit_look import draw_legend, emphasised
 from mansu_tl.plots.layered import place
 from mansu_tl.plots.panels import Panel, new_panel
 from mansu_tl.plots.theme import Theme, fixed, new_figure, plain, theme_named
@@ -64,7 +64,7 @@ def circuit_stages(
     if isinstance(circuit, CircuitStages):
         gathered = circuit
     else:
-        rows = dict(stages or {})
+        rows: dict[str, Any] = dict(stages or {})
         if first in rows:
             raise MansuError(f"circuit stages: two panels are called {first!r}; rename one")
         if rows and all(isinstance(each, Circuit) for each in rows.values()):
@@ -119,8 +119,8 @@ def _drawn(
     faded = top / _FADED
     placements = [[place(nodes, pairs_of(stage.frame), kv_groups) for stage in row] for row in grid]
     layers = placements[0][0].n_layers
-    pitch = _PITCH[0] if layers <= _FEW_LAYERS else _PITCH[1]
-    pitch = min(pitch, _HIGHEST / len(grid) / (layers + 1.25))
+    usual = _PITCH[0] if layers <= _FEW_LAYERS else _PITCH[1]
+    pitch = min(float(usual), _HIGHEST / len(grid) / (layers + 1.25))
     how_to_read = (
         few + "One layout and scale for all panels: width is |score|, blue supports the answer, orange with a ring "
     )
@@ -146,7 +146,8 @@ def _drawn(
                 pitch=pitch,
                 faded=faded,
             )
-    every = None if emphasis is None else len(everything)
+    whole = emphasis is not None or all(emphasised(stage.frame, None).all() for row in grid for stage in row)
+    every = len(everything) if whole else None
     draw_legend(Panel(figure, look), everything, top, emphasis=every, thin=thinned(pitch), faded=faded)
     margin = {"t": figure.layout.margin.t + 40}
     figure.update_layout(margin=margin, legend={"orientation": "v", "font": {"size": 11}})

@@ -158,8 +158,8 @@ def divergence_plane(
         panels[1].x(range=spans[0])
         panels[1].y(range=spans[1])
         first = inside.drop_duplicates("label")
-        places = (first[key].astype(float).tolist() for key in ("cad", "accuracy"))
-        label_points(panels[1], *places, first["label"].tolist(), spans, (420, 340))
+        across, up = (first[key].astype(float).tolist() for key in ("cad", "accuracy"))
+        label_points(panels[1], across, up, first["label"].tolist(), spans, (420, 340))
         box = {"x0": spans[0][0], "x1": spans[0][1], "y0": spans[1][0], "y1": spans[1][1]}
         line = {"width": 1.2, "color": look.muted, "dash": "dot"}
         figure.add_shape(type="rect", **box, line=line, row=1, col=1)

@@ -138,8 +138,9 @@ def _with_gaps(what: str, rows: pd.DataFrame, more: Sequence[str]) -> pd.DataFra
 
 def _percents(rows: pd.DataFrame, chance: float | int | None) -> dict[str, Any]:
     """The axis of percentages: all of it, or where all marks lie close together, that part of it."""
-    ends = [rows[["before", "after"]], *(rows[key] for key in rows if key.startswith(("before_", "after_")))]
-    values = [v for each in ends for v in each.to_numpy(float).ravel() if v == v] + ([] if chance is None else [chance])
+    names = [str(key) for key in rows.columns if str(key).partition("_")[0] in ("before", "after")]
+    values = [v for v in rows[names].to_numpy(float).ravel().tolist() if v == v]
+    values += [] if chance is None else [float(chance)]
     low, high = min(values), max(values)
     if high - low > _CLOSE:
         return {"range": [-4, 122], "tickvals": [0, 25, 50, 75, 100]}

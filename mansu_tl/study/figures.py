@@ -101,7 +101,9 @@ def _back(gaps: pd.DataFrame) -> str:
     """In how many methods a quantizer brings the forget facts back."""
     worst = (gaps["after"] - gaps["before"]).groupby(gaps["method"]).max()
     back = int((worst > _BACK).sum())
-    return f"Quantization brings the facts back for {back} of {len(worst)} methods by more than {_BACK:g} points"
+    return (
+        f"Quantization brings the facts back for {back or 'none'} of {len(worst)} methods by more than {_BACK:g} points"
+    )
 
 
 def _worst(gaps: pd.DataFrame, title: str) -> str:
