@@ -44,6 +44,8 @@ from mansu_tl.study import (
 from mansu_tl.study import compare as run_comparison
 from mansu_tl.study.collect import config_in
 from mansu_tl.study.demos import DEMO, DEMO_REAL
+from mansu_tl.study.engines import one_thread
+from mansu_tl.study.further import Further, further_of
 from mansu_tl.study.harness import harness_scores
 from mansu_tl.study.shipping import shipped_answers
 from mansu_tl.unlearning import method_flags
@@ -105,7 +107,10 @@ def demo(
 ) -> None:
     """Run everything on the embedded models and write a report: four minutes on two free CPU cores."""
     with _to_be_continued():
-        _finish(run_study(replace(DEMO, seed=seed), out, progress=not quiet, workers=workers, on=on), png)
+        study = run_study(replace(DEMO, seed=seed), out, progress=not quiet, workers=workers, on=on)
+        with one_thread():
+            further = further_of(study, progress=not quiet)
+        _finish(study, png, further)
 
 
 @app.command()
@@ -357,9 +362,10 @@ def demo_real(
         if not task.is_file():
             landmarks_task(load(DEMO_REAL.model), seed).write(task)
         study = run_study(replace(DEMO_REAL, task=str(task), seed=seed), out, progress=not quiet)
-        _finish(study, png)
         model, edits = load(DEMO_REAL.model), {name: result.edit for name, result in study.results.items()}
-        answers = shipped_answers(model, load_task(str(task), tokenizer=model), edits, out / "model").markdown() + "\n"
+        said = shipped_answers(model, load_task(str(task), tokenizer=model), edits, out / "model")
+        _finish(study, png, Further(said))
+    answers = said.markdown() + "\n"
     typer.echo(f"{answers}answers: {write_text(out / 'answers.md', answers)}")
 
 
@@ -439,8 +445,8 @@ def _say(found: Check, *, warnings_only: bool = False) -> None:
             typer.echo(line, err=state != "ok")
 
 
-def _finish(study: Study, png: bool) -> None:
-    path = write_study_report(study, png=png)
+def _finish(study: Study, png: bool, further: Further | None = None) -> None:
+    path = write_study_report(study, png=png, further=further)
     frame = study.summary()[
         [
             "model",

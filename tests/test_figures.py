@@ -36,7 +36,7 @@ from mansu_tl.plots.theme import fixed, number, theme_named
 from mansu_tl.quantization import grid_of
 from mansu_tl.quantization.statistics import predicted_flips
 from mansu_tl.results.intervals import interval_over_facts
-from mansu_tl.verification import Budget, Divergence, LogitLens, RelearningBudgets
+from mansu_tl.verification import Budget, CircuitStages, Divergence, LogitLens, RelearningBudgets
 from mansu_tl.verification.depth import ErasureDepth
 from mansu_tl.verification.probes import Probes
 from mansu_tl.verification.relearning import RelearningCurve
@@ -272,6 +272,45 @@ def test_figures_can_be_drawn(tmp_path: Any) -> None:
         assert written.stat().st_size > 8000
 
 
+def seen_without_green(colour: str) -> np.ndarray:
+    """A colour as deuteranopia shows it, in linear light (Machado et al. 2009, severity 1)."""
+    light = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(light <= 0.04045, light / 12.92, ((light + 0.055) / 1.055) ** 2.4)
+    shown = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    return np.clip(np.array(shown) @ linear, 0, 1)
+
+
+def lightness(linear: np.ndarray) -> float:
+    """CIE L*, 0 to 100: what grey print shows."""
+    y = float(np.array([0.2126, 0.7152, 0.0722]) @ linear)
+    return 116 * y ** (1 / 3) - 16 if y > 0.008856 else 903.3 * y
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_colours_that_mean_something_differ_in_grey_or_without_green(theme: str) -> None:
+    """Pairs that a figure tells apart by colour: far apart in lightness, or in what deuteranopia leaves of them."""
+    look = theme_named(theme)
+    # What passes and what fails have marks of their own in every table.
+    pairs = [*zip(look.supporting, look.opposing, strict=True), look.diverging[::2]]
+    pairs += [(tones[i], tones[i + 1]) for tones in (look.supporting, look.opposing) for i in range(2)]
+    for a, b in pairs:
+        apart = float(np.abs(seen_without_green(a) - seen_without_green(b)).max())
+        assert apart > 0.08 or abs(lightness(seen_without_green(a)) - lightness(seen_without_green(b))) > 12, (a, b)
+    for tones in (
+        look.supporting,
+        look.opposing,
+    ):  # the inputs of attention, of MLPs and of the logits, in grey print too
+        steps = [lightness(seen_without_green(tone)) for tone in tones]
+        assert min(abs(p - q) for i, p in enumerate(steps) for q in steps[:i]) > 8, steps
+    # Series differ by mark or dash where their colours are alike.
+    styles = list(series_styles([*"abcdefghijklmno"], look).values())
+    alike = [
+        (p, q) for i, p in enumerate(styles) for q in styles[:i]
+        if np.abs(seen_without_green(p.colour) - seen_without_green(q.colour)).max() < 0.05
+    ]  # fmt: skip
+    assert all((p.symbol, p.dash) != (q.symbol, q.dash) for p, q in alike)
+
+
 def test_styles_differ_in_colour_and_mark_and_references_are_grey() -> None:
     look = theme_named("light")
     styles = series_styles([*"abcdefgh", "never"], look, ["never"])
@@ -436,6 +475,13 @@ def test_sensitivity_draws_means_and_ranges_on_a_fitting_scale() -> None:
     assert list(named(bare, "MC, %")[0].error_y.array) == [0.0, 0.0, 0.0]
 
 
+def test_sensitivity_draws_what_moves_a_result_and_names_the_rest() -> None:
+    figure = plots.sensitivity(sweep_of(), least=15)
+    assert [a.text for a in figure.layout.annotations] == ["rate", "depth", "null"]
+    assert "These move no result by 15: floor." in figure.layout.title.text
+    assert len(named(plots.sensitivity(sweep_of(), least=99), "MC, %")) == 4
+
+
 def test_ptq_gaps_draw_means_ranges_and_gaps() -> None:
     figure = plots.ptq_gap(gaps_of(), panels="quantizer", chance=25)
     before, after = named(figure, "full precision"), named(figure, "quantized")
@@ -445,6 +491,10 @@ def test_ptq_gaps_draw_means_ranges_and_gaps() -> None:
     assert [list(t.y) for t in after] == [[0, 1], [1]]
     texts = [a.text for a in figure.layout.annotations]
     assert texts == ["nf4", "int8", "−2.0", "+66.0", "+66.0"]
+    assert list(figure.layout.xaxis.range) == [-4, 122]
+    close = plots.ptq_gap(gaps_of()[:1], panels="quantizer", chance=25)
+    assert not named(close, "came back")
+    assert 15 < close.layout.xaxis.range[0] < 22 < 26 < close.layout.xaxis.range[1] < 35
     assert [list(t.x) for t in named(figure, "came back")] == [[30.5, 96.5, None]] * 2
     assert "Means over 2 seeds" in figure.layout.title.text
     with pytest.raises(MansuError, match="two rows for one method and quantizer"):
@@ -474,6 +524,9 @@ def test_methods_table_prints_value_interval_and_verdict(several: bool) -> None:
         assert rows[3][-1] == "–"
         assert shades(table)[3][-1] is None
     assert f"{4 if several else 2} of {7 if several else 4}" in table.to_html()
+    short = cells(plots.methods_table(frame, intervals=False))
+    assert short[0][-1] == "within"
+    assert short[1][-2:] == ["5.0 ✓", "2 of 2"]
 
 
 def test_methods_table_with_one_seed_and_errors() -> None:
@@ -583,15 +636,26 @@ def test_divergence_plane_places_models_in_quadrants() -> None:
     assert points["NPO", "nf4"][:2] == (0.05, 99.0)
     assert points["never", "full precision"][2] == points["NPO", "full precision"][2] != points["NPO", "nf4"][2]
     names = {a.text: (a.x, a.y) for a in figure.layout.annotations if a.text}
-    assert set(names) == {f"<b>{name}</b>" for name in ("retained", "suppressed", "erased", "damaged")}
-    assert names["<b>retained</b>"][0] < 0.5 < names["<b>erased</b>"][0]
-    assert names["<b>suppressed</b>"][1] < 50 < names["<b>damaged</b>"][1]
+    assert set(names) == {f"<b>{name}</b>" for name in ("retained", "filtered", "erased or suppressed", "damaged")}
+    assert names["<b>retained</b>"][0] < 0.5 < names["<b>erased or suppressed</b>"][0]
+    assert names["<b>filtered</b>"][1] < 50 < names["<b>damaged</b>"][1]
     arrows = [a for a in figure.layout.annotations if a.showarrow]
     assert [(a.ax, a.ay, a.x, a.y) for a in arrows] == [(1.0, 20.0, 1.05, 21.0), (0.9, 30.0, 0.05, 99.0)]
     assert figure.data[0].error_x.array[0] == pytest.approx(0.2)
     assert figure.data[0].error_y.array is None
     with pytest.raises(MansuError, match="two rows for quantizer 'nf4'"):
         plots.divergence_plane(pd.concat([plane_of(), plane_of().iloc[1:2]]))
+
+
+def test_a_crowd_of_silent_models_is_drawn_larger_with_names() -> None:
+    crowd = pd.DataFrame({"label": [*"abcdef"], "cad": np.linspace(0.9, 1.1, 6), "accuracy": np.linspace(18, 30, 6)})
+    figure = plots.divergence_plane(pd.concat([plane_of(), crowd.assign(quantizer="")], ignore_index=True))
+    large = [t for t in figure.data if t.xaxis == "x2"]
+    assert {t.name for t in large} == {*"abcdef", "MANSU", "NPO", "never"}
+    assert all(t.y[0] < 50 for t in large)
+    assert not any(t.showlegend for t in large)
+    assert {a.text for a in figure.layout.annotations if a.xref == "x2"} >= {*"abcdef"}
+    assert figure.layout.xaxis2.range[0] > 0.5
 
 
 def test_divergence_by_layer_adds_up_to_the_whole() -> None:
@@ -644,6 +708,38 @@ def test_circuit_stages_share_edges_layout_and_scale() -> None:
         "<b>turned</b><br>CAD 2.00",
     ]
     assert sum(t.name == "supports the answer" for t in figure.data) == 1
+
+
+def test_circuit_stages_in_rows_draw_the_strongest_edges_and_grey_what_is_gone(tmp_path: Any) -> None:
+    circuit = circuit_of()
+    frame = circuit.to_dataframe()
+    a = torch.tensor(frame["score"].tolist())
+    names = (tuple(frame["writer"]), tuple(frame["reader"]))
+    gone = Divergence(1.0, (0.9, 1.1), 1.0, (0.9, 1.0), a, 1e-6 * a, *names, "gone")
+    back = replace(gone, value=0.0, other=a)
+    rows = {"one": {"edited": gone, "shipped": back}, "two": {"edited": gone, "shipped": gone}}
+    stages = CircuitStages.of(circuit, rows, 40)
+    again = CircuitStages.load(stages.save(tmp_path / "stages.safetensors"))
+    figure = plots.circuit_stages(again, strongest=30)
+    strong = set(circuit.edges[:30])
+    assert all(set(edge_points(figure, f"x{i}")) == strong for i in ("", 2, 3, 4, 5, 6))
+    first = edge_points(figure, "x")
+    assert {pair: v[0] for pair, v in edge_points(figure, "x3").items()} == {pair: v[0] for pair, v in first.items()}
+
+    def colours(axis: str) -> set[str]:
+        return {t.line.color for t in figure.data if t.mode == "lines" and t.legendgroup in ("q", "k", "v", "mlp", "logits")
+                and (t.xaxis or "x") == axis and len(t.x) > 1}  # fmt: skip
+
+    grey = theme_named("light").neutral
+    assert colours("x2") == colours("x6") == {grey}
+    assert grey not in colours("x") | colours("x3")
+    share = a.abs().sort(descending=True).values
+    assert stages.share(30) == pytest.approx((share[:30].sum() / share.sum()).item(), rel=1e-5)
+    assert f"The 30 strongest of {circuit.n_edges} edges" in figure.layout.title.text
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles[2] == "<b>one: shipped</b><br>CAD 0.00"
+    with pytest.raises(MansuError, match="strongest=0"):
+        plots.circuit_stages(again, strongest=0)
 
 
 def test_circuit_stages_of_circuits_show_their_own_edges() -> None:
@@ -872,12 +968,12 @@ def test_heads_are_ordered_so_that_fewer_edges_cross(heads: int, kv: int) -> Non
             assert max(block) - min(block) == groups - 1
     drawn = {
         d[0]: x
-        for t in plots.circuit(circuit).data
+        for t in plots.circuit(circuit, untangle=True).data
         if t.name == "nodes"
         for d, x in zip(t.customdata, t.x, strict=True)
     }
     assert all(x == columns[name] for name, x in drawn.items() if "H" in name)
-    plain_order = plots.circuit(circuit, untangle=False)
+    plain_order = plots.circuit(circuit)
     drawn = {d[0]: x for t in plain_order.data if t.name == "nodes" for d, x in zip(t.customdata, t.x, strict=True)}
     assert all(x == int(name.partition("H")[2]) for name, x in drawn.items() if "H" in name)
 

@@ -36,6 +36,7 @@ from mansu_tl.verification import (
     Attack,
     Budget,
     Certificate,
+    CircuitStages,
     Divergence,
     Relearning,
     RelearningBudgets,
@@ -125,6 +126,14 @@ def circuit() -> Circuit:
     return Circuit.top(edge_scores(), 6, 0.875)
 
 
+def circuit_stages() -> CircuitStages:
+    c = circuit()
+    names = tuple(zip(*c.edges, strict=True))
+    b = torch.tensor(c.to_dataframe()["score"].to_numpy(float)).float()
+    found = Divergence(0.5, (0.4, 0.6), 0.5, (0.4, 0.6), b, b / 2, *names, "half")
+    return CircuitStages.of(c, {"GradDiff": {"edited": found}, "MANSU": {"edited": found, "nf4": found}}, 3)
+
+
 def minimality() -> Minimality:
     c = circuit()
     return Minimality(
@@ -150,6 +159,7 @@ BY_HAND: dict[type, Callable[[], Any]] = {
     FaithfulnessCurve: lambda: FaithfulnessCurve(
         torch.tensor([0.1, 0.9]), torch.zeros(3, 2), (1, 2), (0.5, 1.0), (1, 2), 8, "eap", "m", "corrupt"
     ),
+    CircuitStages: circuit_stages,
     PathEffects: lambda: PathEffects(torch.ones(1, 4), (("embed", "logits"),) * 2, True, "x", "m", 1.0, 0.0, "corrupt"),
     PromptPairs: lambda: task().forget_pairs,
     Sequences: lambda: task().retain_text,

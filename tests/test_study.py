@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,9 +25,10 @@ from mansu_tl.explorer import Explorer, ExplorerServer, open_results
 from mansu_tl.models import parameters
 from mansu_tl.study import run_study
 from mansu_tl.study.config import StudyConfig
+from mansu_tl.study.further import Further, further_of
 from mansu_tl.study.report import study_figures, write_study_report
 from mansu_tl.unlearning import Edit
-from mansu_tl.verification import DepthReader, Scorecard
+from mansu_tl.verification import DepthReader, Relearning, RelearningCurve, Scorecard, SideBySide
 from tests.browser import opened
 from tests.tiny import SMALL_TASK
 
@@ -116,6 +118,41 @@ def test_the_report_opens_alone_and_says_what_is_in_the_study(study) -> None:
     assert page.count('class="plotly-graph-div"') == len(figures) - len(tables)
     assert f"{study.circuit.n_edges} of {int(study.scores.exists.sum())} edges" in page
     assert study.environment["versions"]["transformer-lens"] in page
+
+
+def test_the_report_says_what_the_models_say_and_whether_they_were_attacked(study) -> None:
+    page = write_study_report(study).read_text(encoding="utf-8")
+    assert "No attack was run" in page
+    assert "passes every row of" not in page
+    curve = RelearningCurve(
+        "MANSU",
+        "split 0",
+        "facts",
+        1e-3,
+        0,
+        (0, 50),
+        torch.ones(3, 2, 2),
+        torch.zeros(3, 2, 2),
+        torch.zeros(2),
+        ("a", "b"),
+    )
+    attack = Relearning((curve, replace(curve, label="never trained")), "never trained")
+    said = SideBySide(("the catalyst of amber balm is",), ("original", "MANSU"), (("dreamash", "glowsand"),))
+    page = write_study_report(study, further=Further(said, attack)).read_text(encoding="utf-8")
+    assert "No attack was run" not in page
+    assert "after 50 steps on some of the facts at a learning rate of 0.001" in page
+    assert "MANSU 100 %, never trained 100 %" in page
+    assert "glowsand" in page
+    assert "the catalyst of amber balm is" in page
+
+
+@pytest.mark.slow
+def test_what_the_demo_adds_is_kept_and_read_again(study) -> None:
+    found = further_of(study, progress=False)
+    assert found.answers.models == ("original", "GradDiff", "GradDiff, nf4", "MANSU", "MANSU, nf4")
+    assert {curve.label for curve in found.relearning.curves} == {"GradDiff", "MANSU", "never trained"}
+    again = further_of(study, progress=False)
+    assert (again.answers, again.relearning.digest()) == (found.answers, found.relearning.digest())
 
 
 def test_the_report_opens_in_a_browser_without_a_network_or_a_complaint(study) -> None:

@@ -30,15 +30,22 @@ def width_classes(frame: pd.DataFrame, top: float | int) -> tuple[list[int], lis
 
 
 def edge_colour(look: Theme, kind: str, positive: bool) -> str:
-    """Of an edge into a kind of reader; the inputs of attention are paler."""
-    soft, full = (look.positive_soft, look.positive) if positive else (look.negative_soft, look.negative)
-    return soft if kind in "qkv" else full
+    """Of an edge into a kind of reader: palest into attention, then into MLPs, strongest into the logits."""
+    soft, full, deep = look.supporting if positive else look.opposing
+    return soft if kind in "qkv" else deep if kind == "logits" else full
 
 
 def draw_legend(
-    panel: Panel, frame: pd.DataFrame, top: float | int, ghosts: int = 0, emphasis: int | None = None
+    panel: Panel,
+    frame: pd.DataFrame,
+    top: float | int,
+    ghosts: int = 0,
+    emphasis: int | None = None,
+    thin: float = 1.0,
+    faded: float = 0.0,
 ) -> None:
-    """Entries for kinds (which switch their edges on and off), sign and width, of all edges in `frame`."""
+    """Entries for kinds (which switch their edges on and off), sign and width, of all edges in `frame`; lines are `thin`
+    times as wide as elsewhere, edges below `faded` are grey."""
     look, headed = panel.look, set()
 
     def entry(name: str, group: str, heading: str, line: dict[str, Any], **more: Any) -> None:
@@ -51,16 +58,20 @@ def draw_legend(
     for kind in (k for k in KINDS if k in kinds):
         line = {"width": 2.3, "dash": DASHES[kind], "color": edge_colour(look, kind, True)}
         entry(KINDS[kind], kind, "Edge into", line)
-    entry("supports the answer", "sign", "Sign of the score", {"width": 4, "color": look.positive})
+    if (frame["score"] >= 0).any():
+        entry("supports the answer", "sign", "Sign of the score", {"width": 4, "color": look.positive})
     if (frame["score"] < 0).any():
         ring = {"size": 7, "color": look.paper, "line": {"width": 1.6, "color": look.negative}}
         entry("opposes it", "sign", "Sign of the score", {"width": 4, "color": look.negative}, marker=ring)
     strong = emphasised(frame, emphasis)
-    classes, floors = width_classes(frame[strong], top)
-    ends = [*floors[1:], top]
+    classes, floors = width_classes(frame[strong & (frame["score"].abs() >= faded)], top)
+    ends, most = [*floors[1:], top], frame["score"].abs().max()
     for size in sorted(set(classes), reverse=True):
-        text = f"{number(floors[size], 2)} to {number(ends[size], 2)}"
-        entry(text, "width", "|score|", {"width": WIDTHS[size], "color": look.ink})
+        low = number(max(floors[size], faded), 2)
+        text = f"{low} or more" if size == len(floors) - 1 and most > top else f"{low} to {number(ends[size], 2)}"
+        entry(text, "width", "|score|", {"width": max(FAINT, thin * WIDTHS[size]), "color": look.ink})
+    if (frame["score"].abs() < faded).any():
+        entry(f"below {number(faded, 2)}", "width", "|score|", {"width": FAINT, "color": look.neutral})
     if not strong.all():
         total = float(frame["score"].abs().sum()) or 1.0
         share = fixed(100 * float(frame["score"].abs()[~strong].sum()) / total, 0)

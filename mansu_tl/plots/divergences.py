@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl.errors import MansuError
+from mansu_tl.plots.labels import label_points
 from mansu_tl.plots.panels import (
     BARE,
     Panel,
+    Style,
     intervals_of,
     legend_below,
     new_panel,
+    padded,
     require_columns,
     series_styles,
     whiskers,
@@ -23,6 +27,7 @@ from mansu_tl.plots.theme import fixed, new_figure, number, plain, theme_named
 from mansu_tl.verification import Divergence
 
 _CAD = "CAD = 1 − ⟨a, b⟩ / ⟨a, a⟩"
+_CROWD = 4  # silent models from which on their part of the plane is drawn larger
 
 
 def circuit_divergence(
@@ -107,9 +112,10 @@ def divergence_plane(
 ) -> go.Figure:
     """Draw accuracy on the forget questions against CAD: what a model says, and what is left of how it knew.
 
-    The quadrants: *retained* (still answers, circuit intact), *suppressed* (silent, circuit intact), *erased* (silent,
-    circuit gone), *damaged* (the circuit is gone and it answers by some other way). Rings are full precision, filled
-    marks quantized, an arrow leads from one to the other: an arrow up and to the left is forgetting undone.
+    The quadrants: *retained* (still answers, circuit intact), *filtered* (silent, circuit intact), *erased or suppressed*
+    (silent, and the circuit carries nothing to the answer; which of the two, CAD by depth says), *damaged* (the circuit is
+    gone and it answers by some other way). Rings are full precision, filled marks quantized, an arrow leads from one to
+    the other: an arrow up and to the left is forgetting undone. Where many are silent, that part is drawn larger beside.
 
     Args:
         rows: columns label, quantizer ("" = full precision), cad and accuracy (percent); intervals are drawn where
@@ -131,31 +137,57 @@ def divergence_plane(
         "Across: what is left of the circuit (0 = intact, 1 = gone). Upright: what the model answers. Rings: full "
         "precision; filled: quantized."
     )
-    panel = new_panel(look, title or "Erased, or only suppressed?", how_to_read, 640)
-    looks = series_styles(rows["label"].astype(str).tolist(), look)
+    shown = rows.assign(quantizer=rows["quantizer"].fillna("").astype(str), label=rows["label"].astype(str))
+    inside = shown[(shown["cad"] >= cad_bound) & (shown["accuracy"] < accuracy_bound)]
+    crowded = inside["label"].nunique() > _CROWD
+    heading = title or "What a model answers, and what its circuit carries"
+    grid: dict[str, Any] = {"rows": 1, "cols": 2, "horizontal_spacing": 0.08} if crowded else {}
+    if crowded:
+        grid["subplot_titles"] = ["all", "those that are silent, larger"]
+    figure = new_figure(look, heading, how_to_read, 560, **grid)
+    panels = [Panel(figure, look, 1, 1), Panel(figure, look, 1, 2, first=False)] if crowded else [Panel(figure, look)]
     ends = (min(-0.12, float(rows["cad"].min()) - 0.1), max(1.2, float(rows["cad"].max()) + 0.1))
-    _quadrants(panel, ends, cad_bound, accuracy_bound)
-    for label, part in rows.assign(quantizer=rows["quantizer"].fillna("").astype(str)).groupby("label", sort=False):
+    _quadrants(panels[0], ends, cad_bound, accuracy_bound)
+    looks = series_styles(shown["label"].tolist(), look)
+    _plane(panels[0], shown, looks, measure)
+    panels[0].x(range=ends)
+    panels[0].y(title_text=plain(measure), range=[-8, 112])
+    if crowded:
+        spans = [padded(float(inside[key].min()), float(inside[key].max()), 0.12) for key in ("cad", "accuracy")]
+        _plane(panels[1], inside, looks, measure)
+        panels[1].x(range=spans[0])
+        panels[1].y(range=spans[1])
+        first = inside.drop_duplicates("label")
+        across, up = (first[key].astype(float).tolist() for key in ("cad", "accuracy"))
+        label_points(panels[1], across, up, first["label"].tolist(), spans, (420, 340))
+        box = {"x0": spans[0][0], "x1": spans[0][1], "y0": spans[1][0], "y1": spans[1][1]}
+        line = {"width": 1.2, "color": look.muted, "dash": "dot"}
+        figure.add_shape(type="rect", **box, line=line, row=1, col=1)
+    figure.update_xaxes(title_text=_CAD, zeroline=False, showgrid=False)
+    figure.update_yaxes(zeroline=False, showgrid=False)
+    legend_below(figure)
+    return figure
+
+
+def _plane(panel: Panel, rows: pd.DataFrame, looks: Mapping[str, Style], measure: str) -> None:
+    """Marks, their intervals and arrows from full precision to quantized."""
+    for label, part in rows.groupby("label", sort=False):
         style, name = looks[str(label)], plain(label)
         full, quantized = part[part["quantizer"] == ""], part[part["quantizer"] != ""]
         for end in quantized[["cad", "accuracy"]].to_numpy(float).tolist() if len(full) else ():
-            _arrow(panel.figure, full[["cad", "accuracy"]].to_numpy(float)[0].tolist(), end, style.colour)
+            _arrow(panel, full[["cad", "accuracy"]].to_numpy(float)[0].tolist(), end, style.colour)
         for i, quantizer in enumerate(part["quantizer"]):
             point = part.iloc[i : i + 1]
             values = {key: [float(point[key].iloc[0])] for key in ("cad", "accuracy")}
             intervals = {key: intervals_of(point, key) for key in values}
             errors = {k: each and whiskers(values[k], *each, style.colour) for k, each in intervals.items()}
-            fill = style.colour if quantizer else look.paper
+            fill = style.colour if quantizer else panel.look.paper
             panel.mark(
-                values["cad"], values["accuracy"], name, "markers", group=name, legend=i == 0,
-                marker={"symbol": style.symbol, "size": 13, "color": fill, "line": {"color": style.colour, "width": 2.4}},
+                values["cad"], values["accuracy"], name, "markers", group=name, legend=panel.first and i == 0,
+                marker={"symbol": style.symbol, "size": 11, "color": fill, "line": {"color": style.colour, "width": 2.2}},
                 error_x=errors["cad"], error_y=errors["accuracy"], data=[[plain(quantizer) or "full precision"]],
                 hover=f"{name}, %{{customdata[0]}}<br>CAD %{{x:.3f}}<br>{plain(measure)}: %{{y:.1f}}",
             )  # fmt: skip
-    panel.x(title_text=_CAD, range=ends, zeroline=False, showgrid=False)
-    panel.y(title_text=plain(measure), range=[-8, 112], zeroline=False, showgrid=False)
-    legend_below(panel.figure)
-    return panel.figure
 
 
 def divergence_by_layer(
@@ -183,8 +215,8 @@ def divergence_by_layer(
     names = ["embed" if i < 0 else f"layer {i}" for i in layers]
     z = np.array([table["cad"] for table in tables])
     how_to_read = (
-        "CAD over the edges that start in each layer: 0 = intact, 1 = gone, above 1 = inverted. Bars: what the layer "
-        "carries of the original circuit."
+        "CAD over the edges that start in each layer: blue = still there, white = gone, orange = works against the answer. "
+        "Bars: what the layer carries of the original circuit."
     )
     grid = {"rows": 2, "cols": 1, "shared_xaxes": True, "row_heights": [0.3, 0.7], "vertical_spacing": 0.06}
     figure = new_figure(
@@ -196,11 +228,14 @@ def divergence_by_layer(
         data=tables[0]["edges"].tolist(), hover="%{x}: %{y:.1f} % of ⟨a, a⟩ in %{customdata} edges",
         text=[f"{fixed(v, 0)} %" for v in share], textposition="outside", cliponaxis=False,
     )  # fmt: skip
-    _, zero, high = look.diverging
+    against, none, still = look.diverging
+    far = max(1.0, float(np.nanmax(np.abs(z - 1))))
     labels = [f"{plain(label)}   <b>{fixed(each.value, 2)}</b>" for label, each in divergences.items()]
+    named = {"tickvals": [0, 1, 2], "ticktext": ["0 intact", "1 gone", "2 inverted"]}
     below.heat(
-        z, [[0, zero], [1, high]], (0, 1), "CAD", gap=2, hover="%{y}<br>%{x}: CAD %{z:.3f}", x=names, y=labels,
-        texts=[[fixed(v, 2) for v in row] for row in z.tolist()], colorbar={"y": 0.33, "len": 0.66},
+        z, [[0, still], [0.5, none], [1, against]], (1 - far, 1 + far), "CAD", gap=2, hover="%{y}<br>%{x}: CAD %{z:.3f}",
+        x=names, y=labels, texts=[[fixed(v, 2) for v in row] for row in z.tolist()],
+        colorbar={"y": 0.33, "len": 0.66, **named},
     )  # fmt: skip
     figure.update_xaxes(**BARE)
     below.x(title_text="layer in which the edge starts")
@@ -213,20 +248,24 @@ def _quadrants(panel: Panel, x: tuple[float, float], cad: float | int, accuracy:
     look = panel.look
     for x0, x1, upper, name, fill in (
         (x[0], cad, True, "retained", look.paper),
-        (x[0], cad, False, "suppressed", look.failed),
-        (cad, x[1], False, "erased", look.passed),
+        (x[0], cad, False, "filtered", look.band),
+        (cad, x[1], False, "erased or suppressed", look.passed),
         (cad, x[1], True, "damaged", look.band),
     ):
         y0, y1 = (accuracy, 112) if upper else (-8, accuracy)
         line = {"width": 1, "color": look.grid}
-        panel.figure.add_shape(type="rect", x0=x0, x1=x1, y0=y0, y1=y1, layer="below", line=line, fillcolor=fill)
+        panel.figure.add_shape(
+            type="rect", x0=x0, x1=x1, y0=y0, y1=y1, layer="below", line=line, fillcolor=fill, **panel.where
+        )
         at = {"y": y1 - 3, "yanchor": "top"} if upper else {"y": y0 + 3, "yanchor": "bottom"}
-        panel.note((x0 + x1) / 2, at["y"], f"<b>{name}</b>", size=16, yanchor=at["yanchor"])
+        panel.note((x0 + x1) / 2, at["y"], f"<b>{name}</b>", size=14, yanchor=at["yanchor"])
 
 
-def _arrow(figure: go.Figure, start: Sequence[float], end: Sequence[float], colour: str) -> None:
-    figure.add_annotation(
-        x=float(end[0]), y=float(end[1]), ax=float(start[0]), ay=float(start[1]), xref="x", yref="y", axref="x", ayref="y",
-        text="", showarrow=True, arrowhead=2, arrowsize=1.1, arrowwidth=1.8, arrowcolor=colour, opacity=0.7, standoff=8,
-        startstandoff=8,
+def _arrow(panel: Panel, start: Sequence[float], end: Sequence[float], colour: str) -> None:
+    number_of = "" if panel.col in (None, 1) else str(panel.col)
+    x, y = f"x{number_of}", f"y{number_of}"
+    panel.figure.add_annotation(
+        x=float(end[0]), y=float(end[1]), ax=float(start[0]), ay=float(start[1]), xref=x, yref=y, axref=x, ayref=y,
+        text="", showarrow=True, arrowhead=2, arrowsize=1.1, arrowwidth=1.6, arrowcolor=colour, opacity=0.7, standoff=7,
+        startstandoff=7,
     )  # fmt: skip

@@ -30,7 +30,7 @@ Drawing: TypeAlias = go.Figure | Styler
 _FORMATS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 _TABLE_FORMATS = (".png", ".pdf", ".jpg", ".jpeg", ".webp")
 _FORMS = {"jpg": "jpeg"}  # as the browser calls them
-_WIDTH, _HEIGHT = 1000, 600
+_WIDTH, _HEIGHT, _SLIDE = 1000, 560, 16 / 9
 _WIDEST_TABLE = 1280  # unless its words need more
 _MARGINS = ("marginTop", "marginBottom", "marginLeft", "marginRight")
 # The page takes the table's colour, and tells how large the table is with a margin around it.
@@ -73,8 +73,9 @@ def write_images(
 
     Args:
         figures: by path, which ends in .png, .pdf, .jpg, .jpeg or .webp, of figures also in .svg.
-        width: in pixels before scaling; by default the figure's own, else 1000; a table takes what its words need.
-        height: in pixels before scaling; by default the figure's own, else 600. A table is as high as its rows.
+        width: in pixels before scaling; by default the figure's own, else 1000, or 16:9 of the height where that is more, so
+            that it fits a slide; a table takes what its words need.
+        height: in pixels before scaling; by default the figure's own, else 560. A table is as high as its rows.
         scale: pixels of the image for each pixel of the figure.
         progress: show a bar.
 
@@ -92,7 +93,9 @@ def write_images(
         if isinstance(figure, Styler):
             jobs.append(partial(_photograph, table=figure, form=suffix[1:], width=width or _WIDEST_TABLE, scale=scale))
             continue
-        size = {"width": width or figure.layout.width or _WIDTH, "height": height or figure.layout.height or _HEIGHT}
+        down = height or figure.layout.height or _HEIGHT
+        across = width or figure.layout.width or max(_WIDTH, round(_SLIDE * down))
+        size = {"width": across, "height": down}
         options = {"format": suffix[1:], "scale": scale, **size}
         jobs.append(partial(Kaleido.calc_fig, fig=figure.to_dict(), opts=options))
     images = _drawn(jobs, progress) if jobs else []

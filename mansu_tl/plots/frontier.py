@@ -26,7 +26,7 @@ from mansu_tl.plots.panels import (
 )  # fmt: skip
 from mansu_tl.plots.theme import new_figure, plain, theme_named, translucent
 
-_COLUMNS = 3  # panels side by side
+_COLUMNS, _COLUMNS_OF_MANY = 3, 4  # panels side by side
 _CLOSE = 0.09  # of an axis: values nearer to each other are drawn side by side instead of to scale
 _RING = 20  # pixels across
 _DECADES = 1.2  # spread of positive values from which on an axis is logarithmic
@@ -133,6 +133,7 @@ def sensitivity(
     *,
     defaults: Mapping[str, object] | None = None,
     bound: float | int | None = None,
+    least: float | int = 0,
     title: str | None = None,
     theme: str = "light",
 ) -> go.Figure:
@@ -144,6 +145,8 @@ def sensitivity(
             of the lowest and highest seed, which are drawn as bars.
         defaults: by hyperparameter.
         bound: a value of the measures to be reached, drawn as a line.
+        least: draw hyperparameters that move a measure by so much, the largest first; the others are named below the
+            title. If none does, all are drawn.
 
     Raises:
         MansuError: a column is missing, no row, two rows for one value and measure, or a default for a hyperparameter
@@ -159,14 +162,20 @@ def sensitivity(
         )
     if rows.duplicated(["hyperparameter", "value", "measure"]).any():
         raise MansuError("sensitivity: two rows for one value and measure; give one, the mean over seeds")
+    names, still = _by_what_they_move(rows, names, least)
     looks = series_styles(measures, look)
     rows = rows.assign(seeds=rows["seeds"] if "seeds" in rows.columns else 1)
     seeds = int(rows["seeds"].max())
     how_to_read = "One setting is changed at a time, the others stay at their defaults (dashed line)." + (
         f" Means over up to {seeds} seeds; bars: lowest to highest." if seeds > 1 else ""
     )
+    if bound is not None:
+        how_to_read += f" Dotted: the bound, {bound:g}."
+    if still:
+        how_to_read += f" These move no result by {least:g}: {', '.join(still)}."
     title, grid = title or "How much each setting matters", {"shared_yaxes": "all", "horizontal_spacing": 0.05}
-    panels = new_panels(look, title, how_to_read, names, min(_COLUMNS, len(names)), (190, 230), 80, **grid)
+    across = _COLUMNS if len(names) <= 2 * _COLUMNS else _COLUMNS_OF_MANY
+    panels = new_panels(look, title, how_to_read, names, min(across, len(names)), (190, 190), 80, **grid)
     figure = panels[0].figure
     for panel, name in zip(panels, names, strict=True):
         part = rows[rows["hyperparameter"].astype(str) == name]
@@ -178,13 +187,21 @@ def sensitivity(
             figure.add_vline(x=scale.place(defaults[name]), line=line, layer="below", **panel.where)
         if bound is not None:
             panel.level(bound, dash="dot")
-        panel.x(tickvals=scale.places, ticktext=scale.texts, showgrid=False, zeroline=False)
+        panel.x(tickvals=scale.places, ticktext=scale.texts, tickangle=0, showgrid=False, zeroline=False)
         if panel.col == 1:
             panel.y(title_text=plain(measures[0]) if len(measures) == 1 else "result")
     legend_below(figure, 88, 24)
     if len(measures) == 1:
         figure.update_layout(showlegend=False, margin={"b": 48})
     return figure
+
+
+def _by_what_they_move(rows: pd.DataFrame, names: list[str], least: float | int) -> tuple[list[str], list[str]]:
+    """Hyperparameters that move a measure by `least`, the largest first, and the others."""
+    spans = rows.assign(name=rows["hyperparameter"].astype(str)).groupby(["name", "measure"])["result"]
+    moved = (spans.max() - spans.min()).groupby("name").max()
+    drawn = sorted((name for name in names if moved[name] >= least), key=lambda name: -moved[name]) if least else names
+    return (drawn, [name for name in names if name not in drawn]) if drawn else (names, [])
 
 
 class _Scale:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,8 @@ from mansu_tl.plots.panels import (
 from mansu_tl.plots.theme import number, plain, signed, theme_named
 
 _ACROSS = 3
+_MANY, _PITCH, _PITCH_OF_MANY = 12, 34, 24  # lines, and pixels a line
+_CLOSE = 30.0  # points: marks that span no more are drawn on a part of the axis
 
 
 def ptq_gap(
@@ -67,8 +70,9 @@ def ptq_gap(
     alike = panels != "quantizer" and not several
     heading = title or "Does quantization bring it back?" + (f" ({tidy['quantizer'].iloc[0]})" if alike else "")
     across, grid = min(_ACROSS, len(names)), {"shared_yaxes": True, "horizontal_spacing": 0.03}
-    shown = [f"base: {name}" if panels == "base" else name for name in names]
-    drawn = new_panels(look, heading, how_to_read, shown, across, (210, 34 * len(lines) + 76), 84, **grid)
+    shown = [f"base: {name}" if panels == "base" else name for name in names] if len(names) > 1 else [""]
+    pitch = _PITCH if len(lines) <= _MANY else _PITCH_OF_MANY
+    drawn = new_panels(look, heading, how_to_read, shown, across, (210, pitch * len(lines) + 76), 84, **grid)
     figure = drawn[0].figure
     for panel, name in zip(drawn, names, strict=True):
         _dumbbells(panel, tidy[tidy[panels] == name], lines, measure)
@@ -77,7 +81,7 @@ def ptq_gap(
             ends = [-0.6, len(lines) - 0.4]
             panel.mark([chance, chance], ends, f"chance ({number(chance)})", line=line, group="chance")
         panel.rows(lines)
-    figure.update_xaxes(range=[-4, 122], tickvals=[0, 25, 50, 75, 100], zeroline=False)
+    figure.update_xaxes(**_percents(tidy, chance), zeroline=False)
     for panel in drawn[-across:]:  # the lowest of each column
         panel.x(title_text=plain(measure))
     legend_below(figure, 92, 24)
@@ -132,6 +136,17 @@ def _with_gaps(what: str, rows: pd.DataFrame, more: Sequence[str]) -> pd.DataFra
     return tidy.assign(gap=tidy["after"] - tidy["before"], seeds=rows["seeds"] if "seeds" in rows.columns else 1)
 
 
+def _percents(rows: pd.DataFrame, chance: float | int | None) -> dict[str, Any]:
+    """The axis of percentages: all of it, or where all marks lie close together, that part of it."""
+    names = [str(key) for key in rows.columns if str(key).partition("_")[0] in ("before", "after")]
+    values = [v for v in rows[names].to_numpy(float).ravel().tolist() if v == v]
+    values += [] if chance is None else [float(chance)]
+    low, high = min(values), max(values)
+    if high - low > _CLOSE:
+        return {"range": [-4, 122], "tickvals": [0, 25, 50, 75, 100]}
+    return {"range": [low - 0.08 * _CLOSE, high + 0.2 * _CLOSE]}  # room for the numbers beside the marks
+
+
 def _ends(rows: pd.DataFrame, name: str) -> tuple[list[float], list[float]]:
     values = rows[name].tolist()
     return intervals_of(rows, name) or (values, values)
@@ -147,7 +162,10 @@ def _dumbbells(panel: Panel, rows: pd.DataFrame, lines: Sequence[str], measure: 
     ):
         part = rows[(rows["after"] > rows["before"]) == back]
         xs, ys = segments([((r.before, r.after), (r.place, r.place)) for r in part.itertuples()])
-        panel.mark(xs or [None], ys or [None], name, line={"color": colour, "width": 4, "dash": dash}, group=name)
+        if xs:
+            shown = not any(trace.name == name for trace in panel.figure.data)  # once in the legend, where it occurs
+            line = {"color": colour, "width": 4, "dash": dash}
+            panel.mark(xs, ys, name, line=line, group=name, legend=shown)
     gaps, many = rows["gap"].tolist(), bool((rows["seeds"] > 1).any())
     columns = (rows[key].tolist() for key in ("line", "before", "after", "seeds"))
     data = [

@@ -109,7 +109,12 @@ def certificate(
 
 
 def methods_table(
-    rows: pd.DataFrame, *, digits: int | Mapping[str, int] = 1, title: str | None = None, theme: str = "light"
+    rows: pd.DataFrame,
+    *,
+    digits: int | Mapping[str, int] = 1,
+    intervals: bool = True,
+    title: str | None = None,
+    theme: str = "light",
 ) -> Styler:
     """Draw one row a method and one column a property: its value, its 95 % interval below, and a pass mark.
 
@@ -118,6 +123,7 @@ def methods_table(
             interval), bound (in words), verdict ("pass", "fail", "fail: why", "" or anything else = not judged) and
             seeds. A column base groups the methods.
         digits: decimals, of all properties or by property (1 where not given).
+        intervals: write them; without, a row is one line, and how many properties are within their bounds closes it.
 
     Raises:
         MansuError: a column is missing, no row, or two rows for one method and property.
@@ -131,18 +137,26 @@ def methods_table(
         places = digits if isinstance(digits, int) else digits.get(row["property"], 1)
         passed = {"pass": True, "fail": False}.get(row["verdict"].partition(":")[0])
         mark = "" if passed is None else f" {_MARKS[passed]}"
-        interval = _interval(row["low"], row["high"], places, "\n")
+        interval = _interval(row["low"], row["high"], places, "\n") if intervals else ""
         cell = (f"{fixed(row['value'], places)}{mark}{interval}", passed)
         found.setdefault(tuple(row[name] for name in names), {})[row["property"]] = cell
     heads = {row["property"]: f"{row['property']}\n{_symbols(row['bound'])}" for row in rows.to_dict("records")}
     cells = {key: {head: row.get(name, _NOTHING) for name, head in heads.items()} for key, row in found.items()}
+    if not intervals:
+        for here in cells.values():
+            marks = [passed for _, passed in here.values() if passed is not None]
+            here["within"] = (f"{sum(marks)} of {len(marks)}", None)
     judged = [passed for here in cells.values() for _, passed in here.values() if passed is not None]
     least, most = int(rows["seeds"].min()), int(rows["seeds"].max())
     seeds = f"{most if least == most else f'{least} to {most}'} seed{'s' if most > 1 else ''}"
     subtitle = (
-        f"Mean over {seeds}, below it the 95 % interval"
-        + (" of the mean (Student's t)" if most > 1 else " over facts")
-        + ("; over facts where there is one seed" if most > 1 and least == 1 else "")
+        f"Mean over {seeds}"
+        + intervals
+        * (
+            ", below it the 95 % interval"
+            + (" of the mean (Student's t)" if most > 1 else " over facts")
+            + ("; over facts where there is one seed" if most > 1 and least == 1 else "")
+        )
         + (
             f". ✓ = within the bound in the header, ✗ = not; {sum(judged)} of {len(judged)} are within."
             if judged

@@ -26,7 +26,8 @@ class Theme:
 
     `band` is one step away from the background, for stripes and cells without a value; `muted` for subtitles and
     reference lines. `positive` supports the answer, `negative` opposes it, the soft ones likewise for the inputs of
-    attention; `diverging` runs from negative over zero to positive. `passed` and `failed` fill rows of tables.
+    attention and the deep ones for those of the logits; `diverging` runs from negative over zero to positive. `passed` and
+    `failed` fill rows of tables.
     """
 
     name: str
@@ -37,12 +38,24 @@ class Theme:
     grid: str
     positive: str
     positive_soft: str
+    positive_deep: str
     negative: str
     negative_soft: str
+    negative_deep: str
     neutral: str
     diverging: tuple[str, str, str]
     passed: str
     failed: str
+
+    @property
+    def supporting(self) -> tuple[str, str, str]:
+        """Soft, full and deep, of what supports the answer."""
+        return self.positive_soft, self.positive, self.positive_deep
+
+    @property
+    def opposing(self) -> tuple[str, str, str]:
+        """Soft, full and deep, of what opposes it."""
+        return self.negative_soft, self.negative, self.negative_deep
 
     @property
     def template(self) -> go.layout.Template:
@@ -71,13 +84,15 @@ class Theme:
 _THEMES = {
     "light": Theme(
         name="light", paper="#FFFFFF", band="#F3F4F6", ink="#1B1F24", muted="#5B6470", grid="#E3E6EA",
-        positive="#0072B2", positive_soft="#56B4E9", negative="#D55E00", negative_soft="#E69F00", neutral="#9AA2AC",
-        diverging=("#B34700", "#FFFFFF", "#005C99"), passed="#E6F2F9", failed="#FCE9DA",
+        positive="#0072B2", positive_soft="#56B4E9", positive_deep="#003B63", negative="#D55E00", negative_soft="#E69F00",
+        negative_deep="#7A2E00", neutral="#9AA2AC", diverging=("#B34700", "#FFFFFF", "#005C99"),
+        passed="#E6F2F9", failed="#FCE9DA",
     ),
     "dark": Theme(
         name="dark", paper="#14181D", band="#1E242B", ink="#E8EBEF", muted="#A2ABB6", grid="#2C343D",
-        positive="#56B4E9", positive_soft="#2F86C1", negative="#F0883E", negative_soft="#E6B44C", neutral="#707A85",
-        diverging=("#F59B4C", "#20262D", "#62BDF0"), passed="#16324A", failed="#4A2A14",
+        positive="#56B4E9", positive_soft="#2F86C1", positive_deep="#BFE3F8", negative="#F0883E", negative_soft="#B0742A",
+        negative_deep="#FBD0AE", neutral="#707A85", diverging=("#F59B4C", "#20262D", "#62BDF0"),
+        passed="#16324A", failed="#4A2A14",
     ),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from mansu_tl.unlearning import headline
 from mansu_tl.verification.verdicts import GOALS
 
 _COST, _ATTACK = "held-out retain and near drop, points (mean)", "relearning excess, points"
+_BACK = 10.0  # points of multiple choice: knowledge came back
 _LEFT, _RIGHT = "forget MC, %", "forget multiple choice, %"
 
 
@@ -28,7 +29,8 @@ def figures(table: pd.DataFrame, *, theme: str = "light") -> dict[str, Drawing]:
     - NAME_plane: accuracy against CAD, in full precision and after the first quantizer;
     - NAME_frontier: relearning excess against what retention costs;
     - NAME_ablations: the same, and forget accuracy, for MANSU with one part changed;
-    - NAME_methods: all methods and properties with intervals and bounds.
+    - NAME_methods: all methods and properties, and how many are within their bounds;
+    - NAME_parts: the same of MANSU with one part changed.
 
     Args:
         table: as `compare` returns it.
@@ -58,19 +60,20 @@ def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, Drawing]:
     dumbbells: dict[str, Any] = {"panels": "quantizer", "chance": line, "measure": _RIGHT, "theme": theme}
     compared = gaps.loc[gaps["quantizer"].isin(shared)]
     if len(compared):
-        title = f"Does quantization bring it back? ({base})"
+        title = f"{_back(compared)} ({base})"
         out["gaps"] = plots.ptq_gap(_titled(compared), title=title, **dumbbells)
     main = headline(str(method) for method in dict.fromkeys(part["method"]) if method not in CONTROLS)
     leading = gaps.loc[gaps["method"] == main]
     if len(leading):
         # One line a quantizer, in one panel.
         lines = leading.assign(method=leading["quantizer"], quantizer=title_of(main))
-        title = f"{title_of(main)} under every quantizer ({base})"
+        title = f"{_worst(leading, title_of(main))} ({base})"
         out["quantizers"] = plots.ptq_gap(lines, title=title, **dumbbells)
     whole = means.loc[~means["method"].isin([*ablations()])]
     plane = _plane(whole, shared[:1])
     if len(plane):
-        out["plane"] = plots.divergence_plane(plane, theme=theme)
+        title = f"{_follows(plane)} ({base})"
+        out["plane"] = plots.divergence_plane(plane, title=title, theme=theme)
     look: dict[str, Any] = {"name": "method", "group": "method", "theme": theme}
     points = _frontier(whole)
     if len(points) > 1:
@@ -83,10 +86,59 @@ def _of_base(part: pd.DataFrame, base: str, theme: str) -> dict[str, Drawing]:
         out["ablations"] = plots.frontier(
             changed, _COST, [_ATTACK, _LEFT], default=_default(changed, main), title=title, **look
         )
-    rows = judged(part)
-    if len(rows):
-        out["methods"] = plots.methods_table(_titled(rows), digits={"CAD, nf4": 2}, theme=theme)
+    rows, changed_parts = judged(part), [main, *ablations()]
+    whole_rows = rows.loc[~rows["method"].isin([*ablations()])]
+    part_rows = rows.loc[rows["method"].isin(changed_parts)]
+    for name, table, kind in (("methods", whole_rows, "methods"), ("parts", part_rows, f"parts of {title_of(main)}")):
+        if len(table) and (name == "methods" or table["method"].nunique() > 1):
+            title = f"{_within(table)} ({base}, {kind})"
+            look = {"digits": {"CAD, nf4": 2}, "intervals": False, "title": title, "theme": theme}
+            out[name] = plots.methods_table(_titled(table), **look)
     return out
+
+
+def _back(gaps: pd.DataFrame) -> str:
+    """In how many methods a quantizer brings the forget facts back."""
+    worst = (gaps["after"] - gaps["before"]).groupby(gaps["method"]).max()
+    back = int((worst > _BACK).sum())
+    return (
+        f"Quantization brings the facts back for {back or 'none'} of {len(worst)} methods by more than {_BACK:g} points"
+    )
+
+
+def _worst(gaps: pd.DataFrame, title: str) -> str:
+    """What a method's worst quantizer adds."""
+    row = gaps.assign(gap=gaps["after"] - gaps["before"]).sort_values("gap").iloc[-1]
+    return f"{title} under {len(gaps)} quantizers: at most {row['gap']:+.1f} points ({row['quantizer']})"
+
+
+def _follows(plane: pd.DataFrame) -> str:
+    """How closely CAD goes with what is answered."""
+    found = plane["cad"].corr(plane["accuracy"])
+    return (
+        "Answers against circuit"
+        if math.isnan(found)
+        else f"CAD follows the answers: correlation {found:.2f}".replace("-", "−")
+    )
+
+
+def _within(rows: pd.DataFrame) -> str:
+    """Which method is within most of its bounds."""
+    edited = rows.loc[~rows["method"].isin([*CONTROLS])]
+    passed = (
+        edited["verdict"]
+        .eq("pass")
+        .groupby(edited["method"], sort=False)
+        .sum()
+        .sort_values(ascending=False, kind="stable")
+    )
+    of = edited.groupby("method", sort=False).size()
+    if passed.empty:
+        return "Methods and properties"
+    best = passed.index[passed == passed.iloc[0]]
+    names, most = " and ".join(title_of(str(method)) for method in best), of[best[0]]
+    found = f"{names}, {passed.iloc[0]} of {most}"
+    return f"Within every bound: {found}" if passed.iloc[0] == most else f"None is within every bound; most: {found}"
 
 
 def _titled(rows: pd.DataFrame) -> pd.DataFrame:

@@ -43,6 +43,11 @@ class Kept:
         self.main = headline(self.titles)
         self.baseline = next((method for method in self.titles if method != self.main), None)
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The leading method and the first other one, whose pictures stand together."""
+        return tuple(method for method in (self.baseline, self.main) if method is not None)
+
     def has(self, name: str) -> bool:
         """Whether a file or folder of this name is there."""
         if isinstance(self.source, Path):

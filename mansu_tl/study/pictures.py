@@ -25,7 +25,7 @@ from mansu_tl.study.kept import Kept
 from mansu_tl.study.table import read_table
 from mansu_tl.unlearning import MansuSettings
 from mansu_tl.unlearning.registry import method_title
-from mansu_tl.verification import Certificate, ErasureDepth, Probes, Relearning, Scorecard
+from mansu_tl.verification import Certificate, CircuitStages, ErasureDepth, Probes, Relearning, Scorecard
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +36,8 @@ RESULTS, TABLES, COMPARE = "results", "tables", "compare"
 _RUN = "mansu-tl demo && mansu-tl figures --results runs/demo"
 _COMPARE = "mansu-tl compare --full"
 Draw = Callable[[str], Drawing]
+_ALL_DRAWN, _DRAWN = 120, 80  # edges of a circuit that are all drawn; edges drawn of a larger one
+_RETURNED = 0.5  # of CAD: a circuit that is back
 _TEXTS = tomllib.loads(Path(__file__).with_name("pictures.toml").read_text(encoding="utf-8"))
 
 
@@ -75,9 +77,11 @@ def pictures(folder: Path) -> list[Picture]:
 def study_pictures(kept: Kept) -> list[Picture]:
     """The pictures of a study whose files are there: not every task has a never-trained model."""
     out = []
+    parts = [f"methods/{method}/cad_{name}.safetensors" for method in kept.shown for name in ("full", kept.first)]
+    always = {"main": kept.main, "baseline": kept.baseline, "first": kept.first, "every_cad": ", ".join(parts)}
     for name, (listed, named, draw) in _draws(kept).items():
         about = _TEXTS[listed]
-        files = about["source"].format(main=kept.main, baseline=kept.baseline, first=kept.first, **named).split(", ")
+        files = about["source"].format(**always, **named).split(", ")
         if all(map(kept.has, files)):
             at = ", ".join(f"{RESULTS}/{file}" for file in files)
             out.append(
@@ -110,9 +114,7 @@ def _draws(kept: Kept) -> dict[str, tuple[str, dict[str, str], Draw]]:
         "circuit_all": lambda t: plots.circuit(
             Circuit.top(edges(), int(edges().exists.sum())), title=f"Every edge of {model}", theme=t
         ),
-        "circuit_stages": lambda t: plots.circuit_stages(
-            kept.circuit(), {title: cad(main, ""), f"{title} + {kept.first}": cad(main, kept.first)}, theme=t
-        ),
+        "circuit_stages": partial(_stages, kept),
         "edge_matrix": lambda t: plots.edge_matrix(edges(), theme=t),
         "node_scores": lambda t: plots.node_scores(nodes("nodes"), theme=t),
         "head_scores": lambda t: plots.head_scores(nodes("nodes"), theme=t),
@@ -137,7 +139,9 @@ def _draws(kept: Kept) -> dict[str, tuple[str, dict[str, str], Draw]]:
         ),
         "divergence_plane": partial(_plane, kept),
         "divergence_by_layer": lambda t: plots.divergence_by_layer(
-            {each.label: each for each in (cad(main, ""), cad(main, kept.first))}, theme=t
+            {each.label: each for method in kept.shown for each in (cad(method, ""), cad(method, kept.first))},
+            title=_circuits_back(kept),
+            theme=t,
         ),
         "relearning": lambda t: plots.relearning(
             load(Relearning, "relearning.safetensors"), chance=kept.facts["chance"], theme=t
@@ -199,6 +203,30 @@ def _gap(kept: Kept, theme: str) -> go.Figure:
     return plots.ptq_gap(rows, chance=kept.facts["chance"], measure="forget multiple choice, %", theme=theme)
 
 
+def _stages(kept: Kept, theme: str) -> go.Figure:
+    """The leading method's circuit and the first other one's."""
+    stages = {"edited": "", f"edited, then {kept.first}": kept.first}
+    found = {
+        kept.titles[method]: {stage: kept.divergence(method, name) for stage, name in stages.items()}
+        for method in kept.shown
+    }
+    circuit = kept.circuit()
+    few = None if circuit.n_edges <= _ALL_DRAWN else _DRAWN
+    return plots.circuit_stages(circuit, found, strongest=few, title=_circuits_back(kept), theme=theme)
+
+
+def _circuits_back(kept: Kept) -> str | None:
+    """Whose circuit the first quantizer gives back, and whose it does not."""
+    back = {
+        kept.titles[method]: kept.divergence(method, "").value - kept.divergence(method, kept.first).value > _RETURNED
+        for method in kept.shown
+    }
+    returned, gone = ([name for name, came in back.items() if came is which] for which in (True, False))
+    if not returned or not gone:
+        return None
+    return f"With {kept.first} the circuit of {' and '.join(returned)} is back, that of {' and '.join(gone)} is not"
+
+
 def _attention(kept: Kept, theme: str) -> go.Figure:
     tensors, facts = kept.packed("attention.safetensors", "Attention")
     frame = kept.circuit().to_dataframe()
@@ -228,8 +256,12 @@ def _probes(kept: Kept, theme: str) -> go.Figure:
 # What made the tables that no benchmark made.
 _SCRIPTS = {
     "real_trials": "python scripts/real_evidence.py",
+    "real_stages": (
+        "make demo-real && python scripts/real_stages.py runs/demo-real --out figures/tables/real_stages.safetensors"
+    ),
     "real_cad": "make demo-real && python scripts/real_cad.py runs/demo-real --out figures/tables/real_cad.csv",
 }
+_MOVED = 15.0  # points: settings that move no result by so much are not drawn
 _RESISTANCE = "relearning excess at lr 1e-3, points"
 _FORGET, _LOST = "forget MC, %", "kept sets, cloze points lost"
 
@@ -262,6 +294,21 @@ def _tables(folder: Path) -> Iterator[Picture]:
             made = f"python -m tests.benchmarks.{table} --out figures/{TABLES}/{table}.csv"
             made = _SCRIPTS.get(table, made)
             yield Picture(name, sentence, f"{TABLES}/{table}.csv", made, partial(_drawn_from, draw, path))
+
+    path = folder / "real_stages.safetensors"
+    if path.is_file():
+        sentence = (
+            "The circuit of 24 landmarks in SmolLM2-135M: original, edited, and shipped as Q4_1, after GradDiff and after "
+            "MANSU, in one layout and scale; the strongest edges of the original, their scores recomputed in every model."
+        )
+        source = f"{TABLES}/{path.name}"
+        yield Picture("circuit_stages_real", sentence, source, _SCRIPTS["real_stages"], partial(_real_stages, path))
+
+
+def _real_stages(path: Path, theme: str) -> go.Figure:
+    stages = CircuitStages.load(path)
+    title = "SmolLM2-135M: in the file GradDiff's circuit is back, MANSU's is not"
+    return plots.circuit_stages(stages, strongest=_DRAWN, title=title, theme=theme)
 
 
 def _drawn_from(draw: Callable[[pd.DataFrame, str], go.Figure], path: Path, theme: str) -> go.Figure:
@@ -310,12 +357,15 @@ def _cad_by_depth(frame: pd.DataFrame, theme: str) -> go.Figure:
 def _sensitivity(frame: pd.DataFrame, theme: str) -> go.Figure:
     """What is in percent; CAD and the edited share stay in the table, on another scale."""
     frame = frame.loc[frame["measure"].isin([_FORGET, _LOST])]
-    title = "How much each setting matters (light settings, pocket)"
-    return _one_at_a_time(frame, MansuSettings.light(), title, 30.0, theme)
+    found = frame.loc[frame["hyperparameter"] != "default"]
+    title = (
+        f"The settings that move a result by {_MOVED:g} points or more, of {found['hyperparameter'].nunique()} (pocket)"
+    )
+    return _one_at_a_time(frame, MansuSettings.light(), title, 30.0, theme, _MOVED)
 
 
 def _one_at_a_time(
-    frame: pd.DataFrame, settings: MansuSettings, title: str, bound: float | None, theme: str
+    frame: pd.DataFrame, settings: MansuSettings, title: str, bound: float | None, theme: str, least: float = 0.0
 ) -> go.Figure:
     """Every hyperparameter's panel gets the default's own result."""
     varied = frame.loc[frame["hyperparameter"] != "default"]
@@ -326,7 +376,7 @@ def _one_at_a_time(
     table = pd.concat([varied, *rows], ignore_index=True)
     table["order"] = pd.to_numeric(table["value"], errors="coerce")
     table = table.sort_values(["hyperparameter", "order"], kind="stable")
-    return plots.sensitivity(table, defaults=defaults, bound=bound, title=title, theme=theme)
+    return plots.sensitivity(table, defaults=defaults, bound=bound, least=least, title=title, theme=theme)
 
 
 def _number(value: str) -> float | str:
@@ -337,10 +387,12 @@ def _number(value: str) -> float | str:
 _COMPARED = {
     "gaps": "Forget accuracy before and after each quantizer, by method, over seeds.",
     "quantizers": "MANSU's forget accuracy before and after every quantizer, over seeds.",
-    "plane": "Forget accuracy against CAD, by method, in full precision and quantized.",
+    "plane": "Forget accuracy against CAD, by method, in full precision and quantized; the silent ones larger beside.",
     "frontier": "Resistance to relearning against what retention costs, by method.",
     "ablations": "MANSU with one part changed: resistance and forgetting against what retention costs, intervals over seeds.",
-    "methods": "All methods, ablations and controls against all properties, with intervals over seeds and bounds.",
+    "methods": "All methods and controls against all properties, means over seeds, and how many are within their bounds; "
+    "intervals are in [`tables.md`](compare/tables.md).",
+    "parts": "The same of MANSU with one part changed.",
 }
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from mansu_tl import plots
 from mansu_tl.plots.export import Drawing
+from mansu_tl.study.further import Further
 from mansu_tl.study.kept import Kept, kept_of, ruled_of_saved
 from mansu_tl.study.page import Section, write_report
 from mansu_tl.study.pictures import Picture, study_pictures
@@ -20,6 +21,14 @@ _TABLE_TEXT = (
     "Every row of every scorecard. An empty quantizer means full precision; the control is the un-edited model under the "
     "same quantizer."
 )
+_ANSWERS_TEXT = (
+    "The likeliest next word behind the first prompts about facts to be forgotten, and about near facts, which are to be "
+    "kept: as edited, and quantized."
+)
+_RELEARNING_TEXT = (
+    "Fine-tuning on twelve of the facts, one draw: how much of the others comes back, beside a model that never knew them. "
+    "The light settings of the demo do not defend against it."
+)
 # Knowledge came back where quantization adds so many points of multiple choice.
 _BACK = 10.0
 _ORDER = (
@@ -28,8 +37,12 @@ _ORDER = (
 )  # fmt: skip
 
 
-def write_study_report(study: Study, *, png: bool = False) -> Path:
+def write_study_report(study: Study, *, png: bool = False, further: Further | None = None) -> Path:
     """Write `report.html` into the study's folder, and with `png` every figure into its `figures/`.
+
+    Args:
+        png: see above; needs Chromium.
+        further: what the models say, and relearning, where they were measured.
 
     Raises:
         MansuError: `png` is asked for and there is no browser to draw with.
@@ -39,7 +52,8 @@ def write_study_report(study: Study, *, png: bool = False) -> Path:
     if png:
         plots.write_images({study.folder / "figures" / f"{name}.png": figure for name, figure in figures.items()})
     sections = [
-        Section("What was found", _verdict(study), table=study.summary().round(2)),
+        Section("What was found", _verdict(study, further), table=study.summary().round(2)),
+        *_further(study, further),
         *(Section(picture.heading, picture.text, figures[picture.name]) for picture in shown),
         Section("Every number", _TABLE_TEXT, table=_all_rows(study), folded=True),
     ]
@@ -61,15 +75,43 @@ def _shown(study: Study) -> list[Picture]:
     return [replace(each, name="scorecard") if each.name == "scorecards" else each for each in shown]
 
 
-def _verdict(study: Study) -> str:
+def _further(study: Study, further: Further | None) -> Iterator[Section]:
+    """What the models say, and what fine-tuning on some of the facts brings back."""
+    if further is None:
+        return
+    if further.answers is not None:
+        yield Section("What the models say", _ANSWERS_TEXT, table=further.answers.to_dataframe())
+    if further.relearning is not None:
+        figure = plots.relearning(further.relearning, chance=study.chance)
+        yield Section("What comes back when some of the facts are learnt again", _RELEARNING_TEXT, figure)
+
+
+def _verdict(study: Study, further: Further | None) -> str:
     random = study.random_faithfulness
     return " ".join(
         (
             *_by_model(study),
+            _attack(further),
             f"The circuit has {study.circuit.n_edges} of {int(study.scores.exists.sum())} edges and faithfulness "
             f"{study.circuit.faithfulness:.2f}; {len(random)} random circuits of that size reach at most {max(random):.2f}.",
             f"EAP-IG's completeness residual is {100 * study.scores.relative_residual:.1f} % of the metric's change.",
         )
+    )
+
+
+def _attack(further: Further | None) -> str:
+    """What fine-tuning brought back, or that it was not tried."""
+    if further is None or further.relearning is None:
+        return "No attack was run: whether the facts come back when some of them are learnt again is not known."
+    table = further.relearning.summary()
+    table = table.loc[table["kind"] == "facts"]
+    rate = table["learning_rate"].max()
+    hardest = table.loc[table["learning_rate"] == rate]
+    found = ", ".join(f"{row.label} {row.value:.0f} %" for row in hardest.itertuples())
+    steps = int(hardest["step"].iloc[0])
+    return (
+        f"No attack is among the rows. Beside them, after {steps} steps on some of the facts at a learning rate of {rate:g}, "
+        f"of the other facts are chosen: {found} (one draw of facts)."
     )
 
 
@@ -84,7 +126,7 @@ def _by_model(study: Study) -> Iterator[str]:
         passed = [method_title(method) for method, result in one.results.items() if result.card.passed]
         yield (
             f"On {name}, quantization brings knowledge back for {', '.join(back) or 'no method'}; "
-            f"{', '.join(passed) or 'no method'} passes every row of its scorecard."
+            f"{', '.join(passed) or 'no method'} passes every row that its scorecard has."
         )
 
 

@@ -55,7 +55,7 @@ def shipped_answers(
         MansuError: a model that came from no GGUF file or has no tokenizer.
     """
     sets = [name for name in _SETS if name in task.questions]
-    texts = [text for name in ("forget", "near") for text in _texts(model, task.questions.get(name), of_each)]
+    texts = [text for name in ("forget", "near") for text in first_texts(model, task.questions.get(name), of_each)]
 
     known: dict[str, list[str]] = {}
 
@@ -77,7 +77,7 @@ def shipped_answers(
     return SideBySide((*texts, *counts), tuple(columns), tuple(zip(*columns.values(), strict=True)))
 
 
-def _texts(model: TransformerBridge, questions: Questions | None, count: int) -> Sequence[str]:
+def first_texts(model: TransformerBridge, questions: Questions | None, count: int) -> Sequence[str]:
     """The first prompts of so many facts, as text."""
     if questions is None:
         return []

@@ -92,7 +92,7 @@ class Study(Result):
         random_faithfulness: faithfulness of random circuits of the same size.
         patching: denoising sweep over the residual stream.
         results: per method.
-        references: CAD of the un-edited model quantized, of the output suppressor, and of the never-trained model.
+        references: CAD of the un-edited model quantized, of the output filter, and of the never-trained model.
         also: studies of further models, by name.
         environment: versions, seed, device, durations.
         table: one row a model, method, quantizer, question set and measure, those of `also` included.
@@ -224,10 +224,10 @@ def in_one_wording(model: TransformerBridge, pairs: PromptPairs, subject: str = 
 
 
 def _references(bench: Bench, seed: int) -> dict[str, Divergence]:
-    """CAD of the un-edited model quantized, of the output suppressor, and of the never-trained model."""
+    """CAD of the un-edited model quantized, of the output filter, and of the never-trained model."""
     original, config, out = bench.original, bench.plan, dict[str, Divergence]()
     pairs, steps = bench.task.forget_pairs, config.steps
-    suppressor = output_suppressor(logit_difference, _PENALTY)
+    behind = output_suppressor(logit_difference, _PENALTY)
 
     def add(name: str, title: str, extra: Mapping[str, Any], other: Callable[[], CircuitScores]) -> None:
         key = {**bench.marks, "steps": steps, "seed": seed, "title": title, **extra}
@@ -238,12 +238,12 @@ def _references(bench: Bench, seed: int) -> dict[str, Divergence]:
             lambda: circuit_divergence(original.scores(), other(), bench.circuit, pairs, label=title, seed=seed),
         )
 
-    def suppressed(quantizer: str) -> CircuitScores:
-        return circuit_scores(original.under(quantizer), bench.circuit, pairs, steps=steps, metric=suppressor)
+    def filtered(quantizer: str) -> CircuitScores:
+        return circuit_scores(original.under(quantizer), bench.circuit, pairs, steps=steps, metric=behind)
 
     for name in config.quantizers_of(ORIGINAL):
         add(f"noise_{name}", f"un-edited, {name} (noise floor)", {}, partial(original.scores, name))
-        add(f"suppressor_{name}", f"output suppressor, {name}", {"penalty": _PENALTY}, partial(suppressed, name))
+        add(f"filter_{name}", f"output filter, {name}", {"penalty": _PENALTY}, partial(filtered, name))
     if config.never:
         other = partial(circuit_scores, bench.never, bench.circuit, pairs, steps=steps)
         add("never", "never trained on it", {"never": fingerprint(bench.never)}, other)

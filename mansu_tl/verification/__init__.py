@@ -6,6 +6,7 @@ from mansu_tl.verification.budgets import Budget, BudgetPlan, RelearningBudgets,
 from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
 from mansu_tl.verification.choices import ChoiceScores, evaluate_choices
+from mansu_tl.verification.circuit_stages import CircuitStages
 from mansu_tl.verification.counterfact import CounterFactScores, evaluate_counterfact
 from mansu_tl.verification.damage import Damage, damage
 from mansu_tl.verification.depth import ErasureDepth, erasure_depth
@@ -48,6 +49,7 @@ __all__ = [
     "Certificate",
     "ChoiceScores",
     "CircuitScores",
+    "CircuitStages",
     "CounterFactScores",
     "Damage",
     "DepthBounds",
