@@ -105,7 +105,7 @@ def demo(
     quiet: Quiet = False,
     png: Png = False,
 ) -> None:
-    """Run everything on the embedded models and write a report: four minutes on two free CPU cores."""
+    """Run everything on the embedded models and write a report: about five minutes on two free CPU cores."""
     with _to_be_continued():
         study = run_study(replace(DEMO, seed=seed), out, progress=not quiet, workers=workers, on=on)
         with one_thread():

@@ -121,7 +121,7 @@ def test_the_markdown_tables_say_what_the_table_says(result) -> None:
 
 def test_figures_are_drawn_from_the_table_alone(result) -> None:
     drawn = figures(result.table)
-    names = ("gaps", "quantizers", "plane", "frontier", "ablations", "methods")
+    names = ("gaps", "quantizers", "plane", "frontier", "ablations", "methods", "parts")
     assert set(drawn) == {f"pocket_{name}" for name in names}
     gap = value(result.table, "graddiff", "forget PTQ gap, MC", "nf4")
     words = [note.text for note in drawn["pocket_gaps"].layout.annotations] + [
