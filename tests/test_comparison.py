@@ -130,7 +130,7 @@ def test_figures_are_drawn_from_the_table_alone(result) -> None:
     assert any(f"{abs(gap):.1f}" in str(word) for word in words)
     for name in drawn:
         page = (result.folder / "figures" / f"{name}.html").read_text(encoding="utf-8")
-        assert ("<table" if name == "pocket_methods" else "plotly") in page
+        assert ("<table" if name in ("pocket_methods", "pocket_parts") else "plotly") in page
 
 
 def test_a_finished_run_does_nothing(result, monkeypatch) -> None:

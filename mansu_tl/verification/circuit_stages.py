@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mansu_tl.circuit import Circuit
 from mansu_tl.errors import MansuError
-from mansu_tl.results.result import Result
+from mansu_tl.results.result import Result, Table
 from mansu_tl.results.serialise import MismatchError
 from mansu_tl.verification.divergence import Divergence
 
@@ -107,12 +107,15 @@ class CircuitStages(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a model behind the original: row, stage, CAD and its interval."""
-        columns = ("rows", "stages", "cad", "cad_low", "cad_high")
-        return pd.DataFrame({name: getattr(self, name) for name in columns})
+        named = {"row": self.rows, "stage": self.stages}
+        return pd.DataFrame(named | {name: getattr(self, name) for name in ("cad", "cad_low", "cad_high")})
 
     def __repr__(self) -> str:
         kept, models = f"{len(self.writers)} of {self.n_edges} edges", len(self.rows)
         return f"CircuitStages({kept} in the original and {models} other models)"
+
+    def _tables(self) -> Sequence[Table]:
+        return (Table(self.to_dataframe(), "CAD of the whole circuit", "{:.2f}".format),)
 
     def _check(self) -> None:
         models, edges = self.scores.shape
