@@ -307,7 +307,11 @@ def _tables(folder: Path) -> Iterator[Picture]:
 
 def _real_stages(path: Path, theme: str) -> go.Figure:
     stages = CircuitStages.load(path)
-    title = "SmolLM2-135M: in the file GradDiff's circuit is back, MANSU's is not"
+    by = stages.to_dataframe().groupby("row", sort=False)["cad"]
+    came_back = by.first() - by.last() > _RETURNED
+    back, gone = (" and ".join(f"{row}'s" for row in by.first().index[came_back == which]) for which in (True, False))
+    found = f"in the file {back} circuit is back, {gone} is not" if back and gone else "the circuit, edited and shipped"
+    title = f"SmolLM2-135M: {found}"
     return plots.circuit_stages(stages, strongest=_DRAWN, title=title, theme=theme)
 
 
