@@ -4,7 +4,9 @@ RUN is the folder of `real_evidence.py tasks` and `run` (tasks and circuits). On
 run whole, and with one part changed: null space off, Fisher on, a quarter of each circuit MLP's neurons, and as many drawn
 at random in the same layers. Every edit is asked, and with `--attack` relearnt too: half of its facts are trained on, the
 others asked. Each cell is one line of RUN/ablations.jsonl; what is there is not done again. `--out TABLE.csv` writes
-differences to the whole, with intervals over facts and draws.
+differences to the whole, with intervals over facts and draws. The primary endpoint is one number: log-odds of the near facts
+that were kept back less those of the forget facts. Its differences have a p (sign flips over facts and draws) and the same
+after Holm's correction for all variants.
 """
 
 from __future__ import annotations
@@ -27,19 +29,21 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.results.intervals import fact_weights, middle
+from mansu_tl.results.significance import holm, sign_flip
 from mansu_tl.unlearning import settings_of
 from mansu_tl.verification import attack_splits, relearn
 from scripts.real_evidence import read
 
 WHOLE = {"quantizer": "gguf", "null_space": 50.0}
-QUARTER = {"neuron_share": 0.25}
+QUARTER, QUARTER_OWN = {"neuron_share": 0.25}, "a quarter of the neurons, the circuit's"
 VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "whole": ({}, 0),
     "null space off": ({"null_space": 0.0}, 0),
-    "a quarter of the neurons, the circuit's": (QUARTER, 0),
+    QUARTER_OWN: (QUARTER, 0),
     **{f"a quarter, drawn, {i}": ({**QUARTER, "restrict": "matched"}, i) for i in range(5)},
     "Fisher on": ({"fisher": True}, 0),
 }
+PRIMARY, KEPT, GONE = "near, kept back, less forget", "near, kept back", "forget"
 ASKED = ("forget", "forget, other words", "near", "near, kept back", "retain")
 RATE, STEPS = 1e-5, 30
 
@@ -95,7 +99,7 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     out = []
     for (relation, kind, measure, variant), values in own.groupby(level=[0, 1, 2, 3]):
         values = values.droplevel([0, 1, 2, 3])
-        against = "a quarter of the neurons, the circuit's" if "drawn" in variant else "whole"
+        against = _against(variant)
         base = own.loc[relation, kind, measure, against].reindex(values.index)
         both = pd.DataFrame({"value": values, "difference": values - base}).dropna()
         scale = 100.0 if measure == "mc" else 1.0
@@ -109,7 +113,41 @@ def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
             low, high = middle(draws[:, i])
             row |= {key: numbers[:, i].mean().item(), f"{key}_low": low, f"{key}_high": high}
         out.append({**row, "against": against})
-    return pd.DataFrame(out)
+    primary = [row for relation in own.index.unique("relation") for row in _primary(frame, own.loc[relation], relation)]
+    return pd.DataFrame([*out, *primary])
+
+
+def _against(variant: str) -> str:
+    return QUARTER_OWN if "drawn" in variant else "whole"
+
+
+def _primary(frame: pd.DataFrame, own: pd.Series, relation: str) -> list[dict[str, Any]]:
+    """The primary endpoint of every variant of a relation, beside what it is compared with on the same draws."""
+    log_odds = {kind: own.loc[kind, "log_odds"].unstack("variant") for kind in (KEPT, GONE)}
+    rows = []
+    for variant in log_odds[KEPT].columns:
+        against, parts = _against(variant), []
+        for kind, sign in ((KEPT, 1.0), (GONE, -1.0)):
+            both = log_odds[kind][[variant, against]].set_axis([0, 1], axis=1).dropna()
+            values = torch.tensor(both.to_numpy(), dtype=torch.float64)
+            weights = fact_weights(torch.arange(len(values)), len(parts))
+            parts.append((sign * values, sign * weights @ values))
+        mean = sum(each.mean(0) for each, _ in parts)
+        draws = sum(each for _, each in parts)
+        terms = torch.cat([(each[:, 0] - each[:, 1]) / len(each) for each, _ in parts])
+        part = frame[(frame.relation == relation) & (frame.variant == variant)]
+        row = {"relation": relation, "variant": variant, "questions": PRIMARY, "measure": "log_odds"}
+        row |= {"edits": part["task"].astype(str).str.cat(part["draw"]).nunique(), "facts": len(terms)}
+        for name, value, drawn in (
+            ("value", mean[0], draws[:, 0]), ("difference", mean[0] - mean[1], draws[:, 0] - draws[:, 1]),
+        ):  # fmt: skip
+            low, high = middle(drawn)
+            row |= {name: float(value), f"{name}_low": low, f"{name}_high": high}
+        rows.append({**row, "against": against, "p": sign_flip(terms) if variant != against else float("nan")})
+    tested = [row for row in rows if row["variant"] != row["against"]]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row["p_holm"] = p
+    return rows
 
 
 def main() -> None:

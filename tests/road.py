@@ -65,7 +65,7 @@ BASELINES = tuple(name for name in methods() if not method_flags(name).takes_cir
 # Few steps of everything that MANSU has: floor over two grids, attacker, null space, Fisher, discovered neighbours.
 MANSU = {
     "quantizer": "nf4+int4-g64", "steps": 12, "learning_rate": 0.5, "budget": 0.2, "fisher_sequences": 3,
-    "fisher_budget": 1e3, "neuron_share": 1.0, "adversary_steps": 2, "discover_near": 0.5,
+    "retain_budget": 1e3, "neuron_share": 1.0, "adversary_steps": 2, "discover_near": 0.5,
 }  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _mansu(c: Case) -> Numbers:
     edit = mtl.unlearn(c.model, c.task, "mansu", circuit=c.circuit, **MANSU)
     projected = mtl.unlearn(
         c.model, c.task, "random-circuit", circuit=c.circuit,
-        **{**MANSU, "quantizer": "nf4", "projector": True, "leak": 0.3, "floor": "after", "fisher_budget": 0.0},
+        **{**MANSU, "quantizer": "nf4", "projector": True, "leak": 0.3, "floor": "after", "retain_budget": 0.0},
     )  # fmt: skip
     facts = [float(edit.facts[key]) for key in ("retain_loss_before", "candidates")]
     assert edit.n_weights and projected.n_weights

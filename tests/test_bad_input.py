@@ -109,13 +109,11 @@ def test_an_empty_retain_set(task):
         dataclasses.replace(task, retain_text=task.retain_text[slice(0, 0)])
 
 
-def test_a_fisher_budget_that_leaves_nothing(model, task, circuit):
-    with refused(r"or every one that did costs more than the budgets allow; raise .*fisher_budget \(now 1e-30\)"):
-        unlearn(model, task, circuit=circuit, fisher_budget=1e-30, **QUICK)
-    with refused(r"fisher_budget=-1\.0 nats; choose 0 \(none\) or more"):
-        unlearn(model, task, circuit=circuit, fisher_budget=-1.0, **QUICK)
-    with refused(r"fisher_budget needs fisher=True; switch it on or set the budget to 0"):
-        unlearn(model, task, circuit=circuit, fisher=False, fisher_budget=1.0, **QUICK)
+def test_a_retain_budget_that_leaves_nothing(model, task, circuit):
+    with refused(r"or every one that did costs more than the budgets allow; raise .*retain_budget \(now 1e-30\)"):
+        unlearn(model, task, circuit=circuit, retain_budget=1e-30, **QUICK)
+    with refused(r"retain_budget=-1\.0 nats; choose 0 \(none\) or more"):
+        unlearn(model, task, circuit=circuit, retain_budget=-1.0, **QUICK)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1e-9])

@@ -34,7 +34,7 @@ def test_the_null_space_baseline_asks_for_enough_text_too(model, task):  # noqa:
     [
         *[(key, 0) for key in ("steps", "forget_batch", "retain_batch", "fisher_sequences", "select_every")],
         ("steps", -1),
-        *[(key, math.nan) for key in ("budget", "learning_rate", "fisher_budget", "margin", "null_space")],
+        *[(key, math.nan) for key in ("budget", "learning_rate", "retain_budget", "margin", "null_space")],
         ("learning_rate", math.inf),
         ("learning_rate", 0.0),
         ("budget", 2.0),

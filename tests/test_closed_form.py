@@ -388,7 +388,7 @@ def test_inputs_are_the_same_whatever_is_padded_or_left_out(model) -> None:
         ({"floor": "after"}, r"floor='after'; the closed form has none of it; choose 'loop'"),
         ({"adversary_weight": 1.0}, r"adversary_weight=1.0; the closed form has none of it; choose 0.0"),
         ({"gradual": 0.5}, r"gradual=0.5"),
-        ({"fisher": True, "fisher_budget": 0.1}, r"fisher_budget=0.1; the closed form has none of it; choose 0.0"),
+        ({"retain_budget": 0.1}, r"retain_budget=0.1; the closed form has none of it; choose 0.0"),
         ({"until": 1.0}, r"until=1.0; choose a share in \[0, 1\)"),
         ({"least_gain": -1.0}, r"least_gain=-1.0; choose 0 \(any gain\) or more"),
         ({"solver": "exact"}, r"solver='exact'; choose one of gradient, closed"),

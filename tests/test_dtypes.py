@@ -126,7 +126,7 @@ def test_mansu_in_16_bits_edits_what_it_edits_in_float32_and_to_the_same_codes(h
 
 @pytest.mark.parametrize("floor", ["after", "none"])
 def test_the_other_floors_store_the_models_dtype_too(half, floor: str) -> None:
-    settings = {**EVERYWHERE, "quantizer": "nf4", "floor": floor, "fisher_budget": 0.0}
+    settings = {**EVERYWHERE, "quantizer": "nf4", "floor": floor, "retain_budget": 0.0}
     edit = mtl.unlearn(half.model, half.task, "mansu", circuit=half.circuit, **settings)
     assert edit.n_weights and {value.dtype for value in edit.new.values()} == {dtype_of(half)}
 

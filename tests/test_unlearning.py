@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -15,14 +17,16 @@ from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, fingerprint, linear_weights, parameters, plain
 from mansu_tl.quantization import quantizer
-from mansu_tl.runs.values import by_length, sequence_logits, watched
+from mansu_tl.runs.values import by_length, predicted, sequence_logits, watched
 from mansu_tl.unlearning import Edit, MansuSettings, method_flags, methods, unlearn
 from mansu_tl.unlearning.batches import OriginalText
-from mansu_tl.unlearning.mansu.adversary import attacked
+from mansu_tl.unlearning.mansu.adversary import Means, attacked
 from mansu_tl.unlearning.mansu.candidates import circuit_weights
 from mansu_tl.unlearning.mansu.floor import Floor
+from mansu_tl.unlearning.mansu.plan import plan
+from mansu_tl.unlearning.mansu.solver import _Mansu
 from mansu_tl.unlearning.mansu.terms import forget_loss, ignorance
-from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, sequence_loss
+from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, embedded_task, sliced_task, tiny
 
@@ -227,47 +231,50 @@ def test_moments_behind_a_norm_are_about_what_reaches_the_stream(family: str) ->
     assert not torch.allclose(plainly / plainly.trace(), moment / moment.trace(), rtol=0.05)
 
 
-def test_fisher_is_the_mean_squared_gradient_of_each_sequence(task) -> None:
-    hf = plain(mtl.load("pocket-never"))
-    name = "model.layers.0.self_attn.o_proj.weight"
-    text = task.retain_text[slice(0, 3)]
-    fisher = diagonal_fisher(hf, [name], text)[name]
-    values = {k: v.detach() for k, v in hf.named_parameters()}
-    # The largest entry: the loss is taken in float32, which would drown a small slope.
-    i, j = divmod(int(fisher.argmax()), fisher.shape[1])
-    weight, step = values[name], 1e-3
-    slopes = []
-    for row in range(3):
-        one = text[slice(row, row + 1)]
-        ends = []
-        for sign in (1, -1):
-            moved = weight.double().clone()
-            moved[i, j] += sign * step
-            double = {k: v.double() for k, v in values.items()} | {name: moved}
-            ends.append(sequence_loss(hf.double(), double, one).item())
-        hf.float()
-        slopes.append((ends[0] - ends[1]) / (2 * step))
-    assert fisher[i, j].item() == pytest.approx(sum(s * s for s in slopes) / 3, rel=0.02, abs=1e-12)
+def test_fisher_information_is_that_of_all_labels_of_every_token(model, task) -> None:
+    """One label a token is drawn; on average over many that is the sum over the whole vocabulary."""
+    hf, name = plain(model), "model.layers.3.mlp.down_proj.weight"
+    one, many = task.retain_text[slice(0, 1)], 3000
+    text = Sequences(one.tokens.expand(many, -1), one.lengths.expand(many))
+    found = diagonal_fisher(hf, [name], text)[name]
+    length = int(one.lengths)
+    weight = dict(hf.named_parameters())[name].requires_grad_()
+    log_p = hf(one.tokens[:, :length]).logits[0, :-1].float().log_softmax(-1)
+    wanted = torch.zeros_like(weight)
+    for row in log_p:
+        likely = (row > -12).nonzero()[:, 0].tolist()
+        assert row.exp()[likely].sum() > 0.999
+        for label in likely:
+            (slope,) = torch.autograd.grad(row[label], weight, retain_graph=True)
+            wanted += row[label].exp().detach() * slope.square() / len(log_p)
+    assert (found.sum() / wanted.sum()).item() == pytest.approx(1, abs=0.05)
+    clear = wanted > wanted.max() / 20
+    assert clear.sum() > 20
+    torch.testing.assert_close(found[clear], wanted[clear], rtol=0.35, atol=0.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fisher_information_equals_one_gradient_a_sequence(family: str) -> None:
     model, pairs = mtl.load(tiny(family)), random_pairs(n=5, padded=True)
     hf, text = plain(model), Sequences(pairs.clean, pairs.lengths)
-    names, values = (
-        list(linear_weights(model)),
-        {name: value.detach() for name, value in plain(model).named_parameters()},
-    )
-    wanted = {name: torch.zeros_like(values[name]) for name in names}
-    for i, length in enumerate(text.lengths.tolist()):
-        row = Sequences(text.tokens[i : i + 1, :length], text.lengths[i : i + 1])
-        leaves = {name: values[name].clone().requires_grad_() for name in names}
-        loss = sequence_loss(hf, {**values, **leaves}, row)
-        for name, grad in zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-            wanted[name] += grad.square() / len(text)
+    names = list(linear_weights(model))
+    hf.requires_grad_(True)
+    order = text.lengths.argsort(stable=True)
+    batch = text[order]
+    # The labels that the model draws for the whole batch, one sequence after another.
+    logits = predicted(hf, {}, batch.trimmed())
+    drawn = torch.multinomial(logits.logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    wanted = {name: torch.zeros_like(parameters(model)[name]) for name in names}
+    for i, length in enumerate(batch.lengths.tolist()):
+        hf.zero_grad()
+        own = hf(batch.tokens[i : i + 1, :length]).logits[0, :-1].float()
+        torch.nn.functional.cross_entropy(own, drawn[logits.rows == i], reduction="sum").backward()
+        for name, value in hf.named_parameters():
+            if name in wanted:
+                wanted[name] += value.grad.square() / int((text.lengths - 1).sum())
     found = diagonal_fisher(hf, names, text)
     for name in names:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6 * wanted[name].max().item())
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5 * wanted[name].max().item())
 
 
 def test_sequences_run_apart_by_length_say_the_same(model) -> None:
@@ -352,6 +359,77 @@ def test_an_attack_is_what_adam_does_on_the_facts_it_has(model) -> None:
     torch.testing.assert_close(attack.change[name][clear], expected[clear], rtol=0, atol=2e-5)
     again = attacked(hf, values, (name,), pairs, facts, settings, torch.Generator().manual_seed(3))
     assert torch.equal(again.change[name], attack.change[name])
+
+
+def test_an_attackers_means_are_drawn_around_the_settings() -> None:
+    settings = MansuSettings(adversary_facts=12, adversary_steps=24, adversary_rate=3e-4)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert Means.drawn(settings, 48, 1.0, generator) == Means(12, 24, 3e-4)
+    assert torch.equal(generator.get_state(), before)  # a run without a spread draws what it always drew
+    many = [Means.drawn(settings, 48, 4.0, generator) for _ in range(4000)]
+    for key, middle in (("facts", 12), ("steps", 24), ("rate", 3e-4)):
+        shares = torch.tensor([getattr(each, key) / middle for each in many]).log2() / 2
+        assert -1.1 < shares.min() < -0.95 and 0.95 < shares.max() < 1.1
+        assert shares.mean().abs() < 0.03
+        assert shares.std().item() == pytest.approx(1 / 3**0.5, abs=0.03)  # that of an even draw between -1 and 1
+    # One fact at least is attacked and one is left.
+    assert {Means.drawn(MansuSettings(), 3, 64.0, generator).facts for _ in range(200)} == {1, 2}
+
+
+def test_an_attack_of_a_spread_has_other_means_and_the_same_seed_the_same_ones(model) -> None:
+    hf, pairs = plain(model), embedded_task().forget_pairs
+    values = {name: value.detach() for name, value in hf.named_parameters()}
+    name = "model.layers.1.mlp.down_proj.weight"
+    settings = MansuSettings(adversary_facts=12, adversary_steps=1, adversary_rate=1e-3)
+    found = [
+        attacked(hf, values, (name,), pairs, pairs.fact_numbers(), settings, torch.Generator().manual_seed(3), 3.0)
+        for _ in range(2)
+    ]
+    means = Means.drawn(settings, 48, 3.0, torch.Generator().manual_seed(3))
+    assert means != Means(12, 1, 1e-3)
+    left = pairs.fact_numbers()[found[0].others]
+    assert len(left.unique()) == 48 - means.facts
+    assert torch.equal(found[0].change[name], found[1].change[name])
+    # Adam moves a weight by its rate at the first step, and by no more than that at each further one.
+    assert means.rate * 0.9 < found[0].change[name].abs().max() <= means.rate * means.steps * 1.01
+
+
+def test_the_forget_term_at_the_place_is_that_of_a_model_with_the_originals_layers_behind_it(
+    model, task, circuit
+) -> None:
+    settings = MansuSettings(**QUICK["mansu"], place_weight=2.0, representation_weight=0.0)
+    fixed = plan(model, task, settings, circuit, 0, progress=False)
+    solver = _Mansu(fixed, settings, 0)
+    solver.restart()
+    layers = model.cfg.n_layers
+    assert solver.places == tuple(range(layers - 1))
+    solver.latent.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(2)
+    change, _ = fixed.floor.change(solver.latent, solver.allowed, None)
+    batch = fixed.source.draw(solver.samplers, fixed.view(change, None))
+    found = []
+    for step in (1, 3, 5, 7):
+        found.append(solver._at_place(batch, step).item())
+        # The edited model with whole layers of the original put into it.
+        mixed = copy.deepcopy(fixed.hf)
+        mixed.load_state_dict({**mixed.state_dict(), **batch.values})
+        place = solver.places[step // 2 % len(solver.places)]
+        for layer in range(place + 1, layers):
+            mixed.model.layers[layer].load_state_dict(fixed.hf.model.layers[layer].state_dict())
+        pairs = batch.pairs
+        logits = mixed(pairs.clean).logits[torch.arange(len(pairs)), pairs.lengths - 1].float()
+        seen = fixed.unknown.of(batch.places)
+        wanted = forget_loss(logits, seen.reference, seen.pool, pairs.answers, settings)
+        wanted = wanted + settings.retain_weight * solver.objective.retain(
+            replace(batch, values=dict(mixed.named_parameters()))
+        )
+        assert found[-1] == pytest.approx(wanted.item(), rel=1e-4)
+    assert len({round(each, 4) for each in found}) == len(solver.places)  # each place says something else
+    # Behind the place nothing gets a gradient, before it something does.
+    (slope,) = torch.autograd.grad(solver._at_place(fixed.source.draw(solver.samplers, fixed.view(
+        fixed.floor.change(solver.latent, solver.allowed, None)[0], None)), 1), solver.latent)  # fmt: skip
+    for name, piece in fixed.floor.pieces(slope).items():
+        assert bool(piece.any()) == name.startswith("model.layers.0.")
 
 
 def test_mansu_can_defend_against_an_attacker_and_keeps_its_floor(model, task, circuit, edit) -> None:

@@ -51,6 +51,12 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def layer_of(model: Model, name: str) -> int | None:
+    """The number of the layer that a parameter of some HF name lies in; None in front of the layers and behind them."""
+    inside = f"{family(model).layers}."
+    return int(name.removeprefix(inside).split(".")[0]) if name.startswith(inside) else None
+
+
 def submodule(model: Model, path: str) -> nn.Module:
     """The HF module at an HF path, bridged or not."""
     module = unwrap(hf_of(model))

@@ -32,7 +32,6 @@ _MANSU_ROWS = (
     ("edited linear weights, %", ("", ("", "edited linear weights, %"), 2)),
     ("NF4 codes changed, % of edited", ("nf4", ("", "codes changed, % of edited"), 1)),
     ("retain loss increase, measured, nats", ("", ("", "retain increase measured, nats"), 4)),
-    ("retain loss increase, Fisher's bound, nats", ("", ("", "retain increase bound, nats"), 3)),
 )
 _METHOD_COLUMNS = (
     ("forget MC / cloze", (("", ("forget", "MC"), 1), ("", ("forget", "cloze"), 1))),

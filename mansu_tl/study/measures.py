@@ -203,7 +203,7 @@ def text_rows(found: Damage) -> Iterator[Measured]:
 def size_rows(model: TransformerBridge, edit: Edit) -> Iterator[Measured]:
     """How much of the model was edited, and what the edit says that it cost."""
     yield plain_row("", "", "edited linear weights, %", 100 * edit.linear_share(model))
-    for key in ("retain_increase_measured", "retain_increase_fisher", "retain_increase_bound"):
+    for key in ("retain_increase_measured", "retain_divergence_measured", "retain_divergence_fisher"):
         if key in edit.facts:
             yield plain_row("", "", f"{key.replace('_', ' ')}, nats", edit.facts[key])
 

@@ -131,11 +131,12 @@ def diagonal_fisher(
     data_parallel: bool = False,
     progress: bool = False,
 ) -> dict[str, Float[Tensor, ...]]:
-    """Empirical diagonal Fisher: mean over sequences of the squared gradient of the sequence's mean token loss.
+    """The diagonal of the Fisher information of one token's prediction: E (d log p(y) / d w)^2, with y drawn from the model.
 
-    Half of sum F d^2 is the diagonal approximation of the retain loss's increase; it leaves out how changes add up.
-    `retain_bound` does not. Sequences share a pass: a sequence's gradient of a matrix is the product of its own output
-    gradients and inputs.
+    One label a token is drawn, from a fixed seed. A sequence's gradients are summed before they are squared: given the text,
+    the labels are independent and each gradient's mean is 0, so that what tokens have in common vanishes on average and
+    the sum over sequences, divided by the number of tokens, is the mean over tokens. Sequences share a pass: a sequence's
+    gradient of a matrix is the product of its own output gradients and inputs.
 
     Args:
         data_parallel: as `input_moments`.
@@ -156,18 +157,21 @@ def diagonal_fisher(
     with torch.enable_grad(), watched(model, chosen, keep):
         for start in tqdm(starts, desc="Fisher", unit="pass", disable=not progress):
             part = text[order[start : start + _FISHER_ROWS]].trimmed()
-            summed = _mean_losses(model, part).sum()
+            summed = _drawn_losses(model, part, start).sum()
             grads = torch.autograd.grad(summed, [passed[name][1] for name in chosen])
             for (name, module), grad in zip(chosen.items(), grads, strict=True):
                 _add_squares(totals[name], passed[name][0], grad, transposed=isinstance(module, Conv1D))
-    return {name: (distributed.summed(x) if data_parallel else x) / len(text) for name, x in totals.items()}
+    count = int((text.lengths - 1).sum())
+    return {name: (distributed.summed(x) if data_parallel else x) / count for name, x in totals.items()}
 
 
-def _mean_losses(model: PreTrainedModel, batch: Sequences) -> Float[Tensor, " row"]:
-    """Each sequence's mean next-token cross-entropy."""
-    predictions = predicted(model, {}, batch)
-    losses = torch.nn.functional.cross_entropy(predictions.logits, predictions.targets, reduction="none")
-    return losses.new_zeros(len(batch)).index_add(0, predictions.rows, losses / (batch.lengths[predictions.rows] - 1))
+def _drawn_losses(model: PreTrainedModel, batch: Sequences, seed: int) -> Float[Tensor, " token"]:
+    """The cross-entropy of a next token that the model itself draws, at every place."""
+    logits = predicted(model, {}, batch).logits
+    # Drawn on the CPU, so that a seed means the same everywhere.
+    own = logits.detach().float().softmax(-1).cpu()
+    drawn = torch.multinomial(own, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
+    return torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="none")
 
 
 def _add_squares(
@@ -202,19 +206,6 @@ def sequence_loss(model: PreTrainedModel, values: Values, batch: Sequences) -> F
             mean = torch.nn.functional.cross_entropy(part.logits, part.targets)
             parts.append(mean * (len(part.targets) / count))
     return torch.stack(parts).sum()
-
-
-def retain_bound(
-    fisher: Float[Tensor, " weight"], change: Float[Tensor, " weight"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The diagonal estimate 1/2 sum F d^2 and the bound k/2 sum F d^2 on the quadratic term, both in nats.
-
-    With g the gradient of a sequence's loss, the term is 1/2 E (g . d)^2 under the empirical Fisher information, and
-    (g . d)^2 <= k sum g^2 d^2 for a change d of k weights (Cauchy-Schwarz): the bound holds however changes add up.
-    Our definition.
-    """
-    diagonal = 0.5 * (fisher * change.square()).sum()
-    return diagonal, diagonal * (change != 0).sum()
 
 
 @torch.no_grad()

@@ -255,21 +255,19 @@ class Floor:
         return torch.cat([matrices[name].flatten()[self.where[name]].to(self.device) for name in self.spans])
 
 
-def choose_support(
+def most_wanted(
     latent: Float[Tensor, " weight"],
     change: Float[Tensor, " weight"],
     changed: Bool[Tensor, " weight"],
     importance: Float[Tensor, " weight"] | None,
     budget: int,
-    fisher_budget: float,
-) -> Bool[Tensor, " weight"]:
-    """The changed weights of largest latent update, in bins, against their cost to the retain set.
+) -> Int[Tensor, " _"]:
+    """The changed weights of largest latent update, in bins, against their cost to the retain set; largest first.
 
     Args:
         change: what the quantized model feels of each update, in weight units.
         importance: diagonal Fisher information, or None.
         budget: how many weights at most.
-        fisher_budget: nats that k/2 sum F d^2 over the k chosen may reach; 0 = no limit.
     """
     priority = latent.abs()
     if importance is not None:
@@ -277,12 +275,5 @@ def choose_support(
         typical = cost[changed].mean().clamp_min(1e-12) if bool(changed.any()) else cost.new_tensor(1.0)
         priority = priority / (1 + (cost / typical).sqrt())
     priority = torch.where(changed, priority, 0.0)
-    kept = torch.zeros_like(changed)
     order = priority.topk(min(budget, priority.numel())).indices
-    if importance is not None and fisher_budget:
-        # Both factors of the bound grow along the order, so it holds for a prefix. Running sums of floats have no
-        # deterministic form on a GPU.
-        spent = cost[order].double().cpu().cumsum(0) * torch.arange(1, len(order) + 1)
-        order = order[: int((spent <= fisher_budget).sum())]
-    kept[order] = True
-    return kept & changed
+    return order[changed[order]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from mansu_tl.data import Sequences, Task
 from mansu_tl.data.contexts import behind_words
 from mansu_tl.errors import MansuError
 from mansu_tl.models import LinearWeight, home, linear_weights, orient, parameters
-from mansu_tl.models.tree import family
+from mansu_tl.models.tree import family, layer_of
 from mansu_tl.models.widened import widened
 from mansu_tl.patching.reading import read_layer, subject_share
 from mansu_tl.quantization import grid_of
@@ -97,6 +97,22 @@ class Plan:
     layers: tuple[int, ...]  # whose MLPs take turns in the closed form
     data_parallel: bool  # whether text and forget prompts are shared out over processes
 
+    @property
+    def deployed_view(self) -> int | None:
+        """The grid under which the model is looked at as deployed: what a file's own grid gives is what is stored (None)."""
+        return None if self.floor.rule == "none" or self.floor.grids[0].given_scales else 0
+
+    def between(self, change: Float[Tensor, " weight"]) -> Callable[[float], AbstractContextManager[Values]]:
+        """The deployed model on the way from the original, at 0, to what a change makes of it, at 1; without gradients."""
+        under = self.deployed_view
+
+        @contextmanager
+        def at(scale: float) -> Iterator[Values]:
+            with nullcontext() if under is None else self.view.deployed(scale * change, under):
+                yield self.view(scale * change, None) if under is None else {}
+
+        return at
+
 
 def plan(
     model: TransformerBridge,
@@ -126,7 +142,7 @@ def plan(
     facts = pairs.fact_numbers()
     settings.attacked_facts(int(facts.max()) + 1)  # refuses an attacker who leaves none to defend
     layers = closed_layers(subject_share(model, pairs), settings) if settings.solver == "closed" else ()
-    names = _outputs(hf, layers) if layers else tuple(linear)
+    names = _outputs(hf, layers) if layers else _within(hf, linear, settings.depth)
     choose: dict[str, Callable[[], Masks]] = {
         "circuit": lambda: circuit_weights(model, circuit, pairs, settings.neuron_share, names),
         "random": lambda: random_weights(model, circuit, settings.neuron_share, seed, names),
@@ -204,6 +220,13 @@ def closed_layers(share: Float[Tensor, " layer"], settings: MansuSettings) -> tu
     """The layers whose MLPs take turns: up to a share of the way to the layer that reads the subject."""
     last = int(settings.until * read_layer(share))
     return tuple(range(max(0, last - settings.layers + 1), last + 1))
+
+
+def _within(hf: PreTrainedModel, linear: Mapping[str, LinearWeight], depth: float) -> tuple[str, ...]:
+    """The linear weights of the first layers, as a share of all."""
+    layers = {name: layer_of(hf, name) for name in linear}
+    end = max(1, round(depth * (1 + max(layer for layer in layers.values() if layer is not None))))
+    return tuple(name for name, layer in layers.items() if layer is not None and layer < end)
 
 
 def _outputs(hf: PreTrainedModel, layers: Sequence[int]) -> tuple[str, ...]:

@@ -20,11 +20,12 @@ _COUNTS = (
 )  # fmt: skip
 # What only the gradient's solver can do, and the value that switches it off.
 _NOT_CLOSED = (
-    ("floor", "loop"), ("adversary_weight", 0.0), ("projector", False), ("gradual", 0.0), ("fisher_budget", 0.0),
+    ("floor", "loop"), ("adversary_weight", 0.0), ("projector", False), ("gradual", 0.0), ("retain_budget", 0.0),
+    ("place_weight", 0.0), ("depth", 1.0),
 )  # fmt: skip
 # Where the closed form differs from the defaults.
 CLOSED: Mapping[str, Any] = MappingProxyType(
-    {"solver": "closed", "steps": 20, "margin": 0.1, "band_weight": 0.05, "representation_weight": 0.0,
+    {"solver": "closed", "steps": 20, "margin": 0.1, "band_weight": 0.05, "representation_weight": 0.0, "place_weight": 0.0,
      "adversary_weight": 0.0, "null_space": 50.0, "near_weight": 5.0, "fisher": False, "contexts": 3,
      "neuron_share": 1.0, "fisher_sequences": 64}
 )  # fmt: skip
@@ -48,6 +49,8 @@ class MansuSettings(Digested):
         floor: "loop" = the grid is in the optimisation; "after" = a plain one, each weight of its support pushed across
             a boundary at the end; "none" = a plain one, stored as it is.
         budget: edited weights as a share of all linear weights.
+        depth: the share of the layers, from the first on, whose weights may be edited: what is edited late can only keep a
+            fact from being said, not from being known.
         candidates: how many weights may be moved at all, as a multiple of the budget: those whose move by one bin lowers or
             raises the forget loss most at the start; 0 = every weight of the circuit.
         neuron_share: share of each circuit MLP's neurons that may be edited.
@@ -68,6 +71,9 @@ class MansuSettings(Digested):
         band: half-width in nats of the quadratic part of the pool's flattening.
         band_weight: weight of the flattening.
         representation_weight: weight of the hidden states' distance from those of never-seen prompts.
+        place_weight: weight of the forget term at the place: the edited stream behind a layer, read by the original's layers
+            behind it, has to say what never-seen prompts say; layers with candidates take turns, the model's last one
+            excepted. 0 = off.
         retain_weight: weight of the retain term against the forget term.
         near_weight: weight of a near token against another retain token.
         discover_near: where the task names no near text, the share of the retain text that counts as near: what the
@@ -78,8 +84,9 @@ class MansuSettings(Digested):
         projector: project the update itself into the null space of the retain inputs after every step.
         leak: share of the retain inputs' energy that the projector's null space may hold.
         fisher: whether the diagonal Fisher information enters the choice of weights.
-        fisher_budget: nats that the bound on the retain loss's quadratic term may reach; 0 = no budget.
-        fisher_sequences: retain sequences behind the Fisher information.
+        retain_budget: nats a token that the edit may move the model away from the original on a sample of the retain text,
+            measured: of the changed weights, the most wanted stay until it is spent. 0 = no budget.
+        fisher_sequences: retain sequences of that sample, which is the Fisher information's too.
         gradual: share of the steps over which the number of weights that may cross a boundary grows to the budget, those of
             largest update first; 0 = they cross as they come.
         select_from: share of the steps after which the support is cut to the budgets every `select_every` steps.
@@ -90,6 +97,8 @@ class MansuSettings(Digested):
         adversary_steps: Adam steps of an attack.
         adversary_facts: forget facts that the attacker trains on; 0 = a quarter of them.
         adversary_rate: the attacker's learning rate.
+        adversary_spread: by what factor, up or down, an attack's facts, steps and rate are drawn around those above, even in
+            the logarithm; it grows from 1 to this until the support is frozen. 1 = every attack is alike.
     """
 
     quantizer: str = "nf4"
@@ -97,6 +106,7 @@ class MansuSettings(Digested):
     restrict: str = "circuit"
     floor: str = "loop"
     budget: float = 0.0195
+    depth: float = 1.0
     candidates: float = 0.0
     neuron_share: float = 0.25
     steps: int = 300
@@ -114,6 +124,7 @@ class MansuSettings(Digested):
     band: float = 0.5
     band_weight: float = 0.2
     representation_weight: float = 2.0
+    place_weight: float = 0.0
     retain_weight: float = 180.0
     near_weight: float = 10.0
     discover_near: float = 0.2
@@ -122,7 +133,7 @@ class MansuSettings(Digested):
     projector: bool = False
     leak: float = 0.02
     fisher: bool = True
-    fisher_budget: float = 0.0
+    retain_budget: float = 0.0
     fisher_sequences: int = 256
     gradual: float = 0.0
     select_from: float = 0.2
@@ -133,6 +144,7 @@ class MansuSettings(Digested):
     adversary_steps: int = 24
     adversary_facts: int = 0
     adversary_rate: float = 3e-4
+    adversary_spread: float = 1.0
 
     def __post_init__(self) -> None:
         for key, known in (("restrict", RESTRICTIONS), ("floor", FLOORS), ("solver", SOLVERS)):
@@ -143,6 +155,7 @@ class MansuSettings(Digested):
             self._require(key, not isinstance(value, float) or math.isfinite(value), "choose a finite number")
         self._require("learning_rate", self.learning_rate > 0, "choose one above 0", " bins")
         self._require("budget", self.budget <= 1, "choose a share of the linear weights, at most 1")
+        self._require("depth", 0 < self.depth <= 1, "choose a share of the layers, above 0 and at most 1")
         everything = self.candidates == 0
         self._require("candidates", everything or self.candidates >= 1, "choose 0 (all) or at least 1 budget")
         self._require("gradual", 0 <= self.gradual <= 1, "choose a share of the steps, at most 1")
@@ -152,11 +165,10 @@ class MansuSettings(Digested):
         if self.solver == "closed":
             for key, value in _NOT_CLOSED:
                 self._require(key, getattr(self, key) == value, f"the closed form has none of it; choose {value!r}")
+        self._require("adversary_spread", self.adversary_spread >= 1, "choose 1 (none) or more")
         self._require("discover_near", 0 <= self.discover_near < 1, "choose a share in [0, 1)")
         self._require("adversary_facts", self.adversary_facts >= 0, "choose 0 (a quarter) or more")
-        self._require("fisher_budget", self.fisher_budget >= 0, "choose 0 (none) or more", " nats")
-        if self.fisher_budget and not self.fisher:
-            raise MansuError("mansu: fisher_budget needs fisher=True; switch it on or set the budget to 0")
+        self._require("retain_budget", self.retain_budget >= 0, "choose 0 (none) or more", " nats")
 
     def _require(self, key: str, fine: bool, way_out: str, unit: str = "") -> None:
         if not fine:

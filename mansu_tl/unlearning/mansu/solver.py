@@ -8,7 +8,6 @@ quantizer. The paper's formulas are not public in full; what is stated here is o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import torch
@@ -21,6 +20,7 @@ from mansu_tl.circuit.evaluation import require_graph
 from mansu_tl.data import Task
 from mansu_tl.errors import MansuError, NoEditError
 from mansu_tl.models import orient
+from mansu_tl.models.tree import layer_of
 from mansu_tl.runs import distributed
 from mansu_tl.unlearning.batches import Batch
 from mansu_tl.unlearning.checkpoint import Checkpoint
@@ -28,12 +28,13 @@ from mansu_tl.unlearning.edit import Edit
 from mansu_tl.unlearning.loop import Solver, run
 from mansu_tl.unlearning.mansu.adversary import Attacked, attacked
 from mansu_tl.unlearning.mansu.closed import closed_form
-from mansu_tl.unlearning.mansu.floor import choose_support
+from mansu_tl.unlearning.mansu.floor import most_wanted
 from mansu_tl.unlearning.mansu.memory import require_fit_of_mansu
 from mansu_tl.unlearning.mansu.plan import Plan, plan
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.mansu.terms import objective
-from mansu_tl.unlearning.retain_statistics import retain_bound, sequence_loss
+from mansu_tl.unlearning.retain_divergence import retain_divergence, within
+from mansu_tl.unlearning.retain_statistics import sequence_loss
 
 # Steps over which the step size rises, in runs of sixty or more.
 _WARM_UP = 10
@@ -90,8 +91,8 @@ def mansu(
     if not edited:
         raise NoEditError(
             f"mansu: no weight left its bin in {settings.steps} steps, or every one that did costs more than the budgets "
-            f"allow; raise steps, learning_rate (now {settings.learning_rate} bins) or fisher_budget (now "
-            f"{settings.fisher_budget})"
+            f"allow; raise steps, learning_rate (now {settings.learning_rate} bins) or retain_budget (now "
+            f"{settings.retain_budget})"
         )
     facts = {
         "seed": seed,
@@ -119,6 +120,10 @@ class _Mansu(Solver):
         self.freeze = int(settings.freeze_at * settings.steps)
         self.warm_up = min(_WARM_UP, max(1, settings.steps // 6))
         self.objective = objective(settings, fixed.unknown)
+        edited, every = (
+            {layer_of(fixed.hf, name) for name in names} for names in (fixed.floor.spans, fixed.view.linear)
+        )
+        self.places = tuple(sorted(layer for layer in edited if layer is not None and layer + 1 in every))
 
     def restart(self) -> None:
         cfg, latent = self.settings, torch.zeros_like(self.fixed.floor.value, requires_grad=True)
@@ -152,6 +157,8 @@ class _Mansu(Solver):
         batch = self.fixed.source.draw(self.samplers, self.fixed.view(change, under))
         forget, retain = self.objective.terms(batch)
         loss = forget + cfg.retain_weight * retain
+        if cfg.place_weight and self.places:
+            loss = loss + cfg.place_weight * self._at_place(batch, step)
         if cfg.adversary_weight:
             loss = loss + cfg.adversary_weight * self._under_attack(batch, step)
         if cfg.null_space:
@@ -186,9 +193,17 @@ class _Mansu(Solver):
         """The weights that the budgets pay for."""
         latent = self.latent.detach()
         change, changed = self.fixed.floor.deployed(latent, self.allowed)
-        return choose_support(
-            latent, change, changed, self.fixed.importance, self.fixed.budget, self.settings.fisher_budget
-        )
+        order = most_wanted(latent, change, changed, self.fixed.importance, self.fixed.budget)
+        kept = torch.zeros_like(changed)
+        if budget := self.settings.retain_budget:
+
+            def divergence(count: int) -> float:
+                some = torch.zeros_like(change).index_copy(0, order[:count], change[order[:count]])
+                return retain_divergence(self.fixed.hf, self.fixed.between(some), self.fixed.sample)[0]
+
+            order = order[: within(len(order), budget, divergence)] if len(order) else order
+        kept[order] = True
+        return kept
 
     @torch.no_grad()
     def _cut(self, step: int) -> None:
@@ -209,11 +224,23 @@ class _Mansu(Solver):
         cfg, fixed = self.settings, self.fixed
         if self.attack is None or step % cfg.adversary_every == 0:
             names = tuple(fixed.view.linear)
-            self.attack = attacked(fixed.hf, batch.values, names, fixed.source.pairs, fixed.facts, cfg, self.generator)
+            spread = cfg.adversary_spread ** min(1.0, step / max(1, self.freeze))
+            self.attack = attacked(
+                fixed.hf, batch.values, names, fixed.source.pairs, fixed.facts, cfg, self.generator, spread
+            )
         moved, others = self.attack.change, self.attack.others
         there = {name: value + moved[name] if name in moved else value for name, value in batch.values.items()}
         rows = others[torch.randperm(len(others), generator=self.generator)[: cfg.forget_batch]]
         return self.objective.forget(replace(batch, values=there, rows=rows))
+
+    def _at_place(self, batch: Batch, step: int) -> Float[Tensor, ""]:
+        """The objective where the layers behind one are the original's again, so what is mended behind it does not count."""
+        # Views take turns by single steps and pairs of them: a place lasts as long as they need.
+        place = self.places[step // (2 * len(self.fixed.floor.grids)) % len(self.places)]
+        hf, original = self.fixed.hf, self.fixed.source.original
+        kept = {name for name in batch.values if (layer := layer_of(hf, name)) is not None and layer <= place}
+        values = {name: value if name in kept else original[name] for name, value in batch.values.items()}
+        return self.objective(replace(batch, values=values))
 
     def _leak(self, change: Float[Tensor, " weight"]) -> Float[Tensor, ""]:
         """Mean squared change of the circuit matrices' outputs on retain inputs, relative to the inputs' size."""
@@ -227,18 +254,19 @@ class _Mansu(Solver):
 
 
 def _retain_increase(fixed: Plan, matrices: Mapping[str, Tensor]) -> dict[str, float]:
-    """The retain loss's increase under the realised change: measured, its diagonal estimate and its bound."""
-    # What a file's own grid gives is what is stored.
-    as_stored = fixed.floor.rule == "none" or fixed.floor.grids[0].given_scales
-    view, under = fixed.view, None if as_stored else 0
-    change, losses = fixed.floor.felt(matrices, under), []
-    for moved in (torch.zeros_like(change), change):
-        with torch.no_grad(), nullcontext() if under is None else view.deployed(moved, under):
-            values = view(moved, None) if under is None else {}
+    """What the realised change costs on the retain sample, in nats a token: the loss before and after, the divergence from
+    the original, and what Fisher information predicts of that."""
+    at, losses = fixed.between(fixed.floor.felt(matrices, fixed.deployed_view)), []
+    for scale in (0.0, 1.0):
+        with torch.no_grad(), at(scale) as values:
             losses.append(sequence_loss(fixed.hf, values, fixed.sample).item())
     before, after = losses
-    facts = {"retain_loss_before": before, "retain_loss_after": after, "retain_increase_measured": after - before}
-    if fixed.importance is not None:
-        diagonal, bound = retain_bound(fixed.importance, change)
-        facts |= {"retain_increase_fisher": diagonal.item(), "retain_increase_bound": bound.item()}
-    return facts
+    measured, predicted = retain_divergence(fixed.hf, at, fixed.sample, predict=True)
+    assert predicted is not None
+    return {
+        "retain_loss_before": before,
+        "retain_loss_after": after,
+        "retain_increase_measured": after - before,
+        "retain_divergence_measured": measured,
+        "retain_divergence_fisher": predicted,
+    }

@@ -20,7 +20,7 @@ MANSU = register(
         ablations={
             "no-circuit": ("MANSU, no circuit", {"restrict": "none"}),
             "no-null-space": ("MANSU, no null space", {"null_space": 0.0}),
-            "no-fisher": ("MANSU, no Fisher", {"fisher": False, "fisher_budget": 0.0}),
+            "no-fisher": ("MANSU, no Fisher", {"fisher": False}),
             "no-floor": ("MANSU, no floor", {"floor": "none"}),
             "floor-after": ("MANSU, floor after the fact", {"floor": "after"}),
             "no-adversary": ("MANSU, no adversary", {"adversary_weight": 0.0}),
