@@ -120,10 +120,8 @@ class _Mansu(Solver):
         self.freeze = int(settings.freeze_at * settings.steps)
         self.warm_up = min(_WARM_UP, max(1, settings.steps // 6))
         self.objective = objective(settings, fixed.unknown)
-        edited, every = (
-            {layer_of(fixed.hf, name) for name in names} for names in (fixed.floor.spans, fixed.view.linear)
-        )
-        self.places = tuple(sorted(layer for layer in edited if layer is not None and layer + 1 in every))
+        edited = {layer for name in fixed.floor.spans if (layer := layer_of(fixed.hf, name)) is not None}
+        self.places = tuple(sorted(edited))[:-1]  # behind the last nothing is edited
 
     def restart(self) -> None:
         cfg, latent = self.settings, torch.zeros_like(self.fixed.floor.value, requires_grad=True)
