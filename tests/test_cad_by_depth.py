@@ -212,6 +212,22 @@ def test_the_figure_shows_both_sides_and_where_the_fact_is_read(case) -> None:
         mtl.plots.cad_by_depth([found[0], other])
 
 
+def test_the_grafting_figure_is_what_the_original_reads_behind_every_layer(case) -> None:
+    model, _, reader = case
+    cut = [name for name in linear_weights(model) if ".1." in name]
+    found = [reader.read(model, label="itself"), reader.read(without(model, *cut), label="cut")]
+    figure = mtl.plots.grafting(found, chance=25.0)
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert [trace.name for trace in lines] == ["itself", "cut"]
+    for trace, each in zip(lines, found, strict=True):
+        torch.testing.assert_close(torch.tensor(trace.y).double(), 100 * each.grafted.double().mean(1))
+    assert {shape.y0 for shape in figure.layout.shapes if shape.y0 == shape.y1} == {25.0}
+    assert not [shape for shape in mtl.plots.grafting(found).layout.shapes if shape.y0 == shape.y1]
+    other = dataclasses.replace(found[1], read=found[1].read + 1)
+    with pytest.raises(MansuError, match="'cut' was read at other layers"):
+        mtl.plots.grafting([found[0], other])
+
+
 def test_edges_of_the_same_model_are_its_edge_scores(case) -> None:
     """And what every writer puts into the logits is its term, whatever model wrote it; both by another way."""
     model, pairs, _ = case

@@ -7,7 +7,7 @@ from mansu_tl.plots.budgets import relearning_budgets
 from mansu_tl.plots.circuit_graph import circuit
 from mansu_tl.plots.circuit_views import circuit_layers, circuit_stages
 from mansu_tl.plots.curves import erasure_depth, faithfulness_curves, probes, relearning
-from mansu_tl.plots.depth import cad_by_depth
+from mansu_tl.plots.depth import cad_by_depth, grafting
 from mansu_tl.plots.divergences import circuit_divergence, divergence_by_layer, divergence_plane
 from mansu_tl.plots.export import write_html, write_image, write_images
 from mansu_tl.plots.frontier import frontier, pareto, sensitivity
@@ -31,7 +31,7 @@ __all__ = [
     "attention_patterns", "attention_view", "attribution_scatter", "bins", "cad_by_depth", "certificate", "circuit",
     "circuit_divergence", "circuit_layers", "circuit_stages", "direct_logit_attribution", "dither",
     "divergence_by_layer", "divergence_plane", "divergence_scatter", "edge_matrix", "erasure_depth",
-    "faithfulness_curves", "frontier", "gap_matrix", "head_scores", "logit_lens", "methods_table", "node_scores",
+    "faithfulness_curves", "frontier", "gap_matrix", "grafting", "head_scores", "logit_lens", "methods_table", "node_scores",
     "pareto", "patching", "probes", "ptq_gap", "relearning", "relearning_budgets", "ruler", "scorecard",
     "sensitivity", "token_scores", "write_html", "write_image", "write_images",
 ]  # fmt: skip

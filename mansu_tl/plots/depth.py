@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mansu_tl.errors import MansuError
-from mansu_tl.plots.panels import distinct, legend_below, new_panels, require_columns, series_styles
+from mansu_tl.plots.panels import Panel, distinct, legend_below, new_panels, require_columns, series_styles
 from mansu_tl.plots.theme import plain, theme_named
 from mansu_tl.verification import CadByDepth
 
@@ -37,9 +37,6 @@ def cad_by_depth(
     """
     look, tables = theme_named(theme), _tables(results)
     first = next(iter(tables.values()))
-    for label, each in tables.items():
-        if not each[_SAME].equals(first[_SAME]):
-            raise MansuError(f"CAD by depth: {label!r} was read at other layers; compare models with one original")
     how_to_read = (
         "Evidence of the answer in each layer's stream, as the original reads it: 0 = still there, 1 = gone, above 1 = "
         "inverted. Bands: 95 % intervals over facts."
@@ -49,7 +46,6 @@ def cad_by_depth(
         ["facts to be forgotten", "near facts, to be kept"], 2, (170, 360), 0, horizontal_spacing=0.07, shared_yaxes=True,
     )  # fmt: skip
     x, styles = list(range(len(first))), series_styles(list(tables), look)
-    every = max(1, round(len(x) / _TICKS))
     low = high = 0.0
     for label, table in tables.items():
         style, name = styles[label], plain(label)
@@ -65,22 +61,77 @@ def cad_by_depth(
             )  # fmt: skip
     for panel in panels:
         panel.level(1.0, "gone", width=1, dash="dot", position="top left")
-        panel.level(int(first["before_reading"].sum()) - 0.5, "read here", upright=True, width=1)
-        panel.x(
-            tickvals=x[::every], ticktext=[plain(name) for name in first["layer"][::every]], title_text="stream behind",
-            showgrid=False, zeroline=False,
-        )  # fmt: skip
+        _layers(panel, first, "stream behind")
         panel.y(range=[low - _ROOM, max(1.0, high) + _ROOM])
     panels[0].y(title_text="CAD")
     legend_below(panels[0].figure, 100, 10)
     return panels[0].figure
 
 
+def grafting(
+    results: Sequence[CadByDepth] | Mapping[str, CadByDepth] | pd.DataFrame,
+    *,
+    chance: float | None = None,
+    title: str | None = None,
+    theme: str = "light",
+) -> go.Figure:
+    """Draw how many forget answers come back when the original's layers are put on another model's stream, by the layer
+    behind which they are, one line a model.
+
+    Where the line is high, the model still carries the fact there and only its own later layers keep it from being said; the
+    last point is the model itself.
+
+    Args:
+        results: as in `cad_by_depth`.
+        chance: what guessing gives, in percent; drawn where given.
+
+    Raises:
+        MansuError: as `cad_by_depth`.
+    """
+    look, tables = theme_named(theme), _tables(results)
+    first = next(iter(tables.values()))
+    how_to_read = (
+        "Forget answers chosen when all layers behind one are the original's again: 100 % = the fact is still carried there; "
+        "the last point is the model as it is."
+    )
+    (panel,) = new_panels(
+        look, title or "What the original's later layers still read", how_to_read, [""], 1, (150, 380), 0
+    )
+    x, styles = list(range(len(first))), series_styles(list(tables), look)
+    for label, table in tables.items():
+        name = plain(label)
+        panel.series(
+            x, table["grafted_percent"].tolist(), name, styles[label], group=name, data=table[["layer"]].to_numpy().tolist(),
+            hover=f"{name}, the original from behind %{{customdata[0]}} on<br>%{{y:.0f}} % of the forget answers",
+        )  # fmt: skip
+    if chance is not None:
+        panel.level(chance, "guessing", width=1, dash="dot", position="bottom left")
+    _layers(panel, first, "the original's layers from behind")
+    panel.y(range=[-4, 106], title_text="forget answers chosen, %")
+    legend_below(panel.figure, 90, 10)
+    return panel.figure
+
+
+def _layers(panel: Panel, table: pd.DataFrame, title: str) -> None:
+    """The axis of layers, and where among them the fact is read."""
+    names = [plain(name) for name in table["layer"]]
+    every = max(1, round(len(names) / _TICKS))
+    at = list(range(len(names)))[::every]
+    panel.level(int(table["before_reading"].sum()) - 0.5, "read here", upright=True, width=1)
+    panel.x(tickvals=at, ticktext=names[::every], title_text=title, showgrid=False, zeroline=False)
+
+
 def _tables(results: Sequence[CadByDepth] | Mapping[str, CadByDepth] | pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """A table a model, by label."""
+    """A table a model, by label; all of the same layers."""
     if isinstance(results, pd.DataFrame):
         require_columns("CAD by depth", results, ["label", *_SAME, "cad", "near_cad", "grafted_percent"])
-        return {str(label): table.reset_index(drop=True) for label, table in results.groupby("label", sort=False)}
-    found = list(results.items()) if isinstance(results, Mapping) else [(each.label, each) for each in results]
-    labels = distinct("CAD by depth", [label for label, _ in found])
-    return dict(zip(labels, [each.to_dataframe() for _, each in found], strict=True))
+        tables = {str(label): table.reset_index(drop=True) for label, table in results.groupby("label", sort=False)}
+    else:
+        found = list(results.items()) if isinstance(results, Mapping) else [(each.label, each) for each in results]
+        labels = distinct("CAD by depth", [label for label, _ in found])
+        tables = dict(zip(labels, [each.to_dataframe() for _, each in found], strict=True))
+    first = next(iter(tables.values()))
+    for label, each in tables.items():
+        if not each[_SAME].equals(first[_SAME]):
+            raise MansuError(f"CAD by depth: {label!r} was read at other layers; compare models with one original")
+    return tables

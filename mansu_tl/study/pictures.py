@@ -288,6 +288,11 @@ def _tables(folder: Path) -> Iterator[Picture]:
             "How much of the answer's evidence each layer of SmolLM2-135M has lost after unlearning landmarks, as the "
             "original reads it, in full precision and in the GGUF file.", _cad_by_depth,
         ),
+        (
+            "grafting", "real_cad",
+            "How many landmarks SmolLM2-135M still chooses after unlearning once the original's layers are put back behind "
+            "one of them, in full precision and in the GGUF file.", _grafting,
+        ),
     ):  # fmt: skip
         path = folder / f"{table}.csv"
         if path.is_file():
@@ -356,6 +361,11 @@ def _shipped(frame: pd.DataFrame, theme: str) -> go.Figure:
 def _cad_by_depth(frame: pd.DataFrame, theme: str) -> go.Figure:
     title = "MANSU erases before the fact is read, GradDiff cuts it off there, and the file gives it back: SmolLM2-135M"
     return plots.cad_by_depth(frame, title=title, theme=theme)
+
+
+def _grafting(frame: pd.DataFrame, theme: str) -> go.Figure:
+    title = "Out of MANSU's streams the original's later layers read nothing, out of GradDiff's file all: SmolLM2-135M"
+    return plots.grafting(frame, chance=25.0, title=title, theme=theme)
 
 
 def _sensitivity(frame: pd.DataFrame, theme: str) -> go.Figure:
