@@ -29,6 +29,8 @@ CLOSED: Mapping[str, Any] = MappingProxyType(
      "adversary_weight": 0.0, "null_space": 50.0, "near_weight": 5.0, "fisher": False, "contexts": 3,
      "neuron_share": 1.0, "fisher_sequences": 64}
 )  # fmt: skip
+# What edits where a fact is written.
+EARLY: Mapping[str, Any] = MappingProxyType({"depth": 0.5, "place_weight": 1.0, "fisher": False})
 _LIGHT: Mapping[str, Any] = MappingProxyType(
     {"steps": 200, "margin": 0.1, "band_weight": 0.05, "adversary_every": 10, "representation_weight": 0.0,
      "retain_weight": 20.0, "adversary_weight": 0.0}
@@ -182,6 +184,15 @@ class MansuSettings(Digested):
             changes: further settings.
         """
         return replace(cls(**_LIGHT), **changes)
+
+    @classmethod
+    def early(cls, **changes: Any) -> MansuSettings:
+        """Edits in the first half of the layers alone, each of which has to have forgotten by itself.
+
+        Args:
+            changes: further settings.
+        """
+        return replace(cls(**EARLY), **changes)
 
     @classmethod
     def closed(cls, **changes: Any) -> MansuSettings:

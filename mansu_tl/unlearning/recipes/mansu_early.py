@@ -1,0 +1,23 @@
+"""MANSU in the early layers: where a fact is written, not where it is said; see `MansuSettings.early`."""
+
+from __future__ import annotations
+
+from mansu_tl.unlearning.mansu.plan import mansu_needs
+from mansu_tl.unlearning.mansu.settings import EARLY, MansuSettings
+from mansu_tl.unlearning.mansu.solver import mansu
+from mansu_tl.unlearning.registry import Method, register
+
+MANSU_EARLY = register(
+    Method(
+        "mansu-early",
+        "MANSU, early layers",
+        MansuSettings,
+        mansu,
+        takes_circuit=True,
+        shares=True,
+        claims_floor=True,
+        searched=False,
+        preset=EARLY,
+        needs=mansu_needs,
+    )
+)
