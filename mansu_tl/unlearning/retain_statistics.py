@@ -131,12 +131,11 @@ def diagonal_fisher(
     data_parallel: bool = False,
     progress: bool = False,
 ) -> dict[str, Float[Tensor, ...]]:
-    """The diagonal of the Fisher information of one token's prediction: E (d log p(y) / d w)^2, with y drawn from the model.
+    """Empirical diagonal Fisher: mean over sequences of the squared gradient of the sequence's mean token loss.
 
-    One label a token is drawn, from a fixed seed. A sequence's gradients are summed before they are squared: given the text,
-    the labels are independent and each gradient's mean is 0, so that what tokens have in common vanishes on average and
-    the sum over sequences, divided by the number of tokens, is the mean over tokens. Sequences share a pass: a sequence's
-    gradient of a matrix is the product of its own output gradients and inputs.
+    What it is for is to compare weights: it is low by about the length of a sequence as a measure of loss, and leaves out how
+    changes add up. `retain_divergence` says what a change costs. Sequences share a pass: a sequence's gradient of a matrix is
+    the product of its own output gradients and inputs.
 
     Args:
         data_parallel: as `input_moments`.
@@ -157,21 +156,18 @@ def diagonal_fisher(
     with torch.enable_grad(), watched(model, chosen, keep):
         for start in tqdm(starts, desc="Fisher", unit="pass", disable=not progress):
             part = text[order[start : start + _FISHER_ROWS]].trimmed()
-            summed = _drawn_losses(model, part, start).sum()
+            summed = _mean_losses(model, part).sum()
             grads = torch.autograd.grad(summed, [passed[name][1] for name in chosen])
             for (name, module), grad in zip(chosen.items(), grads, strict=True):
                 _add_squares(totals[name], passed[name][0], grad, transposed=isinstance(module, Conv1D))
-    count = int((text.lengths - 1).sum())
-    return {name: (distributed.summed(x) if data_parallel else x) / count for name, x in totals.items()}
+    return {name: (distributed.summed(x) if data_parallel else x) / len(text) for name, x in totals.items()}
 
 
-def _drawn_losses(model: PreTrainedModel, batch: Sequences, seed: int) -> Float[Tensor, " token"]:
-    """The cross-entropy of a next token that the model itself draws, at every place."""
-    logits = predicted(model, {}, batch).logits
-    # Drawn on the CPU, so that a seed means the same everywhere.
-    own = logits.detach().float().softmax(-1).cpu()
-    drawn = torch.multinomial(own, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
-    return torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="none")
+def _mean_losses(model: PreTrainedModel, batch: Sequences) -> Float[Tensor, " row"]:
+    """Each sequence's mean next-token cross-entropy."""
+    predictions = predicted(model, {}, batch)
+    losses = torch.nn.functional.cross_entropy(predictions.logits, predictions.targets, reduction="none")
+    return losses.new_zeros(len(batch)).index_add(0, predictions.rows, losses / (batch.lengths[predictions.rows] - 1))
 
 
 def _add_squares(
