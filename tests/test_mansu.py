@@ -277,6 +277,8 @@ def test_representation_loss_is_one_at_a_never_seen_prompt_on_average(model) -> 
         ({"depth": 0.0}, "depth=0.0; choose a share of the layers"),
         ({"depth": 1.5}, "depth=1.5; choose a share of the layers"),
         ({"candidates": 0.5}, "candidates=0.5; choose 0"),
+        ({"contrast": -1.0, "candidates": 2.0}, "contrast=-1.0; choose 0"),
+        ({"contrast": 1.0}, "contrast=1.0 chooses among candidates; set candidates"),
         ({"gradual": 2.0}, "gradual=2.0; choose a share"),
         ({"quantizer": "nf4+gptq-int4-g64"}, "has no cells"),
     ],
@@ -309,22 +311,38 @@ def test_a_retain_set_too_small_for_a_null_space_is_refused(model, task, circuit
     assert unlearn(model, small, "mansu", circuit=circuit, **{**QUICK, "null_space": 0.0}).n_weights > 0
 
 
-def test_candidates_are_the_weights_that_the_first_gradient_asks_for(model, task, circuit) -> None:
-    settings = {**QUICK, "budget": 0.002, "candidates": 2.0}
+@pytest.mark.parametrize("contrast", [0.0, 1.0])
+def test_candidates_are_the_weights_that_the_first_gradient_asks_for(model, task, circuit, contrast: float) -> None:
+    settings = {**QUICK, "budget": 0.002, "candidates": 2.0, "contrast": contrast}
     edit = unlearn(model, task, "mansu", circuit=circuit, **settings)
     budget = round(0.002 * sum(w.out_features * w.in_features for w in linear_weights(model).values()))
     assert abs(edit.facts["candidates"] - 2 * budget) <= 2
     assert 0 < edit.n_weights <= budget
     # By hand: the forget loss's slope at the start, for every weight of the circuit, in bins.
-    fixed = plan(model, task, MansuSettings(**{**settings, "candidates": 0.0}), circuit, 0, progress=False)
+    fixed = plan(
+        model, task, MansuSettings(**{**settings, "candidates": 0.0, "contrast": 0.0}), circuit, 0, progress=False
+    )
     latent = torch.zeros(fixed.floor.size, requires_grad=True)
     change, _ = fixed.floor.change(latent, torch.ones_like(latent, dtype=torch.bool), None)
     rows = torch.arange(len(task.forget_pairs))
     batch = Batch(fixed.source, fixed.view(change, None), rows, torch.empty(0, dtype=torch.long), 0)
     objective(MansuSettings(**QUICK), fixed.unknown).forget(batch).backward()
     assert latent.grad is not None
+    wanted = latent.grad.abs() / latent.grad.abs().mean()
+    # What the near text feels of a bin: its gradient at the model itself, sequence by sequence of like length.
+    hf, near = plain(model), task.near_text
+    assert 0 < len(near) <= MansuSettings().forget_batch
+    hf.requires_grad_(True)
+    hf.zero_grad()
+    count = int((near.lengths - 1).sum())
+    for row, length in zip(near.tokens, near.lengths.tolist(), strict=True):
+        logits = hf(row[None, :length]).logits[0, :-1]
+        (torch.nn.functional.cross_entropy(logits, row[1:length], reduction="sum") / count).backward()
+    grads = {name: value.grad for name, value in hf.named_parameters() if name in fixed.floor.spans}
+    felt = (fixed.floor.gathered(grads) * fixed.floor.width).abs()
+    wanted = wanted - contrast * felt / felt.mean()
     flags = torch.zeros_like(latent, dtype=torch.bool)
-    flags[latent.grad.abs().topk(edit.facts["candidates"]).indices] = True
+    flags[wanted.topk(edit.facts["candidates"]).indices] = True
     kept = fixed.floor.pieces(flags)
     for name, indices in edit.indices.items():
         allowed = fixed.floor.where[name][kept[name]]

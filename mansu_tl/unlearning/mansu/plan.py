@@ -34,6 +34,7 @@ from mansu_tl.unlearning.retain_statistics import (
     mixed_moments,
     near_neighbours,
     null_projector,
+    sequence_loss,
     spread_out,
 )
 
@@ -238,7 +239,8 @@ def _outputs(hf: PreTrainedModel, layers: Sequence[int]) -> tuple[str, ...]:
 def _most_wanted(
     view: View, source: Source, unknown: Ignorance, settings: MansuSettings, count: int
 ) -> dict[str, Bool[Tensor, "out in"]]:
-    """The candidates whose move by one bin changes the forget loss most at the start, to first order."""
+    """The candidates whose move by one bin changes the forget loss most at the start, to first order, and the near text's
+    likelihood least (`contrast`)."""
     floor, forget = view.floor, objective(settings, unknown).forget
     latent = torch.zeros(floor.size, requires_grad=True, device=floor.value.device)
     everywhere = torch.ones_like(latent, dtype=torch.bool)
@@ -248,8 +250,18 @@ def _most_wanted(
         loss = forget(Batch(source, view(change, None), rows, torch.empty(0, dtype=torch.long), 0))
         (part,) = torch.autograd.grad(loss, latent)
         slope += part * len(rows)
+    wanted = slope.abs() / slope.abs().mean()
+    if settings.contrast:
+        near = source.text.text[source.n_far if source.n_near else 0 :]
+        felt = torch.zeros_like(latent)
+        for batch in torch.arange(len(near)).split(settings.forget_batch):
+            change, _ = floor.change(latent, everywhere, None)
+            loss = sequence_loss(source.model, view(change, None), near[batch])
+            (part,) = torch.autograd.grad(loss, latent)
+            felt += part * len(batch)
+        wanted = wanted - settings.contrast * felt.abs() / felt.abs().mean()
     kept = torch.zeros_like(everywhere)
-    kept[slope.abs().topk(count).indices] = True
+    kept[wanted.topk(count).indices] = True
     masks = {}
     for name, piece in floor.pieces(kept).items():
         matrix = floor.matrices[name]

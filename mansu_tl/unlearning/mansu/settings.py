@@ -55,6 +55,8 @@ class MansuSettings(Digested):
             fact from being said, not from being known.
         candidates: how many weights may be moved at all, as a multiple of the budget: those whose move by one bin lowers or
             raises the forget loss most at the start; 0 = every weight of the circuit.
+        contrast: how much, in that choice, what a move does to the near text's likelihood counts against it, each in units of
+            its mean over candidates; 0 = not.
         neuron_share: share of each circuit MLP's neurons that may be edited.
         steps: optimisation steps; of the closed form: of the shift that its moves are solved for.
         learning_rate: peak step of Adam on the latent updates, in bins; of the closed form: on the shift, in shares of a
@@ -110,6 +112,7 @@ class MansuSettings(Digested):
     budget: float = 0.0195
     depth: float = 1.0
     candidates: float = 0.0
+    contrast: float = 0.0
     neuron_share: float = 0.25
     steps: int = 300
     learning_rate: float = 0.1
@@ -159,6 +162,11 @@ class MansuSettings(Digested):
         self._require("budget", self.budget <= 1, "choose a share of the linear weights, at most 1")
         self._require("depth", 0 < self.depth <= 1, "choose a share of the layers, above 0 and at most 1")
         everything = self.candidates == 0
+        self._require("contrast", self.contrast >= 0, "choose 0 (none) or more")
+        if self.contrast and everything:
+            raise MansuError(
+                f"mansu: contrast={self.contrast} chooses among candidates; set candidates to 1 budget or more, or contrast=0"
+            )
         self._require("candidates", everything or self.candidates >= 1, "choose 0 (all) or at least 1 budget")
         self._require("gradual", 0 <= self.gradual <= 1, "choose a share of the steps, at most 1")
         self._require("until", 0 <= self.until < 1, "choose a share in [0, 1)")
