@@ -109,7 +109,7 @@ def main() -> None:
             models = {NEVER: never, f"{variant}, seed {seed}": edited}
             for row in relearnt(models, task, options.folder / "curves").itertuples():
                 kind = f"LoRA {row.rank}" if row.rank else "every weight"
-                where = f"{row.facts} facts, {row.step} steps, {kind}"
+                where = f"{row.facts} facts, {row.step} steps at {row.learning_rate:g}, {kind}"
                 found[f"relearning, {where}: over never trained, points"] = row.over_reference
             found["edited weights"] = edit.n_weights
             rows += [{"variant": variant, "seed": seed, "measure": key, "value": value} for key, value in found.items()]
