@@ -47,6 +47,7 @@ def evaluate_rwku_utility(
     *,
     chat: bool = True,
     words: Words | None = None,
+    new_tokens: int | None = None,
     title: str = "model",
     batch_size: int = 16,
     progress: bool = False,
@@ -59,6 +60,7 @@ def evaluate_rwku_utility(
         tokenizer: the model's own where not given.
         chat: put requests into the tokenizer's chat template, as RWKU does; False for a model that is no chat model.
         words: splits a text into words for fluency; NLTK's where not given, as RWKU's.
+        new_tokens: where an answer is cut; RWKU's 256, and 30 for facts, where not given.
 
     Raises:
         MansuError: no item, no tokenizer or chat template, a request that is longer than the model has positions, or fluency
@@ -76,7 +78,7 @@ def evaluate_rwku_utility(
         chosen = [one for one in items if isinstance(one, kind)]
         if chosen:
             said = written_texts(
-                model, source, [prompts[one] for one in chosen], [one.name for one in chosen], tokens, chat=chat,
+                model, source, [prompts[one] for one in chosen], [one.name for one in chosen], new_tokens or tokens, chat=chat,
                 stops=() if kind is Reasoning else _stops(source), batch_size=batch_size, progress=progress,
             )  # fmt: skip
             scored += [row for one, text in zip(chosen, said, strict=True) for row in _of_text(one, text, split)]
