@@ -462,7 +462,7 @@ FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
     "evaluate_muse": lambda c: evaluate_muse(c.model, {"knowmem": [MuseItem("a", "w5 w6", "w7")]}),
     "evaluate_rwku": lambda c: evaluate_rwku(c.model, {"forget": [Probe("a", "w5", "w6 ___", "w7", "1")]}, chat=False),
     "evaluate_rwku_utility": lambda c: evaluate_rwku_utility(
-        c.model, [Fluency("a", "w5 w6")], chat=False, words=str.split
+        c.model, [Fluency("a", "w5 w6")], chat=False, words=str.split, new_tokens=2
     ),
     "damage": lambda c: damage(c.model, c.edited, {"retain": c.task.retain_text}),
 }

@@ -78,8 +78,8 @@ def evaluate_rwku_utility(
         chosen = [one for one in items if isinstance(one, kind)]
         if chosen:
             said = written_texts(
-                model, source, [prompts[one] for one in chosen], [one.name for one in chosen], new_tokens or tokens, chat=chat,
-                stops=() if kind is Reasoning else _stops(source), batch_size=batch_size, progress=progress,
+                model, source, [prompts[one] for one in chosen], [one.name for one in chosen], new_tokens or tokens,
+                chat=chat, stops=() if kind is Reasoning else _stops(source), batch_size=batch_size, progress=progress,
             )  # fmt: skip
             scored += [row for one, text in zip(chosen, said, strict=True) for row in _of_text(one, text, split)]
     asked = [one for one in items if isinstance(one, Truthfulness)]
