@@ -45,16 +45,17 @@ BACK = {NO: "yes", YES: "no"}
 Row = dict[str, Any]
 
 
-def formats_of(model: TransformerBridge) -> tuple[str, ...]:
-    """The formats that somebody ships, and the model's own file where it came from one."""
+def formats() -> tuple[str, ...]:
+    """The file that a model came in, and every installed format that somebody ships."""
     table = quantizer_table()
     ours = set(table.quantizer[table.used_by.str.startswith("nobody")])
-    own = () if gguf_weights(model) is None else ("gguf",)
-    return tuple(name for name in (*own, *quantizers()) if name not in ours)
+    return tuple(name for name in ("gguf", *quantizers()) if name not in ours)
 
 
 def misfit(model: TransformerBridge, name: str) -> str:
     """Why a model cannot be stored in a format; "" where it can."""
+    if name in quantizers("file"):
+        return "" if gguf_weights(model) is not None else "it came from no GGUF file"
     chosen = quantizer(name)
     widths = sorted({each.in_features for each in linear_weights(model).values()})
     if isinstance(chosen, SearchedQuantizer):
@@ -99,9 +100,9 @@ def of_run(run: Path, methods: Sequence[str], chosen: Sequence[str], work: Path)
     # The verdict is about forgotten facts alone; a task has to keep some.
     asked = {name: rows for name, rows in task.questions.items() if name.startswith("forget") or name == "retain"}
     task = replace(task, questions=asked)
-    formats = [name for name in formats_of(model) if not chosen or name in chosen]
-    misfits = {name: why for name in formats if (why := misfit(model, name))}
-    fitting = tuple(name for name in formats if name not in misfits)
+    listed = [name for name in formats() if not chosen or name in chosen]
+    misfits = {name: why for name in listed if (why := misfit(model, name))}
+    fitting = tuple(name for name in listed if name not in misfits)
     plan = AuditPlan(formats=fitting, only=("formats",))
     original = Subject(model, task, None)
     for method in [name for name in methods if (run / "edits" / name).is_dir()]:
@@ -117,16 +118,16 @@ def of_run(run: Path, methods: Sequence[str], chosen: Sequence[str], work: Path)
 def table_of(runs: Sequence[Path], methods: Sequence[str], chosen: Sequence[str], work: Path) -> pd.DataFrame:
     """All runs' rows, in the order in which formats are listed."""
     rows = [row for run in runs for row in of_run(run, methods, chosen, work)]
-    order = {name: i for i, name in enumerate(("gguf", *quantizers()))}
+    order = {name: i for i, name in enumerate(formats())}
     return pd.DataFrame(rows).sort_values("format", key=lambda names: names.map(order), kind="stable")
 
 
 def by_format(table: pd.DataFrame) -> pd.DataFrame:
     """One row a format, one column a model and method: what the page shows."""
     cells = {(row.format, f"{row.method}, {row.model}"): _cell(row) for row in table.itertuples()}
-    formats, columns = ([*dict.fromkeys(key[i] for key in cells)] for i in range(2))
+    names, columns = ([*dict.fromkeys(key[i] for key in cells)] for i in range(2))
     columns.sort(key=lambda column: column.partition(", ")[2], reverse=True)
-    rows = [[name, *(cells.get((name, column), NOT_APPLICABLE) for column in columns)] for name in formats]
+    rows = [[name, *(cells.get((name, column), "not measured") for column in columns)] for name in names]
     return pd.DataFrame(rows, columns=["format", *columns])
 
 

@@ -28,12 +28,13 @@ MADE = pd.DataFrame(
 
 
 def test_formats_that_nobody_ships_or_that_do_not_fit_are_told_apart(pocket) -> None:
-    names = comes_back.formats_of(pocket)
-    assert {"nf4", "gguf-q4_k_m", "awq-int4-asym-g128"} <= set(names) and not {"int3-g64", "gguf"} & set(names)
+    names = comes_back.formats()
+    assert {"gguf", "nf4", "gguf-q4_k_m", "awq-int4-asym-g128"} <= set(names)
+    assert not {"int3-g64", "gptq-int4-g64"} & set(names)
     # pocket's rows are 128 and 320 long, and a K-quant's block is 256.
     assert {value.shape[1] for name, value in parameters(pocket).items() if "proj" in name} == {128, 320}
     misfits = [name for name in names if comes_back.misfit(pocket, name)]
-    assert misfits == ["gguf-q4_k", "gguf-q5_k", "gguf-q6_k", "gguf-q4_k_m"]
+    assert misfits == ["gguf", "gguf-q4_k", "gguf-q5_k", "gguf-q6_k", "gguf-q4_k_m"]
     assert "rows of 128 and 320 weights" in comes_back.misfit(pocket, "gguf-q4_k")
 
 
@@ -62,13 +63,13 @@ def test_a_table_of_formats_by_models() -> None:
     assert shown.iloc[0].tolist() == [
         "nf4", "yes: 69 [59, 79] points, 14.6 nats", "no: 0 [-2, 0] points, 0.0 nats"
     ]  # fmt: skip
-    assert shown.iloc[2].tolist() == ["gguf-q4_k", "not applicable", "not applicable"]
+    assert shown.iloc[2].tolist() == ["gguf-q4_k", "not measured", "not applicable"]
 
 
 def test_every_cell_has_a_sign() -> None:
     figure = plots.comes_back(MADE)
     (heat,) = figure.data
-    assert [list(row) for row in heat.text] == [["● +69", "○ 0"], ["? +4", ""], ["", "–"]]
+    assert [list(row) for row in heat.text] == [["✗ +69", "✓ 0"], ["? +4", ""], ["", "–"]]
     assert list(heat.y) == ["nf4", "fp4", "gguf-q4_k"] and heat.zmax == -heat.zmin == pytest.approx(69.2)
     for rows, message in (
         (MADE.assign(comes_back="perhaps"), "verdict 'perhaps'; choose one of yes, no"),

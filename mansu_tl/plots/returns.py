@@ -10,8 +10,10 @@ from mansu_tl.errors import MansuError
 from mansu_tl.plots.panels import BARE, new_panel, require_columns
 from mansu_tl.plots.theme import plain, signed, theme_named
 
-_SIGNS = {"yes": "●", "no": "○", "not judgeable": "?", "not applicable": "–"}
-_ROW = 21  # pixels a format
+# As on an audit's page, where yes is what one hopes for.
+_SIGNS = {"yes": "✗", "no": "✓", "not judgeable": "?", "not applicable": "–"}
+_ROW = 22  # pixels a format
+_HEADS = 26  # pixels that the models' names need above
 
 
 def comes_back(rows: pd.DataFrame, *, title: str | None = None, theme: str = "light") -> go.Figure:
@@ -30,7 +32,7 @@ def comes_back(rows: pd.DataFrame, *, title: str | None = None, theme: str = "li
     unknown = sorted(set(rows["comes_back"]) - set(_SIGNS))
     if unknown:
         raise MansuError(f"{what}: verdict {unknown[0]!r}; choose one of {', '.join(_SIGNS)}")
-    tidy = rows.assign(column=rows["method"] + "<br>" + rows["model"])
+    tidy = rows.assign(column=rows["method"].map(plain) + "<br>" + rows["model"].map(plain))
     if tidy.duplicated(["format", "column"]).any():
         raise MansuError(f"{what}: two rows for one format, model and method; give one")
     formats, columns = (list(dict.fromkeys(tidy[key])) for key in ("format", "column"))
@@ -46,10 +48,12 @@ def comes_back(rows: pd.DataFrame, *, title: str | None = None, theme: str = "li
     top = max(5.0, float(np.nanmax(np.abs(z), initial=0.0)))
     low, zero, high = look.diverging
     how_to_read = (
-        "● comes back, ○ stays forgotten, ? not judgeable, – not applicable: the audit's verdict over every wording, chosen "
+        "✗ comes back, ✓ stays forgotten, ? not judgeable, – not applicable: the audit's verdict over every wording, chosen "
         "and said. Number and colour: forget facts chosen right in the format minus as stored, in points."
     )
-    panel = new_panel(look, title or "Which format brings it back?", how_to_read, 190 + _ROW * len(formats))
+    if table["comes_back"].isna().any():
+        how_to_read += " Empty: not measured."
+    panel = new_panel(look, title or "Which format brings it back?", how_to_read, 170 + _ROW * len(formats))
     panel.heat(
         z, [[0, high], [0.5, zero], [1, low]], (-top, top), "points", gap=2,
         hover="%{y}, %{x}<br>comes back: %{customdata[0]}<br>%{z:.1f} points (%{customdata[1]})",
@@ -57,6 +61,8 @@ def comes_back(rows: pd.DataFrame, *, title: str | None = None, theme: str = "li
     )  # fmt: skip
     panel.x(**BARE, side="top")
     panel.y(**BARE, autorange="reversed")
+    panel.figure.update_traces(textfont_size=13)
+    panel.figure.update_layout(margin_t=panel.figure.layout.margin.t + _HEADS, margin_b=24)
     return panel.figure
 
 
