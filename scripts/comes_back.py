@@ -134,9 +134,11 @@ def by_format(table: pd.DataFrame) -> pd.DataFrame:
 def _cell(row: Any) -> str:
     if row.comes_back == NOT_APPLICABLE:
         return NOT_APPLICABLE
-    ends = [f"{round(float(value)) + 0:d}" for value in (row.points, row.points_low, row.points_high)]
-    nats = f"{round(float(row.nats), 1) + 0.0:.1f}"
-    return f"{row.comes_back}: {ends[0]} [{ends[1]}, {ends[2]}] points, {nats} nats"
+    points = [f"{round(float(value)) + 0:d}" for value in (row.points, row.points_low, row.points_high)]
+    # Adding nothing to a rounded number takes a minus off zero.
+    nats = [f"{round(float(value), 1) + 0.0:.1f}" for value in (row.nats, row.nats_low, row.nats_high)]
+    shown = (f"{value} [{low}, {high}] {unit}" for (value, low, high), unit in ((points, "points"), (nats, "nats")))
+    return f"{row.comes_back}: {', '.join(shown)}"
 
 
 def main() -> None:

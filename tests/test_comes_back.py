@@ -58,11 +58,15 @@ def test_rows_are_the_audits(pocket, tmp_path) -> None:
 
 
 def test_a_table_of_formats_by_models() -> None:
-    shown = comes_back.by_format(MADE.assign(nats=[14.62, -0.01, 0.7, float("nan")]))
+    nats = [14.62, -0.01, 0.7, float("nan")]
+    ends = {f"nats_{end}": [value + by for value in nats] for end, by in (("low", -0.5), ("high", 0.25))}
+    shown = comes_back.by_format(MADE.assign(nats=nats, **ends))
     assert list(shown.columns) == ["format", "GradDiff, pocket", "MANSU, pocket"]
     assert shown.iloc[0].tolist() == [
-        "nf4", "yes: 69 [59, 79] points, 14.6 nats", "no: 0 [-2, 0] points, 0.0 nats"
-    ]  # fmt: skip
+        "nf4",
+        "yes: 69 [59, 79] points, 14.6 [14.1, 14.9] nats",
+        "no: 0 [-2, 0] points, 0.0 [-0.5, 0.2] nats",
+    ]
     assert shown.iloc[2].tolist() == ["gguf-q4_k", "not measured", "not applicable"]
 
 
