@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -73,5 +75,5 @@ def _text(verdict: object, points: float) -> str:
     return f"{_SIGNS[str(verdict)]}{shown}"
 
 
-def _rows(cells: list, across: int) -> list:  # type: ignore[type-arg]
+def _rows(cells: list[Any], across: int) -> list[list[Any]]:
     return [cells[i : i + across] for i in range(0, len(cells), across)]
