@@ -320,7 +320,9 @@ def llama(
 @app.command("lm-eval")
 def lm_eval(
     folder: Annotated[Path, typer.Argument(help="The results folder of a finished run.")],
-    tasks: Annotated[str, typer.Option(help="Tasks of the harness, with commas between them: wmdp_bio,mmlu.")],
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of the harness with commas between them, wmdp_bio,mmlu; or YAML files of yours.")
+    ],
     same: Annotated[
         list[str] | None,
         typer.Option(help="TASK=PLACE: its questions with choices, so that ours stands beside; may be repeated."),

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit, Graph, random_mask
-from mansu_tl.data.sources import Choice, LumeItem, MuseItem, Probe, Request
+from mansu_tl.data.sources import Choice, Fluency, LumeItem, MuseItem, Probe, Request
 from mansu_tl.data.sources.tofu import Tofu
 from mansu_tl.data.sources.tofu.files import Item
 from mansu_tl.explorer import Explorer
@@ -42,6 +42,7 @@ from mansu_tl.verification import (
     evaluate_lume,
     evaluate_muse,
     evaluate_rwku,
+    evaluate_rwku_utility,
     evaluate_tofu,
     hints,
     leak_at_k,
@@ -460,6 +461,9 @@ FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
     "evaluate_lume": lambda c: evaluate_lume(c.model, _LUME[:1], _LUME[1:], new_tokens=2),
     "evaluate_muse": lambda c: evaluate_muse(c.model, {"knowmem": [MuseItem("a", "w5 w6", "w7")]}),
     "evaluate_rwku": lambda c: evaluate_rwku(c.model, {"forget": [Probe("a", "w5", "w6 ___", "w7", "1")]}, chat=False),
+    "evaluate_rwku_utility": lambda c: evaluate_rwku_utility(
+        c.model, [Fluency("a", "w5 w6")], chat=False, words=str.split, new_tokens=2
+    ),
     "damage": lambda c: damage(c.model, c.edited, {"retain": c.task.retain_text}),
 }
 # The same for those that look at weights alone: hooks that are left do not enter.

@@ -329,6 +329,17 @@ def test_a_plan_has_the_formats_that_the_original_fits(pocket, tmp_path) -> None
     assert replace(AuditPlan.quick(), formats=("fp4",)).for_model(file).formats == ("fp4",)
 
 
+def test_a_plan_may_look_at_a_part_and_says_the_same_of_it(found, folder, small, pocket, tmp_path) -> None:
+    part = audit(pocket, folder, small, out=tmp_path / "part", plan=replace(SHORT, only=("formats",)))
+    assert {path.stem for path in (tmp_path / "part" / "stages").rglob("*.parquet")} == {"answers", "nf4"}
+    own, whole = ([each for each in one.verdicts if each.question == FORMATS] for one in (part, found))
+    assert own == whole
+    assert part.cad is None
+    assert {each.verdict for each in part.verdicts if each.question in (ERASED, SAMPLING)} == {"not judgeable"}
+    with pytest.raises(MansuError, match="only names 'format'; choose of answers, .*formats"):
+        AuditPlan(only=("format",))
+
+
 def test_an_unlearned_folder_is_looked_at_in_the_file_that_the_original_came_in(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("mansu_tl.study.audit_inputs.require_known", unknowing)
     model, task = tiny_case()

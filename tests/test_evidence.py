@@ -9,7 +9,7 @@ import pytest
 
 from mansu_tl.study import markdown, properties
 from mansu_tl.study.table import read_table
-from scripts import extraction, meta_cad
+from scripts import comes_back, extraction, meta_cad
 from tests.benchmarks import readme, real, tofu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,6 +291,22 @@ def test_what_attacks_without_training_find_is_in_their_table() -> None:
     # Membership: told by wrong answers as by right ones.
     for attack in ("LOSS", "Min-K", "Min-K++"):
         assert ends("MANSU", f"membership of wrong sentences, {attack}", "AUC")[0] > 0.85
+
+
+def test_what_formats_bring_back_is_in_its_table() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "comes_back.csv", keep_default_na=False)
+    page = (ROOT / "docs" / "audit.md").read_text(encoding="utf-8")
+    lines = real.plain(comes_back.by_format(table)).splitlines()
+    assert quoted(page, "figures/tables/comes_back.csv") == [line for line in lines if line]
+    verdict = table.set_index(["model", "method", "format"]).comes_back
+    # Each on the grid that its base rests on.
+    own = {("pocket", "nf4"), ("SmolLM2", "gguf"), ("SmolLM2", "gguf-q4_1")}
+    assert all(verdict[model, "GradDiff", name] == "yes" for model, name in own)
+    assert not ((table.method == "MANSU") & (table.comes_back == "yes")).any()
+    found = table[table.points != ""].astype(dict.fromkeys(("points", "points_low", "points_high"), float))
+    assert (found.points_low <= found.points).all() and (found.points <= found.points_high).all()
+    shown = found.in_format.astype(float) - found.stored.astype(float)
+    assert (shown - found.points).abs().max() < 1e-3
 
 
 def test_what_ten_steps_bring_back_is_in_its_table() -> None:

@@ -133,6 +133,16 @@ def sweep_of(name: str = "floor") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+def returned_of(name: str = "MANSU") -> pd.DataFrame:
+    rows = [
+        (name, name, name, "yes", 60.0),
+        ("nf4", name, "NPO", "no", 1.0),
+        ("fp4", name, "NPO", "not applicable", float("nan")),
+    ]
+    frame = pd.DataFrame(rows, columns=["format", "model", "method", "comes_back", "points"])
+    return frame.assign(points_low=frame["points"] - 1, points_high=frame["points"] + 1)
+
+
 def plane_of(name: str = "MANSU") -> pd.DataFrame:
     rows = [
         (name, "", 1.0, 20.0),
@@ -212,6 +222,7 @@ def all_figures(name: str, theme: str) -> dict[str, Drawing]:
         "sensitivity": plots.sensitivity(sweep_of(name).assign(measure=name), defaults={name: "no"}, **look),
         "ptq_gaps": plots.ptq_gap(gaps_of(name, name), panels="quantizer", chance=25, measure=name, **look),
         "gap_matrix": plots.gap_matrix(gaps_of(name, name), measure=name, **look),
+        "comes_back": plots.comes_back(returned_of(name), **look),
         "dither": plots.dither({name: predicted_flips(statistics_of())}, {name: statistics_of()}, **look),
         "divergence_plane": plots.divergence_plane(plane_of(name).replace("nf4", name), measure=name, **look),
         "divergence_by_layer": plots.divergence_by_layer({name: divergence}, **look),

@@ -51,10 +51,13 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         each = {"alias": "x", "acc,none": weight / 1e6, "acc_stderr,none": 0.25, "exact_match,strict": 0.5}
         return {"results": {task: dict(each) for task in given["tasks"]}, "versions": {}}
 
-    package, models, module = (ModuleType(f"lm_eval{end}") for end in ("", ".models", ".models.huggingface"))
+    package, models, module, own = (
+        ModuleType(f"lm_eval{end}") for end in ("", ".models", ".models.huggingface", ".tasks")
+    )
+    own.TaskManager = lambda **given: given  # type: ignore[attr-defined]
     package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     module.HFLM = lambda **given: SimpleNamespace(**given)  # type: ignore[attr-defined]
-    for each in (package, models, module):
+    for each in (package, models, module, own):
         monkeypatch.setitem(sys.modules, each.__name__, each)
     return calls
 
@@ -119,6 +122,34 @@ def test_the_command_prints_and_writes_the_table(
     assert "un-edited" in capsys.readouterr().out
     assert set(pd.read_csv(out)["task"]) == {"mmlu"}
     assert len(harness) == 4
+
+
+def test_a_task_file_of_ones_own_goes_to_the_harness_by_its_name(
+    folder: Path, harness: list[Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("# mine\ntask: 'own_facts'\ndataset_path: json\n")
+    found = harness_scores(folder, [str(file)], progress=False)
+    assert set(found.table["task"]) == {"own_facts"}
+    assert [call["tasks"] for call in harness] == [["own_facts"]] * 4
+    manager = {"include_path": [str(tmp_path)], "include_defaults": False}
+    assert all(call["task_manager"] == manager for call in harness)
+    harness_scores(folder, ["mmlu", str(file)], progress=False)
+    assert harness[-1]["task_manager"] == manager | {"include_defaults": True}
+    # A file that has changed is another task.
+    before = len(harness)
+    harness_scores(folder, ["mmlu", str(file)], progress=False)
+    assert len(harness) == before
+    file.write_text("task: own_facts\ndataset_path: csv\n")
+    harness_scores(folder, ["mmlu", str(file)], progress=False)
+    assert len(harness) == before + 4
+    file.write_text("group: own\n")
+    for place, message in (
+        (file, "own.yaml: names no task; write a line task: NAME"),
+        (tmp_path / "n.yaml", "no such"),
+    ):
+        with pytest.raises(MansuError, match=message):
+            harness_scores(folder, [str(place)], progress=False)
 
 
 def test_what_cannot_be_run_is_refused_in_one_line(folder: Path, harness: list[Any], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from mansu_tl.plots.heatmaps import (
     token_scores,
 )
 from mansu_tl.plots.lens import logit_lens
+from mansu_tl.plots.returns import comes_back
 from mansu_tl.plots.ruler import ruler
 from mansu_tl.plots.scatters import attribution_scatter, divergence_scatter, node_scores
 from mansu_tl.plots.tables import certificate, methods_table, scorecard
@@ -29,7 +30,7 @@ from mansu_tl.plots.updates import bins, dither
 
 __all__ = [
     "attention_patterns", "attention_view", "attribution_scatter", "bins", "cad_by_depth", "certificate", "circuit",
-    "circuit_divergence", "circuit_layers", "circuit_stages", "direct_logit_attribution", "dither",
+    "circuit_divergence", "circuit_layers", "circuit_stages", "comes_back", "direct_logit_attribution", "dither",
     "divergence_by_layer", "divergence_plane", "divergence_scatter", "edge_matrix", "erasure_depth",
     "faithfulness_curves", "frontier", "gap_matrix", "grafting", "head_scores", "logit_lens", "methods_table", "node_scores",
     "pareto", "patching", "probes", "ptq_gap", "relearning", "relearning_budgets", "ruler", "scorecard",

@@ -26,6 +26,7 @@ from mansu_tl.verification.probes import ridge
 # The formats that a quick audit looks at: bitsandbytes' two, and what llama.cpp's users have.
 _QUICK = ("nf4", "int8", "gguf-q4_1")
 _FILE = "gguf"  # the very file that the original came in
+PARTS = ("answers", "generation", "sampling", "text", "depth", "probes", "formats", "circuit", "relearning")
 _ROWS = 32  # of the piece that is timed
 _ATTACKER_BATCH = 32
 
@@ -45,6 +46,11 @@ class AuditPlan(Digested):
         steps: EAP-IG steps.
         faithfulness: target of the circuit.
         seed: of the intervals over facts.
+        only: the parts that are looked at, of "answers", which always is, "generation", "sampling", "text", "depth",
+            "probes", "formats", "circuit" and "relearning"; () = all. What is left out is not judgeable.
+
+    Raises:
+        MansuError: an unknown format or part, or a format named twice.
     """
 
     formats: tuple[str, ...] = ()
@@ -57,8 +63,12 @@ class AuditPlan(Digested):
     steps: int = 5
     faithfulness: float = 0.85
     seed: int = 0
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for part in self.only:
+            if part not in PARTS:
+                raise MansuError(f"audit: only names {part!r}; choose of {', '.join(PARTS)}")
         for name in self.formats:
             quantizer(name)
         twice = [name for name in self.formats if self.formats.count(name) > 1]
@@ -74,6 +84,11 @@ class AuditPlan(Digested):
     def full(cls) -> AuditPlan:
         """Every format, the attacks of `compare`, and the circuit."""
         return cls(thorough=True, attack_rates=(3e-4, 1e-3), attack_splits=3)
+
+    def looks_at(self, stage: str) -> bool:
+        """Whether a stage of this name belongs to what is looked at."""
+        part = stage.partition("/")[0].partition("_")[0]
+        return not self.only or part in ("answers", *self.only)
 
     def for_model(self, model: Model) -> AuditPlan:
         """With its formats written out: of a model that came from a GGUF file, that file's own is the first."""

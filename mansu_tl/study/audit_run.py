@@ -179,7 +179,7 @@ class OpenAudit:
     def _found(self, frames: Sequence[pd.DataFrame], failed: Mapping[str, str], seconds: float, threads: int) -> Audit:
         names, bench = self.inputs.names, self.bench
         rows = pd.concat(frames, ignore_index=True)
-        cad = None if "depth" in failed else bench.cad
+        cad = None if "depth" in failed or not self.plan.looks_at("depth") else bench.cad
         evidence = Evidence(
             rows, self.inputs.task, self.inputs.known, self.plan, failed, cad, self.inputs.never is not None
         )

@@ -202,8 +202,8 @@ class Bench:
 
 
 def stages(bench: Bench) -> list[Stage]:
-    """Every stage of an audit, in order."""
-    return [stage for kind in KINDS for stage in kind(bench)]
+    """Every stage of an audit that its plan looks at, in order."""
+    return [stage for kind in KINDS for stage in kind(bench) if bench.plan.looks_at(stage.name)]
 
 
 def rows_of(bench: Bench, stage: Stage) -> pd.DataFrame:

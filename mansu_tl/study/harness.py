@@ -7,6 +7,7 @@ lm_eval/, so that an interrupted run goes on with the next model.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -33,6 +34,7 @@ from mansu_tl.verification.choices import evaluate_choices
 from mansu_tl.verification.writing import writing_copy
 
 _PIP = "pip install lm-eval"
+_NAME = re.compile(r"^task:\s*['\"]?([\w.-]+)", re.MULTILINE)
 # Question sets of the study that stand beside the harness's numbers.
 _SETS = ("forget", "near", "retain")
 
@@ -75,25 +77,27 @@ def harness_scores(
 
     Args:
         folder: the results folder of `mansu-tl run`.
-        tasks: names of the harness's, "wmdp_bio".
+        tasks: names of the harness's, "wmdp_bio", or YAML files of tasks of your own, "mine.yaml", as it reads them.
         same: by task, where its questions lie (a file, a folder's part or a hub id): ours is then `evaluate_choices` on them.
         limit: so many questions of every task, as the harness takes them; None = all.
         batch_size: of the harness.
         progress: show a bar over the models.
 
     Raises:
-        MansuError: no results folder or finished edit, no task, the harness is not installed or refuses a task, or questions
-            for a task that is not run.
+        MansuError: no results folder or finished edit, no task, a task file that is not there or names no task, the harness
+            is not installed or refuses a task, or questions for a task that is not run.
     """
     if not tasks or not all(tasks):
         raise MansuError("lm-eval: no task named; give some of the harness's, such as wmdp_bio,mmlu")
+    files = {each: _TaskFile.read(each) for each in tasks if each.endswith((".yaml", ".yml"))}
+    tasks = [files[each].name if each in files else each for each in tasks]
     for given in same or {}:
         if given not in tasks:
             raise MansuError(
                 f"lm-eval: questions are given for {given!r}, which is not among the tasks {', '.join(tasks)}"
             )
     config = StudyConfig.read(config_in(folder))
-    run = _harness()
+    run = _harness([each.folder for each in files.values()], alone=len(files) == len(tasks))
     questions = {each: read_choices(place) for each, place in (same or {}).items()}
     rows: list[dict[str, Any]] = []
     own: list[dict[str, Any]] = []
@@ -110,6 +114,7 @@ def harness_scores(
                 key = {
                     "model": fingerprint(edited), "quantizer": name, "tasks": list(tasks), "limit": limit,
                     "same": {each: [one.prompt for one in items] for each, items in questions.items()},
+                    **({"files": [each.text for each in files.values()]} if files else {}),
                 }  # fmt: skip
 
                 def measured(one: TransformerBridge = edited, name: str = name) -> dict[str, Any]:
@@ -151,17 +156,49 @@ def _models(
         yield method, lambda path=path: Edit.load(path).apply(model)  # type: ignore[misc]
 
 
-def _harness() -> Callable[[TransformerBridge, Sequence[str], int | None, int], dict[str, Any]]:
-    """Runs the harness on a model; gives its results by task, plain numbers alone."""
+@dataclass(frozen=True)
+class _TaskFile:
+    """A task of the user's own: what it is called, where it lies, and what it says."""
+
+    name: str
+    folder: Path
+    text: str
+
+    @classmethod
+    def read(cls, place: str) -> _TaskFile:
+        path = Path(place)
+        if not path.is_file():
+            raise MansuError(f"lm-eval: {place}: no such task file; check the path")
+        text = path.read_text(encoding="utf-8")
+        found = _NAME.search(text)
+        if found is None:
+            raise MansuError(f"lm-eval: {place}: names no task; write a line task: NAME in it")
+        return cls(found.group(1), path.resolve().parent, text)
+
+
+def _harness(
+    folders: Sequence[Path], *, alone: bool
+) -> Callable[[TransformerBridge, Sequence[str], int | None, int], dict[str, Any]]:
+    """Runs the harness on a model; gives its results by task, plain numbers alone.
+
+    Args:
+        folders: where task files lie.
+        alone: no task of the harness's own is asked for.
+    """
     try:
         lm_eval, hf_models = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
+        made = import_module("lm_eval.tasks").TaskManager if folders else None
     except ImportError as error:
         raise MansuError(f"lm-eval: the harness is not installed ({error}); {_PIP}") from None
+
+    more = {}
+    if made is not None:
+        more["task_manager"] = made(include_path=[str(each) for each in folders], include_defaults=not alone)
 
     def run(model: TransformerBridge, tasks: Sequence[str], limit: int | None, batch_size: int) -> dict[str, Any]:
         lm = hf_models.HFLM(pretrained=writing_copy(model), tokenizer=model.tokenizer, batch_size=batch_size)
         try:
-            found = lm_eval.simple_evaluate(model=lm, tasks=list(tasks), limit=limit, log_samples=False)
+            found = lm_eval.simple_evaluate(model=lm, tasks=list(tasks), limit=limit, log_samples=False, **more)
         except (KeyError, ValueError) as error:  # a task that it does not know
             raise MansuError(
                 f"lm-eval: the harness refuses {', '.join(tasks)} ({error}); see: lm-eval ls tasks"

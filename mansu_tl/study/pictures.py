@@ -259,6 +259,9 @@ _SCRIPTS = {
     "real_stages": (
         "make demo-real && python scripts/real_stages.py runs/demo-real --out figures/tables/real_stages.safetensors"
     ),
+    "comes_back": (
+        "make demo demo-real && python scripts/comes_back.py runs/demo runs/demo-real --out figures/tables/comes_back.csv"
+    ),
     "real_cad": "make demo-real && python scripts/real_cad.py runs/demo-real --out figures/tables/real_cad.csv",
 }
 _MOVED = 15.0  # points: settings that move no result by so much are not drawn
@@ -292,6 +295,11 @@ def _tables(folder: Path) -> Iterator[Picture]:
             "grafting", "real_cad",
             "How many landmarks SmolLM2-135M still chooses after unlearning once the original's layers are put back behind "
             "one of them, in full precision and in the GGUF file.", _grafting,
+        ),
+        (
+            "comes_back", "comes_back",
+            "What every format that somebody ships brings back of the facts that four audited models forgot; the verdict is "
+            "the audit's.", _comes_back,
         ),
     ):  # fmt: skip
         path = folder / f"{table}.csv"
@@ -366,6 +374,16 @@ def _cad_by_depth(frame: pd.DataFrame, theme: str) -> go.Figure:
 def _grafting(frame: pd.DataFrame, theme: str) -> go.Figure:
     title = "Out of MANSU's streams the original's later layers read nothing, out of GradDiff's file all: SmolLM2-135M"
     return plots.grafting(frame, chance=25.0, title=title, theme=theme)
+
+
+def _comes_back(frame: pd.DataFrame, theme: str) -> go.Figure:
+    """The finding: in how many of the formats that can be judged each method's facts are back."""
+    cells = ["points", "points_low", "points_high"]
+    frame = frame.assign(**{name: pd.to_numeric(frame[name], errors="coerce") for name in cells})
+    judged = frame.loc[frame["comes_back"].isin(["yes", "no"])]
+    back = judged["comes_back"].eq("yes").groupby(judged["method"], sort=False).agg(["sum", "size"])
+    found = ", ".join(f"{row.Index}'s in {row.sum} of {row.size}" for row in back.itertuples())
+    return plots.comes_back(frame, title=f"Facts that come back in a format, of those judged: {found}", theme=theme)
 
 
 def _sensitivity(frame: pd.DataFrame, theme: str) -> go.Figure:

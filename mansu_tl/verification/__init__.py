@@ -34,6 +34,7 @@ from mansu_tl.verification.relearning import RelearningCurve, relearn
 from mansu_tl.verification.resistance import Relearning, compare_relearning
 from mansu_tl.verification.rouge import RougeL, rouge_l, summary_recall
 from mansu_tl.verification.rwku import evaluate_rwku
+from mansu_tl.verification.rwku_utility import evaluate_rwku_utility
 from mansu_tl.verification.scorecard import Scorecard, judge, scorecard
 from mansu_tl.verification.soft_prompt import SoftPrompt, ask_behind, soft_prompt
 from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
@@ -94,6 +95,7 @@ __all__ = [
     "evaluate_lume",
     "evaluate_muse",
     "evaluate_rwku",
+    "evaluate_rwku_utility",
     "evaluate_tofu",
     "hints",
     "judge",

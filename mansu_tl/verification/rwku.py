@@ -4,7 +4,7 @@ As its eval_forget.py and eval_neighbor.py: 30 greedy tokens behind the request 
 "Answer:" (not behind an affirmative suffix), up to a token that is a line break or ends the turn; nothing said counts
 as "NOANSWER". The score is the package rouge's ROUGE-L recall (`rouge.summary_recall`), which tells upper from lower
 case. Lower is better on forget probes, higher on the neighbours'. Utility on MMLU: `evaluate_choices(model,
-read_rwku_utility(...), chat=True)`; its other utility sets are the harness's, and membership inference is not here.
+read_rwku_utility(...), chat=True)`; its other utility sets: `evaluate_rwku_utility`. Membership inference is not here.
 """
 
 from __future__ import annotations

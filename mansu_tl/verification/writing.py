@@ -131,17 +131,52 @@ def mean_log_probs(
         names: what errors call each.
         progress: show a bar over the answers.
     """
+    return _log_probs(model, source, asked, names, False, batch_size, progress)[0]
+
+
+def total_log_probs(
+    model: TransformerBridge | PreTrainedModel,
+    source: TextSource,
+    asked: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    *,
+    chat: bool = False,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Float[Tensor, " row"]:
+    """The log-probability of each answer behind its prompt, summed over its tokens, in nats.
+
+    Args:
+        asked: prompt and answer.
+        names: what errors call each.
+        chat: the prompts bring their template's special tokens, so no BOS token is put in front of them.
+        progress: show a bar over the answers.
+    """
+    means, tokens = _log_probs(model, source, asked, names, chat, batch_size, progress)
+    return means * tokens
+
+
+def _log_probs(
+    model: TransformerBridge | PreTrainedModel,
+    source: TextSource,
+    asked: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    chat: bool,
+    batch_size: int,
+    progress: bool,
+) -> tuple[Float[Tensor, " row"], Int[Tensor, " row"]]:
+    """Mean log-probabilities per token, and how many tokens each answer has."""
     tokenizer, bos = text_source(source)
     rows = []
     for (prompt, answer), name in zip(asked, names, strict=True):
         before, after = continuation(tokenizer, prompt, answer, f"{name}: answer")
-        rows.append((with_bos(tokenizer, before, bos), after))
+        rows.append((with_bos(tokenizer, before, bos and not chat), after))
     lengths = [len(before) + len(after) for before, after in rows]
     _require_room(model, lengths, names, 0)
     hf, found = writing_copy(model), torch.empty(len(rows))
     for chosen in _batches(lengths, batch_size, progress):
         found[chosen] = answer_likelihoods(hf, [rows[i] for i in chosen], pad_id(tokenizer), batch_size)[0]
-    return found
+    return found, torch.tensor([len(after) for _, after in rows])
 
 
 def written_texts(

@@ -27,7 +27,7 @@ class WrittenScores(Result):
         names: the file and line of every question.
         wanted: what was to be written.
         said: what the model wrote.
-        values: the scores, in [0, 1].
+        values: the scores, in [0, 1]; entropies in bits.
     """
 
     title: str
@@ -40,7 +40,7 @@ class WrittenScores(Result):
     values: Float[Tensor, " question"]
 
     def mean(self, name: str) -> float:
-        """The mean score of a set, in [0, 1]; NaN where nothing was asked of it."""
+        """The mean score of a set, in the unit of `values`; NaN where nothing was asked of it."""
         chosen = [value for value, each in zip(self.values.tolist(), self.sets, strict=True) if each == name]
         return sum(chosen) / len(chosen) if chosen else float("nan")
 

@@ -11,15 +11,29 @@ from mansu_tl.data.sources.records import Record, read_records
 from mansu_tl.data.sources.registry import Source, beside, load_task, register_source, source, sources
 from mansu_tl.data.sources.rows import rows_reader
 from mansu_tl.data.sources.rwku import Probe, read_rwku, read_rwku_utility
+from mansu_tl.data.sources.rwku_utility import (
+    Factuality,
+    Fluency,
+    Reasoning,
+    Truthfulness,
+    read_rwku_factuality,
+    read_rwku_fluency,
+    read_rwku_reasoning,
+    read_rwku_truthfulness,
+)
 
 __all__ = [
     "Choice",
+    "Factuality",
+    "Fluency",
     "LumeItem",
     "MuseItem",
     "Probe",
+    "Reasoning",
     "Record",
     "Request",
     "Source",
+    "Truthfulness",
     "beside",
     "load_task",
     "lre_requests",
@@ -31,6 +45,10 @@ __all__ = [
     "read_passages",
     "read_records",
     "read_rwku",
+    "read_rwku_factuality",
+    "read_rwku_fluency",
+    "read_rwku_reasoning",
+    "read_rwku_truthfulness",
     "read_rwku_utility",
     "register_source",
     "rows_reader",
