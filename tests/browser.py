@@ -94,7 +94,7 @@ def opened(path: Path | str, width: int = 1400, height: int = 1000) -> Iterator[
 
             tab.page.on("dialog", dismiss)
             tab.asked = time.perf_counter()
-            tab.page.goto(path.resolve().as_uri() if isinstance(path, Path) else path)
+            tab.page.goto(path.resolve().as_uri() if isinstance(path, Path) else path, timeout=120_000)
             yield tab
         finally:
             started.close()

@@ -5,8 +5,9 @@
 For each results folder and for 1366 x 768 and 1920 x 1080: the time from the address to the drawn graph, and a hundred moves
 of the mouse over edges and nodes of all panels, with the edges that are drawn at first, with 300 and with all of the circuit.
 A move's time is from the mouse event to the end of the next painted frame. Beside both stands the CPU time of the page's
-process, as Chromium counts it: on a machine that does other work too it says more than the clock. A report or a saved page given in place of a folder is opened and timed the same way, up to its last plot. What the
-console says is in the table, and `--png` keeps what was on the screen. A minute a folder.
+process as Chromium counts it, which says more than the clock on a machine that does other work too. A report or a saved page
+given in place of a folder is opened and timed the same way, up to its last plot. What the console says is in the table, and
+`--png` keeps what was on the screen. A minute a folder.
 """
 
 from __future__ import annotations

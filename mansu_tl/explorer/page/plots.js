@@ -26,6 +26,7 @@ function plotter(template, library) {
     const copy = JSON.parse(JSON.stringify(found)), [first, ...rest] = copy.layout.title.text.split("<br>");
     copy.layout.title = { ...copy.layout.title, text: first, font: { size: 13 }, pad: { t: 8, l: 2 } };
     copy.layout.margin = { ...copy.layout.margin, t: copy.layout.margin.t - 23 * rest.length - 14, l: 60, r: 14 };
+    for (const note of copy.layout.annotations || []) note.font = { ...note.font, size: 11 };
     Plotly.react(id, copy.data, { ...copy.layout, template }, config(id));
     return rest.join(" ").replace(/<[^>]+>/g, "").replace(/&amp;/g, "&");
   }
