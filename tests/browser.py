@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,13 +20,23 @@ _LOCAL = ("file:", "data:", "blob:")
 class Tab:
     """An open page and everything it complained about.
 
-    `dialogs` are alerts that ran, `requests` what it tried to fetch from elsewhere.
+    `dialogs` are alerts that ran, `requests` what it tried to fetch from elsewhere, `asked` when it was opened
+    (`time.perf_counter`).
     """
 
     page: Any
+    asked: float = field(default_factory=time.perf_counter)
     errors: list[str] = field(default_factory=list)
     dialogs: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    session: Any = None
+
+    def devtools(self, method: str) -> dict[str, Any]:
+        """What Chromium itself says of the page, by the DevTools protocol."""
+        if self.session is None:
+            self.session = self.page.context.new_cdp_session(self.page)
+            self.session.send("Performance.enable")
+        return self.session.send(method)
 
     def hover(self, plot: str, trace: int, point: int) -> str:
         """Put the mouse on a point of a plot with x and y axes; what the hover label says."""
@@ -82,7 +93,8 @@ def opened(path: Path | str, width: int = 1400, height: int = 1000) -> Iterator[
                 dialog.dismiss()
 
             tab.page.on("dialog", dismiss)
-            tab.page.goto(path.resolve().as_uri() if isinstance(path, Path) else path)
+            tab.asked = time.perf_counter()
+            tab.page.goto(path.resolve().as_uri() if isinstance(path, Path) else path, timeout=120_000)
             yield tab
         finally:
             started.close()

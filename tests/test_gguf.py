@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 import mansu_tl as mtl
+from mansu_tl.explorer import Explorer
 from mansu_tl.models import linear_weights, orient, parameters, plain, rebuild
 from mansu_tl.models.gguf import LAYOUTS, GgufFile, GgufWeights, gguf_weights, save_gguf
 from mansu_tl.models.gguf.tokens import merges, read_tokenizer
@@ -315,6 +316,14 @@ def test_a_study_of_a_file_certifies_the_file_and_writes_its_report(tmp_path: Pa
     assert all(torch.equal(value, edited[name]) for name, value in parameters(shipped).items())
     page = write_study_report(study).read_text(encoding="utf-8")
     assert "MANSU" in page and "gguf" in page
+    # In the explorer an edit of codes goes from one of a block's sixteen codes to another.
+    explorer = Explorer.of_study(study, model=mtl.load(file, tokenizer=pocket.tokenizer))
+    ruler = explorer.figure("weights")
+    lines = {trace.name: [v for v in trace.x if v is not None] for trace in ruler.data}
+    assert lines["codes"] == pytest.approx([code / 15 for code in range(16)])
+    assert lines["edited, another code"] and not lines["edited, rounded back"]
+    for place in lines["edited, another code"] + lines["not edited"]:
+        assert 15 * place == pytest.approx(round(15 * place), abs=1e-2)
 
 
 def test_the_grid_that_a_checkpoint_rests_on_is_found(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mansu_tl.plots.panels import Panel
 from mansu_tl.plots.ruler import most_edited
 from mansu_tl.plots.scatters import StageScore, stage_scores
 from mansu_tl.plots.theme import fixed, theme_named
-from mansu_tl.quantization import quantizer
+from mansu_tl.quantization import grid_of
 from mansu_tl.results.intervals import interval_over_facts
 
 SELECTED = "selected"
@@ -158,14 +158,14 @@ def ruler_of(results: Results, method: str, quantizer_name: str, part: Part, mos
     Raises:
         MansuError: the quantizer has no fixed codes.
     """
-    grid = quantizer(quantizer_name)
     name = part.piece.parameter
+    grid = grid_of(quantizer_name).bound(results.model).of(name)
     before, after = results.matrix("", name), results.matrix(method, name)
     held = results.held(part)
-    edited, size = held & results.edited(method, name), getattr(grid, "block_size", None) or before.shape[1]
+    edited, size = held & results.edited(method, name), grid.block_size or before.shape[1]
     blocks = most_edited(edited, size, most) or most_edited(held, size, 1)
     title = f"{part.name}: {int(edited.sum()):,} weights edited by {results.titles[method]}"
-    return plots.ruler(before, after, grid, blocks=blocks, name=name, title=title)  # type: ignore[arg-type]
+    return plots.ruler(before, after, grid, blocks=blocks, name=name, title=title)
 
 
 def chosen_part(results: Results, selection: Selection) -> Part:

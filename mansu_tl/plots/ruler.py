@@ -15,7 +15,7 @@ from torch import Tensor
 from mansu_tl.errors import MansuError
 from mansu_tl.plots.panels import BARE, Panel, legend_below, marker, new_panel, segments
 from mansu_tl.plots.theme import number, plain, theme_named
-from mansu_tl.quantization import Grid
+from mansu_tl.quantization import Encoded, Grid
 
 _MOST_BLOCKS = 40
 _SMALLEST = 1e-38  # a scale to divide by where a block is all zeros
@@ -37,12 +37,14 @@ def ruler(
     Ticks on the ruler are the codes' values, thin lines the boundaries between them, all as shares of the block's
     absmax (its own after the edit, where that moved it). Weights before lie on the upper row, after on the lower; a line
     follows each edited weight from where it was to where it is and on to the code that it is rounded to: blue where the
-    code changed, orange and dotted where rounding gives back the old one.
+    code changed, orange and dotted where rounding gives back the old one. The codes of a file lie evenly between the lowest
+    and the highest of a block, whose scale no edit moves: there the ruler is the share of that way.
 
     Args:
         before: a matrix, [out, in].
         after: the same matrix edited.
-        grid: the quantizer's grid, e.g. `quantizer("nf4")`.
+        grid: the quantizer's grid, e.g. `quantizer("nf4")`; of a file the matrix's own,
+            `quantizer("gguf").bound(model).of(name)`.
         blocks: numbers of the blocks to step through; by default those with most edited weights.
         name: of the matrix.
 
@@ -56,8 +58,9 @@ def ruler(
         )
     matrices = (before.detach().float().cpu(), after.detach().float().cpu())
     encoded = [grid.encode(w) for w in matrices]
-    if encoded[0].absmax.ndim != 1:
+    if encoded[0].absmax.ndim != 1 and not grid.given_scales:
         raise MansuError(f"ruler: {grid.name} has no fixed codes to draw; use nf4, fp4 or int4")
+    places = [_places(w, each) for w, each in zip(matrices, encoded, strict=True)]
     size = grid.block_size or before.shape[1]
     edited = matrices[0] != matrices[1]
     count = -(-edited.numel() // size)
@@ -71,14 +74,15 @@ def ruler(
 
     def block_of(number: int) -> _Block:
         part = slice(number * size, (number + 1) * size)
-        weights = np.stack([w.reshape(-1)[part].numpy() for w in matrices])
+        weights, at = (np.stack([w.reshape(-1)[part].numpy() for w in each]) for each in (matrices, places))
         codes = np.stack([each.codes.reshape(-1)[part].cpu().numpy() for each in encoded])
-        scales = [max(_SMALLEST, float(each.absmax[number])) for each in encoded]
-        return _Block(number, weights, codes, (scales[0], scales[1]), levels)
+        scale = _scale_said("step" if grid.given_scales else "absmax", *(each.absmax[number] for each in encoded))
+        return _Block(number, weights, at, codes, scale, levels)
 
     shown = [block_of(number) for number in chosen]
+    unit = "between its block's lowest and highest code" if grid.given_scales else "as a share of its block's largest"
     how_to_read = (
-        "Each mark is a weight, as a share of its block's largest. Thin lines: where one code ends and the next begins; "
+        f"Each mark is a weight, {unit}. Thin lines: where one code ends and the next begins; "
         "ticks below: the codes' values, to which the edited weights are followed."
     )
     panel = new_panel(look, title or f"On the {grid.name} ruler{': ' if name else ''}{name}", how_to_read, 520)
@@ -110,8 +114,19 @@ def ruler(
                 }
             ]
         )  # fmt: skip
-    ticks = {"range": [-1.04, 1.04], "tickvals": [-1, -0.5, 0, 0.5, 1]}
-    panel.x(title_text="weight / absmax of its block", **ticks, showgrid=False, zeroline=False)
+    if grid.given_scales:
+        ticks = {
+            "range": [-0.02, 1.02],
+            "tickvals": [0, 0.25, 0.5, 0.75, 1],
+            "title_text": "from the block's lowest code (0) to its highest (1)",
+        }
+    else:
+        ticks = {
+            "range": [-1.04, 1.04],
+            "tickvals": [-1, -0.5, 0, 0.5, 1],
+            "title_text": "weight / absmax of its block",
+        }
+    panel.x(**ticks, showgrid=False, zeroline=False)
     panel.y(**BARE, tickvals=[1, 0.5, 0], ticktext=["before", "after", "codes"], range=[-0.28, 1.18])
     legend_below(panel.figure, 170 if len(shown) > 1 else 96)
     panel.figure.update_layout(margin={"t": 120})
@@ -120,12 +135,13 @@ def ruler(
 
 @dataclass(frozen=True)
 class _Block:
-    """One block: its weights and codes before and after, its scales, and the codes' values."""
+    """One block: its weights, their places on the ruler and their codes, before and after; its scale; the codes' places."""
 
     number: int
     weights: np.ndarray
+    places: np.ndarray
     codes: np.ndarray
-    scales: tuple[float, float]
+    scale: str
     levels: np.ndarray
 
     def chosen(self, kind: str) -> np.ndarray:
@@ -138,10 +154,11 @@ class _Block:
         ways, texts = [], []
         for i in self.chosen(kind).tolist():
             (a, b), (old, new) = self.weights[:, i].tolist(), self.codes[:, i].tolist()
+            start, end = self.places[:, i].tolist()
             text = f"weight {i} of block {self.number}<br>before {number(a, 4)}, code {old}"
             text += f"<br>after {number(b, 4)}, code {new}"
             # An edited weight goes on to the code that it is rounded to.
-            x, y = [a / self.scales[0], b / self.scales[1], float(self.levels[new])], [1.0, 0.5, 0.06]
+            x, y = [start, end, float(self.levels[new])], [1.0, 0.5, 0.06]
             points = 2 if kind == "kept" else 3
             ways.append((x[:points], y[:points]))
             texts += [text] * points + [""]
@@ -158,12 +175,26 @@ class _Block:
     def text(self) -> str:
         """One line on the block."""
         crossed = len(self.chosen("crossed"))
-        edited, (old, new) = len(self.chosen("back")) + crossed, self.scales
-        scale = f"absmax {number(old, 3)}" if old == new else f"absmax {number(old, 4)}, then {number(new, 4)}"
+        edited = len(self.chosen("back")) + crossed
         return plain(
-            f"block {self.number}: {self.weights.shape[1]} weights, {scale}; {edited} edited, {crossed} of them take "
+            f"block {self.number}: {self.weights.shape[1]} weights, {self.scale}; {edited} edited, {crossed} of them take "
             "another code"
         )
+
+
+def _places(w: Float[Tensor, "out in"], encoded: Encoded) -> Float[Tensor, "out in"]:
+    """Where weights lie on the ruler: shares of absmax; under given scales, of the way from lowest code to highest."""
+    scales = encoded.scales()
+    if scales.ndim == w.ndim:
+        return w / scales.clamp(min=_SMALLEST)
+    step, shift, zero, last = scales.unbind(-1)
+    return ((w - shift) / step.clamp(min=_SMALLEST) + zero) / last
+
+
+def _scale_said(what: str, before: Tensor, after: Tensor) -> str:
+    """A block's scale before and after."""
+    old, new = (float(each.reshape(-1)[0]) for each in (before, after))
+    return f"{what} {number(old, 3)}" if old == new else f"{what} {number(old, 4)}, then {number(new, 4)}"
 
 
 def most_edited(edited: Bool[Tensor, "*any"], size: int, most: int) -> list[int]:
@@ -176,7 +207,7 @@ def most_edited(edited: Bool[Tensor, "*any"], size: int, most: int) -> list[int]
 
 def _scale(panel: Panel, levels: np.ndarray, bounds: list[float]) -> None:
     """Cells as stripes, boundaries as lines, codes as numbered ticks."""
-    look, ends, few = panel.look, [-1.0, *bounds, 1.0], len(levels) <= 20
+    look, ends, few = panel.look, [float(np.sign(levels[0])), *bounds, 1.0], len(levels) <= 20
     for low, high in zip(ends[::2], ends[1::2], strict=False):
         style = {"layer": "below", "line": {"width": 0}, "fillcolor": look.band}
         panel.figure.add_shape(type="rect", x0=low, x1=high, y0=-0.24, y1=1.12, **style)

@@ -8,7 +8,7 @@
   }
   const data = await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
   const live = connection(data.live, data.answers);
-  const plots = plotter(data.template);
+  const plots = plotter(data.template, readPlotly);
   const ABSENT = "is not in this file; mansu-tl explore FOLDER and mtl.explore show everything.";
   const NEEDS_MODEL = "This page was saved to a file and has no model behind it: mansu-tl explore FOLDER opens one that has, mtl.explore too.";
   const KINDS = { q: "query (q)", k: "key (k)", v: "value (v)", mlp: "MLP", logits: "logits" };
@@ -656,17 +656,34 @@
 
   // --- everything anew after a choice
   async function showAll() {
+    busy += 1;
     showDepth();
     options(element("shown"), [["all", "all three"], ...stages().map((stage, i) => [String(i), title(stage)])], state.shown);
     await readCircuit();
+    await painted();
     showChosen();
     showPair();
     if (state.tab === "size") showCurve();
+    busy -= 1;
   }
+
+  // The library of the plots takes a second to read; the graph, which does without, is drawn before.
+  function readPlotly() {
+    if (window.Plotly) return;
+    window.PlotlyConfig = { MathJaxConfig: "local" };
+    document.head.append(Object.assign(document.createElement("script"), { textContent: element("plotly").textContent }));
+    element("plotly").remove();
+  }
+  // The graph is on the screen; a page that nobody looks at paints nothing.
+  const painted = () => new Promise((done) => {
+    setTimeout(done, 300);
+    requestAnimationFrame(() => setTimeout(done));
+  });
 
   function room() {
     const top = document.querySelector("main").getBoundingClientRect().top + window.scrollY + 10;
-    document.documentElement.style.setProperty("--room", `${Math.max(500, window.innerHeight - top - 68)}px`);
+    const below = 30 + 6 + element("footer").offsetHeight; // the tabs, and a little air
+    document.documentElement.style.setProperty("--room", `${Math.max(500, window.innerHeight - top - below)}px`);
   }
 
   function controls() {
@@ -775,7 +792,7 @@
 
   data.labels = data.pairs.reduce((out, pair) => { out[pair.number] = pair.label; return out; }, data.names || []);
   graph = circuitGraph(element("graph"), data, { tell, click: (name, more) => { if (more) pin(name); else chooseItem(name); } });
-  window.explorer = { graph, state, get busy() { return busy; } };
+  window.explorer = { graph, state, get busy() { return busy; }, get total() { return loaded.edges.length; } };
   element("footer").textContent = `${live.alive ? "What is not on the page yet is computed by the models behind it." : "Everything here was computed by mansu_tl and is part of this file; nothing is loaded from elsewhere."}`
     + ` Edges carry the mean over all pairs; their width is |score|, in one scale for all panels. Of ${data.total.toLocaleString("en")} edges of the model the circuit has the strongest that lie on a path. Shift-click pins.`;
   controls();

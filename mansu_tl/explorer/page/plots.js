@@ -6,7 +6,7 @@ const ESCAPED = { "&": "&amp;", "<": "&lt;", ">": "&gt;", $: "&#36;", "\n": "\\n
 // Plotly reads tags into texts; here every text is shown as it is.
 const plain = (text) => String(text).replace(/[&<>$\n\r\t]/g, (c) => ESCAPED[c]);
 
-function plotter(template) {
+function plotter(template, library) {
   const config = (name) => ({
     displaylogo: false, responsive: true, showSendToCloud: false,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
@@ -15,15 +15,18 @@ function plotter(template) {
   const small = { margin: { l: 52, r: 14, t: 34, b: 42 }, hovermode: "closest", font: { size: 11 } };
 
   function draw(id, data, layout) {
+    library();
     const title = layout.title ? { text: `<b>${layout.title}</b>`, font: { size: 13 }, pad: { t: 8, l: 2 } } : undefined;
     return Plotly.react(id, data, { ...small, ...layout, title, template }, config(id));
   }
 
   // A figure of the library's; how it is to be read is too long for a line here, and is handed back.
   function figure(id, found) {
+    library();
     const copy = JSON.parse(JSON.stringify(found)), [first, ...rest] = copy.layout.title.text.split("<br>");
     copy.layout.title = { ...copy.layout.title, text: first, font: { size: 13 }, pad: { t: 8, l: 2 } };
     copy.layout.margin = { ...copy.layout.margin, t: copy.layout.margin.t - 23 * rest.length - 14, l: 60, r: 14 };
+    for (const note of copy.layout.annotations || []) note.font = { ...note.font, size: 11 };
     Plotly.react(id, copy.data, { ...copy.layout, template }, config(id));
     return rest.join(" ").replace(/<[^>]+>/g, "").replace(/&amp;/g, "&");
   }
