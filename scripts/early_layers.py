@@ -69,6 +69,48 @@ def relearnt(models: dict[str, Any], task: Any, folder: Path) -> pd.DataFrame:
     return found[(found.measure == "multiple_choice") & (found.step > 0) & (found.label != NEVER)]
 
 
+# What the documentation shows: a line's name, the measure behind it, digits.
+SHOWN = (
+    ("forget, chosen among four, %", "forget MC, %", 0),
+    ("the same after NF4, %", "forget MC after NF4, %", 0),
+    ("forget, held-out wording, %", "forget_paraphrase MC, %", 0),
+    ("near, margin, nats (12.1 un-edited)", "near log-odds, nats", 1),
+    ("near, said, held-out wording, %", "near_paraphrase cloze, %", 0),
+    ("CAD behind L1", "CAD at L1", 2),
+    ("the same less near facts'", "specificity at L1", 2),
+    ("added opposition", "added opposition", 2),
+    ("the original's layers put back behind L0 choose, %", "grafted behind L0, %", 0),
+    ("the same behind L1, %", "grafted behind L1, %", 0),
+    ("logit lens behind L0, %", "logit lens L0, %", 0),
+    ("the same behind L1, %", "logit lens L1, %", 0),
+    ("the same behind L2, %", "logit lens L2, %", 0),
+    ("soft prompt, held-out facts, %", "soft prompt, held-out facts MC, %", 0),
+    *(
+        (f"relearning, {k} facts, 50 steps at {rate}: over never trained, points",
+         f"relearning, {k} facts, 50 steps at {rate}, every weight: over never trained, points", 0)
+        for k, rate in ((12, "0.0003"), (12, "0.001"), (24, "0.001"))
+    ),
+)  # fmt: skip
+
+
+def page(table: pd.DataFrame) -> str:
+    """The table of the documentation: a mean over seeds, and the lowest and highest."""
+    names = list(dict.fromkeys(table.variant))
+    lines = ["| " + " | ".join(["", *names]) + " |", "| --- " * (len(names) + 1) + "|"]
+    for title, measure, digits in SHOWN:
+        cells = [title]
+        for name in names:
+            values = pd.to_numeric(table[(table.variant == name) & (table.measure == measure)].value)
+            low, high = (f"{end:.{digits}f}" for end in (values.min(), values.max()))
+            cells.append(f"{values.mean():.{digits}f}" + (f" ({low} to {high})" if low != high else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    verdicts = table[table.measure == "verdict"].groupby("variant").value
+    lines.append(
+        "| verdict by depth | " + " | ".join(", ".join(dict.fromkeys(verdicts.get_group(n))) for n in names) + " |"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
