@@ -29,46 +29,67 @@ def told(questions: Questions, row: int, suffix: list[int], at: int) -> tuple[li
     return [*prompt[:at], *suffix, *prompt[at:]], list(questions.texts()[row][0])
 
 
-def loss_by_hand(hf: PreTrainedModel, questions: Questions, suffix: list[int], at: list[int]) -> float:
-    """Mean cross-entropy of all the answers' tokens, row by row and token by token."""
+def losses_by_hand(hf: PreTrainedModel, questions: Questions, suffixes: list[list[int]], at: list[int]) -> list[float]:
+    """Mean cross-entropy of all the answers' tokens for each suffix, question by question and token by token."""
     nats = []
     with torch.no_grad():
         for row in range(len(questions)):
-            tokens, answer = told(questions, row, suffix, at[row])
+            pieces = [told(questions, row, suffix, at[row]) for suffix in suffixes]
+            tokens, answer = torch.tensor([before for before, _ in pieces]), pieces[0][1]
             for token in answer:
-                nats.append(-hf(torch.tensor([tokens])).logits[0, -1].double().log_softmax(-1)[token].item())
-                tokens = [*tokens, token]
-    return sum(nats) / len(nats)
+                nats.append(-hf(tokens).logits[:, -1].double().log_softmax(-1)[:, token])
+                tokens = torch.cat([tokens, torch.full((len(tokens), 1), token)], 1)
+    return torch.stack(nats).mean(0).tolist()
+
+
+def loss_by_hand(hf: PreTrainedModel, questions: Questions, suffix: list[int], at: list[int]) -> float:
+    return losses_by_hand(hf, questions, [suffix], at)[0]
 
 
 def places(questions: Questions, place: str) -> list[int]:
     return [1] * len(questions) if place == "before" else questions.lengths.tolist()
 
 
+def mixed_loss(hf: PreTrainedModel, questions: Questions, one_hot: Tensor, at: list[int]) -> Tensor:
+    """The answers' loss where each token of the suffix is a mixture of words [token, vocab], by plain Hugging Face."""
+    nats = []
+    table = hf.get_input_embeddings()(torch.arange(64))
+    for row in range(len(questions)):
+        tokens, answer = told(questions, row, [0] * len(one_hot), at[row])
+        known = table[torch.tensor([*tokens, *answer])]
+        embeddings = torch.cat([known[: at[row]], one_hot @ table, known[at[row] + len(one_hot) :]])
+        logits = hf(inputs_embeds=embeddings[None]).logits[0, len(tokens) - 1 : -1]
+        nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    return torch.cat(nats).mean()
+
+
 @pytest.mark.parametrize("family", some(FAMILIES, ("llama", "gpt2")))
 @pytest.mark.parametrize("place", ["before", "behind"])
 def test_the_slope_of_a_swap_is_the_derivative_by_the_one_hot(family: str, place: str) -> None:
-    hf, questions = tiny(family).double().requires_grad_(False), tiny_questions()
+    hf, questions = tiny(family).requires_grad_(False), tiny_questions()
     suffix, at = torch.tensor([5, 40]), torch.tensor(places(questions, place))
     found = slopes(hf, Told.of(inserted(questions, suffix, at), torch.device("cpu")), suffix, at)
-    table, step = hf.get_input_embeddings()(torch.arange(64)), 1e-5
+    one_hot = torch.nn.functional.one_hot(suffix, 64).float().requires_grad_(True)
+    (wanted,) = torch.autograd.grad(mixed_loss(hf, questions, one_hot, at.tolist()), one_hot)
+    torch.testing.assert_close(found, wanted - wanted.gather(1, suffix[:, None]), rtol=1e-3, atol=1e-5)
+    assert found.abs().max() > 0.01
 
-    def moved(where: int, word: int, by: float) -> Tensor:
-        """The loss with so much of another word in the place of a token of the suffix."""
-        nats = []
-        for row in range(len(questions)):
-            tokens, answer = told(questions, row, suffix.tolist(), int(at[row]))
-            embeddings = table[torch.tensor([*tokens, *answer])].clone()
-            embeddings[int(at[row]) + where] += by * (table[word] - table[suffix[where]])
-            logits = hf(inputs_embeds=embeddings[None]).logits[0, len(tokens) - 1 : -1]
-            nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
-        return torch.cat(nats).mean()
 
-    assert found[[0, 1], suffix].abs().max() == 0
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_the_slope_of_a_swap_agrees_with_finite_differences(place: str) -> None:
+    # GPT-2's layers compute in float64 where they are given it; RMSNorm does not.
+    hf, questions = tiny("gpt2").double().requires_grad_(False), tiny_questions()
+    suffix, at = torch.tensor([5, 40]), torch.tensor(places(questions, place))
+    found = slopes(hf, Told.of(inserted(questions, suffix, at), torch.device("cpu")), suffix, at)
     for where in range(2):
         for word in (0, 3, 17, 63):
-            slope = (moved(where, word, step) - moved(where, word, -step)) / (2 * step)
-            assert found[where, word].item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
+            ends = []
+            for step in (1e-5, -1e-5):
+                one_hot = torch.nn.functional.one_hot(suffix, 64).double()
+                one_hot[where, suffix[where]] -= step
+                one_hot[where, word] += step
+                ends.append(mixed_loss(hf, questions, one_hot, at.tolist()).item())
+            assert found[where, word].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("place", ["before", "behind"])
@@ -83,7 +104,7 @@ def test_a_step_that_tries_every_swap_takes_the_best_of_all(place: str) -> None:
         assert found.loss[fold, 0].item() == pytest.approx(loss_by_hand(hf, trained, first, at), rel=1e-5)
         for loss in found.loss[fold, 1:].tolist():
             swaps = [[word, first[1]] for word in range(64)] + [[first[0], word] for word in range(64)]
-            by_hand = [loss_by_hand(hf, trained, each, at) for each in swaps]
+            by_hand = losses_by_hand(hf, trained, swaps, at)
             first = swaps[by_hand.index(min(by_hand))]
             assert loss == pytest.approx(min(by_hand), rel=1e-5)
         assert first == last
@@ -105,6 +126,8 @@ def test_few_swaps_lower_the_loss_and_it_never_rises(tmp_path: Path) -> None:
     assert adversarial_suffix(hf, questions, **options).digest() == found.digest()
     assert not adversarial_suffix(hf, questions, **options, seed=1).suffixes.equal(found.suffixes)
     assert AdversarialSuffix.load(found.save(tmp_path / "a.safetensors")).digest() == found.digest()
+    at_once = adversarial_suffix(hf, questions, **options, enough=float(found.loss[:, 0].max()))
+    assert at_once.loss.shape == (2, 13) and (at_once.loss == found.loss[:, :1]).all()
     assert "3 tokens before the prompt" in repr(found)
     # The answers of a fact enter no suffix that it is asked with.
     other = questions.options.clone()

@@ -95,6 +95,7 @@ def adversarial_suffix(
     candidates: int = 64,
     top: int = 64,
     batch_size: int = 32,
+    enough: float = 0.01,
     seed: int = 0,
     label: str = "edited",
     progress: bool = False,
@@ -114,6 +115,7 @@ def adversarial_suffix(
         candidates: swaps that a step tries; from `tokens` times `top` on it tries all of these.
         top: tokens that the gradient names for each place.
         batch_size: questions that swaps are tried on.
+        enough: nats per token at which the search of a fold ends, since the answers come out.
         seed: of folds, first tokens, swaps and batches.
         label: what the model is, for tables.
         progress: show a progress bar over the folds' steps.
@@ -140,7 +142,9 @@ def adversarial_suffix(
         for each in range(folds):
             text = (fold != each).nonzero()[:, 0]
             draw = generator.manual_seed(seed + 1 + each)
-            search = _Search(hf, room[text], at[text], candidates, top, Sampler(len(text), batch_size, draw), draw)
+            search = _Search(
+                hf, room[text], at[text], candidates, top, enough, Sampler(len(text), batch_size, draw), draw
+            )
             suffix, loss = search.run(tokens, steps, bar.update)
             suffixes.append(suffix.cpu())
             losses.append(loss)
@@ -184,6 +188,7 @@ class _Search:
     at: Int[Tensor, " question"]
     candidates: int
     top: int
+    enough: float
     draw: Sampler
     generator: torch.Generator
 
@@ -195,6 +200,10 @@ class _Search:
         every, at = Told.of(self.room, device), self.at.to(device)
         losses = [self._loss(every, suffix, at)]
         for step in range(steps):
+            tick()
+            if losses[-1] <= self.enough:
+                losses.append(losses[-1])
+                continue
             rows = self.draw()
             some, there = Told.of(self.room[rows], device), self.at[rows].to(device)
             swaps = self.swaps(slopes(self.hf, some, suffix, there), suffix)
@@ -206,7 +215,6 @@ class _Search:
             if loss < losses[-1]:
                 suffix = best
             losses.append(min(loss, losses[-1]))
-            tick()
         return suffix, losses
 
     def swaps(self, slope: Float[Tensor, "token vocab"], suffix: Int[Tensor, " token"]) -> Int[Tensor, "swap token"]:
