@@ -264,6 +264,8 @@ class _Training(Solver):
 
     @torch.no_grad()
     def after(self, step: int) -> None:
+        if self.recipe.instead is not None:
+            return
         for name, current in self.trained.items():
             start = self.original[name]
             if name in self.free and not bool(self.free[name].all()):
