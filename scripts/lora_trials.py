@@ -28,7 +28,7 @@ from mansu_tl.results.intervals import interval_over_facts
 from mansu_tl.unlearning import Edit
 from mansu_tl.unlearning.search import Search, judge
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 GRIDS = {"NF4": "nf4", "int4-g64": "int4-g64"}
 
 
