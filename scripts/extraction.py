@@ -1,9 +1,9 @@
 """Extraction and membership on a study's edits: `python scripts/extraction.py RUN --out figures/tables/extraction.csv`.
 
 RUN is the folder of `make demo` (or of `make demo-real`, or of any study). The original, every method's edit as it is and
-as it is shipped, and the never-trained model where the study names one: leak@k, memorisation, hints, a soft prompt,
-membership and the logit lens, one row a measure, with 95 % intervals over facts. What the table holds already is not
-measured again, so an interrupted run goes on.
+as it is shipped, and the never-trained model where the study names one: leak@k, memorisation, hints, a soft prompt, an
+adversarial suffix, membership and the logit lens, one row a measure, with 95 % intervals over facts. What the table holds
+already is not measured again, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from mansu_tl.results.intervals import with_interval
 from mansu_tl.study.config import tomllib
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification import (
+    AdversarialSuffix,
     Membership,
     SoftPrompt,
+    adversarial_suffix,
     ask_behind,
     hints,
     leak_at_k,
@@ -50,6 +52,8 @@ TITLES = {
 }
 NEVER = "never trained"
 SAMPLES, KS = 128, (1, 16, 128)
+# Fewer candidates than the default, on more questions: two minutes a model on a core.
+SUFFIX: dict[str, Any] = {"candidates": 16, "batch_size": 48, "steps": 40}
 COLUMNS = ["model", "form", "attack", "measure", "value", "low", "high", "chance", "part"]
 Row = dict[str, Any]
 # What the page shows; the rest is in the table.
@@ -64,6 +68,8 @@ SHOWN = [
     ("combined, retain", "cloze, %"),
     *((f"logit lens, L{layer}", "MC, %") for layer in range(4)),
     ("soft prompt", "MC, %"), ("soft prompt", "cloze, %"), ("soft prompt, put before never trained", "MC, %"),
+    ("adversarial suffix", "MC, %"), ("adversarial suffix", "cloze, %"),
+    ("adversarial suffix, put before never trained", "MC, %"),
     *((f"membership{of}, {attack}", "AUC") for attack in ("LOSS", "Min-K", "Min-K++") for of in ("", " of wrong sentences")),
     *((f"membership, {attack}", "PrivLeak, %") for attack in ("LOSS", "Min-K", "Min-K++")),
 ]  # fmt: skip
@@ -109,6 +115,15 @@ class Measures:
         if self.never is not None and model is not self.never:
             yield from self._behind("soft prompt, put before never trained", ask_behind(found, self.never, questions))
 
+    def suffixed(self, model: TransformerBridge) -> Iterator[Row]:
+        """Held-out facts with an adversarial suffix, and the never-trained model's answers with the same."""
+        questions = self.task.questions["forget"]
+        found = adversarial_suffix(model, questions, **SUFFIX)
+        yield from self._behind("adversarial suffix", found)
+        if self.never is not None and model is not self.never:
+            name = "adversarial suffix, put before never trained"
+            yield from self._behind(name, ask_behind(found, self.never, questions))
+
     def members(self, model: TransformerBridge) -> Iterator[Row]:
         """AUC of forget sentences, right and wrong ones, against sentences about never-seen names; PrivLeak."""
         if "unseen" not in self.task.questions:
@@ -133,7 +148,7 @@ class Measures:
             ends = (row[f"multiple_choice{end}"] for end in ("", "_low", "_high"))
             yield _row(f"logit lens, {row['layer']}", "MC, %", *ends, row["chance"])
 
-    def _behind(self, name: str, found: SoftPrompt) -> Iterator[Row]:
+    def _behind(self, name: str, found: SoftPrompt | AdversarialSuffix) -> Iterator[Row]:
         values = {"MC, %": found.multiple_choice, "cloze, %": found.cloze}
         for measure, right in values.items():
             ends = with_interval("v", right, found.facts, scale=100.0).values()
@@ -143,6 +158,7 @@ class Measures:
 PARTS: dict[str, Callable[[Measures, TransformerBridge], Iterator[Row]]] = {
     "leak": Measures.sampled, "memorisation": Measures.memorised, "hints": Measures.helped,
     "membership": Measures.members, "lens": Measures.lens, "soft-prompt": Measures.prompted,
+    "suffix": Measures.suffixed,
 }  # fmt: skip
 
 

@@ -27,9 +27,11 @@ from mansu_tl.quantization.dither import dither
 from mansu_tl.unlearning import Edit, method_flags, methods
 from mansu_tl.unlearning.search import judge
 from mansu_tl.verification import (
+    AdversarialSuffix,
     BudgetPlan,
     SoftPrompt,
     Subject,
+    adversarial_suffix,
     ask_behind,
     attack_splits,
     certify,
@@ -402,6 +404,10 @@ def _soft_prompt(c: Case) -> SoftPrompt:
     return soft_prompt(c.model, c.task.questions["forget"], tokens=1, steps=2, batch_size=4)
 
 
+def _suffix(c: Case) -> AdversarialSuffix:
+    return adversarial_suffix(c.model, c.task.questions["forget"], tokens=1, steps=2, candidates=4, batch_size=4)
+
+
 _ASKED = tuple(Item(f"w{i} w7", f"w{i + 5} w6", perturbed_answers=("w9 w8", "w3 w4")) for i in range(10, 13))
 _CHOICES = [Choice("a", "w5 w6", ("w7", "w8", "w9", "w10"), 2), Choice("b", "w9", ("w5", "w6", "w7", "w8"), 0)]
 _LETTERS = lettered_tokenizer()
@@ -437,6 +443,7 @@ FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
     "unlearn: rmu": _unlearn("rmu"),
     "unlearn: sure": _unlearn("sure", share=0.3),
     "unlearn: ste": _unlearn("ste"),
+    "unlearn: lora": _unlearn("lora", rank=2),
     "unlearn: null-space": _unlearn("null-space", leak=0.3),
     "relearn": _relearning,
     "compare_relearning": lambda c: compare_relearning(
@@ -451,6 +458,7 @@ FUNCTIONS: Mapping[str, Callable[[Case], object]] = {
     "logit_lens": lambda c: logit_lens(c.model, c.task.questions["forget"]),
     "hints": lambda c: hints(c.model, c.task, examples=1, separator="w8"),
     "soft_prompt": _soft_prompt,
+    "adversarial_suffix": _suffix,
     "ask_behind": lambda c: ask_behind(_soft_prompt(replace(c, model=c.never)), c.model, c.task.questions["forget"]),
     "probe": lambda c: probe(c.model, c.task.questions["forget"], folds=2, shuffles=1),
     "erasure_depth": lambda c: erasure_depth(c.model, c.edited, c.never, c.task.forget_pairs, threshold=0.0),

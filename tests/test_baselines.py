@@ -88,6 +88,8 @@ LOG_P0 = 6.0 - math.log(math.exp(6.0) + 442)
         ("simnpo", {"beta": 2.5, "gamma": 0.5}, 0.8 * math.log1p(math.exp(2.5 * LOG_P + 0.5)) + 0.25),
         ("sure", {}, LOG_P + 0.25),
         ("ste", {}, LOG_P + 0.25),
+        ("lora", {}, 20 * math.log1p(math.exp(0.1 * (LOG_P - LOG_P0))) + 0.25),
+        ("lora", {"objective": "ga-kl", "retain_weight": 2.0}, LOG_P + 2 * 0.125),
         ("null-space", {}, LOG_P),
         ("suppressor", {"beta": 0.1}, 20 * math.log1p(math.exp(0.1 * (LOG_P - LOG_P0))) + 0.25),
         # The answer's logit moved by 4, nothing else: rms 4 / sqrt(443), mean 4 / 443, half a step is 6 / 30.

@@ -309,6 +309,19 @@ def test_what_formats_bring_back_is_in_its_table() -> None:
     assert (shown - found.points).abs().max() < 1e-3
 
 
+def test_lora_survives_rounding_and_costs_neighbours() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "lora.csv", dtype=str).fillna("")
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert quoted(page, "figures/tables/lora.csv") == real.plain(table).splitlines()
+    tried, chosen = table[table.part == "validation"], table[table.part == "the rest"]
+    assert len(tried) == 4 and chosen.rate.nunique() == 1 and len(chosen) == 3
+    scores = [f"forget MC{form}" for form in ("", " after NF4", " after int4-g64")]
+    for _, row in chosen.iterrows():
+        stored, nf4, int4 = (float(row[name].split()[0]) for name in scores)
+        assert max(nf4, int4) - stored < 5
+        assert float(row["near drop, held out"]) > 90
+
+
 def test_what_ten_steps_bring_back_is_in_its_table() -> None:
     table = pd.read_csv(ROOT / "figures" / "tables" / "relearning_budgets.csv")
     page = " ".join((ROOT / "docs" / "erasure.md").read_text(encoding="utf-8").split())

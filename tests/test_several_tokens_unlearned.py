@@ -196,7 +196,7 @@ def test_the_embedded_model_knows_answers_of_two_tokens(model, two_tokens: Task)
 
 
 @pytest.mark.parametrize(
-    "method", ["ga", "graddiff", "npo", "simnpo", "rmu", "quail", "sure", "null-space", "suppressor", "ste"]
+    "method", ["ga", "graddiff", "npo", "simnpo", "rmu", "quail", "sure", "null-space", "suppressor", "ste", "lora"]
 )
 def test_every_trained_method_lowers_answers_of_two_tokens(method: str, model, two_tokens: Task) -> None:
     small = {"forget_batch": 12, "retain_batch": 8, "max_steps": 3, "warmup": 1, "check_every": 3}

@@ -14,7 +14,7 @@ from mansu_tl.unlearning.registry import (
     register,
     settings_of,
 )
-from mansu_tl.unlearning.training import Recipe, RetainSettings, TrainedSettings, TrainingSettings, trained
+from mansu_tl.unlearning.training import Recipe, RetainSettings, StandIns, TrainedSettings, TrainingSettings, trained
 from mansu_tl.unlearning.unlearn import unlearn
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "RetainSettings",
+    "StandIns",
     "TrainedSettings",
     "TrainingSettings",
     "floored",

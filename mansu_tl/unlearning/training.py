@@ -2,7 +2,8 @@
 
 The same optimizer, batch sizes, schedule and stopping rule for all of them, after open-unlearning: AdamW, weight decay
 .01, warm-up, every parameter is trained. A method differs in its objective and learning rate, and may say which weights
-move (`only`), through which weights the model runs (`view`) and where the change may point (`project`).
+move (`only`), through which weights the model runs (`view`), where the change may point (`project`) and what is trained in
+the parameters' place (`instead`).
 
 Training runs on a float32 copy; what it comes to is rounded to the model's own dtype once, at the end. Whether the forget
 set is at chance is asked of the model as it would be stored.
@@ -101,6 +102,19 @@ class RetainSettings(TrainedSettings):
 
 
 @dataclass(frozen=True)
+class StandIns:
+    """Tensors that are trained instead of the parameters, e.g. low-rank factors.
+
+    Attributes:
+        begin: by name, as they are before the first step, in float32.
+        parameters: (the original's parameters, these tensors) -> the parameters that follow, those that may change.
+    """
+
+    begin: Values
+    parameters: Callable[[Values, Values], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What a method does in the shared training.
 
@@ -109,6 +123,7 @@ class Recipe:
         only: the weights that may move, as masks by parameter; parameters that are not named stay. None = every weight.
         view: turns the trained parameters into those through which the model runs, e.g. fake-quantized ones.
         project: maps a parameter's whole change since the start to the change that is allowed, after every step.
+        instead: what is trained in the parameters' place; excludes `only` and `project`, which speak of parameters.
         facts: further facts for the edit.
     """
 
@@ -116,7 +131,14 @@ class Recipe:
     only: Masks | None = None
     view: Callable[[Values], Values] = lambda values: values
     project: Callable[[str, Tensor], Tensor] | None = None
+    instead: StandIns | None = None
     facts: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.instead is not None and (self.only is not None or self.project is not None):
+            raise MansuError(
+                "recipe: instead goes with neither only nor project; let its parameters() do what they would"
+            )
 
 
 @dataclass(frozen=True)
@@ -172,7 +194,7 @@ def train(
     """
     solver = _Training(model, task, method, recipe, settings, seed)
     run(solver, checkpoint or Checkpoint(), progress=progress)
-    values, history = solver.rounded(solver.trained), tuple(solver.history)
+    values, history = solver.rounded(solver.changed()), tuple(solver.history)
     del solver  # gradients and Adam's moments, three times the model, while the edit is made
     facts = {"seed": seed, "settings": asdict(settings), "steps": int(history[-1]["step"]), **recipe.facts}
     return Edit.between(model, values, method, facts, history)
@@ -203,12 +225,11 @@ class _Training(Solver):
         self.asked = forced(there.forget_pairs)
 
     def restart(self) -> None:
-        settings, every = self.settings, self.recipe.only is None
-        self.values = {
-            name: value.clone().requires_grad_() if every or name in self.free else value
-            for name, value in self.original.items()
+        settings, every, instead = self.settings, self.recipe.only is None, self.recipe.instead
+        free = self.original if instead is None else instead.begin
+        moving = {
+            name: value.detach().clone().requires_grad_() for name, value in free.items() if every or name in self.free
         }
-        moving = {name: value for name, value in self.values.items() if value.requires_grad}
         adam = torch.optim.AdamW(
             moving.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
@@ -222,7 +243,7 @@ class _Training(Solver):
 
     def check(self, step: int) -> Verdict:
         pairs, over = self.source.pairs, self.settings.stop_over_chance
-        scores = choices(self.stored, self.rounded(self.recipe.view(self.values)), self.asked)
+        scores = choices(self.stored, self.rounded(self.recipe.view(self.values())), self.asked)
         score = 100 * first_is_best(scores).double().mean().item()
         self.history.append({"step": float(step), "forget_mc": score})
         if score > pairs.chance + over:
@@ -230,10 +251,21 @@ class _Training(Solver):
         return "beyond" if over >= 0 and score < pairs.chance - over else "done"
 
     def loss(self, step: int) -> Float[Tensor, ""]:
-        return self.recipe.objective(self.source.draw(self.samplers, self.recipe.view(self.values)))
+        return self.recipe.objective(self.source.draw(self.samplers, self.recipe.view(self.values())))
+
+    def values(self) -> Values:
+        """All parameters, as functions of what is trained."""
+        return {**self.original, **self.changed()}
+
+    def changed(self) -> Mapping[str, Tensor]:
+        """Those that what is trained may have changed."""
+        instead = self.recipe.instead
+        return self.trained if instead is None else instead.parameters(self.original, self.trained)
 
     @torch.no_grad()
     def after(self, step: int) -> None:
+        if self.recipe.instead is not None:
+            return
         for name, current in self.trained.items():
             start = self.original[name]
             if name in self.free and not bool(self.free[name].all()):

@@ -2,6 +2,7 @@
 
 from mansu_tl.verification.asking import SideBySide, ask
 from mansu_tl.verification.attacks import Attack, attack_splits, near_attack, unrelated_attack
+from mansu_tl.verification.behind import ask_behind
 from mansu_tl.verification.budgets import Budget, BudgetPlan, RelearningBudgets, relearning_budgets
 from mansu_tl.verification.cad_by_depth import CadByDepth, DepthReader
 from mansu_tl.verification.certificate import Certificate, certify, certify_in_fresh_process
@@ -36,12 +37,14 @@ from mansu_tl.verification.rouge import RougeL, rouge_l, summary_recall
 from mansu_tl.verification.rwku import evaluate_rwku
 from mansu_tl.verification.rwku_utility import evaluate_rwku_utility
 from mansu_tl.verification.scorecard import Scorecard, judge, scorecard
-from mansu_tl.verification.soft_prompt import SoftPrompt, ask_behind, soft_prompt
+from mansu_tl.verification.soft_prompt import SoftPrompt, soft_prompt
+from mansu_tl.verification.suffix import AdversarialSuffix, adversarial_suffix
 from mansu_tl.verification.tofu import SetScores, TofuScores, evaluate_tofu
 from mansu_tl.verification.verdicts import Bounds
 from mansu_tl.verification.written import WrittenScores
 
 __all__ = [
+    "AdversarialSuffix",
     "Attack",
     "Bounds",
     "Budget",
@@ -80,6 +83,7 @@ __all__ = [
     "Subject",
     "TofuScores",
     "WrittenScores",
+    "adversarial_suffix",
     "ask",
     "ask_behind",
     "attack_splits",

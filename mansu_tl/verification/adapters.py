@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mansu_tl.models import linear_weights, parameters
+from mansu_tl.models.low_rank import Factors, low_rank_factors, with_adapters
 
 _ALPHA = 16.0
 
@@ -28,12 +29,11 @@ class Trained:
     hf: PreTrainedModel
     moving: tuple[Tensor, ...]
     rank: int
-    factors: Mapping[str, tuple[Tensor, Tensor]]
+    factors: Factors
 
     @classmethod
     def of(cls, hf: PreTrainedModel, rank: int, seed: int) -> Trained:
-        """All parameters of a model (rank 0), or adapters W + (16 / rank) A B on its linear layers (Hu et al. 2021,
-        arXiv 2106.09685): A normal with deviation 1 / sqrt(rank), B zero, so that training begins at the model itself.
+        """All parameters of a model (rank 0), or adapters W + (16 / rank) A B on its linear layers; see `low_rank_factors`.
 
         Args:
             hf: a copy that may be changed.
@@ -43,20 +43,14 @@ class Trained:
             hf.requires_grad_(True)
             return cls(hf, tuple(hf.parameters()), 0, {})
         hf.requires_grad_(False)
-        generator, live = torch.Generator().manual_seed(seed), parameters(hf)
-        factors = {}
-        for name in linear_weights(hf):
-            rows, columns = live[name].shape
-            first = (torch.randn(rows, rank, generator=generator) / rank**0.5).to(live[name])
-            # Zero on the side of the input, whichever way the matrix is stored: the first step then moves one factor.
-            second = torch.zeros(rank, columns).to(live[name])
-            factors[name] = first.requires_grad_(True), second.requires_grad_(True)
+        factors = low_rank_factors(parameters(hf), linear_weights(hf), rank, seed)
+        for each in (each for pair in factors.values() for each in pair):
+            each.requires_grad_(True)
         return cls(hf, tuple(each for pair in factors.values() for each in pair), rank, factors)
 
     def values(self) -> dict[str, Float[Tensor, "out in"]]:
         """The matrices that adapters change, as functions of what is trained."""
-        live = parameters(self.hf)
-        return {name: live[name] + _ALPHA / self.rank * (a @ b) for name, (a, b) in self.factors.items()}
+        return with_adapters(parameters(self.hf), self.factors, _ALPHA / self.rank) if self.factors else {}
 
     @contextmanager
     def merged(self) -> Iterator[PreTrainedModel]:

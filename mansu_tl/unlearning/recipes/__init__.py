@@ -5,8 +5,8 @@ from pkgutil import iter_modules
 
 # The order of tables and of `methods()`; others stand behind these, by name.
 _ORDER = (
-    "mansu", "mansu_early", "mansu_closed", "ga", "graddiff", "npo", "simnpo", "rmu", "sure", "quail", "ste", "null_space",
-    "random_circuit", "suppressor",
+    "mansu", "mansu_early", "mansu_closed", "ga", "graddiff", "npo", "simnpo", "rmu", "sure", "quail", "ste", "lora",
+    "null_space", "random_circuit", "suppressor",
 )  # fmt: skip
 
 
