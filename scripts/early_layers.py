@@ -35,6 +35,12 @@ VARIANTS = {
     "full": MansuSettings(),
     "full, early layers": MansuSettings.early(),
 }
+FURTHER = {
+    "full, early layers, drawn attackers": MansuSettings.early(adversary_spread=2.0),
+    "light, early layers, 1 %": MansuSettings.light(**EARLY, budget=0.0099),
+    "light, early layers, 1 %, candidates": MansuSettings.light(**EARLY, budget=0.0099, candidates=2.0),
+    "light, early layers, 1 %, contrast": MansuSettings.light(**EARLY, budget=0.0099, candidates=2.0, contrast=1.0),
+}
 PLAN = BudgetPlan(facts=(12, 24), texts=(), learning_rates=(3e-4, 1e-3), steps=(10, 50), ranks=(0, 8), splits=1)
 ROWS = 64  # forget and near prompts that are read by depth, as in a study
 
@@ -116,7 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    every = VARIANTS | FURTHER
+    parser.add_argument("--variants", nargs="+", choices=list(every), default=list(VARIANTS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -139,7 +146,7 @@ def main() -> None:
             if kept.exists():
                 edit = Edit.load(kept)
             else:
-                edit = unlearn(model, task, "mansu", settings=VARIANTS[variant], seed=seed, circuit=circuit)
+                edit = unlearn(model, task, "mansu", settings=every[variant], seed=seed, circuit=circuit)
                 edit.save(kept)
             asked = options.folder / "edits" / f"{variant}-{seed}.json"
             edited = edit.apply(model)

@@ -3,8 +3,8 @@
 The comparison searches a baseline's learning rate alone. Here each has four trials over rate, retain weight and near share,
 the same four for all, and is chosen by what is deployed: of the trials that forget in NF4 on the validation part, the one
 that loses the least cloze there on what should stay. The chosen one runs on further seeds and is measured on the other two
-thirds: answers as stored and in NF4, the near facts' log-odds, relearning beside the never-trained model. Every edit is kept
-in OUT, so an interrupted run goes on. All trials are in the table.
+thirds: answers as stored and in NF4, the near facts' log-odds, what its streams still hold (CAD by depth, logit lens),
+relearning beside the never-trained model. Edits are kept in OUT, so an interrupted run goes on. All trials are in the table.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Task
+from mansu_tl.data.counterparts import counterparts, facts_first
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import NoEditError
 from mansu_tl.unlearning import Edit, settings_of, unlearn
 from mansu_tl.unlearning.mansu.settings import EARLY, MansuSettings
 from mansu_tl.unlearning.search import Trial, judge
-from mansu_tl.verification import attack_splits, compare_relearning
+from mansu_tl.verification import DepthReader, attack_splits, compare_relearning, logit_lens
 
 NEVER, MANSU = "never trained", "mansu-early"
 TRIALS: tuple[dict[str, float], ...] = (
@@ -39,6 +40,7 @@ TRIALS: tuple[dict[str, float], ...] = (
     {"learning_rate": 1e-3, "retain_weight": 30.0, "near_share": 0.5},
     {"learning_rate": 1e-3, "retain_weight": 100.0, "near_share": 0.5},
 )
+ROWS = 64  # forget and near prompts that are read by depth
 METHODS = ("graddiff", "npo", "simnpo", "rmu")
 
 
@@ -97,6 +99,19 @@ def row(model: Any, edit: Edit, task: Task) -> dict[str, float]:
     }
 
 
+def inside(reader: DepthReader, edited: Any, task: Task) -> dict[str, Any]:
+    """What its streams still hold."""
+    read, lens = reader.read(edited), logit_lens(edited, task.questions["forget"]).to_dataframe().set_index("layer")
+    at = read.layers[read.judged]
+    return {
+        f"CAD at {at}": float(read.cad[read.judged]),
+        f"specificity at {at}": float(read.specificity[read.judged]),
+        "added opposition": float(read.opposition),
+        "verdict": read.verdict().name,
+        f"logit lens {at}, %": float(lens.multiple_choice[at]),
+    }
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -124,6 +139,8 @@ def main() -> None:
             print(f"{time.monotonic() - start:6.0f} s  {method} {trial}: {judged[-1]}", flush=True)
         best = min(judged, key=lambda one: (not one.reached, one.drop if one.reached else one.forget))
         chosen[method] = TRIALS[judged.index(best)]
+    pairs, near = task.forget_pairs, counterparts(task.questions["near"], ROWS)
+    reader = DepthReader(model, pairs[sorted(facts_first(pairs.facts)[:ROWS])], near)
     attacks = attack_splits(replace(task, questions=test.questions), k=12, splits=1)
     for method, trial in chosen.items():
         for seed in range(options.seeds):
@@ -132,7 +149,8 @@ def main() -> None:
                 continue
             models = {method: edit.apply(model), NEVER: never}
             again = compare_relearning(models, attacks, reference=NEVER).summary()
-            rows.append({"method": method, **trial, "part": "test", "seed": seed, **row(model, edit, test)})
+            found = row(model, edit, test) | inside(reader, models[method], test)
+            rows.append({"method": method, **trial, "part": "test", "seed": seed, **found})
             for one in again[again.label == method].itertuples():
                 rows[-1][f"relearning at {one.learning_rate:g}, points"] = one.over_reference
             print(f"{time.monotonic() - start:6.0f} s  {rows[-1]}", flush=True)

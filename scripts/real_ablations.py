@@ -129,7 +129,7 @@ def _primary(frame: pd.DataFrame, own: pd.Series, relation: str) -> list[dict[st
         against, parts = _against(variant), []
         for kind, sign in ((KEPT, 1.0), (GONE, -1.0)):
             both = log_odds[kind][[variant, against]].set_axis([0, 1], axis=1).dropna()
-            values = torch.tensor(both.to_numpy(), dtype=torch.float64)
+            values = torch.tensor(both.to_numpy().copy(), dtype=torch.float64)
             weights = fact_weights(torch.arange(len(values)), len(parts))
             parts.append((sign * values, sign * weights @ values))
         mean = sum(each.mean(0) for each, _ in parts)

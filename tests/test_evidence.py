@@ -9,7 +9,7 @@ import pytest
 
 from mansu_tl.study import markdown, properties
 from mansu_tl.study.table import read_table
-from scripts import comes_back, extraction, meta_cad
+from scripts import comes_back, early_layers, extraction, meta_cad
 from tests.benchmarks import readme, real, tofu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,6 +195,25 @@ def test_what_a_part_of_the_closed_form_is_worth_is_what_was_measured() -> None:
         f"near facts lose {-near.difference:.0f} points [{-near.difference_high:.0f}, {-near.difference_low:.0f}]"
         in page
     )
+
+
+def test_where_in_depth_an_edit_lies_is_what_was_measured() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "early_layers.csv", dtype={"value": str})
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert quoted(page, "figures/tables/early_layers.csv") == early_layers.page(table).splitlines()
+    rows = table[table.measure != "verdict"].assign(value=lambda t: t.value.astype(float))
+    by = rows.set_index(["measure", "variant", "seed"]).value
+    for size in ("light", "full"):
+        everywhere, early = (by.xs(name, level="variant") for name in (size, f"{size}, early layers"))
+        assert (early["CAD at L1"] - everywhere["CAD at L1"] > 0.3).all()
+        assert (early["added opposition"] < 0.1).all() and (everywhere["added opposition"] > 0.2).all()
+        for layer in ("L1", "L2"):
+            assert (early[f"logit lens {layer}, %"] < 27).all() and (everywhere[f"logit lens {layer}, %"] > 50).all()
+        assert (early["near MC, %"] > 99).all() and (early["near log-odds, nats"] < 0.8 * 12.1).all()
+    assert set(table[(table.measure == "verdict") & table.variant.str.contains("early")].value) == {"undecided"}
+    further = pd.read_csv(ROOT / "figures" / "tables" / "early_further.csv").set_index(["variant", "measure"]).value
+    small = further["light, early layers, 1 %"].drop("verdict").astype(float)
+    assert 25 < small["forget MC, %"] < 30 and small["edited weights"] < 0.01 * 688128
 
 
 def test_the_circuits_of_a_pretrained_models_facts_are_those_of_the_run() -> None:

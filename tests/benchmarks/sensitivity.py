@@ -29,7 +29,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "near_weight": (1.0, 30.0),
     "likelihood": (0.0, 1.0),
     "null_space": (0.0, 20.0),
-    "retain_budget": (0.001, 0.003),
+    "retain_budget": (0.0005, 0.001),
     "representation_weight": (1.0, 4.0),
     "freeze_at": (0.3, 0.9),
     "retain_batch": (8, 96),
