@@ -112,6 +112,33 @@ def inside(reader: DepthReader, edited: Any, task: Task) -> dict[str, Any]:
     }
 
 
+# What the documentation shows of the measured part: a line's name, the column behind it, digits.
+SHOWN = (
+    ("forget, chosen among four, %", "forget MC, %", 0),
+    ("the same after NF4, %", "forget MC after NF4, %", 0),
+    ("forget, said, %", "forget cloze, %", 0),
+    ("near, margin, nats", "near log-odds, nats", 1),
+    ("near, said, held-out wording, %", "near cloze, held out, %", 0),
+    ("far, said, held-out wording, %", "retain cloze, held out, %", 0),
+    ("CAD behind L1", "CAD at L1", 2),
+    ("added opposition", "added opposition", 2),
+    ("logit lens behind L1, %", "logit lens L1, %", 0),
+    ("relearning, 12 facts at 3e-4, points", "relearning at 0.0003, points", 0),
+    ("relearning, 12 facts at 1e-3, points", "relearning at 0.001, points", 0),
+)
+
+
+def page(table: pd.DataFrame) -> str:
+    """The table of the documentation: what was chosen, on the test part, by seed."""
+    found = table[table.part == "test"].sort_values(["method", "seed"])
+    names = list(dict.fromkeys(found.method))
+    lines = ["| " + " | ".join(["", *names]) + " |", "| --- " * (len(names) + 1) + "|"]
+    for title, column, digits in SHOWN:
+        cells = [" / ".join(f"{float(x):.{digits}f}" for x in found[found.method == name][column]) for name in names]
+        lines.append("| " + " | ".join([title, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -154,7 +181,7 @@ def main() -> None:
             for one in again[again.label == method].itertuples():
                 rows[-1][f"relearning at {one.learning_rate:g}, points"] = one.over_reference
             print(f"{time.monotonic() - start:6.0f} s  {rows[-1]}", flush=True)
-            pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.2f")
+            pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.4f")
 
 
 if __name__ == "__main__":

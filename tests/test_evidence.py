@@ -9,7 +9,7 @@ import pytest
 
 from mansu_tl.study import markdown, properties
 from mansu_tl.study.table import read_table
-from scripts import comes_back, early_layers, extraction, meta_cad
+from scripts import comes_back, early_layers, extraction, fair_baselines, meta_cad
 from tests.benchmarks import readme, real, tofu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,6 +214,22 @@ def test_where_in_depth_an_edit_lies_is_what_was_measured() -> None:
     further = pd.read_csv(ROOT / "figures" / "tables" / "early_further.csv").set_index(["variant", "measure"]).value
     small = further["light, early layers, 1 %"].drop("verdict").astype(float)
     assert 25 < small["forget MC, %"] < 30 and small["edited weights"] < 0.01 * 688128
+
+
+def test_baselines_of_more_trials_are_what_was_measured() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "fair_baselines.csv")
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert quoted(page, "figures/tables/fair_baselines.csv") == fair_baselines.page(table).splitlines()
+    tried, rows = table[table.part == "validation"], table[table.part == "test"].set_index("method")
+    assert (tried.groupby("method").size() == 4).all() and (rows.groupby("method").size() == 2).all()
+    assert rows.loc["npo", "forget MC after NF4, %"].max() < 25
+    assert rows.loc["npo", "near log-odds, nats"].min() > rows.loc["mansu-early", "near log-odds, nats"].max()
+    assert (
+        rows.loc[["npo", "graddiff"], "added opposition"].min()
+        > 0.3
+        > rows.loc["mansu-early", "added opposition"].max()
+    )
+    assert tried[tried.method == "simnpo"]["forget MC after NF4, %"].min() > 60
 
 
 def test_the_circuits_of_a_pretrained_models_facts_are_those_of_the_run() -> None:
