@@ -192,6 +192,10 @@ def test_a_results_folder_is_explored_from_its_files(study, tmp_path, monkeypatc
         open_results(tmp_path)
     with pytest.raises(MansuError, match=r"no config.toml in it"):
         open_results(tmp_path / "nothing")
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "audit.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(MansuError, match=r"the --out of an audit.*its page is .*report.html.*mtl.explore\(model"):
+        open_results(tmp_path / "audit")
 
     def interrupted(server: ExplorerServer) -> None:
         raise KeyboardInterrupt

@@ -52,6 +52,11 @@ def config_in(run: str | PathLike[str]) -> Path:
         MansuError: it has none.
     """
     path = Path(run) / "config.toml"
+    if not path.is_file() and (Path(run) / "audit.json").is_file():
+        raise MansuError(
+            f"{run}: the --out of an audit, which has no circuit of a study; its page is {Path(run) / 'report.html'}. Give "
+            "the --out of mansu-tl demo, demo-real or run, or show a circuit with mtl.explore(model, ...)"
+        )
     if not path.is_file():
         raise MansuError(f"{run}: no config.toml in it, so it is no results folder; give the --out of a run")
     return path
