@@ -50,4 +50,12 @@ def ask_behind(
     else:
         put = put_tokens(hf, prompt.suffixes, questions, prompt.place)
     loss = trained_losses(hf, prompt.fold, put)
-    return replace(prompt, label=label, loss=torch.stack([loss, loss], 1), **asked_in_folds(hf, prompt.fold, put))
+    answers = asked_in_folds(hf, prompt.fold, put)
+    return replace(
+        prompt,
+        label=label,
+        loss=torch.stack([loss, loss], 1),
+        multiple_choice=answers["multiple_choice"],
+        cloze=answers["cloze"],
+        log_odds=answers["log_odds"],
+    )
