@@ -92,10 +92,7 @@ class Audit(Result):
 
 
 class OpenAudit:
-    """An audit whose inputs are read and checked: say how long it takes, then run it.
-
-    Args:
-        original, unlearned, task, never, formats, out, plan, device: as `audit`.
+    """An audit whose inputs are read and checked: say how long it takes, then run it. It takes what `audit` takes.
 
     Raises:
         MansuError: as `audit`.

@@ -70,8 +70,8 @@ def written(model: TransformerBridge, questions: Questions, *, new_tokens: int =
 
     Example:
         >>> from mansu_tl.verification.generation import written
-        >>> model, task = mtl.load("pocket"), mtl.load_task("pocket")
-        >>> written(model, task.questions["forget"][:4], new_tokens=2).right.all().item()
+        >>> model, questions = mtl.load("pocket"), mtl.load_task("pocket").questions["forget"]
+        >>> written(model, questions[:4], new_tokens=2).right.all().item()
         True
     """
     require_bridge(model)
