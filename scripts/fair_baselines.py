@@ -30,7 +30,7 @@ from mansu_tl.data.split import split_questions
 from mansu_tl.errors import NoEditError
 from mansu_tl.unlearning import Edit, settings_of, unlearn
 from mansu_tl.unlearning.mansu.settings import EARLY, MansuSettings
-from mansu_tl.unlearning.search import Trial, judge
+from mansu_tl.unlearning.search import Search, Trial, judge
 from mansu_tl.verification import DepthReader, attack_splits, compare_relearning, logit_lens
 
 NEVER, MANSU = "never trained", "mansu-early"
@@ -164,8 +164,7 @@ def main() -> None:
                     {"method": method, **trial, "part": "validation", "seed": 0, **row(model, edit, validation)}
                 )
             print(f"{time.monotonic() - start:6.0f} s  {method} {trial}: {judged[-1]}", flush=True)
-        best = min(judged, key=lambda one: (not one.reached, one.drop if one.reached else one.forget))
-        chosen[method] = TRIALS[judged.index(best)]
+        chosen[method] = TRIALS[judged.index(Search(method, tuple(judged), 0).best)]
     pairs, near = task.forget_pairs, counterparts(task.questions["near"], ROWS)
     reader = DepthReader(model, pairs[sorted(facts_first(pairs.facts)[:ROWS])], near)
     attacks = attack_splits(replace(task, questions=test.questions), k=12, splits=1)

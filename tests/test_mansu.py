@@ -23,7 +23,7 @@ from mansu_tl.unlearning.mansu.floor import Floor, most_wanted
 from mansu_tl.unlearning.mansu.plan import plan
 from mansu_tl.unlearning.mansu.terms import ignorance, objective, representation_loss
 from mansu_tl.unlearning.masks import every_weight
-from mansu_tl.unlearning.retain_divergence import retain_divergence, within
+from mansu_tl.unlearning.retain_cost import retain_cost, within
 from mansu_tl.unlearning.retain_statistics import input_moments, near_neighbours, null_projector, spread_out
 from tests.tiny import embedded_task, sliced_task
 
@@ -182,20 +182,27 @@ def test_what_fisher_information_predicts_is_half_the_second_derivative_of_the_d
     def at(scale: float):
         yield {name: start + scale * change}
 
-    measured, predicted = retain_divergence(hf, at, text, predict=True)
-    found = {}
+    cost = retain_cost(hf, at, text, predict=True)
+    found, losses = {}, []
     with torch.no_grad():
         for scale in (0.02, 1.0):
             moved = copy.deepcopy(before)
             dict(moved.named_parameters())[name] += (scale * change).double()
             found[scale] = _divergence(before, moved, text)
-    assert measured == pytest.approx(found[1.0], rel=1e-3)
+    for one in (before, moved):
+        summed = sum(
+            one(row[None, :length], labels=row[None, :length]).loss.item() * (length - 1)
+            for row, length in zip(text.tokens, text.lengths.tolist(), strict=True)
+        )
+        losses.append(summed / int((text.lengths - 1).sum()))
+    assert [cost.before, cost.after] == pytest.approx(losses, rel=1e-5)
+    assert cost.divergence == pytest.approx(found[1.0], rel=1e-3)
     # Near the original the divergence is quadratic.
-    assert predicted == pytest.approx(found[0.02] / 0.02**2, rel=0.05)
-    assert retain_divergence(hf, at, text)[1] is None
+    assert cost.predicted == pytest.approx(found[0.02] / 0.02**2, rel=0.05)
+    assert retain_cost(hf, at, text).predicted is None
     # It does not hang on how the text is split into passes, nor on which sequence comes first.
-    backwards = retain_divergence(hf, at, text[[3, 1, 0, 2]], predict=True)
-    assert backwards == pytest.approx((measured, predicted), rel=1e-4)
+    backwards = retain_cost(hf, at, text[[3, 1, 0, 2]], predict=True)
+    assert vars(backwards) == pytest.approx(vars(cost), rel=1e-4)
 
 
 def test_the_most_weights_within_a_budget_are_found_by_halving() -> None:

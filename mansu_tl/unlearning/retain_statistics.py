@@ -134,7 +134,7 @@ def diagonal_fisher(
     """Empirical diagonal Fisher: mean over sequences of the squared gradient of the sequence's mean token loss.
 
     What it is for is to compare weights: it is low by about the length of a sequence as a measure of loss, and leaves out how
-    changes add up. `retain_divergence` says what a change costs. Sequences share a pass: a sequence's gradient of a matrix is
+    changes add up. `retain_cost` says what a change costs. Sequences share a pass: a sequence's gradient of a matrix is
     the product of its own output gradients and inputs.
 
     Args:

@@ -77,7 +77,7 @@ class MansuSettings(Digested):
         representation_weight: weight of the hidden states' distance from those of never-seen prompts.
         place_weight: weight of the forget term at the place: the edited stream behind a layer, read by the original's layers
             behind it, has to say what never-seen prompts say, and of retain text what it said; layers with candidates take
-            turns, all but the last of them. 0 = off.
+            turns, all but the last of them, behind which nothing is edited (one layer alone has no place). 0 = off.
         retain_weight: weight of the retain term against the forget term.
         near_weight: weight of a near token against another retain token.
         discover_near: where the task names no near text, the share of the retain text that counts as near: what the

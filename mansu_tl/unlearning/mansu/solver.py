@@ -33,8 +33,7 @@ from mansu_tl.unlearning.mansu.memory import require_fit_of_mansu
 from mansu_tl.unlearning.mansu.plan import Plan, plan
 from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.mansu.terms import objective
-from mansu_tl.unlearning.retain_divergence import retain_divergence, within
-from mansu_tl.unlearning.retain_statistics import sequence_loss
+from mansu_tl.unlearning.retain_cost import retain_cost, within
 
 # Steps over which the step size rises, in runs of sixty or more.
 _WARM_UP = 10
@@ -197,7 +196,7 @@ class _Mansu(Solver):
 
             def divergence(count: int) -> float:
                 some = torch.zeros_like(change).index_copy(0, order[:count], change[order[:count]])
-                return retain_divergence(self.fixed.hf, self.fixed.between(some), self.fixed.sample)[0]
+                return retain_cost(self.fixed.hf, self.fixed.between(some), self.fixed.sample).divergence
 
             order = order[: within(len(order), budget, divergence)] if len(order) else order
         kept[order] = True
@@ -251,20 +250,14 @@ class _Mansu(Solver):
         return total
 
 
-def _retain_increase(fixed: Plan, matrices: Mapping[str, Tensor]) -> dict[str, float]:
-    """What the realised change costs on the retain sample, in nats a token: the loss before and after, the divergence from
-    the original, and what Fisher information predicts of that."""
-    at, losses = fixed.between(fixed.floor.felt(matrices, fixed.deployed_view)), []
-    for scale in (0.0, 1.0):
-        with torch.no_grad(), at(scale) as values:
-            losses.append(sequence_loss(fixed.hf, values, fixed.sample).item())
-    before, after = losses
-    measured, predicted = retain_divergence(fixed.hf, at, fixed.sample, predict=True)
-    assert predicted is not None
+def _retain_increase(fixed: Plan, matrices: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """What the realised change costs on the retain sample, in nats a token: see `RetainCost`."""
+    change = fixed.floor.felt(matrices, fixed.deployed_view)
+    cost = retain_cost(fixed.hf, fixed.between(change), fixed.sample, predict=True)
     return {
-        "retain_loss_before": before,
-        "retain_loss_after": after,
-        "retain_increase_measured": after - before,
-        "retain_divergence_measured": measured,
-        "retain_divergence_fisher": predicted,
+        "retain_loss_before": cost.before,
+        "retain_loss_after": cost.after,
+        "retain_increase_measured": cost.after - cost.before,
+        "retain_divergence_measured": cost.divergence,
+        "retain_divergence_fisher": cost.predicted,
     }
