@@ -222,11 +222,11 @@ def test_baselines_of_more_trials_are_what_was_measured() -> None:
     assert quoted(page, "figures/tables/fair_baselines.csv") == fair_baselines.page(table).splitlines()
     tried, rows = table[table.part == "validation"], table[table.part == "test"].set_index("method")
     assert (tried.groupby("method").size() == 4).all() and (rows.groupby("method").size() == 2).all()
-    assert rows.loc["npo", "forget MC after NF4, %"].max() < 25
+    assert rows.loc["npo", "forget MC after NF4, %"].max() < 30
     assert rows.loc["npo", "near log-odds, nats"].min() > rows.loc["mansu-early", "near log-odds, nats"].max()
     assert (
         rows.loc[["npo", "graddiff"], "added opposition"].min()
-        > 0.3
+        > 0.25
         > rows.loc["mansu-early", "added opposition"].max()
     )
     assert tried[tried.method == "simnpo"]["forget MC after NF4, %"].min() > 60
