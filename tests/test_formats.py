@@ -21,16 +21,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mansu_tl as mtl
 from mansu_tl.errors import MansuError
 from mansu_tl.models import linear_weights, parameters
 from mansu_tl.models.gguf import decode, encode, fallback, gguf_weights, q4_k_m
 from mansu_tl.models.stored import dense_state, stored_formats
-from mansu_tl.quantization import find_grid, gptq, grid_of, quantized_values, quantizer, quantizer_table, quantizers
+from mansu_tl.quantization import (
+    Awq,
+    Gptq,
+    Inputs,
+    find_grid,
+    gptq,
+    grid_of,
+    quantized_values,
+    quantizer,
+    quantizer_table,
+    quantizers,
+)
 from tests.gguf_files import write_gguf
-from tests.oracles.formats import make
+from tests.oracles.formats import calibrated, make
 from tests.tiny import tiny
 
 ORACLE = Path(make.__file__).with_name("vectors.safetensors")
@@ -260,6 +271,52 @@ def test_gptq_takes_the_grid_that_its_libraries_ship():
     w = matrices(torch.float32)["plain"]
     identity = mtl.quantization.Inputs(torch.eye(256), torch.ones(256), 10)
     assert torch.equal(found.roundtrip(w, identity), grid_of("w4a16-g128").roundtrip(w))
+
+
+def calibrated_vectors() -> dict[str, torch.Tensor]:
+    return load_file(Path(calibrated.__file__).with_name("calibrated.safetensors"))
+
+
+@pytest.mark.parametrize("key", [key for key in calibrated_vectors() if not key.startswith("scales/")])
+def test_gptq_and_awq_are_what_their_libraries_make(key: str):
+    """AutoGPTQ, llm-compressor and AutoAWQ on the same weights and inputs, to the last code."""
+    setting = key.partition("/")[2]
+    (grid,) = (name for name in ("w4a16-g128", "w4a16-asym-g128", "int4-asym-g128") if setting.endswith(f"-{name}"))
+    kind = setting.removesuffix(f"-{grid}")
+    w, x = calibrated.weights(), calibrated.inputs()
+    inputs = Inputs(x.T @ x / len(x), x.abs().mean(0), len(x))
+    chosen: Gptq | Awq
+    if kind.startswith("gptq"):
+        chosen = Gptq(kind, grid_of(grid), static_groups=kind != "gptq", act_order=kind == "gptq-act")
+    else:
+        chosen = Awq(kind, grid_of(grid), duo=kind == "awq-duo")
+    value, found = calibrated_vectors()[key], chosen.roundtrip(w, inputs)
+    assert torch.allclose(found, value, rtol=1e-5, atol=1e-7)
+    # Round to nearest is something else: 50 to 90 % of the weights agree.
+    assert torch.isclose(grid_of(grid).roundtrip(w), value, rtol=1e-5, atol=1e-7).float().mean() < 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("gptq-w4a16-g128", "autogptq/gptq-w4a16-g128"),
+        ("gptq-act-w4a16-g128", "llm-compressor/gptq-act-w4a16-g128"),
+        ("awq-int4-asym-g128", "autoawq/awq-int4-asym-g128"),
+        ("awq-duo-int4-asym-g128", "autoawq/awq-duo-int4-asym-g128"),
+    ],
+)
+def test_calibrated_formats_by_name_are_the_libraries_settings(name: str, key: str):
+    chosen, x = quantizer(name), calibrated.inputs()
+    assert chosen.name == name
+    found = chosen.roundtrip(calibrated.weights(), Inputs(x.T @ x / len(x), x.abs().mean(0), len(x)))  # type: ignore[call-arg]
+    assert torch.allclose(found, calibrated_vectors()[key], rtol=1e-5, atol=1e-7)
+
+
+def test_act_order_needs_scales_that_are_measured_before():
+    with pytest.raises(
+        MansuError, match=r"own: act_order=True takes columns of all groups in turn; add static_groups="
+    ):
+        Gptq("own", grid_of("w4a16-g128"), act_order=True)
 
 
 def test_rows_that_a_block_does_not_divide_are_refused_by_name():
