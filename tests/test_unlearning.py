@@ -25,7 +25,7 @@ from mansu_tl.unlearning.mansu.candidates import circuit_weights
 from mansu_tl.unlearning.mansu.floor import Floor
 from mansu_tl.unlearning.mansu.plan import plan
 from mansu_tl.unlearning.mansu.solver import _Mansu
-from mansu_tl.unlearning.mansu.terms import forget_loss, ignorance
+from mansu_tl.unlearning.mansu.terms import forget_loss, ignorance, lost_odds, retain_loss
 from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments, sequence_loss
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, embedded_task, sliced_task, tiny
@@ -427,6 +427,43 @@ def test_the_forget_term_at_the_place_is_that_of_a_model_with_the_originals_laye
         fixed.floor.change(solver.latent, solver.allowed, None)[0], None)), 1), solver.latent)  # fmt: skip
     for name, piece in fixed.floor.pieces(slope).items():
         assert bool(piece.any()) == name.startswith("model.layers.0.")
+
+
+def test_lost_odds_by_hand() -> None:
+    """Three tokens: one was sure and loses two nats, one was sure and gains, of one the original was not sure."""
+    original = torch.tensor([[4.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+    now = torch.tensor([[2.0, 0.0, 0.0], [0.0, 5.0, 0.0], [-9.0, 0.0, 0.0]])
+    targets, weights = torch.tensor([0, 1, 0]), torch.tensor([1.0, 3.0, 100.0])
+    assert lost_odds(now, original, targets, weights).item() == pytest.approx(2 * 1 / 4)
+    assert lost_odds(original, original, targets, weights) == 0
+    assert lost_odds(now, original[2:].expand(3, -1), targets, weights) == 0  # nothing to lose
+    # Odds do not feel what all logits share.
+    assert lost_odds(now + 7, original - 2, targets, weights).item() == pytest.approx(0.5)
+
+
+def test_lost_odds_pull_where_a_divergence_is_flat() -> None:
+    original, targets = torch.tensor([[12.0, 0.0, 0.0]], dtype=torch.float64), torch.tensor([0])
+    now, weights = torch.tensor([[6.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True), torch.ones(1).double()
+    (flat,) = torch.autograd.grad(retain_loss(now, original, targets, weights, likelihood=0.0), now)
+    (pull,) = torch.autograd.grad(lost_odds(now, original, targets, weights), now)
+    # d/dz of log p - log(1 - p), by hand: -1 on the target, and the others' own share of the rest.
+    assert torch.allclose(pull, torch.tensor([[-1.0, 0.5, 0.5]], dtype=torch.float64))
+    assert flat.abs().max() < 0.01 < pull.abs().max()
+
+
+def test_kept_odds_enter_the_retain_term_with_their_weight(model, task, circuit) -> None:
+    found = {}
+    for weight in (0.0, 0.5, 1.0):
+        settings = MansuSettings(**QUICK["mansu"], odds_weight=weight, retain_weight=1.0)
+        fixed = plan(model, task, settings, circuit, 0, progress=False)
+        solver = _Mansu(fixed, settings, 0)
+        solver.restart()
+        solver.latent.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(2)
+        change, _ = fixed.floor.change(solver.latent, solver.allowed, None)
+        batch = fixed.source.draw(solver.samplers, fixed.view(change, None))
+        found[weight] = solver.objective.retain(batch).item()
+    assert found[0.0] < found[0.5]
+    assert found[1.0] - found[0.0] == pytest.approx(2 * (found[0.5] - found[0.0]), rel=1e-4)
 
 
 def test_mansu_can_defend_against_an_attacker_and_keeps_its_floor(model, task, circuit, edit) -> None:

@@ -83,6 +83,8 @@ class MansuSettings(Digested):
         discover_near: where the task names no near text, the share of the retain text that counts as near: what the
             model represents most like the forget prompts. 0 = none.
         likelihood: weight of the cross-entropy inside the retain term (the rest is a divergence to the original).
+        odds_weight: weight, inside the retain term, of the log-odds that tokens lose of which the original is sure: a
+            divergence does not feel a margin go from twelve nats to five. 0 = off.
         null_space: weight of the change of the circuit matrices' outputs on retain inputs (0 = off); of the closed form:
             against that on the forget prompts' inputs.
         projector: project the update itself into the null space of the retain inputs after every step.
@@ -134,6 +136,7 @@ class MansuSettings(Digested):
     near_weight: float = 10.0
     discover_near: float = 0.2
     likelihood: float = 0.1
+    odds_weight: float = 0.0
     null_space: float = 4.0
     projector: bool = False
     leak: float = 0.02
@@ -178,6 +181,7 @@ class MansuSettings(Digested):
         self._require("adversary_spread", self.adversary_spread >= 1, "choose 1 (none) or more")
         self._require("discover_near", 0 <= self.discover_near < 1, "choose a share in [0, 1)")
         self._require("adversary_facts", self.adversary_facts >= 0, "choose 0 (a quarter) or more")
+        self._require("odds_weight", self.odds_weight >= 0, "choose 0 (off) or more")
         self._require("retain_budget", self.retain_budget >= 0, "choose 0 (none) or more", " nats")
 
     def _require(self, key: str, fine: bool, way_out: str, unit: str = "") -> None:

@@ -42,7 +42,10 @@ def objective(settings: MansuSettings, unknown: Ignorance) -> Objective:
         is_near = found.rows >= batch.n_far
         weights = torch.where(is_near, weight / is_near.sum().clamp_min(1), 1 / (~is_near).sum())
         original = batch.retained_before
-        return retain_loss(found.logits, original, found.targets, weights, likelihood=settings.likelihood)
+        loss = retain_loss(found.logits, original, found.targets, weights, likelihood=settings.likelihood)
+        if not settings.odds_weight:
+            return loss
+        return loss + settings.odds_weight * lost_odds(found.logits, original, found.targets, weights)
 
     return Objective(forget, retain, settings.retain_weight)
 
@@ -103,6 +106,30 @@ def retain_loss(
     divergence = (kl_divergence(logits, original) * weights).sum() / total
     entropy = (torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum() / total
     return divergence + likelihood * entropy
+
+
+def lost_odds(
+    logits: Float[Tensor, "token vocab"],
+    original: Float[Tensor, "token vocab"],
+    targets: Int[Tensor, " token"],
+    weights: Float[Tensor, " token"],
+) -> Float[Tensor, ""]:
+    """By how many nats the odds of what was sure to come have fallen, weighted by token.
+
+    Of targets that the original finds likelier than all other tokens together. Where one is near certain a divergence is
+    flat, and its margin can go without any cost. Our definition.
+    """
+    before = _log_odds(original, targets)
+    sure = weights * (before > 0)
+    lost = (before - _log_odds(logits, targets)).relu()
+    return (lost * sure).sum() / sure.sum().clamp_min(torch.finfo(sure.dtype).tiny)
+
+
+def _log_odds(logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
+    """log p(target) - log p(any other)."""
+    at = targets[:, None]
+    others = logits.scatter(1, at, -torch.inf).logsumexp(-1)
+    return logits.gather(1, at)[:, 0] - others
 
 
 @dataclass(frozen=True)
