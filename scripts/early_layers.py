@@ -1,6 +1,6 @@
 """MANSU everywhere against MANSU in the early layers, on `pocket`: `python scripts/early_layers.py OUT --seeds 1 2 3`.
 
-The settings of "early" (`MansuSettings.early`) were chosen on seed 0; other seeds chose nothing. Each edit is asked, read by
+The settings of "early layers, odds kept" (`MansuSettings.early`) were chosen on seed 0; other seeds chose nothing. Each edit is asked, read by
 depth (`DepthReader`) and by the logit lens, and relearnt: some forget facts are trained on, the others asked, beside the
 never-trained model. Edits and curves are kept in OUT, so an interrupted run goes on. `--out TABLE.csv` writes a row a measure
 and edit.
@@ -25,21 +25,27 @@ import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.data.counterparts import counterparts, facts_first
 from mansu_tl.unlearning import Edit, MansuSettings, unlearn
-from mansu_tl.unlearning.mansu.settings import EARLY
 from mansu_tl.verification import BudgetPlan, DepthReader, logit_lens, relearning_budgets, soft_prompt
 
 NEVER = "never trained"
+# The place alone, without the odds of what is kept.
+LAYERS = {"depth": 0.5, "place_weight": 1.0, "fisher": False}
 VARIANTS = {
     "light": MansuSettings.light(),
-    "light, early layers": MansuSettings.light(**EARLY),
+    "light, early layers": MansuSettings.light(**LAYERS),
+    "light, early layers, odds kept": MansuSettings.light(**LAYERS, odds_weight=0.3, margin=0.5, margin_weight=2.0),
     "full": MansuSettings(),
-    "full, early layers": MansuSettings.early(),
+    "full, early layers": MansuSettings(**LAYERS),
+    "full, early layers, odds kept": MansuSettings.early(),
 }
 FURTHER = {
-    "full, early layers, drawn attackers": MansuSettings.early(adversary_spread=2.0),
-    "light, early layers, 1 %": MansuSettings.light(**EARLY, budget=0.0099),
-    "light, early layers, 1 %, candidates": MansuSettings.light(**EARLY, budget=0.0099, candidates=2.0),
-    "light, early layers, 1 %, contrast": MansuSettings.light(**EARLY, budget=0.0099, candidates=2.0, contrast=1.0),
+    "full, early layers, drawn attackers": MansuSettings(**LAYERS, adversary_spread=2.0),
+    "light, early layers, 1 %": MansuSettings.light(**LAYERS, budget=0.0099),
+    "light, early layers, odds kept, 1 %": MansuSettings.light(
+        **LAYERS, odds_weight=0.3, margin=0.5, margin_weight=2.0, budget=0.0099
+    ),
+    "light, early layers, 1 %, candidates": MansuSettings.light(**LAYERS, budget=0.0099, candidates=2.0),
+    "light, early layers, 1 %, contrast": MansuSettings.light(**LAYERS, budget=0.0099, candidates=2.0, contrast=1.0),
 }
 PLAN = BudgetPlan(facts=(12, 24), texts=(), learning_rates=(3e-4, 1e-3), steps=(10, 50), ranks=(0, 8), splits=1)
 ROWS = 64  # forget and near prompts that are read by depth, as in a study

@@ -53,6 +53,21 @@ def cells_of(model: Any, edited: Any, task: Any, name: str) -> dict[str, Any] | 
     }
 
 
+def page(table: pd.DataFrame) -> str:
+    """The table of the documentation: by how much each format brings answers back, and the share of codes that changed."""
+    floors = list(dict.fromkeys(table.floor))
+    lines = ["| format | " + " | ".join(floors) + " |", "| --- " * (len(floors) + 1) + "|"]
+    for name in dict.fromkeys(table.format):
+        cells = []
+        for floor in floors:
+            (row,) = table[(table.format == name) & (table.floor == floor)].to_dict("records")
+            # Adding nothing takes the minus off a rounded zero.
+            points = [f"{round(row[f'PTQ gap, MC, points{end}'], 1) + 0.0:.1f}" for end in ("", "_low", "_high")]
+            cells.append("{} [{}, {}]; {:.0f} %".format(*points, row["changed weights whose code changed, %"]))
+        lines.append("| " + " | ".join([f"`{name}`", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -30,7 +30,9 @@ CLOSED: Mapping[str, Any] = MappingProxyType(
      "neuron_share": 1.0, "fisher_sequences": 64}
 )  # fmt: skip
 # What edits where a fact is written.
-EARLY: Mapping[str, Any] = MappingProxyType({"depth": 0.5, "place_weight": 1.0, "fisher": False})
+EARLY: Mapping[str, Any] = MappingProxyType(
+    {"depth": 0.5, "place_weight": 1.0, "odds_weight": 0.1, "margin": -1.0, "fisher": False}
+)
 _LIGHT: Mapping[str, Any] = MappingProxyType(
     {"steps": 200, "margin": 0.1, "band_weight": 0.05, "adversary_every": 10, "representation_weight": 0.0,
      "retain_weight": 20.0, "adversary_weight": 0.0}
@@ -199,7 +201,8 @@ class MansuSettings(Digested):
 
     @classmethod
     def early(cls, **changes: Any) -> MansuSettings:
-        """Edits in the first half of the layers alone, each of which has to have forgotten by itself.
+        """Edits in the first half of the layers alone, each of which has to have forgotten by itself; what is kept keeps its
+        odds.
 
         Args:
             changes: further settings.
