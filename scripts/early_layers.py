@@ -1,9 +1,9 @@
 """MANSU everywhere against MANSU in the early layers, on `pocket`: `python scripts/early_layers.py OUT --seeds 1 2 3`.
 
-The settings of "early layers, odds kept" (`MansuSettings.early`) were chosen on seed 0; other seeds chose nothing. Each edit is asked, read by
-depth (`DepthReader`) and by the logit lens, and relearnt: some forget facts are trained on, the others asked, beside the
-never-trained model. Edits and curves are kept in OUT, so an interrupted run goes on. `--out TABLE.csv` writes a row a measure
-and edit.
+The settings of "early layers, odds kept" (`MansuSettings.early`) were chosen on seed 0; other seeds chose nothing. Each edit
+is asked, read by depth (`DepthReader`) and by the logit lens, and relearnt: some forget facts are trained on, the others
+asked, beside the never-trained model. Edits and curves are kept in OUT, so an interrupted run goes on. `--out TABLE.csv`
+writes a row a measure and edit.
 """
 
 from __future__ import annotations

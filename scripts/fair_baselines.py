@@ -29,7 +29,6 @@ from mansu_tl.data.counterparts import counterparts, facts_first
 from mansu_tl.data.split import split_questions
 from mansu_tl.errors import NoEditError
 from mansu_tl.unlearning import Edit, settings_of, unlearn
-from mansu_tl.unlearning.mansu.settings import MansuSettings
 from mansu_tl.unlearning.search import Search, Trial, judge
 from mansu_tl.verification import DepthReader, attack_splits, compare_relearning, logit_lens
 
@@ -54,8 +53,7 @@ def edit_of(
         return Edit.load(place)
     try:
         if method == MANSU:
-            settings: Any = MansuSettings.light(depth=0.5, place_weight=1.0, fisher=False)
-            edit = unlearn(model, task, "mansu", settings=settings, seed=seed, circuit=circuit_of(model, task, folder))
+            edit = unlearn(model, task, MANSU, seed=seed, circuit=circuit_of(model, task, folder))
         else:
             edit = unlearn(model, task, method, settings=settings_of(method, {**trial, "retain_batch": 64}), seed=seed)
     except NoEditError as error:
