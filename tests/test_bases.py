@@ -50,6 +50,7 @@ def test_a_table_over_bases_by_hand() -> None:
     assert lines[-1] == "| verdict by depth |  | erased / erased |"
 
 
+@pytest.mark.slow  # a circuit and a reader of every stage
 def test_a_base_is_two_checkpoints_of_a_folder(tmp_path: Path, pocket) -> None:
     for name in ("pocket", "pocket-never"):
         mtl.save(mtl.load(name), tmp_path / "own" / name)

@@ -210,7 +210,17 @@ def test_where_in_depth_an_edit_lies_is_what_was_measured() -> None:
         for layer in ("L1", "L2"):
             assert (early[f"logit lens {layer}, %"] < 27).all() and (everywhere[f"logit lens {layer}, %"] > 50).all()
         assert (early["near MC, %"] > 99).all() and (early["near log-odds, nats"] < 0.8 * 12.1).all()
-    assert set(table[(table.measure == "verdict") & table.variant.str.contains("early")].value) == {"undecided"}
+        kept = by.xs(f"{size}, early layers, odds kept", level="variant")
+        assert (kept["near log-odds, nats"] > 0.85 * 12.1).all() and (kept["near CAD at L1"] < 0.15).all()
+        assert (kept["specificity at L1"] > 0.7).all() and (kept["CAD at L1"] > 0.7).all()
+        assert (kept["added opposition"] < 0.1).all() and (kept["forget MC, %"] < 30).all()
+        assert (kept["forget MC after NF4, %"] - kept["forget MC, %"]).abs().max() < 1
+        more = "relearning, 12 facts, 50 steps at 0.0003, every weight: over never trained, points"
+        assert (kept[more] > early[more]).all()
+    verdicts = table[table.measure == "verdict"].groupby("variant").value.agg(list)
+    assert all(set(verdicts[f"{size}, early layers"]) == {"undecided"} for size in ("light", "full"))
+    assert verdicts["light, early layers, odds kept"] == ["erased", "erased"]
+    assert verdicts["full, early layers, odds kept"] == ["undecided", "erased"]
     further = pd.read_csv(ROOT / "figures" / "tables" / "early_further.csv").set_index(["variant", "measure"]).value
     small = further["light, early layers, 1 %"].drop("verdict").astype(float)
     assert 25 < small["forget MC, %"] < 30 and small["edited weights"] < 0.01 * 688128
