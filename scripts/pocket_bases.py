@@ -31,13 +31,11 @@ from mansu_tl.unlearning import Edit, settings_of, unlearn
 from mansu_tl.verification import DepthReader, attack_splits, compare_relearning, logit_lens
 
 EMBEDDED, ALL, NEVER = "embedded", "all", "never trained"
-# The chosen trials of `fair_baselines`; MANSU's are the defaults.
+# The chosen trials of `fair_baselines`, and MANSU's own settings.
 METHODS: dict[str, tuple[str, Any]] = {
     "un-edited": ("", None),
-    "GradDiff, light": ("graddiff", {"learning_rate": 1e-4, "retain_batch": 64, "near_share": 0.25}),
     "GradDiff": ("graddiff", {"learning_rate": 1e-3, "retain_weight": 30.0, "near_share": 0.5, "retain_batch": 64}),
     "NPO": ("npo", {"learning_rate": 1e-3, "retain_weight": 100.0, "near_share": 0.5, "retain_batch": 64}),
-    "MANSU": ("mansu", {}),
     "MANSU, early layers": ("mansu-early", {}),
 }
 ASKED = ("forget", "forget_paraphrase", "near", "near_paraphrase", "retain")
