@@ -436,7 +436,10 @@ def test_lost_odds_by_hand() -> None:
     targets, weights = torch.tensor([0, 1, 0]), torch.tensor([1.0, 3.0, 100.0])
     assert lost_odds(now, original, targets, weights).item() == pytest.approx(2 * 1 / 4)
     assert lost_odds(original, original, targets, weights) == 0
-    assert lost_odds(now, original[2:].expand(3, -1), targets, weights) == 0  # nothing to lose
+    # Nothing to lose, and nothing to divide by: neither the value nor its slope is lost to it.
+    free = now.clone().requires_grad_()
+    nothing = 1e3 * lost_odds(free, original[2:].expand(3, -1), targets, weights)
+    assert nothing == 0 and torch.autograd.grad(nothing, free)[0].eq(0).all()
     # Odds do not feel what all logits share.
     assert lost_odds(now + 7, original - 2, targets, weights).item() == pytest.approx(0.5)
 

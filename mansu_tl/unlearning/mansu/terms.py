@@ -122,7 +122,8 @@ def lost_odds(
     before = _log_odds(original, targets)
     sure = weights * (before > 0)
     lost = (before - _log_odds(logits, targets)).relu()
-    return (lost * sure).sum() / sure.sum().clamp_min(torch.finfo(sure.dtype).tiny)
+    total = sure.sum()
+    return (lost * sure).sum() / torch.where(total > 0, total, 1.0)
 
 
 def _log_odds(logits: Float[Tensor, "token vocab"], targets: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
