@@ -9,7 +9,7 @@ import pytest
 
 from mansu_tl.study import markdown, properties
 from mansu_tl.study.table import read_table
-from scripts import comes_back, early_layers, extraction, fair_baselines, meta_cad
+from scripts import comes_back, early_layers, extraction, fair_baselines, meta_cad, pocket_bases
 from tests.benchmarks import readme, real, tofu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -240,6 +240,22 @@ def test_baselines_of_more_trials_are_what_was_measured() -> None:
         > rows.loc["mansu-early", "added opposition"].max()
     )
     assert tried[tried.method == "simnpo"]["forget MC after NF4, %"].min() > 60
+
+
+def test_what_holds_on_another_base_checkpoint_is_what_was_measured() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "pocket_bases.csv", dtype={"value": str})
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert quoted(page, "figures/tables/pocket_bases.csv") == pocket_bases.page(table).splitlines()
+    found = table[table.base != pocket_bases.ALL].set_index(["method", "base", "measure"]).value
+    early, before = found["MANSU, early layers"], found["un-edited"]
+    for base in ("embedded", "1"):
+        assert 18 <= float(early[base, "forget, NF4, chosen among four, %"]) <= 23
+        kept = "near, NF4, log-odds, nats"
+        assert float(early[base, kept]) > 0.92 * float(before[base, kept])
+        assert float(early[base, "near_paraphrase, NF4, said, %"]) == 100
+    assert (early["embedded", "verdict"], early["1", "verdict"]) == ("erased", "suppressed")
+    more = "relearning, 12 facts at 0.001: over never trained, points"
+    assert float(early["1", more]) > float(found["NPO", "1", more])
 
 
 def test_the_circuits_of_a_pretrained_models_facts_are_those_of_the_run() -> None:
