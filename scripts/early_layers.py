@@ -41,9 +41,6 @@ VARIANTS = {
 FURTHER = {
     "full, early layers, drawn attackers": MansuSettings(**LAYERS, adversary_spread=2.0),
     "light, early layers, 1 %": MansuSettings.light(**LAYERS, budget=0.0099),
-    "light, early layers, odds kept, 1 %": MansuSettings.light(
-        **LAYERS, odds_weight=0.3, margin=0.5, margin_weight=2.0, budget=0.0099
-    ),
     "light, early layers, 1 %, candidates": MansuSettings.light(**LAYERS, budget=0.0099, candidates=2.0),
     "light, early layers, 1 %, contrast": MansuSettings.light(**LAYERS, budget=0.0099, candidates=2.0, contrast=1.0),
 }

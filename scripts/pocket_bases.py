@@ -23,14 +23,14 @@ import pandas as pd
 import torch
 
 import mansu_tl as mtl
-from mansu_tl.circuit import Circuit
 from mansu_tl.data.counterparts import counterparts, facts_first
 from mansu_tl.errors import NoEditError
 from mansu_tl.results.intervals import interval_over_facts, interval_over_seeds
 from mansu_tl.unlearning import Edit, settings_of, unlearn
 from mansu_tl.verification import DepthReader, attack_splits, compare_relearning, logit_lens
+from scripts.fair_baselines import NEVER, ROWS, circuit_of
 
-EMBEDDED, ALL, NEVER = "embedded", "all", "never trained"
+EMBEDDED, ALL = "embedded", "all"
 # The chosen trials of `fair_baselines`, and MANSU's own settings.
 METHODS: dict[str, tuple[str, Any]] = {
     "un-edited": ("", None),
@@ -39,7 +39,6 @@ METHODS: dict[str, tuple[str, Any]] = {
     "MANSU, early layers": ("mansu-early", {}),
 }
 ASKED = ("forget", "forget_paraphrase", "near", "near_paraphrase", "retain")
-ROWS = 64  # forget and near prompts that are read by depth, as in a study
 RATES = (3e-4, 1e-3)
 Cell = dict[str, Any]
 
@@ -54,10 +53,7 @@ class Base:
         self.task = mtl.load_task("pocket")
         self.folder = out / self.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        circuit = self.folder / "circuit.safetensors"
-        if not circuit.exists():
-            mtl.discover_circuit(self.model, self.task.forget_pairs, faithfulness=0.85).save(circuit)
-        self.circuit = Circuit.load(circuit)
+        self.circuit = circuit_of(self.model, self.task, self.folder)
         pairs, near = self.task.forget_pairs, counterparts(self.task.questions["near"], ROWS)
         self.reader = DepthReader(self.model, pairs[sorted(facts_first(pairs.facts)[:ROWS])], near)
 

@@ -226,6 +226,20 @@ def test_where_in_depth_an_edit_lies_is_what_was_measured() -> None:
     assert 25 < small["forget MC, %"] < 30 and small["edited weights"] < 0.01 * 688128
 
 
+def test_the_trials_of_the_odds_are_what_the_settings_page_says() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "odds_trials.csv")
+    page = (ROOT / "docs" / "reference" / "unlearning.md").read_text(encoding="utf-8")
+    light = table[(table.settings == "light") & (table.margin == 0.1)].set_index("odds_weight")
+    (row,) = (line for line in page.splitlines() if line.startswith("| `odds_weight` |"))
+    for weight in (0.01, 0.1, 0.3):
+        assert f"{light.loc[weight, 'near log-odds, nats']:.1f}" in row
+    assert ", ".join(f"{light.loc[w, 'forget MC, %']:.0f}" for w in (0.01, 0.1, 0.3)) in row
+    # What was chosen, and the other full settings that kept as much, by the verdict.
+    full = table[table.settings == "full"].set_index(["odds_weight", "margin", "adversary_weight"])
+    assert full.loc[(0.1, -0.7, 3), "verdict"] == full.loc[(0.1, -1.0, 6), "verdict"] == "erased"
+    assert (full[full.verdict == "undecided"]["added opposition, high"] >= 0.1).all()
+
+
 def test_baselines_of_more_trials_are_what_was_measured() -> None:
     table = pd.read_csv(ROOT / "figures" / "tables" / "fair_baselines.csv")
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")

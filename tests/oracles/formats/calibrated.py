@@ -3,10 +3,10 @@
     pip install --no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0 autoawq==0.2.7.post3 auto-gptq==0.7.1
     python tests/oracles/formats/calibrated.py
 
-(and what they import: loguru, peft, auto-round, nvidia-ml-py, zstandard) writes calibrated.safetensors beside it: the
-dequantized values of `weights()` under the inputs `inputs()`, float32, by library and setting; of AWQ's search also the
-scales that were found. AutoGPTQ's file is run alone, since the package imports what transformers no longer has; its call
-that waits for a GPU is left out.
+(and what they import: loguru, peft, auto-round, nvidia-ml-py, zstandard; AutoGPTQ's wheel is for Python 3.11) writes
+calibrated.safetensors beside it: the dequantized values of `weights()` under the inputs `inputs()`, float32, by library and
+setting. AutoGPTQ's file is run alone, since the package imports what transformers no longer has; its call that waits for a
+GPU is left out.
 """
 
 from __future__ import annotations
@@ -106,7 +106,6 @@ def autoawq() -> dict[str, torch.Tensor]:
             setattr(each, method, getattr(AwqQuantizer, method).__get__(each))
         _, _, scales = AwqQuantizer._search_best_scale(each, holder, holder["before"], [layer], inputs())
         found[f"autoawq/{name}-int4-asym-g128"] = each.pseudo_quantize_tensor(weights() * scales)[0] / scales
-        found[f"scales/{name}-int4-asym-g128"] = scales
     return found
 
 
