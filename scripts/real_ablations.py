@@ -48,10 +48,10 @@ ASKED = ("forget", "forget, other words", "near", "near, kept back", "retain")
 RATE, STEPS = 1e-5, 30
 
 
-def cell(model: Any, run: Path, name: str, variant: str, attacked: bool) -> dict[str, Any]:
+def cell(model: Any, run: Path, name: str, variant: str, attacked: bool, device: str) -> dict[str, Any]:
     """One edit, asked and perhaps attacked."""
     start = time.monotonic()
-    task, asked = read(run / f"{name}.json", model, "cpu")
+    task, asked = read(run / f"{name}.json", model, device)
     changes, seed = VARIANTS[variant]
     settings = settings_of("mansu-closed", {**WHOLE, **changes})
     circuit = Circuit.load(run / f"{name}.circuit.safetensors")
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=[f"landmark_in_country-{i}" for i in range(3)])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--attack", action="store_true")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -166,18 +167,18 @@ def main() -> None:
     rows = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
     done = {(row["task"], row["variant"]) for row in rows}
     wanted = [(name, variant) for variant in options.variants for name in options.tasks]
-    model = mtl.load(options.model) if set(wanted) - done else None
+    model = mtl.load(options.model, device=options.device) if set(wanted) - done else None
     for name, variant in wanted:
         if (name, variant) in done:
             continue
-        row = cell(model, options.run, name, variant, options.attack)
+        row = cell(model, options.run, name, variant, options.attack, options.device)
         rows.append(row)
         with place.open("a") as file:
             file.write(json.dumps(row) + "\n")
         means = {kind: round(100 * sum(each["mc"]) / len(each["mc"])) for kind, each in row["scores"].items()}
         print(f"{row['seconds']:6.0f} s  {name}, {variant}: {row['weights']} weights, {means}", flush=True)
     if options.out:
-        table(rows).to_csv(options.out, index=False, float_format="%.3f")
+        table(rows).to_csv(options.out, index=False, float_format="%.4f")
 
 
 if __name__ == "__main__":

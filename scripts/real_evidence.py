@@ -3,11 +3,13 @@
     python scripts/real_evidence.py tasks OUT --relation FILE --relation FILE --far FILE --far FILE
     python scripts/real_evidence.py run OUT --device cuda --workers 6      goes on where it stopped
     python scripts/real_evidence.py run OUT --trials figures/tables/real_trials.csv   chooses from trials that were run
-    python scripts/real_evidence.py table OUT                              OUT/real_trials.csv and OUT/real_test.csv
+    python scripts/real_evidence.py run OUT --by-depth                     reads every edit of a test task by depth too
+    python scripts/real_evidence.py table OUT      OUT/real_trials.csv, OUT/real_test.csv and OUT/real_cad_draws.csv
 
 Facts are split three ways. Those of the task "validation" choose each method's settings and are in no other task. Those of
 the tasks 0, 1, 2 (drawn from what is left, a seed each) are unlearned with the settings chosen and reported. Of the near
-facts of every task a part is trained on and a part is only asked. Relations are files as LRE has them (arXiv 2308.09124).
+facts of every task a part is trained on and a part is only asked; those are the near facts of CAD by depth. Relations are
+files as LRE has them (arXiv 2308.09124).
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.building import Relation, build_task
 from mansu_tl.circuit import Circuit
-from mansu_tl.data import Questions
+from mansu_tl.data import PromptPairs, Questions
 from mansu_tl.study.shipping import ship
 from mansu_tl.unlearning.registry import settings_of
-from mansu_tl.verification import ask
+from mansu_tl.verification import DepthReader, ask
 
 PARTS = ("validation", "0", "1", "2")
 FORGET, NEAR, KEPT_BACK, FAR = 24, 60, 40, 20
@@ -136,6 +138,37 @@ def _asked(model: Any, rows: list[dict[str, Any]]) -> Questions:
     return Questions.of_pairs(pairs)
 
 
+def near_of(model: Any, place: Path) -> PromptPairs:
+    """The near facts that were kept back, each in its first wording."""
+    found = json.loads(place.read_text())
+    back, rows = set(found["kept_back"]), dict[str, dict[str, Any]]()
+    for row in found["rows"]:
+        if row["set"] == "near" and row["fact"] in back:
+            rows.setdefault(row["fact"], row)
+    return PromptPairs.from_text(
+        model, [row["clean"] for row in rows.values()], [row["corrupt"] for row in rows.values()],
+        [row["answer"] for row in rows.values()], [row["distractors"] for row in rows.values()], facts=list(rows),
+    )  # fmt: skip
+
+
+def by_depth(model: Any, task: Any, place: Path, forms: dict[str, Any]) -> dict[str, Any]:
+    """CAD by depth of an edit, as stored and in the file."""
+    if place.stem != _HERE.get("read"):
+        _HERE.update(read=place.stem, reader=DepthReader(model, task.forget_pairs, near_of(model, place)))
+    out = {}
+    for form in CHOSEN_IN:
+        found = _HERE["reader"].read(forms[form], label=form)
+        rows = found.to_dataframe().drop(columns=["label", "near_cad_low", "near_cad_high"])
+        rows["judged"] = [i == found.judged for i in range(len(found.layers))]
+        out[form] = {
+            "layers": rows.to_dict("list"),
+            "verdict": found.verdict().name,
+            "facts_gone": float(found.facts_gone),
+            "opposition": float(found.opposition),
+        }
+    return out
+
+
 _HERE: dict[str, Any] = {}
 
 
@@ -182,6 +215,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             }
             for kind, each in found.items()
         }
+    if job["by_depth"] and "shipped" in forms and not name.endswith("validation"):
+        facts["by depth"] = by_depth(model, task, out / f"{name}.json", forms)
     return {**job, **facts, "scores": scores, "seconds": time.monotonic() - start}
 
 
@@ -219,6 +254,7 @@ def run(options: argparse.Namespace) -> None:
     end = time.monotonic() + options.seconds
     common = {
         "out": str(options.out), "device": options.device, "threads": options.threads, "model": options.model, "settings": {},
+        "by_depth": options.by_depth,
     }  # fmt: skip
     keys = ("task", "method", "settings", "seed")
     started = {json.dumps([one[key] for key in keys], sort_keys=True) for one in done}
@@ -241,9 +277,9 @@ def run(options: argparse.Namespace) -> None:
                     continue
                 seed, forms = (0, ()) if part == "validation" else (int(part), GRIDS)
                 if part == "validation":
-                    chosen = trials
+                    chosen = [] if method in options.chosen else trials
                 else:
-                    best = choose(table, relation, method)
+                    best = options.chosen.get(method) or choose(table, relation, method)
                     chosen = [] if best is None else [best]
                 found += [
                     {**common, "task": name, "method": method, "settings": one, "seed": seed, "forms": forms}
@@ -357,12 +393,37 @@ def test(done: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def depths(done: list[dict[str, Any]]) -> pd.DataFrame:
+    """CAD by depth of every edit that was read: a row a layer and form. What decides stands in the judged layer's alone."""
+    parts = [
+        pd.DataFrame(read["layers"]).assign(
+            model=one["model"], task=one["task"], method=one["method"], form=form,
+            **{name: read[name] for name in ("verdict", "facts_gone", "opposition")},
+        )
+        for one in done
+        for form, read in one.get("by depth", {}).items()
+    ]  # fmt: skip
+    if not parts:
+        return pd.DataFrame()
+    found = pd.concat(parts, ignore_index=True)
+    decides = ["specificity_low", "specificity_high", "verdict", "facts_gone", "opposition"]
+    found[decides] = found[decides].where(found["judged"])
+    return found
+
+
 def table(options: argparse.Namespace) -> None:
-    """Both tables, from what has been run."""
+    """The tables, from what has been run."""
     done = [json.loads(line) for line in (options.out / "results.jsonl").read_text().splitlines()]
     known = pd.read_csv(options.trials, dtype=str).fillna("") if options.trials else None
     pd.concat([known, validation(done)]).drop_duplicates().to_csv(options.out / "real_trials.csv", index=False)
     test(done).to_csv(options.out / "real_test.csv", index=False)
+    if len(read := depths(done)):
+        read.to_csv(options.out / "real_cad_draws.csv", index=False, float_format="%.3f")
+
+
+def _chosen(text: str) -> tuple[str, dict[str, Any]]:
+    method, _, settings = text.partition("=")
+    return method, json.loads(settings)
 
 
 def main() -> None:
@@ -378,11 +439,16 @@ def main() -> None:
         "--methods", action="append", default=[], help="only these, and circuit and original as methods"
     )
     parser.add_argument("--trials", type=Path, help="a real_trials.csv of trials that were run before")
+    parser.add_argument(
+        "--chosen", type=_chosen, action="append", default=[], metavar="METHOD=JSON", help="settings chosen elsewhere"
+    )
+    parser.add_argument("--by-depth", action="store_true", help="read every edit of a test task by depth")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9, help="start nothing after so many")
     options = parser.parse_args()
+    options.chosen = dict(options.chosen)
     {"tasks": tasks, "run": run, "table": table}[options.what](options)
 
 

@@ -295,3 +295,29 @@ def test_verdicts(before, specificity, opposition, answered: float, verdict: str
     assert found.name == verdict
     said = "answers are given" if verdict == "intact" else f"CAD at L22 is {before[0]:.2f} to {before[1]:.2f}"
     assert said in repr(found)
+
+
+def _drawn(*draws: tuple[str, str, str, int, float]) -> pd.DataFrame:
+    rows = [
+        {"group": group, "form": form, "method": method, "draw": draw, "layer": layer, "before_reading": i == 0,
+         "cad": scale * i}
+        for group, form, method, draw, scale in draws
+        for i, layer in enumerate(("L0", "L1"))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_figure_over_draws_shows_means_and_their_ends_a_panel_a_group_and_form() -> None:
+    table = _drawn(("a", "stored", "one", 0, 0.2), ("a", "stored", "one", 1, 0.8), ("a", "shipped", "one", 0, 0.1),
+                   ("b", "stored", "one", 0, 0.3), ("b", "stored", "two", 0, 0.5))  # fmt: skip
+    figure = mtl.plots.cad_by_depth_draws(table, title="t")
+    lines = [trace for trace in figure.data if trace.customdata is not None]
+    assert [[round(y, 6) for y in line.y] for line in lines] == [[0, 0.5], [0, 0.3], [0, 0.5], [0, 0.1]]
+    assert [row for line in lines for row in line.customdata][1] == ["L1", 2, 0.2, 0.8]
+    assert [line.name for line in lines] == ["one", "one", "two", "one"]
+    with pytest.raises(MansuError, match="no column draw"):
+        mtl.plots.cad_by_depth_draws(table.drop(columns="draw"))
+    with pytest.raises(MansuError, match="no row"):
+        mtl.plots.cad_by_depth_draws(table[:0])
+    with pytest.raises(MansuError, match="a, draw 1, was read at other layers"):
+        mtl.plots.cad_by_depth_draws(table.assign(layer=["L0", "L1", "L0", "L2", *["L0", "L1"] * 3]))

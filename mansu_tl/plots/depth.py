@@ -68,6 +68,62 @@ def cad_by_depth(
     return panels[0].figure
 
 
+def cad_by_depth_draws(table: pd.DataFrame, *, title: str | None = None, theme: str = "light") -> go.Figure:
+    """Draw CAD by layer over several draws of facts, a panel a group and form, one line a method.
+
+    Lines are means over the draws, bands reach from the lowest to the highest of them.
+
+    Args:
+        table: a row a draw and layer, with the columns "group" (panels side by side), "form" (panels one below another),
+            "method", "draw", "layer", "cad" and "before_reading"; layers in order.
+
+    Raises:
+        MansuError: a missing column, no row, or a group whose draws were read at other layers.
+    """
+    what = "CAD by depth over draws"
+    require_columns(what, table, ["group", "form", "method", "draw", *_SAME, "cad"])
+    look, styles = theme_named(theme), series_styles(list(dict.fromkeys(table["method"])), theme_named(theme))
+    groups, forms = (list(dict.fromkeys(table[name])) for name in ("group", "form"))
+    how_to_read = (
+        "Evidence of the answer in each layer's stream, as the original reads it: 0 = still there, 1 = gone. Lines: means "
+        "over draws of facts; bands: lowest to highest."
+    )
+    panels = new_panels(
+        look, title or "Where in depth the knowledge is gone", how_to_read,
+        [f"{group}, {form}" for form in forms for group in groups], len(groups), (190, 250), 95,
+        horizontal_spacing=0.035, shared_yaxes=True,
+    )  # fmt: skip
+    low, high = min(0.0, float(table["cad"].min())), max(1.0, float(table["cad"].max()))
+    for i, panel in enumerate(panels):
+        group, form = groups[i % len(groups)], forms[i // len(groups)]
+        part = table[(table["group"] == group) & (table["form"] == form)]
+        if part.empty:
+            continue
+        first = next(iter(part.groupby(["method", "draw"], sort=False)))[1].reset_index(drop=True)
+        for method, found in part.groupby("method", sort=False):
+            wide = {draw: one.reset_index(drop=True) for draw, one in found.groupby("draw", sort=False)}
+            for draw, one in wide.items():
+                if not one[_SAME].equals(first[_SAME]):
+                    raise MansuError(f"{what}: {group}, draw {draw}, was read at other layers; draw one model a group")
+            values = np.stack([one["cad"].to_numpy(dtype=float) for one in wide.values()])
+            x, name, ends = list(range(len(first))), plain(str(method)), (values.min(0), values.max(0))
+            panel.band(x, ends[0].tolist(), ends[1].tolist(), styles[str(method)].colour, name)
+            panel.series(
+                x, values.mean(0).tolist(), name, styles[str(method)], group=name,
+                data=[[layer, len(wide), *each] for layer, *each in zip(first["layer"], *ends, strict=True)],
+                hover=f"{name}, behind %{{customdata[0]}}<br>CAD %{{y:.2f}}, mean of %{{customdata[1]}} draws "
+                "(%{customdata[2]:.2f} to %{customdata[3]:.2f})",
+            )  # fmt: skip
+        panel.level(1.0, "gone" if i == 0 else "", width=1, dash="dot", position="top left")
+        title_below = "stream behind" if i >= len(panels) - len(groups) else ""
+        _layers(panel, first, title_below, most=6, said="bottom right" if i == 0 else "")
+        panel.y(range=[low - _ROOM, high + _ROOM])
+        if i % len(groups) == 0:
+            panel.y(title_text="CAD")
+    legend_below(panels[0].figure, 100, 10)
+    return panels[0].figure
+
+
 def grafting(
     results: Sequence[CadByDepth] | Mapping[str, CadByDepth] | pd.DataFrame,
     *,
@@ -112,12 +168,14 @@ def grafting(
     return panel.figure
 
 
-def _layers(panel: Panel, table: pd.DataFrame, title: str) -> None:
-    """The axis of layers, and where among them the fact is read."""
+def _layers(panel: Panel, table: pd.DataFrame, title: str, most: int = _TICKS, said: str = "top") -> None:
+    """The axis of layers, and where among them the fact is read; `said` = where that is written, "" = nowhere."""
     names = [plain(name) for name in table["layer"]]
-    every = max(1, round(len(names) / _TICKS))
+    every = max(1, round(len(names) / most))
     at = list(range(len(names)))[::every]
-    panel.level(int(table["before_reading"].sum()) - 0.5, "read here", upright=True, width=1)
+    panel.level(
+        int(table["before_reading"].sum()) - 0.5, "read here" if said else "", upright=True, width=1, position=said
+    )
     panel.x(tickvals=at, ticktext=names[::every], title_text=title, showgrid=False, zeroline=False)
 
 

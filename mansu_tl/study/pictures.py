@@ -262,8 +262,16 @@ _SCRIPTS = {
     "comes_back": (
         "make demo demo-real && python scripts/comes_back.py runs/demo runs/demo-real --out figures/tables/comes_back.csv"
     ),
+    "real_cad_draws": "python scripts/real_evidence.py run OUT --by-depth",
     "real_cad": "make demo-real && python scripts/real_cad.py runs/demo-real --out figures/tables/real_cad.csv",
 }
+# What a file of results calls a model, a method and a form, and what a figure does.
+_MODELS = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
+_RELATIONS = {"landmark_in_country": "landmarks", "person_native_language": "languages"}
+_METHODS = {
+    "mansu-closed": "MANSU, closed form", "graddiff": "GradDiff", "npo": "NPO", "simnpo": "SimNPO", "rmu": "RMU",
+}  # fmt: skip
+_FORMS = {"stored": "as stored", "shipped": "in the file"}
 _MOVED = 15.0  # points: settings that move no result by so much are not drawn
 _RESISTANCE = "relearning excess at lr 1e-3, points"
 _FORGET, _LOST = "forget MC, %", "kept sets, cloze points lost"
@@ -290,6 +298,11 @@ def _tables(folder: Path) -> Iterator[Picture]:
             "cad_by_depth", "real_cad",
             "How much of the answer's evidence each layer of SmolLM2-135M has lost after unlearning landmarks, as the "
             "original reads it, in full precision and in the GGUF file.", _cad_by_depth,
+        ),
+        (
+            "cad_by_depth_draws", "real_cad_draws",
+            "CAD by depth over draws of facts, of two relations and two models, in full precision and in the file.",
+            _cad_by_depth_draws,
         ),
         (
             "grafting", "real_cad",
@@ -369,6 +382,14 @@ def _shipped(frame: pd.DataFrame, theme: str) -> go.Figure:
 def _cad_by_depth(frame: pd.DataFrame, theme: str) -> go.Figure:
     title = "MANSU erases before the fact is read, GradDiff cuts it off there, and the file gives it back: SmolLM2-135M"
     return plots.cad_by_depth(frame, title=title, theme=theme)
+
+
+def _cad_by_depth_draws(frame: pd.DataFrame, theme: str) -> go.Figure:
+    relation, draw = (frame["task"].str.rpartition("-")[i] for i in (0, 2))
+    group = frame["model"].map(_MODELS) + ", " + relation.map(_RELATIONS)
+    rows = frame.assign(group=group, draw=draw, form=frame["form"].map(_FORMS), method=frame["method"].map(_METHODS))
+    title = "In the file MANSU's facts stay gone, every baseline's are back, on every draw"
+    return plots.cad_by_depth_draws(rows, title=title, theme=theme)
 
 
 def _grafting(frame: pd.DataFrame, theme: str) -> go.Figure:

@@ -112,6 +112,43 @@ def gaps(table: pd.DataFrame) -> str:
     return _lines(header, [cells for *_, cells in sorted(rows, key=lambda row: row[:2])])
 
 
+_MODELS = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
+
+
+def depths(table: pd.DataFrame) -> str:
+    """CAD by depth where it is judged, on the test draws: means over draws (lowest to highest), and the verdicts."""
+    rows = []
+    judged = table[table.judged].assign(relation=lambda each: each.task.str.rpartition("-")[0])
+    for (model, relation, method, form), found in judged.groupby(["model", "relation", "method", "form"], sort=False):
+        cells = []
+        for column, digits in (
+            ("cad", 2), ("near_cad", 2), ("specificity", 2), ("opposition", 2), ("grafted_percent", 0),
+        ):  # fmt: skip
+            # Adding nothing takes the minus off a rounded zero.
+            middle, low, high = (
+                f"{round(value, digits) + 0.0:.{digits}f}"
+                for value in (found[column].mean(), found[column].min(), found[column].max())
+            )
+            cells.append(middle if low == high else f"{middle} ({low} to {high})")
+        named = found.verdict.value_counts().sort_index()
+        verdicts = ", ".join(f"{count} {name}" for name, count in named.items())
+        head = [_MODELS[str(model)], str(relation).replace("_", " "), _TITLES[str(method)], str(form)]
+        rows.append([*head, *cells, verdicts])
+    header = [
+        "model",
+        "relation",
+        "method",
+        "form",
+        "CAD",
+        "near",
+        "above near",
+        "opposition",
+        "put back, %",
+        "verdicts",
+    ]
+    return _lines(header, rows)
+
+
 def circuits(table: pd.DataFrame) -> str:
     """The circuits of a pretrained model's facts, means over draws of facts."""
     rows, whole = [], table[table.layer == ""].assign(value=lambda frame: frame.value.astype(float))
