@@ -9,6 +9,7 @@ import pytest
 
 from mansu_tl.study import markdown, properties
 from mansu_tl.study.table import read_table
+from mansu_tl.unlearning import MansuSettings
 from scripts import comes_back, early_layers, extraction, fair_baselines, meta_cad, pocket_bases
 from tests.benchmarks import readme, real, tofu
 
@@ -243,16 +244,18 @@ def test_where_in_depth_an_edit_lies_is_what_was_measured() -> None:
             assert (early[f"logit lens {layer}, %"] < 27).all() and (everywhere[f"logit lens {layer}, %"] > 50).all()
         assert (early["near MC, %"] > 99).all() and (early["near log-odds, nats"] < 0.8 * 12.1).all()
         kept = by.xs(f"{size}, early layers, odds kept", level="variant")
-        assert (kept["near log-odds, nats"] > 0.85 * 12.1).all() and (kept["near CAD at L1"] < 0.15).all()
+        assert (kept["near log-odds, nats"] > 0.85 * 12.1).all() and (kept["near CAD at L1"] < 0.2).all()
         assert (kept["specificity at L1"] > 0.7).all() and (kept["CAD at L1"] > 0.7).all()
         assert (kept["added opposition"] < 0.1).all() and (kept["forget MC, %"] < 30).all()
-        assert (kept["forget MC after NF4, %"] - kept["forget MC, %"]).abs().max() < 1
-        more = "relearning, 12 facts, 50 steps at 0.0003, every weight: over never trained, points"
-        assert (kept[more] > early[more]).all()
+        assert (kept["forget MC after NF4, %"] - kept["forget MC, %"]).abs().max() < 2
+    again = "relearning, 12 facts, 50 steps at {}, {}: over never trained, points"
+    assert (kept[again.format("0.0003", "every weight")] < 5).all()
+    assert (kept[again.format("0.001", "every weight")] > 10).all() and (
+        kept[again.format("0.0003", "LoRA 8")] > 10
+    ).all()
     verdicts = table[table.measure == "verdict"].groupby("variant").value.agg(list)
     assert all(set(verdicts[f"{size}, early layers"]) == {"undecided"} for size in ("light", "full"))
-    assert verdicts["light, early layers, odds kept"] == ["erased", "erased"]
-    assert verdicts["full, early layers, odds kept"] == ["undecided", "erased"]
+    assert all(verdicts[f"{size}, early layers, odds kept"] == ["erased", "erased"] for size in ("light", "full"))
     further = pd.read_csv(ROOT / "figures" / "tables" / "early_further.csv").set_index(["variant", "measure"]).value
     small = further["light, early layers, 1 %"].drop("verdict").astype(float)
     assert 25 < small["forget MC, %"] < 30 and small["edited weights"] < 0.01 * 688128
@@ -266,10 +269,21 @@ def test_the_trials_of_the_odds_are_what_the_settings_page_says() -> None:
     for weight in (0.01, 0.1, 0.3):
         assert f"{light.loc[weight, 'near log-odds, nats']:.1f}" in row
     assert ", ".join(f"{light.loc[w, 'forget MC, %']:.0f}" for w in (0.01, 0.1, 0.3)) in row
-    # What was chosen, and the other full settings that kept as much, by the verdict.
+    # What was chosen of these, and the other full settings that kept as much, by the verdict.
     full = table[table.settings == "full"].set_index(["odds_weight", "margin", "adversary_weight"])
     assert full.loc[(0.1, -0.7, 3), "verdict"] == full.loc[(0.1, -1.0, 6), "verdict"] == "erased"
     assert (full[full.verdict == "undecided"]["added opposition, high"] >= 0.1).all()
+
+
+def test_the_trials_of_the_early_layers_have_the_settings_that_were_chosen_among_the_erased() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "early_trials.csv")
+    names = [name for name in table.columns if name in vars(MansuSettings.early())]
+    chosen = vars(MansuSettings.early()) | {"adversary_facts": 12}
+    (mine,) = (row for row in table.to_dict("records") if all(row[name] == chosen[name] for name in names))
+    erased = table[table.verdict == "erased"]
+    again = "relearning, 12 facts at 1e-3, points"
+    assert mine["verdict"] == "erased" and mine[again] == erased[again].min() and mine["added opposition"] < 0.05
+    assert (table[table.depth == 1].verdict == "suppressed").all()
 
 
 def test_baselines_of_more_trials_are_what_was_measured() -> None:
@@ -279,7 +293,11 @@ def test_baselines_of_more_trials_are_what_was_measured() -> None:
     tried, rows = table[table.part == "validation"], table[table.part == "test"].set_index("method")
     assert (tried.groupby("method").size() == 4).all() and (rows.groupby("method").size() == 2).all()
     assert rows.loc["npo", "forget MC after NF4, %"].max() < 30
-    assert rows.loc["npo", "near log-odds, nats"].min() > rows.loc["mansu-early", "near log-odds, nats"].max()
+    near = rows.groupby("method")["near log-odds, nats"].mean()
+    assert abs(near["npo"] - near["mansu-early"]) < 0.2
+    assert set(rows.loc["mansu-early", "verdict"]) == {"erased"} and "erased" not in set(
+        rows.drop("mansu-early").verdict
+    )
     assert (
         rows.loc[["npo", "graddiff"], "added opposition"].min()
         > 0.25
@@ -294,12 +312,15 @@ def test_what_holds_on_another_base_checkpoint_is_what_was_measured() -> None:
     assert quoted(page, "figures/tables/pocket_bases.csv") == pocket_bases.page(table).splitlines()
     found = table[table.base != pocket_bases.ALL].set_index(["method", "base", "measure"]).value
     early, before = found["MANSU, early layers"], found["un-edited"]
-    for base in ("embedded", "1"):
-        assert 18 <= float(early[base, "forget, NF4, chosen among four, %"]) <= 23
+    for base in ("embedded", "1", "2"):
+        assert 17.5 <= float(early[base, "forget, NF4, chosen among four, %"]) < 23.5
         kept = "near, NF4, log-odds, nats"
         assert float(early[base, kept]) > 0.92 * float(before[base, kept])
-        assert float(early[base, "near_paraphrase, NF4, said, %"]) == 100
-    assert (early["embedded", "verdict"], early["1", "verdict"]) == ("erased", "suppressed")
+        assert float(early[base, "near_paraphrase, NF4, said, %"]) > 97
+    assert [early[base, "verdict"] for base in ("embedded", "1", "2")] == ["erased", "undecided", "erased"]
+    assert all(
+        found[method, base, "verdict"] != "erased" for method in ("GradDiff", "NPO") for base in ("embedded", "1", "2")
+    )
     more = "relearning, 12 facts at 0.001: over never trained, points"
     assert float(early["1", more]) > float(found["NPO", "1", more])
 

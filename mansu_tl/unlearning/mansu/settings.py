@@ -31,8 +31,9 @@ CLOSED: Mapping[str, Any] = MappingProxyType(
 )  # fmt: skip
 # What edits where a fact is written.
 EARLY: Mapping[str, Any] = MappingProxyType(
-    {"depth": 0.5, "place_weight": 1.0, "odds_weight": 0.1, "margin": -0.7, "adversary_weight": 3.0, "fisher": False}
-)
+    {"depth": 0.5, "budget": 0.05, "place_weight": 1.0, "odds_weight": 0.1, "representation_weight": 4.0, "margin": -1.0,
+     "adversary_weight": 3.0, "fisher": False}
+)  # fmt: skip
 _LIGHT: Mapping[str, Any] = MappingProxyType(
     {"steps": 200, "margin": 0.1, "band_weight": 0.05, "adversary_every": 10, "representation_weight": 0.0,
      "retain_weight": 20.0, "adversary_weight": 0.0}
