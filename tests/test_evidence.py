@@ -292,7 +292,11 @@ def test_baselines_of_more_trials_are_what_was_measured() -> None:
     assert quoted(page, "figures/tables/fair_baselines.csv") == fair_baselines.page(table).splitlines()
     tried, rows = table[table.part == "validation"], table[table.part == "test"].set_index("method")
     assert (tried.groupby("method").size() == 4).all() and (rows.groupby("method").size() == 2).all()
+    assert set(tried.method) == {"graddiff", "npo", "simnpo", "rmu"}
     assert rows.loc["npo", "forget MC after NF4, %"].max() < 30
+    assert (
+        set(rows.loc["rmu", "verdict"]) == {"suppressed"} and rows.loc["rmu", "relearning at 0.0003, points"].min() > 60
+    )
     near = rows.groupby("method")["near log-odds, nats"].mean()
     assert abs(near["npo"] - near["mansu-early"]) < 0.2
     assert set(rows.loc["mansu-early", "verdict"]) == {"erased"} and "erased" not in set(

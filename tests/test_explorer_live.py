@@ -264,9 +264,9 @@ def test_in_a_notebook_the_page_asks_the_kernel(case) -> None:
 def test_the_widget_passes_messages_both_ways(case) -> None:
     pytest.importorskip("anywidget", reason="pip install 'mansu-tl[explore]'")
     shown = ExplorerView(case[3])
-    bundle = shown._repr_mimebundle_()
-    bundle = bundle[0] if isinstance(bundle, tuple) else bundle
+    bundle, _ = shown._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert all(name in bundle["text/plain"] for name in ("jupyterlab_widgets", "save_html"))
     widget, sent = shown._widgets[0], []
     widget.send = sent.append
     widget._handle_custom_msg({"number": 1, "request": ["circuit", case[3].selection.size]}, [])

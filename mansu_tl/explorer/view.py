@@ -16,6 +16,11 @@ from mansu_tl.explorer.requests import answered
 
 _FRAME = Path(__file__).with_name("page") / "frame.js"
 _HEIGHT = 920
+# What stands in the widget's place where JupyterLab, often in an environment of its own, cannot draw it.
+_NO_WIDGETS = (
+    "The explorer is a widget, and this notebook draws none. Install jupyterlab_widgets and anywidget in the environment that "
+    "JupyterLab runs in and reload it, or write a page: explore(...).save_html(path)."
+)
 
 
 class ExplorerView:
@@ -77,7 +82,9 @@ class ExplorerView:
             return {"text/plain": repr(self), "text/html": self._static()}
         widget = self._widget()
         self._widgets.append(widget)
-        return widget._repr_mimebundle_(**kwargs)
+        bundle = widget._repr_mimebundle_(**kwargs)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        return {**data, "text/plain": _NO_WIDGETS}, metadata
 
     def _static(self) -> str:
         """The page that a file would hold, in an iframe."""
