@@ -406,7 +406,7 @@ def depths(done: list[dict[str, Any]]) -> pd.DataFrame:
     if not parts:
         return pd.DataFrame()
     found = pd.concat(parts, ignore_index=True)
-    decides = ["specificity_low", "specificity_high", "verdict", "facts_gone", "opposition"]
+    decides = ["specificity", "specificity_low", "specificity_high", "verdict", "facts_gone", "opposition"]
     found[decides] = found[decides].where(found["judged"])
     return found
 

@@ -198,6 +198,9 @@ def test_on_test_draws_every_baseline_is_intact_in_the_file_and_mansu_is_as_stor
         and (back.grafted_percent >= 95).all()
     )
     assert "erased" not in set(judged.verdict)
+    lighter = pd.read_csv(ROOT / "figures" / "tables" / "real_cad_null50.csv").set_index(["task", "form"])
+    assert lighter.xs("stored", level="form").equals(lighter.xs("shipped", level="form"))
+    assert sorted(lighter.xs("stored", level="form").verdict) == ["erased", "undecided", "undecided"]
     own = stored[stored.judged]
     assert (
         len(own) == 11 and set(own.verdict) == {"undecided"} and (own.cad > 0.6).all() and (own.specificity > 0.3).all()
