@@ -49,8 +49,9 @@ class NoEditError(MansuError):
 
 def near(name: str, names: Collection[str]) -> str:
     """What was probably meant by an unknown name, for the end of an error; "" where nothing is close."""
-    close = difflib.get_close_matches(name, names, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    lower = {each.lower(): each for each in names}
+    close = difflib.get_close_matches(name.lower(), lower, 1)
+    return f" (did you mean {lower[close[0]]!r}?)" if close else ""
 
 
 def unknown(kind: str, name: str, names: Collection[str]) -> MansuError:

@@ -155,7 +155,7 @@ def test_a_task_file_of_ones_own_goes_to_the_harness_by_its_name(
 def test_what_cannot_be_run_is_refused_in_one_line(folder: Path, harness: list[Any], tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text((folder / "config.toml").read_text())
     for given, message in (
-        ((tmp_path / "no", ["mmlu"]), "no config.toml in it"),
+        ((tmp_path / "no", ["mmlu"]), "no such folder"),
         ((tmp_path, ["mmlu"]), "the edit of graddiff is not there yet; finish the run"),
         ((folder, []), "no task named"),
         ((folder, ["none_such"]), "the harness refuses none_such"),

@@ -190,7 +190,7 @@ def test_a_results_folder_is_explored_from_its_files(study, tmp_path, monkeypatc
     (tmp_path / "config.toml").write_text(study.config.to_toml(), encoding="utf-8")
     with pytest.raises(MansuError, match=r"no circuit/scores.safetensors in it, so its run is not finished"):
         open_results(tmp_path)
-    with pytest.raises(MansuError, match=r"no config.toml in it"):
+    with pytest.raises(MansuError, match=r"nothing: no such folder"):
         open_results(tmp_path / "nothing")
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit" / "audit.json").write_text("{}", encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -60,8 +62,8 @@ def discover_circuit(
         >>> circuit.faithfulness >= 0.8
         True
     """
-    if not 0 < faithfulness <= 1:
-        raise MansuError(f"circuit: faithfulness={faithfulness}; choose a target in (0, 1]")
+    if not isinstance(faithfulness, Real) or not 0 < faithfulness <= 1:
+        raise MansuError(f"circuit: faithfulness={faithfulness!r}; choose a target in (0, 1]")
     if scores is None:
         scores = edge_attribution(
             model, pairs, steps=steps, metric=metric, batch_size=batch_size, progress=bars(progress)

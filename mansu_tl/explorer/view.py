@@ -18,8 +18,8 @@ _FRAME = Path(__file__).with_name("page") / "frame.js"
 _HEIGHT = 920
 # What stands in the widget's place where JupyterLab, often in an environment of its own, cannot draw it.
 _NO_WIDGETS = (
-    "The explorer is a widget, and this notebook draws none. Install jupyterlab_widgets and anywidget in the environment that "
-    "JupyterLab runs in and reload it, or write a page: explore(...).save_html(path)."
+    "The explorer is a widget, and this notebook draws none. Install jupyterlab_widgets and anywidget in the "
+    "environment that JupyterLab runs in and reload it, or write a page: explore(...).save_html(path)."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from mansu_tl.models.quiet import quiet
 from mansu_tl.models.stored import dense_state, is_read, quantization_settings, remember_formats
 from mansu_tl.results.files import local, read_text
 
+_MISSPELT = 0.85  # a name as much like one of ours (difflib's ratio) is one mistyped
 EMBEDDED = ("pocket", "pocket-fp", "pocket-never")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = (
@@ -227,7 +229,12 @@ def _locate(source: str | os.PathLike[str]) -> tuple[str, Path | str]:
     if not isinstance(source, str) or not _HUB_ID.fullmatch(name):
         known = ", ".join((*EMBEDDED, *PACKAGED))
         raise MansuError(f"{name}: no such folder; pass an existing folder, a GGUF file, a hub id or one of {known}")
-    return name, _hub_id(name)
+    hub = _hub_id(name)
+    if hub == name and (close := difflib.get_close_matches(name.lower(), (*EMBEDDED, *PACKAGED), 1, _MISSPELT)):
+        raise MansuError(
+            f"{name}: no such folder or model; did you mean {close[0]!r}? A model on the hub is ORGANIZATION/NAME"
+        )
+    return name, hub
 
 
 def _hub_id(name: str) -> str:

@@ -32,8 +32,18 @@ if TYPE_CHECKING:
 
 _MARKS = {YES: "✓ yes", NO: "✗ no"}
 _HOW = (
-    "Every question is put so that yes is what one hopes for. Not judgeable: a control fails, fewer than ten facts are "
-    "asked, or a 95 % interval over facts reaches over the bound. A no is certain: its whole interval lies beyond the bound."
+    "Every question is put so that yes is what one hopes for. What is chosen and said is judged as in the scorecard: "
+    "yes by the value, no only where the whole 95 % interval over facts lies beyond the bound, not judgeable between."
+    ' "20 to 30": at most 30, and an interval that reaches 20, since answers that lie wholly below guessing are known'
+    " and turned round. All other rows are yes only where the whole interval lies within the bound, no where it lies "
+    "beyond, not judgeable where it reaches over. Nothing is judged where a control fails or fewer than ten facts are"
+    " asked."
+)
+_NEXT = (
+    "Not judgeable by an interval: more facts, or more wordings of them, make it narrower. By a control: the original"
+    " does not know the facts that way or in that format; ask another way or leave the format out. Missing: --full "
+    "runs every format and attack, --never gives the model to compare with. Suppressed, or near facts' margins lost: "
+    'unlearn with the method "mansu-early", which edits early layers and keeps margins, and audit again.'
 )
 _TEXTS = {
     FORGOTTEN: (
@@ -77,6 +87,7 @@ def write_page(audit: Audit, path: Path) -> Path:
         given = [verdict for verdict in audit.verdicts if verdict.question == each.question]
         text = _TEXTS.get(each.question, "")
         sections.append(Section(each.question, text, figures.get(each.question), verdict_table(given)))
+    sections.append(Section("What to do next", _NEXT))
     rows = audit.table.drop(columns=["base", "seed"])
     about = "An empty format means full precision. Control: the original, in the same format."
     sections.append(Section("Every number", about, table=rows, folded=True))

@@ -58,7 +58,13 @@ def config_in(run: str | PathLike[str]) -> Path:
             "the --out of mansu-tl demo, demo-real or run, or show a circuit with mtl.explore(model, ...)"
         )
     if not path.is_file():
-        raise MansuError(f"{run}: no config.toml in it, so it is no results folder; give the --out of a run")
+        what = "no config.toml in it, so it is no results folder" if Path(run).is_dir() else "no such folder"
+        if (Path(run) / "config.json").is_file():
+            what = "a model's folder, no results folder"
+        raise MansuError(
+            f"{run}: {what}; give the --out of mansu-tl demo, demo-real or run, or show an edit of a model with "
+            "mtl.explore(model, task, edit)"
+        )
     return path
 
 

@@ -33,6 +33,7 @@ class Method:
         control_of: the method that it is a control of, whose settings it shares; "" = none.
         ablations: by name, the title and the settings of itself with one part changed.
         needs: (model, task, settings) -> what will stop a run ("wrong") or may ("warning"), and the way out.
+        foreign: settings of its class -> why they are another method's, and the way out; "" = they are its own.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Method:
     control_of: str = ""
     ablations: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     needs: Needs = lambda model, task, settings: iter(())
+    foreign: Callable[[Any], str] = lambda settings: ""
 
     def defaults(self) -> Any:
         """Its settings where nothing else is said."""
@@ -107,7 +109,7 @@ def settings_of(method: str, values: Mapping[str, Any], base: Any = None) -> Any
         base: the settings that the values change; the method's defaults where not given.
 
     Raises:
-        MansuError: an unknown method, or a key that the method does not have.
+        MansuError: an unknown method, a key that the method does not have, or settings of another method.
     """
     chosen = method_flags(method)
     if base is None:
@@ -128,7 +130,10 @@ def settings_of(method: str, values: Mapping[str, Any], base: Any = None) -> Any
         holder = getattr(base, group) if group else base
         changes.setdefault(group, {})[key] = _typed(method, key, value, getattr(holder, key))
     plain = changes.pop("", {})
-    return replace(base, **plain, **{group: replace(getattr(base, group), **each) for group, each in changes.items()})
+    final = replace(base, **plain, **{group: replace(getattr(base, group), **each) for group, each in changes.items()})
+    if why := chosen.foreign(final):
+        raise MansuError(f"{method}: {why}")
+    return final
 
 
 def _typed(method: str, key: str, value: Any, like: Any) -> Any:
@@ -136,4 +141,7 @@ def _typed(method: str, key: str, value: Any, like: Any) -> Any:
         raise MansuError(f"{method}: {key}={value!r} should be a {type(like).__name__}, like {like!r}")
     if isinstance(like, int) and not isinstance(like, bool) and isinstance(value, float) and not value.is_integer():
         raise MansuError(f"{method}: {key}={value!r} should be a whole number, like {like!r}")
-    return type(like)(value)
+    try:
+        return type(like)(value)
+    except (TypeError, ValueError):
+        raise MansuError(f"{method}: {key}={value!r} should be a {type(like).__name__}, like {like!r}") from None

@@ -127,7 +127,7 @@ class Subject:
 
     def _circuit(self) -> Circuit:
         if self.circuit is None:
-            raise MansuError("subject: it was given no circuit, so no edge can be scored; pass one")
+            raise MansuError("circuit: none was given, so no edge can be scored; pass one")
         return self.circuit
 
     def _once(self, what: str, quantizer: str, make: Callable[[TransformerBridge], T]) -> T:

@@ -17,6 +17,7 @@ from mansu_tl.data.fit import require_task
 from mansu_tl.defaults import torch_defaults
 from mansu_tl.errors import MansuError
 from mansu_tl.models.kinds import require_bridge
+from mansu_tl.quantization import quantizer
 from mansu_tl.results.result import Result, Table, bars
 from mansu_tl.runs.metrics import Accuracy
 from mansu_tl.verification.cad_by_depth import CAD, OPPOSITION, SPECIFICITY
@@ -163,6 +164,10 @@ def scorecard(
     for each in (model, edited):
         require_bridge(each)
     require_task(task)
+    if isinstance(quantizers, str):
+        raise MansuError(f"scorecard: quantizers={quantizers!r}; give a list, [{quantizers!r}]")
+    for name in quantizers:
+        quantizer(name)
     original = Subject(model, task, circuit, scores=original_scores)
     table = measure(
         original,

@@ -22,7 +22,7 @@ from mansu_tl.data.sources.records import first_fields
 from mansu_tl.data.task import Task
 from mansu_tl.data.text import TextSource
 from mansu_tl.defaults import torch_defaults
-from mansu_tl.errors import MansuError
+from mansu_tl.errors import MansuError, near
 from mansu_tl.registry import Registry
 
 if TYPE_CHECKING:
@@ -138,6 +138,12 @@ def load_task(
         if type(known[option]) is int and type(value) is not int:
             raise MansuError(f"task: {option}={value!r} for source {chosen.name!r}; give a whole number")
     if tokenizer is None and not chosen.bare:
+        if kind is None and place is source and isinstance(source, str | PathLike) and not Path(source).exists():
+            bare = [one.name for one in _SOURCES.values() if one.bare]
+            raise MansuError(
+                f"task {fspath(source)!r}: no such file or folder, and no embedded task, {', '.join(bare)}"
+                f"{near(fspath(source), bare)}"
+            )
         what = repr(fspath(source)) if isinstance(source, str | PathLike) else type(source).__name__
         raise MansuError(f"task {what}: needs a tokenizer to be read; pass tokenizer=model")
     return chosen.read(place, tokenizer, **options)

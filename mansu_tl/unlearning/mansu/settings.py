@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
-from mansu_tl.errors import MansuError
+from mansu_tl.errors import MansuError, near
 from mansu_tl.results.digest import Digested
 
 RESTRICTIONS = ("circuit", "random", "matched", "none")
@@ -158,6 +159,11 @@ class MansuSettings(Digested):
     adversary_spread: float = 1.0
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value, like = getattr(self, each.name), each.default
+            kinds = {float: Real, int: Integral}.get(type(like), type(like))
+            fine = isinstance(value, kinds) and isinstance(value, bool) == isinstance(like, bool)
+            self._require(each.name, fine, f"choose a {type(like).__name__}, like {like!r}")
         for key, known in (("restrict", RESTRICTIONS), ("floor", FLOORS), ("solver", SOLVERS)):
             self._require(key, getattr(self, key) in known, f"choose one of {', '.join(known)}")
         for key in _COUNTS:
@@ -165,7 +171,9 @@ class MansuSettings(Digested):
         for key, value in vars(self).items():
             self._require(key, not isinstance(value, float) or math.isfinite(value), "choose a finite number")
         self._require("learning_rate", self.learning_rate > 0, "choose one above 0", " bins")
-        self._require("budget", self.budget <= 1, "choose a share of the linear weights, at most 1")
+        self._require(
+            "budget", 0 < self.budget <= 1, "choose a share of the linear weights, above 0 and at most 1: 0.01 is 1 %"
+        )
         self._require("depth", 0 < self.depth <= 1, "choose a share of the layers, above 0 and at most 1")
         everything = self.candidates == 0
         self._require("contrast", self.contrast >= 0, "choose 0 (none) or more")
@@ -198,7 +206,7 @@ class MansuSettings(Digested):
         Args:
             changes: further settings.
         """
-        return replace(cls(**_LIGHT), **changes)
+        return cls._changed(_LIGHT, changes)
 
     @classmethod
     def early(cls, **changes: Any) -> MansuSettings:
@@ -208,7 +216,7 @@ class MansuSettings(Digested):
         Args:
             changes: further settings.
         """
-        return replace(cls(**EARLY), **changes)
+        return cls._changed(EARLY, changes)
 
     @classmethod
     def closed(cls, **changes: Any) -> MansuSettings:
@@ -217,7 +225,15 @@ class MansuSettings(Digested):
         Args:
             changes: further settings.
         """
-        return replace(cls(**CLOSED), **changes)
+        return cls._changed(CLOSED, changes)
+
+    @classmethod
+    def _changed(cls, preset: Mapping[str, Any], changes: Mapping[str, Any]) -> MansuSettings:
+        known = [each.name for each in fields(cls)]
+        for key in changes:
+            if key not in known:
+                raise MansuError(f"mansu: unknown setting {key!r}; it has {', '.join(sorted(known))}{near(key, known)}")
+        return cls(**{**preset, **changes})
 
     def attacked_facts(self, known: int) -> int:
         """How many of the forget facts the attacker in the loop trains on.

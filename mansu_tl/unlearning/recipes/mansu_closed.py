@@ -7,6 +7,14 @@ from mansu_tl.unlearning.mansu.settings import CLOSED, MansuSettings
 from mansu_tl.unlearning.mansu.solver import mansu
 from mansu_tl.unlearning.registry import Method, register
 
+
+def _foreign(settings: MansuSettings) -> str:
+    """Settings of `mansu`: they ask for its solver."""
+    if settings.solver == "closed":
+        return ""
+    return f"solver={settings.solver!r} is a setting of method 'mansu'; start from MansuSettings.closed(), or choose 'mansu'"
+
+
 MANSU_CLOSED = register(
     Method(
         "mansu-closed",
@@ -19,5 +27,6 @@ MANSU_CLOSED = register(
         searched=False,
         preset=CLOSED,
         needs=mansu_needs,
+        foreign=_foreign,
     )
 )
