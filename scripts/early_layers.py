@@ -164,7 +164,10 @@ def main() -> None:
                 where = f"{row.facts} facts, {row.step} steps at {row.learning_rate:g}, {kind}"
                 found[f"relearning, {where}: over never trained, points"] = row.over_reference
             found["edited weights"] = edit.n_weights
-            rows += [{"variant": variant, "seed": seed, "measure": key, "value": value} for key, value in found.items()]
+            rows += [
+                {"variant": variant, "seed": seed, "measure": key, "value": round(x, 6) if isinstance(x, float) else x}
+                for key, x in found.items()
+            ]
             print(f"{time.monotonic() - start:6.0f} s  {variant}, seed {seed}: {found}", flush=True)
             if options.out:
                 pd.DataFrame(rows).to_csv(options.out, index=False, float_format="%.4f")

@@ -16,12 +16,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas as pd
+
 import mansu_tl as mtl
 from mansu_tl.unlearning import Edit
 from mansu_tl.verification.budgets import TEXTS, BudgetPlan, relearning_budgets
 
 NEVER = "never trained"
 MODELS = ("original", "graddiff", "npo", "mansu", "mansu-nf4", "never")
+
+
+def page(strongest: pd.DataFrame) -> str:
+    """The table of the documentation: the best rate's points over the never-trained model's best, by facts and kind."""
+    found = strongest[(strongest.label != NEVER) & (strongest.step == strongest.step.max())]
+    kinds = list(found[["facts", "rank"]].drop_duplicates().sort_values(["rank", "facts"]).itertuples(index=False))
+    titles = [f"{facts} facts, {f'LoRA {rank}' if rank else 'every weight'}" for facts, rank in kinds]
+    lines = ["| " + " | ".join(["", *titles]) + " |", "| --- " * (len(kinds) + 1) + "|"]
+    for label, rows in found.groupby("label", sort=False):
+        by = rows.set_index(["facts", "rank"])
+        values = [
+            [round(by.loc[tuple(kind), f"over_reference{end}"]) for end in ("", "_low", "_high")] for kind in kinds
+        ]
+        lines.append("| " + " | ".join([str(label), *(f"{x} [{low}, {high}]" for x, low, high in values)]) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
