@@ -388,7 +388,7 @@ def _cad_by_depth_draws(frame: pd.DataFrame, theme: str) -> go.Figure:
     relation, draw = (frame["task"].str.rpartition("-")[i] for i in (0, 2))
     group = frame["model"].map(_MODELS) + ", " + relation.map(_RELATIONS)
     rows = frame.assign(group=group, draw=draw, form=frame["form"].map(_FORMS), method=frame["method"].map(_METHODS))
-    title = "In the file MANSU's facts stay gone, every baseline's are back, on every draw"
+    title = "In the file MANSU's edits are as they were, every baseline's facts are back, on every draw"
     return plots.cad_by_depth_draws(rows, title=title, theme=theme)
 
 
