@@ -163,6 +163,7 @@ def by_depth(model: Any, task: Any, place: Path, forms: dict[str, Any]) -> dict[
         out[form] = {
             "layers": rows.to_dict("list"),
             "verdict": found.verdict().name,
+            "why": found.verdict().why,
             "facts_gone": float(found.facts_gone),
             "opposition": float(found.opposition),
         }

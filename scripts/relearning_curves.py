@@ -26,6 +26,17 @@ NEVER = "never trained"
 MODELS = ("original", "graddiff", "npo", "mansu", "mansu-nf4", "never")
 
 
+# What the documentation's table keeps of the attacker's best choices, all of multiple choice.
+KEPT = ("label", "text", "facts", "rank", "step", "learning_rate", "at_step", "value", "excess")
+
+
+def kept(strongest: pd.DataFrame) -> pd.DataFrame:
+    """The rows behind the documentation's table."""
+    found = strongest[(strongest.measure == "multiple_choice") & (strongest.step > 0)]
+    ends = [name for name in found.columns if name.startswith("over_reference")]
+    return found[[*KEPT, *ends]].assign(learning_rate=found.learning_rate.map("{:g}".format))
+
+
 def page(strongest: pd.DataFrame) -> str:
     """The table of the documentation: the best rate's points over the never-trained model's best, by facts and kind."""
     found = strongest[(strongest.label != NEVER) & (strongest.step == strongest.step.max())]
@@ -58,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[10, 25, 50, 100, 200, 400])
     parser.add_argument("--ranks", nargs="+", type=int, default=[0, 8])
     parser.add_argument("--splits", type=int, default=1)
+    parser.add_argument("--out", type=Path, dest="table", help="the documentation's table")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     start = time.monotonic()
@@ -84,6 +96,8 @@ def main() -> None:
     found.to_dataframe().to_csv(options.out / "budgets.csv", index=False, float_format="%.4f")
     strongest = found.strongest()
     strongest.to_csv(options.out / "strongest.csv", index=False, float_format="%.4f")
+    if options.table:
+        kept(strongest).to_csv(options.table, index=False, float_format="%.2f")
     figure = mtl.plots.relearning_budgets(found)
     mtl.plots.write_html(figure, options.out / "relearning_budgets.html", "Relearning budgets")
     last = strongest[strongest.step == found.steps[-1]]

@@ -256,10 +256,11 @@ def test_where_in_depth_an_edit_lies_is_what_was_measured() -> None:
             assert (early[f"logit lens {layer}, %"] < 27).all() and (everywhere[f"logit lens {layer}, %"] > 50).all()
         assert (early["near MC, %"] > 99).all() and (early["near log-odds, nats"] < 0.8 * 12.1).all()
         kept = by.xs(f"{size}, early layers, odds kept", level="variant")
-        assert (kept["near log-odds, nats"] > 0.85 * 12.1).all() and (kept["near CAD at L1"] < 0.2).all()
+        near, shipped = {"light": (0.15, 1), "full": (0.2, 2)}[size]
+        assert (kept["near log-odds, nats"] > 0.85 * 12.1).all() and (kept["near CAD at L1"] < near).all()
         assert (kept["specificity at L1"] > 0.7).all() and (kept["CAD at L1"] > 0.7).all()
         assert (kept["added opposition"] < 0.1).all() and (kept["forget MC, %"] < 30).all()
-        assert (kept["forget MC after NF4, %"] - kept["forget MC, %"]).abs().max() < 2
+        assert (kept["forget MC after NF4, %"] - kept["forget MC, %"]).abs().max() < shipped
     again = "relearning, 12 facts, 50 steps at {}, {}: over never trained, points"
     assert (kept[again.format("0.0003", "every weight")] < 5).all()
     assert (kept[again.format("0.001", "every weight")] > 10).all() and (

@@ -268,9 +268,6 @@ _SCRIPTS = {
 # What a file of results calls a model, a method and a form, and what a figure does.
 _MODELS = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
 _RELATIONS = {"landmark_in_country": "landmarks", "person_native_language": "languages"}
-_METHODS = {
-    "mansu-closed": "MANSU, closed form", "graddiff": "GradDiff", "npo": "NPO", "simnpo": "SimNPO", "rmu": "RMU",
-}  # fmt: skip
 _FORMS = {"stored": "as stored", "shipped": "in the file"}
 _MOVED = 15.0  # points: settings that move no result by so much are not drawn
 _RESISTANCE = "relearning excess at lr 1e-3, points"
@@ -387,7 +384,9 @@ def _cad_by_depth(frame: pd.DataFrame, theme: str) -> go.Figure:
 def _cad_by_depth_draws(frame: pd.DataFrame, theme: str) -> go.Figure:
     relation, draw = (frame["task"].str.rpartition("-")[i] for i in (0, 2))
     group = frame["model"].map(_MODELS) + ", " + relation.map(_RELATIONS)
-    rows = frame.assign(group=group, draw=draw, form=frame["form"].map(_FORMS), method=frame["method"].map(_METHODS))
+    rows = frame.assign(
+        group=group, draw=draw, form=frame["form"].map(_FORMS), method=frame["method"].map(method_title)
+    )
     title = "In the file MANSU's edits are as they were, every baseline's facts are back, on every draw"
     return plots.cad_by_depth_draws(rows, title=title, theme=theme)
 
