@@ -69,6 +69,7 @@ BASELINES = tuple(name for name in methods() if not method_flags(name).takes_cir
 MANSU = {
     "quantizer": "nf4+int4-g64", "steps": 12, "learning_rate": 0.5, "budget": 0.2, "fisher_sequences": 3,
     "retain_budget": 1e3, "neuron_share": 1.0, "adversary_steps": 2, "adversary_spread": 2.0, "discover_near": 0.5,
+    "adversary_kinds": "weights+adapters+near",
     "place_weight": 1.0, "odds_weight": 0.3,
 }  # fmt: skip
 

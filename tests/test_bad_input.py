@@ -116,6 +116,20 @@ def test_a_retain_budget_that_leaves_nothing(model, task, circuit):
         unlearn(model, task, circuit=circuit, retain_budget=-1.0, **QUICK)
 
 
+def test_an_attacker_of_no_kind_or_without_what_he_trains_on(model, task, circuit):
+    for kinds in ("wieghts", "near+near", ""):
+        with refused(
+            rf"adversary_kinds='{kinds}'; join some of weights, adapters, near by '\+', each once".replace("+n", r"\+n")
+        ):
+            unlearn(model, task, circuit=circuit, **{**QUICK, "adversary_kinds": kinds})
+    bare = dataclasses.replace(task, near_text=task.near_text[slice(0, 0)])
+    options = {**QUICK, "adversary_weight": 1.0, "discover_near": 0.0, "adversary_kinds": "weights+near"}
+    with refused(
+        r'adversary_kinds has "near", and there is no near text; give the task some, raise discover_near, or leave'
+    ):
+        unlearn(model, bare, circuit=circuit, **options)
+
+
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1e-9])
 def test_a_budget_of_no_weight(model, task, circuit, budget):
     says = (

@@ -157,7 +157,8 @@ def test_the_attacker_trains_on_every_token_of_an_answer() -> None:
     hf, pairs = tiny("llama"), several()
     values, name = dict(hf.named_parameters()), "model.layers.0.mlp.up_proj.weight"
     settings = MansuSettings(adversary_steps=1, adversary_rate=1e-3)
-    attack = attacked(hf, values, (name,), pairs, pairs.fact_numbers(), settings, torch.Generator().manual_seed(0))
+    generator, nothing = torch.Generator().manual_seed(0), Sequences(pairs.clean[:0], pairs.lengths[:0])
+    attack = attacked(hf, values, (name,), pairs, pairs.fact_numbers(), settings, generator, nothing)
     known = [i for i in range(4) if i not in attack.others.tolist()]
     weight = values[name].detach().clone().requires_grad_()
     losses = []

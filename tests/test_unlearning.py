@@ -16,6 +16,7 @@ from mansu_tl.circuit import Circuit
 from mansu_tl.data import Sequences
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, fingerprint, linear_weights, parameters, plain
+from mansu_tl.models.low_rank import low_rank_factors
 from mansu_tl.quantization import quantizer
 from mansu_tl.runs.values import by_length, sequence_logits, watched
 from mansu_tl.unlearning import Edit, MansuSettings, method_flags, methods, unlearn
@@ -30,6 +31,7 @@ from mansu_tl.unlearning.retain_statistics import diagonal_fisher, input_moments
 from tests.test_attribution import random_pairs
 from tests.tiny import FAMILIES, embedded_task, sliced_task, tiny
 
+NOTHING = Sequences(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, dtype=torch.long))
 QUICK = {"mansu": {"steps": 12, "learning_rate": 0.5, "fisher_sequences": 8, "adversary_weight": 0.0}}
 
 
@@ -343,7 +345,7 @@ def test_an_attack_is_what_adam_does_on_the_facts_it_has(model) -> None:
     values = {name: value.detach() for name, value in hf.named_parameters()}
     name = "model.layers.1.mlp.down_proj.weight"
     settings = MansuSettings(adversary_facts=12, adversary_steps=1, adversary_rate=1e-3, retain_batch=10_000)
-    attack = attacked(hf, values, (name,), pairs, facts, settings, torch.Generator().manual_seed(3))
+    attack = attacked(hf, values, (name,), pairs, facts, settings, torch.Generator().manual_seed(3), NOTHING)
     left = set(facts[attack.others].tolist())
     assert len(left) == 36
     trained = pairs[torch.tensor([i for i, fact in enumerate(facts.tolist()) if fact not in left])]
@@ -354,7 +356,7 @@ def test_an_attack_is_what_adam_does_on_the_facts_it_has(model) -> None:
     expected = -1e-3 * gradient / (gradient.abs() + 1e-8)
     clear = gradient.abs() > 1e-5  # elsewhere the order of the batch decides the sign
     torch.testing.assert_close(attack.change[name][clear], expected[clear], rtol=0, atol=2e-5)
-    again = attacked(hf, values, (name,), pairs, facts, settings, torch.Generator().manual_seed(3))
+    again = attacked(hf, values, (name,), pairs, facts, settings, torch.Generator().manual_seed(3), NOTHING)
     assert torch.equal(again.change[name], attack.change[name])
 
 
@@ -374,13 +376,71 @@ def test_an_attackers_means_are_drawn_around_the_settings() -> None:
     assert {Means.drawn(MansuSettings(), 3, 64.0, generator).facts for _ in range(200)} == {1, 2}
 
 
+def test_attackers_kinds_come_alike_often() -> None:
+    settings = MansuSettings(adversary_kinds="weights+adapters+near", adversary_facts=12)
+    generator = torch.Generator().manual_seed(0)
+    many = [Means.drawn(settings, 48, 1.0, generator) for _ in range(3000)]
+    for kind, facts, rate in (("weights", 12, 3e-4), ("adapters", 12, 3e-3), ("near", 0, 3e-4)):
+        own = [each for each in many if each.kind == kind]
+        assert len(own) / 3000 == pytest.approx(1 / 3, abs=0.03)
+        assert {each.facts for each in own} == {facts}
+        assert all(each.rate == pytest.approx(rate) for each in own)
+
+
+def test_an_attacker_with_adapters_trains_factors_of_eight_columns(model) -> None:
+    hf, pairs = plain(model), embedded_task().forget_pairs
+    values = {name: value.detach() for name, value in hf.named_parameters()}
+    name, facts = "model.layers.1.mlp.down_proj.weight", pairs.fact_numbers()
+    settings = MansuSettings(adversary_kinds="adapters", adversary_steps=1, adversary_rate=1e-3, retain_batch=1000)
+    found = attacked(hf, values, (name,), pairs, facts, settings, torch.Generator().manual_seed(3), NOTHING)
+    assert torch.linalg.matrix_rank(found.change[name]) == 8
+    # The same by hand: B starts at zero, so the first step of Adam is its gradient's sign times the rate, ten times ours.
+    generator = torch.Generator().manual_seed(3)
+    known = torch.isin(facts, torch.randperm(48, generator=generator)[:12])
+    assert sorted(found.others.tolist()) == (~known).nonzero()[:, 0].tolist()
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    first, second = low_rank_factors(values, [name], 8, seed)[name]
+    second.requires_grad_()
+    rows = pairs[known]
+    there = {**values, name: values[name] + 16 / 8 * first @ second}
+    logits = torch.func.functional_call(hf, there, (rows.clean,)).logits[torch.arange(len(rows)), rows.lengths - 1]
+    (slope,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, rows.answers), second)
+    clear = slope.abs().amin(0) > 1e-2 * slope.abs().max()  # elsewhere the order of the batch decides a sign
+    assert clear.sum() > 20
+    wanted = 2 * first @ (-1e-2 * slope.sign())
+    torch.testing.assert_close(
+        found.change[name][:, clear], wanted[:, clear], rtol=1e-3, atol=1e-4
+    )  # Adam has an epsilon
+
+
+def test_an_attacker_without_facts_trains_on_near_text_and_leaves_every_fact_to_be_defended(model) -> None:
+    hf, task = plain(model), embedded_task()
+    pairs, near = task.forget_pairs, task.near_text[slice(0, 20)]
+    values = {name: value.detach() for name, value in hf.named_parameters()}
+    name = "model.layers.1.mlp.down_proj.weight"
+    settings = MansuSettings(adversary_kinds="near", adversary_steps=1, adversary_rate=1e-3, retain_batch=1000)
+    generator = torch.Generator().manual_seed(3)
+    found = attacked(hf, values, (name,), pairs, pairs.fact_numbers(), settings, generator, near)
+    assert found.others.tolist() == list(range(len(pairs)))
+    weight = values[name].clone().requires_grad_()
+    loss = torch.zeros(())
+    for tokens, length in zip(near.tokens, near.lengths.tolist(), strict=True):
+        logits = torch.func.functional_call(hf, {**values, name: weight}, (tokens[None, :length],)).logits[0, :-1]
+        loss = loss + torch.nn.functional.cross_entropy(logits, tokens[1:length], reduction="sum")
+    (slope,) = torch.autograd.grad(loss, weight)
+    clear = slope.abs() > 1e-3 * slope.abs().max()
+    torch.testing.assert_close(found.change[name][clear], -1e-3 * slope[clear].sign(), rtol=1e-2, atol=1e-6)
+
+
 def test_an_attack_of_a_spread_has_other_means_and_the_same_seed_the_same_ones(model) -> None:
     hf, pairs = plain(model), embedded_task().forget_pairs
     values = {name: value.detach() for name, value in hf.named_parameters()}
     name = "model.layers.1.mlp.down_proj.weight"
     settings = MansuSettings(adversary_facts=12, adversary_steps=1, adversary_rate=1e-3)
     found = [
-        attacked(hf, values, (name,), pairs, pairs.fact_numbers(), settings, torch.Generator().manual_seed(3), 3.0)
+        attacked(
+            hf, values, (name,), pairs, pairs.fact_numbers(), settings, torch.Generator().manual_seed(3), NOTHING, 3.0
+        )
         for _ in range(2)
     ]
     means = Means.drawn(settings, 48, 3.0, torch.Generator().manual_seed(3))

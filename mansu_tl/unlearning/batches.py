@@ -154,6 +154,11 @@ class Source:
         self.text = OriginalText(model, original, far.joined(near), asked)
         self._answers: Tensor | None = None
 
+    @property
+    def near(self) -> Sequences:
+        """The near text."""
+        return self.text.text[slice(self.n_far, None)]
+
     def samplers(self, forget: int, far: int, near: int, generator: torch.Generator) -> tuple[Sampler, ...]:
         """What draws the rows of a batch: forget pairs, far text and, where there is any, near text."""
         sizes = [(len(self.pairs), forget), (self.n_far, far), *([(self.n_near, near)] if self.n_near else [])]

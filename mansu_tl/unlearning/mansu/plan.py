@@ -179,6 +179,11 @@ def plan(
     if settings.discover_near and not len(near):
         near_rows = near_neighbours(hf, pairs, text, settings.discover_near).tolist()
         near = text[near_rows]
+    if settings.adversary_weight and "near" in settings.attackers and not len(near):
+        raise MansuError(
+            'mansu: adversary_kinds has "near", and there is no near text; give the task some, raise discover_near, or leave '
+            "the kind out"
+        )
     # The closed form compares nothing with what the original says of a text.
     asked = 0 if layers else settings.steps * settings.retain_batch * (1 + bool(len(near)))
     source = Source(hf, values, pairs, text, near, asked)

@@ -15,6 +15,7 @@ from mansu_tl.results.digest import Digested
 RESTRICTIONS = ("circuit", "random", "matched", "none")
 FLOORS = ("loop", "after", "none")
 SOLVERS = ("gradient", "closed")
+ADVERSARIES = ("weights", "adapters", "near")
 _COUNTS = (
     "steps", "forget_batch", "retain_batch", "fisher_sequences", "select_every", "adversary_every", "adversary_steps",
     "layers",
@@ -109,6 +110,9 @@ class MansuSettings(Digested):
         adversary_rate: the attacker's learning rate.
         adversary_spread: by what factor, up or down, an attack's facts, steps and rate are drawn around those above, even in
             the logarithm; it grows from 1 to this until the support is frozen. 1 = every attack is alike.
+        adversary_kinds: what attacks there are, each as often as another, joined by "+": "weights" trains every linear weight
+            on forget facts, "adapters" low-rank ones in their place (LoRA of rank 8, at ten times the rate), "near" every
+            linear weight on near text, so that all forget facts are to be defended.
     """
 
     quantizer: str = "nf4"
@@ -157,6 +161,7 @@ class MansuSettings(Digested):
     adversary_facts: int = 0
     adversary_rate: float = 3e-4
     adversary_spread: float = 1.0
+    adversary_kinds: str = "weights"
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -190,6 +195,8 @@ class MansuSettings(Digested):
             for key, value in _NOT_CLOSED:
                 self._require(key, getattr(self, key) == value, f"the closed form has none of it; choose {value!r}")
         self._require("adversary_spread", self.adversary_spread >= 1, "choose 1 (none) or more")
+        fine = set(self.attackers) <= set(ADVERSARIES) and len(set(self.attackers)) == len(self.attackers)
+        self._require("adversary_kinds", fine, f"join some of {', '.join(ADVERSARIES)} by '+', each once")
         self._require("discover_near", 0 <= self.discover_near < 1, "choose a share in [0, 1)")
         self._require("adversary_facts", self.adversary_facts >= 0, "choose 0 (a quarter) or more")
         self._require("odds_weight", self.odds_weight >= 0, "choose 0 (off) or more")
@@ -253,3 +260,8 @@ class MansuSettings(Digested):
     def quantizers(self) -> tuple[str, ...]:
         """The grids that every edited weight must satisfy; the first is the one that it is optimised on."""
         return tuple(self.quantizer.split("+"))
+
+    @property
+    def attackers(self) -> tuple[str, ...]:
+        """The kinds of attack in the loop."""
+        return tuple(self.adversary_kinds.split("+"))

@@ -222,8 +222,9 @@ class _Mansu(Solver):
         if self.attack is None or step % cfg.adversary_every == 0:
             names = tuple(fixed.view.linear)
             spread = cfg.adversary_spread ** min(1.0, step / max(1, self.freeze))
+            source = fixed.source
             self.attack = attacked(
-                fixed.hf, batch.values, names, fixed.source.pairs, fixed.facts, cfg, self.generator, spread
+                fixed.hf, batch.values, names, source.pairs, fixed.facts, cfg, self.generator, source.near, spread
             )
         moved, others = self.attack.change, self.attack.others
         there = {name: value + moved[name] if name in moved else value for name, value in batch.values.items()}
