@@ -419,7 +419,12 @@ def table(options: argparse.Namespace) -> None:
     pd.concat([known, validation(done)]).drop_duplicates().to_csv(options.out / "real_trials.csv", index=False)
     test(done).to_csv(options.out / "real_test.csv", index=False)
     if len(read := depths(done)):
-        read.to_csv(options.out / "real_cad_draws.csv", index=False, float_format="%.3f")
+        read.to_csv(options.out / "real_cad_draws.csv", index=False, float_format=_short)
+
+
+def _short(value: float) -> str:
+    """Three decimals, without zeros behind them."""
+    return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
 def _chosen(text: str) -> tuple[str, dict[str, Any]]:

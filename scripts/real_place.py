@@ -5,7 +5,8 @@ by a gradient; its term at the place asks that each of them has forgotten by its
 one of least regret is chosen among those called erased there, as stored and in the file; among all, where none is. It is then
 run on every test draw, with the place and without; each edit is asked, read by depth, and relearnt: half of its facts are
 trained on, the others asked. The attacker in the loop, which takes most of the time, is left out. Each edit is a line of
-RUN/place.jsonl; what is there is not done again. `--out TABLE.csv`.
+RUN/place.jsonl; what is there is not done again. `--out TABLE.csv` writes a row an edit, `--pairs TABLE.csv` what the arms
+differ in on the same draws.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ TRIALS: tuple[dict[str, Any], ...] = (
     {"budget": 0.01, "gradual": 0.5, "representation_weight": 0.0, "margin": 0.1},
     {"budget": 0.01, "gradual": 0.5, "retain_weight": 40.0},
     {"budget": 0.05, "gradual": 0.5, "learning_rate": 0.03, "retain_weight": 40.0},
-    {"budget": 0.003, "gradual": 0.5},
-    {"budget": 0.05},
 )
+# What the table tells of an edit's settings.
+NAMED = (
+    "budget", "gradual", "learning_rate", "retain_weight", "representation_weight", "margin", "place_weight", "contexts",
+    "steps", "retain_batch",
+)  # fmt: skip
 WITH = "whole"
 ARMS: dict[str, dict[str, Any]] = {WITH: {}, "place off": {"place_weight": 0.0}}
 ASKED = ("forget", "forget, other words", "near", "near, kept back", "retain")
@@ -139,10 +143,13 @@ def run(options: argparse.Namespace) -> None:
     def jobs() -> list[dict[str, Any]]:
         found = []
         for name in options.relations:
-            found.append({**common, "task": f"{name}-validation", "variant": "original", "settings": {}})
-            for trial in TRIALS:
-                found.append({**common, "task": f"{name}-validation", "variant": WITH, "settings": trial})
-            chosen = choose(done, name)
+            chosen = options.chosen or choose(done, name)
+            if not options.chosen:
+                found.append({**common, "task": f"{name}-validation", "variant": "original", "settings": {}})
+                trials = [
+                    {**common, "task": f"{name}-validation", "variant": WITH, "settings": trial} for trial in TRIALS
+                ]
+                found.extend(trials)
             if chosen is None:
                 continue
             for draw in options.draws:
@@ -189,13 +196,42 @@ def describe(row: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def frames(done: list[dict[str, Any]]) -> pd.DataFrame:
-    """Both arms on the test draws as `real_ablations.table` has it, as stored; the difference is that to the arm with the
-    place on the same draws."""
+def edits(done: list[dict[str, Any]]) -> pd.DataFrame:
+    """A row an edit, as stored (in the file it is the same: its codes are the file's)."""
+    rows = []
+    for one in done:
+        if one["variant"] not in ARMS:
+            continue
+        read, layers = one["by depth"]["stored"], one["by depth"]["stored"]["layers"]
+        at = layers["judged"].index(True)
+        row = {"model": one["model"], "task": one["task"], "arm": one["variant"], "device": one["device"]}
+        full = vars(settings_of(METHOD, {**SHARED, "retain_batch": one["retain_batch"], **one["settings"]}))
+        row |= {key: full[key] for key in NAMED}
+        row |= {"weights": one["weights"], "edit_seconds": round(one["edit seconds"])}
+        for kind, found in one["forms"]["stored"].items():
+            row |= {f"{kind}, MC %": round(100 * mean(found["mc"]), 1), f"{kind}, log-odds": mean(found["log_odds"])}
+        row["shipped forget, MC %"] = round(100 * mean(one["forms"]["shipped"]["forget"]["mc"]), 1)
+        row |= {"layer": layers["layer"][at]}
+        row |= {
+            key: layers[key][at] for key in ("cad", "near_cad", "specificity", "specificity_low", "specificity_high")
+        }
+        row |= {key: read[key] for key in ("opposition", "facts_gone", "verdict", "why")}
+        rows.append(row | {"shipped verdict": one["by depth"]["shipped"]["verdict"]})
+    return pd.DataFrame(rows)
+
+
+def pairs(done: list[dict[str, Any]]) -> pd.DataFrame:
+    """What the arms differ in on draws that have both, as `real_ablations.table` has it; differences are to the edit with the
+    place.
+    """
+    here = [row for row in done if row["variant"] in ARMS and not row["task"].endswith("validation")]
+    both = {row["task"] for row in here if row["variant"] == WITH} & {
+        row["task"] for row in here if row["variant"] != WITH
+    }
     rows = [
         {"task": row["task"], "variant": row["variant"], "scores": row["forms"]["stored"]}
-        for row in done
-        if row["variant"] in ARMS and not row["task"].endswith("validation")
+        for row in here
+        if row["task"] in both
     ]
     return table(rows)
 
@@ -212,12 +248,15 @@ def main() -> None:
     parser.add_argument("--tf32", action="store_true", help="edit with TF32 matrix products; all reading is in float32")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="a table of what is there")
+    parser.add_argument("--chosen", type=json.loads, help="settings as JSON, chosen elsewhere: no trials are run")
+    parser.add_argument("--out", type=Path, help="a table of every edit that is there")
+    parser.add_argument("--pairs", type=Path, help="a table of what the arms differ in")
     options = parser.parse_args()
     run(options)
-    if options.out:
-        done = [json.loads(line) for line in (options.run / "place.jsonl").read_text().splitlines()]
-        frames(done).to_csv(options.out, index=False, float_format="%.3f")
+    done = [json.loads(line) for line in (options.run / "place.jsonl").read_text().splitlines()]
+    for place, made in ((options.out, edits), (options.pairs, pairs)):
+        if place:
+            made(done).to_csv(place, index=False, float_format="%.3f")
 
 
 if __name__ == "__main__":

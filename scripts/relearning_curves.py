@@ -38,13 +38,17 @@ def kept(strongest: pd.DataFrame) -> pd.DataFrame:
 
 
 def page(strongest: pd.DataFrame) -> str:
-    """The table of the documentation: the best rate's points over the never-trained model's best, by facts and kind."""
+    """The table of the documentation: the best rate's points over the never-trained model's best, by text, facts and kind."""
     found = strongest[(strongest.label != NEVER) & (strongest.step == strongest.step.max())]
-    kinds = list(found[["facts", "rank"]].drop_duplicates().sort_values(["rank", "facts"]).itertuples(index=False))
-    titles = [f"{facts} facts, {f'LoRA {rank}' if rank else 'every weight'}" for facts, rank in kinds]
+    kinds = found[["text", "facts", "rank"]].drop_duplicates().sort_values(["rank", "text", "facts"])
+    kinds = list(kinds.itertuples(index=False))
+    titles = [
+        f"{f'{facts} facts' if facts else text}, {f'LoRA {rank}' if rank else 'every weight'}"
+        for text, facts, rank in kinds
+    ]
     lines = ["| " + " | ".join(["", *titles]) + " |", "| --- " * (len(kinds) + 1) + "|"]
     for label, rows in found.groupby("label", sort=False):
-        by = rows.set_index(["facts", "rank"])
+        by = rows.set_index(["text", "facts", "rank"])
         values = [
             [round(by.loc[tuple(kind), f"over_reference{end}"]) for end in ("", "_low", "_high")] for kind in kinds
         ]

@@ -201,7 +201,7 @@ def test_on_test_draws_every_baseline_is_intact_in_the_file_and_mansu_is_as_stor
     judged = others[others.judged]
     back = judged[judged.form == "shipped"]
     assert (
-        len(back) == 21
+        len(back) == 22
         and set(back.verdict) == {"intact"}
         and (back.cad < 0.035).all()
         and (back.grafted_percent >= 95).all()
@@ -343,6 +343,20 @@ def test_the_budget_curves_are_what_was_measured() -> None:
     for facts in (12, 24):
         assert last["mansu-early", facts] < 0.65 * last["mansu", facts]
     assert (last["mansu-early"] - last["mansu-early, nf4"]).abs().max() < 2
+
+
+def test_near_facts_alone_bring_the_early_edit_back_and_longer_training_on_forget_facts_hardly_more() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "relearning_long.csv")
+    page = (ROOT / "docs" / "erasure.md").read_text(encoding="utf-8")
+    assert quoted(page, "figures/tables/relearning_long.csv") == relearning_curves.page(table).splitlines()
+    by = table.set_index(["label", "text", "facts", "step"])
+    near = by.xs(("mansu-early", "near facts", 0))
+    assert (near.over_reference_low > 15).all() and near.over_reference[400] > 40
+    assert (by.xs(("npo", "near facts", 0)).over_reference < 15).all()
+    for facts in (12, 24):
+        own = by.xs(("mansu-early", "forget facts", facts)).over_reference
+        assert own[400] - own[50] < 3
+    assert (by.xs("unrelated text", level="text").over_reference < 7).all()
 
 
 def test_what_holds_on_another_base_checkpoint_is_what_was_measured() -> None:
