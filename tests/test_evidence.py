@@ -349,7 +349,7 @@ def test_near_facts_alone_bring_the_early_edit_back_and_longer_training_on_forge
     table = pd.read_csv(ROOT / "figures" / "tables" / "relearning_long.csv")
     page = (ROOT / "docs" / "erasure.md").read_text(encoding="utf-8")
     assert quoted(page, "figures/tables/relearning_long.csv") == relearning_curves.page(table).splitlines()
-    by = table.set_index(["label", "text", "facts", "step"])
+    by = table.set_index(["label", "text", "facts", "step"]).sort_index()
     near = by.xs(("mansu-early", "near facts", 0))
     assert (near.over_reference_low > 15).all() and near.over_reference[400] > 40
     assert (by.xs(("npo", "near facts", 0)).over_reference < 15).all()
