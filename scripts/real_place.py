@@ -55,6 +55,7 @@ NAMED = (
     "budget", "gradual", "learning_rate", "retain_weight", "representation_weight", "margin", "place_weight", "contexts",
     "steps", "retain_batch",
 )  # fmt: skip
+LINEAR = 106_168_320  # linear weights of SmolLM2, of which the documentation's table gives shares
 WITH = "whole"
 ARMS: dict[str, dict[str, Any]] = {WITH: {}, "place off": {"place_weight": 0.0}}
 ASKED = ("forget", "forget, other words", "near", "near, kept back", "retain")
@@ -218,6 +219,28 @@ def edits(done: list[dict[str, Any]]) -> pd.DataFrame:
         row |= {key: read[key] for key in ("opposition", "facts_gone", "verdict", "why")}
         rows.append(row | {"shipped verdict": one["by depth"]["shipped"]["verdict"]})
     return pd.DataFrame(rows)
+
+
+def page(table: pd.DataFrame) -> str:
+    """The table of the documentation."""
+    head = (
+        "facts", "place", "differs in", "weights, %", "forget", "forget, other words", "near, kept back", "relearnt",
+        "CAD", "near", "above near", "opposition", "verdict",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    common = {name: table[name].mode()[0] for name in NAMED if name != "place_weight"}
+    for row in table.to_dict("records"):
+        own = ", ".join(f"{name} {row[name]:g}" for name, usual in common.items() if row[name] != usual)
+        asked = [row[f"{kind}, MC %"] for kind in ("forget", "forget, other words", "near, kept back", "relearned")]
+        cells = [
+            str(row["task"]).rsplit("-", 1)[-1], "yes" if row["arm"] == WITH else "no", own,
+            f"{row['weights'] / LINEAR:.2%}".rstrip("%"), *("" if pd.isna(x) else f"{x:.0f}" for x in asked),
+            f"{row['cad']:.2f}", f"{row['near_cad']:.2f}",
+            f"{row['specificity']:.2f} [{row['specificity_low']:.2f}, {row['specificity_high']:.2f}]",
+            f"{row['opposition']:.3f}", row["verdict"],
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def pairs(done: list[dict[str, Any]]) -> pd.DataFrame:

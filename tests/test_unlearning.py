@@ -14,6 +14,7 @@ import torch
 import mansu_tl as mtl
 from mansu_tl.circuit import Circuit
 from mansu_tl.data import Sequences
+from mansu_tl.data.wording import same_wording
 from mansu_tl.errors import MansuError
 from mansu_tl.models import Anatomy, fingerprint, linear_weights, parameters, plain
 from mansu_tl.models.low_rank import low_rank_factors
@@ -295,6 +296,23 @@ def test_sequences_run_apart_by_length_say_the_same(model) -> None:
         original = OriginalText(hf, values, text, asked)
         assert (original._table is None) == (asked == 0)
         torch.testing.assert_close(original(rows, some), some.logits, rtol=0, atol=2e-5)
+
+
+def test_how_far_never_seen_names_lie_apart_is_exact_where_what_they_share_is_large(model) -> None:
+    hf, task = plain(model), embedded_task()
+    pairs, unseen = task.forget_pairs[[5]], task.unseen
+    hf.model.embed_tokens.weight.data[:, 0] += (
+        30.0  # as real models have it: a direction in which every stream is large
+    )
+    found = ignorance(hf, pairs, unseen)
+    with torch.no_grad():
+        streams = hf(unseen.tokens, output_hidden_states=True).hidden_states[1:]
+    last = torch.stack([stream[torch.arange(len(unseen)), unseen.lengths - 1] for stream in streams], 1).double()
+    words = pairs.clean.masked_fill(pairs.changed, -1)
+    closest = same_wording(words, pairs.lengths, unseen)[0]
+    own = last[closest]
+    wanted = (own - own.mean(0)).square().sum(-1).mean(0)
+    torch.testing.assert_close(found.spread[0].double(), wanted, rtol=1e-4, atol=0)
 
 
 def test_ignorance_is_the_mean_answer_to_never_seen_names_in_the_same_words(model) -> None:

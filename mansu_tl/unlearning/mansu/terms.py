@@ -20,6 +20,8 @@ from mansu_tl.unlearning.objectives import Objective
 
 # Logits that exist at one time.
 _MOST_NUMBERS = 2**26
+# A difference smaller than this share of what it is taken between is not trusted.
+_DIGITS = 5e-3
 
 
 def objective(settings: MansuSettings, unknown: Ignorance) -> Objective:
@@ -213,6 +215,10 @@ def _unknown(
     state = torch.einsum("wu,uld->wld", mean, states)
     square = torch.einsum("wu,ul->wl", mean, states.square().sum(-1))
     spread = square - state.square().sum(-1)
+    # A small difference of large numbers has few digits left, in TF32 none: there the distances are taken themselves.
+    for at in (spread < _DIGITS * square).any(1).nonzero()[:, 0].tolist():
+        apart = (mean[at, :, None] * (states - state[at]).square().sum(-1)).sum(0)
+        spread[at] = torch.where(spread[at] < _DIGITS * square[at], apart, spread[at])
     # A single prompt of that wording has no spread of its own: all never-seen prompts' around their mean stands in.
     common = (states - states.mean(0)).square().sum(-1).mean(0)
     return reference, state, torch.where(closest.sum(1, keepdim=True) > 1, spread, common)
