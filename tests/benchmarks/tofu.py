@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     torch.set_num_threads(1)
     table = Run(options).table()
-    write_text(Path(options.out) / "tofu.csv", table.to_csv(index=False))
+    write_text(Path(options.out) / "tofu.csv", table.to_csv(index=False, float_format="%.6g"))
     print(markdown(table))
 
 
