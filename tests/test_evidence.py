@@ -299,6 +299,22 @@ def test_the_trials_of_the_early_layers_have_the_settings_that_were_chosen_among
     assert (table[table.depth == 1].verdict == "suppressed").all()
 
 
+def test_fewer_weights_need_more_steps_and_other_attackers_do_not_help() -> None:
+    table = pd.read_csv(ROOT / "figures" / "tables" / "early_attackers.csv")
+    by = table[table.seed == 0].set_index("variant")
+    one = [f"mansu-early, 1 %{end}" for end in ("", ", 600 steps", ", 1200 steps")]
+    first, second, third = by.loc[one, "forget MC, %"]
+    assert second < first - 10 and abs(third - second) < 5
+    few = table[table.variant == one[1]]
+    assert set(few.seed) == {0, 1, 2} and (few["edited weights"] < 6_900).all()
+    # Of 688,128 linear weights.
+    assert (few["near log-odds, nats"] > 0.8 * 12.1).all() and (few["forget MC, %"] < 35).all()
+    attacked = by.loc[["mansu-early, attackers of near text", "mansu-early, attackers of every kind"]]
+    again = "relearning, {}, 50 steps at {}, {}, points"
+    assert (attacked[again.format("near facts", "0.001", "every weight")] > 35).all()
+    assert (attacked[again.format("12 facts", "0.0003", "LoRA 8")] > 10).all()
+
+
 def test_baselines_of_more_trials_are_what_was_measured() -> None:
     table = pd.read_csv(ROOT / "figures" / "tables" / "fair_baselines.csv")
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
