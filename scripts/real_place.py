@@ -1,4 +1,4 @@
-"""What the forget term at the place is worth on a pretrained model: `python scripts/real_place.py RUN --device cuda --tf32`.
+"""What the forget term at the place is worth on a pretrained model: `python scripts/real_place.py RUN --device cuda`.
 
 RUN is the folder of `real_evidence.py tasks` and `run` (tasks and circuits). `mansu-early` edits the first half of the layers
 by a gradient; its term at the place asks that each of them has forgotten by itself. Of the trials on the validation facts the
@@ -77,9 +77,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     if job["variant"] != "original":
         settings = settings_of(METHOD, {**SHARED, "retain_batch": job["retain_batch"], **job["settings"]})
         circuit = Circuit.load(run / f"{name}.circuit.safetensors")
-        torch.set_float32_matmul_precision("high" if job["tf32"] else "highest")
         edit = mtl.unlearn(model, task, METHOD, settings=settings, seed=0, circuit=circuit)
-        torch.set_float32_matmul_precision("highest")
         out |= {"weights": edit.n_weights, "edit seconds": time.monotonic() - start}
         forms["stored"] = edited = edit.apply(model)
         with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
     done = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
     common = {
         "run": str(options.run), "model": options.model, "device": options.device, "threads": options.threads,
-        "tf32": options.tf32, "retain_batch": options.retain_batch,
+        "retain_batch": options.retain_batch,
     }  # fmt: skip
 
     def key(job: dict[str, Any]) -> str:
@@ -268,7 +266,6 @@ def main() -> None:
     parser.add_argument("--draws", nargs="*", default=["0", "1", "2"])
     parser.add_argument("--retain-batch", type=int, default=16)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tf32", action="store_true", help="edit with TF32 matrix products; all reading is in float32")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chosen", type=json.loads, help="settings as JSON, chosen elsewhere: no trials are run")

@@ -18,6 +18,7 @@ from scripts import (
     floors,
     meta_cad,
     pocket_bases,
+    real_place,
     relearning_curves,
 )
 from tests.benchmarks import readme, real, tofu
@@ -313,6 +314,18 @@ def test_fewer_weights_need_more_steps_and_other_attackers_do_not_help() -> None
     again = "relearning, {}, 50 steps at {}, {}, points"
     assert (attacked[again.format("near facts", "0.001", "every weight")] > 35).all()
     assert (attacked[again.format("12 facts", "0.0003", "LoRA 8")] > 10).all()
+
+
+def test_the_place_on_a_pretrained_model_is_what_was_measured() -> None:
+    table, both = (pd.read_csv(ROOT / "figures" / "tables" / f"real_place{end}.csv") for end in ("", "_pairs"))
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert quoted(page, "figures/tables/real_place.csv") == real_place.page(table).splitlines()
+    assert (table.opposition < 0.05).all() and set(table.verdict) == {"undecided", "intact"}
+    assert (table["forget, MC %"] == table["shipped forget, MC %"]).all()
+    off = both[(both.variant == "place off") & (both.measure == "log_odds")].set_index("questions")
+    primary = off.loc["near, kept back, less forget"]
+    assert primary.difference_low < 0 < primary.difference_high and primary.p > 0.5
+    assert off.loc["retain"].difference_high < -0.3
 
 
 def test_baselines_of_more_trials_are_what_was_measured() -> None:
