@@ -179,11 +179,7 @@ def plan(
     if settings.discover_near and not len(near):
         near_rows = near_neighbours(hf, pairs, text, settings.discover_near).tolist()
         near = text[near_rows]
-    if settings.adversary_weight and "near" in settings.attackers and not len(near):
-        raise MansuError(
-            'mansu: adversary_kinds has "near", and there is no near text; give the task some, raise discover_near, or leave '
-            "the kind out"
-        )
+    _require_near(settings, bool(len(near)))
     # The closed form compares nothing with what the original says of a text.
     asked = 0 if layers else settings.steps * settings.retain_batch * (1 + bool(len(near)))
     source = Source(hf, values, pairs, text, near, asked)
@@ -284,6 +280,7 @@ def mansu_needs(model: TransformerBridge, task: Task, settings: MansuSettings) -
         lambda: [grid_of(name).bound(model) for name in settings.quantizers],
         lambda: budget_of(linear, settings),
         lambda: settings.attacked_facts(len(set(task.forget_pairs.facts))),
+        lambda: _require_near(settings, bool(len(task.near_text)) or settings.discover_near > 0),
         lambda: behind_words(model, task.forget_pairs, settings.contexts) if settings.contexts else None,
     ):
         try:
@@ -306,6 +303,15 @@ def mansu_needs(model: TransformerBridge, task: Task, settings: MansuSettings) -
             "wrong" if tokens < min(widths) else "warning",
             f"retain text: {tokens} tokens, the widest matrix has {max(widths)} inputs; give at least as many tokens, or "
             "switch the null space off (null_space=0, projector=False)",
+        )
+
+
+def _require_near(settings: MansuSettings, there: bool) -> None:
+    """Refuse an attacker on near text where there is none."""
+    if settings.adversary_weight and "near" in settings.attackers and not there:
+        raise MansuError(
+            'mansu: adversary_kinds has "near", and there is no near text; give the task some, raise discover_near, or leave '
+            "the kind out"
         )
 
 
