@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
 from importlib import resources
@@ -291,41 +292,71 @@ def run(options: argparse.Namespace) -> None:
         wanted = [job for job in found if not options.methods or job["method"] in options.methods]
         return [job for job in wanted if json.dumps([job[key] for key in keys], sort_keys=True) not in started]
 
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool, results.open("a") as file:
+    def left() -> list[dict[str, Any]]:
+        return jobs() if time.monotonic() < end else []
+
+    for found in pooled(
+        work,
+        left,
+        lambda job: json.dumps([job[key] for key in keys], sort_keys=True),
+        started,
+        options.workers,
+        results,
+    ):
+        done.append(found)
+        line = {
+            k: v
+            for k, v in found.items()
+            if k in ("task", "method", "settings", "edges", "weights", "edit seconds", "seconds")
+        }
+        scores = found.get("scores", {})
+        if scores:
+            line |= {
+                f"{kind} {form}": "/".join(f"{100 * mean(scores, form, kind, what):.0f}" for what in ("mc", "cloze"))
+                for form in scores
+                for kind in ("forget", "forget, other words", "near, kept back")
+                if kind in scores[form]
+            }  # fmt: skip
+        print(f"{time.monotonic() - end + options.seconds:6.1f}", json.dumps(line), flush=True)
+
+
+def pooled(
+    one: Callable[[dict[str, Any]], dict[str, Any]],
+    left: Callable[[], list[dict[str, Any]]],
+    key: Callable[[dict[str, Any]], str],
+    started: set[str],
+    workers: int,
+    results: Path,
+) -> Iterator[dict[str, Any]]:
+    """Run jobs in processes of their own; each result is a line of a file, then given back. One that fails is told.
+
+    Args:
+        one: runs a job.
+        left: what can be started now, the most wanted first; asked again after every result.
+        key: by what a job is known.
+        started: the keys of those that were started before; grows.
+        results: where results are added.
+    """
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, results.open("a") as file:
         running: dict[Any, dict[str, Any]] = {}
         while True:
-            waiting = jobs() if time.monotonic() < end else []
-            for job in waiting[: options.workers - len(running)]:
-                started.add(json.dumps([job[key] for key in keys], sort_keys=True))
-                running[pool.submit(work, job)] = job
+            for job in left()[: workers - len(running)]:
+                started.add(key(job))
+                running[pool.submit(one, job)] = job
             if not running:
-                break
+                return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = running.pop(future)
                 try:
                     found = future.result()
                 except Exception as error:
-                    print("failed", job["task"], job["method"], job["settings"], repr(error)[:300], flush=True)
+                    print("failed", key(job), repr(error)[:300], flush=True)
                     traceback.print_exception(error, limit=-3)
                     continue
-                done.append(found)
                 file.write(json.dumps(found) + "\n")
                 file.flush()
-                line = {
-                    k: v
-                    for k, v in found.items()
-                    if k in ("task", "method", "settings", "edges", "weights", "edit seconds", "seconds")
-                }
-                scores = found.get("scores", {})
-                if scores:
-                    line |= {
-                        f"{kind} {form}": "/".join(f"{100 * mean(scores, form, kind, what):.0f}" for what in ("mc", "cloze"))
-                        for form in scores
-                        for kind in ("forget", "forget, other words", "near, kept back")
-                        if kind in scores[form]
-                    }  # fmt: skip
-                print(f"{time.monotonic() - end + options.seconds:6.1f}", json.dumps(line), flush=True)
+                yield found
 
 
 def choose(trials: pd.DataFrame, relation: str, method: str) -> dict[str, Any] | None:

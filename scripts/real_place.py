@@ -17,10 +17,7 @@ import os
 import sys
 import tempfile
 import time
-import traceback
 import warnings
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -37,7 +34,7 @@ from mansu_tl.study.shipping import ship
 from mansu_tl.unlearning import settings_of
 from mansu_tl.verification import attack_splits, relearn
 from scripts.real_ablations import RATE, STEPS, table
-from scripts.real_evidence import TO_GO, TO_STAY, by_depth, read, regret
+from scripts.real_evidence import TO_GO, TO_STAY, by_depth, pooled, read, regret
 
 METHOD = "mansu-early"
 # Edits are made on the codes of the file that is written.
@@ -125,6 +122,11 @@ def choose(done: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
     return min(erased or trials, key=lambda row: regret(means(row), means(original[0])))["settings"]
 
 
+def key(job: dict[str, Any]) -> str:
+    """What tells edits apart."""
+    return json.dumps([job[name] for name in ("task", "variant", "settings", "retain_batch")], sort_keys=True)
+
+
 def run(options: argparse.Namespace) -> None:
     """Trials on the validation facts, then the choice on every test draw in both arms; a line of place.jsonl each."""
     place = options.run / "place.jsonl"
@@ -133,9 +135,6 @@ def run(options: argparse.Namespace) -> None:
         "run": str(options.run), "model": options.model, "device": options.device, "threads": options.threads,
         "retain_batch": options.retain_batch,
     }  # fmt: skip
-
-    def key(job: dict[str, Any]) -> str:
-        return json.dumps([job[name] for name in ("task", "variant", "settings")], sort_keys=True)
 
     started = {key(row) for row in done}
 
@@ -156,27 +155,9 @@ def run(options: argparse.Namespace) -> None:
                     found.append({**common, "task": f"{name}-{draw}", "variant": arm, "settings": {**chosen, **change}})
         return [job for job in found if key(job) not in started]
 
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool, place.open("a") as file:
-        running: dict[Any, dict[str, Any]] = {}
-        while True:
-            for job in jobs()[: options.workers - len(running)]:
-                started.add(key(job))
-                running[pool.submit(work, job)] = job
-            if not running:
-                break
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                job = running.pop(future)
-                try:
-                    row = future.result()
-                except Exception as error:
-                    print("failed", key(job), repr(error)[:300], flush=True)
-                    traceback.print_exception(error, limit=-3)
-                    continue
-                done.append(row)
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                print(describe(row), flush=True)
+    for row in pooled(work, jobs, key, started, options.workers, place):
+        done.append(row)
+        print(describe(row), flush=True)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -242,17 +223,17 @@ def page(table: pd.DataFrame) -> str:
 
 
 def pairs(done: list[dict[str, Any]]) -> pd.DataFrame:
-    """What the arms differ in on draws that have both, as `real_ablations.table` has it; differences are to the edit with the
-    place.
-    """
-    here = [row for row in done if row["variant"] in ARMS and not row["task"].endswith("validation")]
-    both = {row["task"] for row in here if row["variant"] == WITH} & {
-        row["task"] for row in here if row["variant"] != WITH
-    }
+    """What the arms differ in at the same settings of a draw: `real_ablations.table`, against the edit with the place."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for row in done:
+        if row["variant"] in ARMS and not row["task"].endswith("validation"):
+            common = {name: value for name, value in row["settings"].items() if name != "place_weight"}
+            arms.setdefault(key({**row, "variant": "", "settings": common}), []).append(row)
     rows = [
         {"task": row["task"], "variant": row["variant"], "scores": row["forms"]["stored"]}
-        for row in here
-        if row["task"] in both
+        for each in arms.values()
+        if len(each) == len(ARMS)
+        for row in each
     ]
     return table(rows)
 

@@ -307,8 +307,7 @@ def test_fewer_weights_need_more_steps_and_other_attackers_do_not_help() -> None
     first, second, third = by.loc[one, "forget MC, %"]
     assert second < first - 10 and abs(third - second) < 5
     few = table[table.variant == one[1]]
-    assert set(few.seed) == {0, 1, 2} and (few["edited weights"] < 6_900).all()
-    # Of 688,128 linear weights.
+    assert set(few.seed) == {0, 1, 2} and (few["edited weights"] < 0.01 * 688_128).all()
     assert (few["near log-odds, nats"] > 0.8 * 12.1).all() and (few["forget MC, %"] < 35).all()
     attacked = by.loc[["mansu-early, attackers of near text", "mansu-early, attackers of every kind"]]
     again = "relearning, {}, 50 steps at {}, {}, points"
